@@ -1,0 +1,15 @@
+"""Every certificate by name, and the default selection."""
+
+from attnrobust.certify._certify import CertificateMethod
+from attnrobust.errors import UnknownNameError
+
+ALL_METHODS: tuple[CertificateMethod, ...] = ()
+"""Every certificate, cheap ones first; ``certify`` runs all that apply unless names are given."""
+
+
+def method_named(name: str) -> CertificateMethod:
+    """Look a certificate up by its name; UnknownNameError lists the nearest ones."""
+    known = {method.name: method for method in ALL_METHODS}
+    if name not in known:
+        raise UnknownNameError("certificate", name, known)
+    return known[name]

@@ -1,0 +1,45 @@
+"""The exception tree: every error says what is wrong and how to cure it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class AttnRobustError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InputError(AttnRobustError, ValueError):
+    """A value that the user gave cannot be used; the message names the cure."""
+
+
+class UnsupportedModelError(InputError):
+    """A module, mask or option that is not modelled exactly; nothing is approximated."""
+
+
+class UnsupportedThreatError(InputError):
+    """A method was asked for a threat or goal that it does not handle exactly."""
+
+
+class UnknownNameError(InputError):
+    """A name that does not exist; the message lists the nearest ones.
+
+    Args:
+        kind: What was looked up ("layer", "threat", ...).
+        name: The name that was not found.
+        known: Every valid name.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:10]
+        hint = ", ".join(near) if near else "none exist"
+        super().__init__(f"unknown {kind} {name!r}; nearest: {hint}")
+        self.kind, self.name, self.nearest = kind, name, tuple(near)
+
+
+class AlreadyViolatedError(InputError):
+    """The goal fails at the clean input itself, so no radius exists (it is 0)."""
+
+
+class SoundnessError(AttnRobustError):
+    """A verified attack lies inside a certified radius: one of the two is wrong."""

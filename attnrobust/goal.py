@@ -1,0 +1,189 @@
+"""Goals: what must stay true of the layer's output."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.errors import AlreadyViolatedError, InputError
+from attnrobust.tokens import require_finite, tensor_digest
+
+Pool = Literal["all", "mean"] | int
+"""Which part of the output counts: every row, the (mass-weighted) mean of the rows, or one row by its index."""
+
+
+def pool_weights(pool: Pool, mass: Float[Tensor, "n"]) -> Float[Tensor, "n"] | None:
+    """Row weights pi with ``pooled = sum_i pi_i f_i``; None where every row counts by itself."""
+    if pool == "all":
+        return None
+    if pool == "mean":
+        return mass
+    n = mass.shape[0]
+    if not isinstance(pool, int) or isinstance(pool, bool) or not 0 <= pool < n:
+        raise InputError(f"row {pool!r} does not exist; the input has rows 0 to {n - 1}, or use 'mean' or 'all'")
+    return torch.nn.functional.one_hot(torch.tensor(pool), n).to(mass)
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedGoal:
+    """A goal at one clean input: pooled output, linear functionals of it, and how much each may drop.
+
+    Displacement (``functionals`` None): ``||pooled(X') - pooled(X)|| <= budgets[0]``.
+    Margin: for every class c, ``<functionals[c], pooled(X) - pooled(X')> <= budgets[c]``, budgets = clean margins.
+
+    Args:
+        weights: Row weights pi (n,) or None (all rows, flattened).
+        functionals: (c, e) rows ``w_label - w_class``; None for a displacement.
+        budgets: (c,) positive.
+        clean: Pooled clean output, (e,) or (n, e).
+        classes: The class of each functional; empty for a displacement.
+        label: The label that must stay; None for a displacement.
+    """
+
+    weights: Float[Tensor, "n"] | None
+    functionals: Float[Tensor, "c e"] | None
+    budgets: Float[Tensor, "c"]
+    clean: Float[Tensor, "..."]
+    classes: tuple[int, ...] = ()
+    label: int | None = None
+
+    def pooled(self, output: Float[Tensor, "*b n e"]) -> Float[Tensor, "..."]:
+        """The part of the output that counts."""
+        return output if self.weights is None else torch.einsum("n,...ne->...e", self.weights, output)
+
+    def changes(self, output: Float[Tensor, "*b n e"]) -> Float[Tensor, "*b c"]:
+        """Displacement norm, or the drop of each class margin, at perturbed outputs."""
+        difference = self.pooled(output) - self.clean
+        if self.functionals is None:
+            dims = (-2, -1) if self.weights is None else (-1,)
+            return torch.linalg.vector_norm(difference, dim=dims)[..., None]
+        return -difference @ self.functionals.T
+
+    def usage(self, output: Float[Tensor, "*b n e"]) -> Float[Tensor, "*b"]:
+        """Largest used share of a budget: the goal is violated where it is >= 1."""
+        return (self.changes(output) / self.budgets).amax(dim=-1)
+
+
+class Goal(ABC):
+    """What must stay true; resolved at a clean output to budgets."""
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Short readable name for tables."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 of everything that defines the goal."""
+
+    @abstractmethod
+    def resolve(self, output: Float[Tensor, "n e"], mass: Float[Tensor, "n"]) -> ResolvedGoal:
+        """Budgets at the clean output; raises AlreadyViolatedError where the goal fails there."""
+
+
+@dataclass(frozen=True)
+class Displacement(Goal):
+    """The (pooled) output moves by at most a tolerance in l2 / Frobenius norm.
+
+    Args:
+        tolerance: Allowed change, > 0; a share of the clean norm if ``relative``.
+        relative: Whether the tolerance is a share of the clean pooled output's norm.
+        pool: "all" (Frobenius norm of the whole output), "mean", or a row index.
+    """
+
+    tolerance: float
+    relative: bool = False
+    pool: Pool = "all"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+            raise InputError(f"tolerance must be a positive number; got {self.tolerance}")
+
+    @property
+    def key(self) -> str:
+        amount = f"{100 * self.tolerance:g}%" if self.relative else f"{self.tolerance:g}"
+        part = {"all": "", "mean": " mean"}.get(str(self.pool), f" row:{self.pool}")
+        return f"displacement {amount}{part}"
+
+    @property
+    def digest(self) -> str:
+        return tensor_digest(extra=f"displacement;{self.tolerance!r};{self.relative};{self.pool}")
+
+    def resolve(self, output: Tensor, mass: Tensor) -> ResolvedGoal:
+        weights = pool_weights(self.pool, mass)
+        clean = output if weights is None else weights @ output
+        tolerance = self.tolerance
+        if self.relative:
+            norm = float(torch.linalg.vector_norm(clean))
+            if norm == 0.0:
+                raise InputError("the clean output is zero, so a relative tolerance is zero; give an absolute one")
+            tolerance *= norm
+        return ResolvedGoal(weights=weights, functionals=None, budgets=output.new_tensor([tolerance]), clean=clean)
+
+
+@dataclass(frozen=True, eq=False)
+class Margin(Goal):
+    """A linear readout of the pooled output keeps its label: ``(w_y - w_c) . pooled + b_y - b_c > 0`` for all c != y.
+
+    Args:
+        weight: Readout weights (c, e), c >= 2.
+        bias: Readout biases (c,) or None.
+        pool: "mean" or a row index.
+        label: The class y; None means the clean prediction.
+    """
+
+    weight: Float[Tensor, "c e"]
+    bias: Float[Tensor, "c"] | None = None
+    pool: Pool = "mean"
+    label: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or self.weight.shape[0] < 2:
+            raise InputError(f"readout weight must have shape (c, e) with c >= 2; got {tuple(self.weight.shape)}")
+        object.__setattr__(self, "weight", require_finite("readout weight", self.weight))
+        classes = self.weight.shape[0]
+        if self.bias is not None:
+            if tuple(self.bias.shape) != (classes,):
+                raise InputError(f"readout bias must have shape ({classes},); got {tuple(self.bias.shape)}")
+            object.__setattr__(self, "bias", require_finite("readout bias", self.bias))
+        if self.pool == "all":
+            raise InputError("a margin needs pool 'mean' or a row index")
+        if self.label is not None and not 0 <= self.label < classes:
+            raise InputError(f"label {self.label} does not exist; the readout has classes 0 to {classes - 1}")
+
+    @property
+    def key(self) -> str:
+        part = "mean" if self.pool == "mean" else f"row:{self.pool}"
+        return f"margin {part}" + ("" if self.label is None else f" label:{self.label}")
+
+    @property
+    def digest(self) -> str:
+        return tensor_digest(self.weight, self.bias, extra=f"margin;{self.pool};{self.label}")
+
+    def logits(self, pooled: Float[Tensor, "*b e"]) -> Float[Tensor, "*b c"]:
+        """Readout of pooled outputs."""
+        out = pooled @ self.weight.T
+        return out if self.bias is None else out + self.bias
+
+    def resolve(self, output: Tensor, mass: Tensor) -> ResolvedGoal:
+        if output.shape[-1] != self.weight.shape[1]:
+            raise InputError(f"the readout takes width {self.weight.shape[1]}, the layer gives {output.shape[-1]}")
+        weights = pool_weights(self.pool, mass)
+        assert weights is not None  # noqa: S101 - pool "all" was refused above; narrows the type
+        pooled = weights @ output
+        logits = self.logits(pooled)
+        label = int(logits.argmax()) if self.label is None else self.label
+        others = [c for c in range(logits.shape[0]) if c != label]
+        margins = logits[label] - logits[others]
+        if float(margins.min()) <= 0.0:
+            rival = others[int(margins.argmin())]
+            raise AlreadyViolatedError(
+                f"the clean input is not classified as {label} (margin {float(margins.min()):.3g} to class {rival})"
+            )
+        functionals = self.weight[label] - self.weight[others]
+        return ResolvedGoal(weights, functionals, margins, pooled, tuple(others), label)

@@ -1,0 +1,1 @@
+"""Layer specifications and the adapters that read them from models."""

@@ -1,0 +1,303 @@
+"""Threat models: what the adversary may move. Each owns its distance AND its projection; the budget is a call argument."""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnrobust.errors import InputError, UnknownNameError
+
+TokenNorm = Literal["l2", "linf", "l1"]
+TINY = 1e-300  # keeps 0/0 out of normalisations; far below every meaningful norm
+
+
+class Threat(ABC):
+    """A family of perturbation sets ``{D : distance(D) <= epsilon}``, positively homogeneous and star-shaped around 0.
+
+    All methods take perturbations ``D = X' - X`` with any leading batch dimensions, (*b, n, d).
+    """
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Short unique name, the CLI's spelling (``parse_threat`` reads it back)."""
+
+    @abstractmethod
+    def distance(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
+        """The smallest epsilon whose set holds ``delta``; infinity if none does."""
+
+    @abstractmethod
+    def project(self, delta: Float[Tensor, "*b n d"], epsilon: Float[Tensor, "*b"] | float) -> Float[Tensor, "*b n d"]:
+        """A nearest point (Frobenius) of the set of size epsilon; points inside are returned unchanged."""
+
+    @abstractmethod
+    def steepest(self, gradient: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
+        """A maximiser of ``<gradient, D>`` over ``distance(D) <= 1``; zero where the gradient is zero."""
+
+    @abstractmethod
+    def dual_norm(self, gradient: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
+        """``sup <gradient, D>`` over ``distance(D) <= 1``."""
+
+    @abstractmethod
+    def movable(self, n: int) -> Bool[Tensor, "n"]:
+        """Which tokens may move at all; raises InputError where an index does not exist."""
+
+    @abstractmethod
+    def frobenius_factor(self, n: int, d: int) -> float:
+        """``sup ||D||_F / distance(D)``."""
+
+    @abstractmethod
+    def token_factor(self, n: int, d: int) -> float:
+        """``sup max_i ||D_i||_2 / distance(D)``."""
+
+
+def _row_norm(delta: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(delta, dim=-1)
+
+
+def _budget(epsilon: Tensor | float, like: Tensor, trailing: int) -> Tensor:
+    eps = torch.as_tensor(epsilon, dtype=like.dtype, device=like.device)
+    return eps.reshape(eps.shape + (1,) * trailing)
+
+
+def _shrink(delta: Tensor, norm: Tensor, eps: Tensor) -> Tensor:
+    """Scale ``delta`` to norm eps where its norm is larger, leaving the rest bit for bit."""
+    factor = torch.where(norm > eps, eps / norm.clamp_min(TINY), torch.ones_like(norm))
+    return delta * factor
+
+
+def _selection(tokens: tuple[int, ...] | None, n: int, device: torch.device | None = None) -> Tensor:
+    if tokens is None:
+        return torch.ones(n, dtype=torch.bool, device=device)
+    bad = [t for t in tokens if not 0 <= t < n]
+    if bad:
+        raise InputError(f"token {bad[0]} does not exist; the input has tokens 0 to {n - 1}")
+    chosen = torch.zeros(n, dtype=torch.bool, device=device)
+    chosen[list(tokens)] = True
+    return chosen
+
+
+def _checked_tokens(tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if tokens is None:
+        return None
+    unique = tuple(sorted(set(tokens)))
+    if not unique:
+        raise InputError("the token subset is empty; name at least one token")
+    if unique[0] < 0:
+        raise InputError(f"token {unique[0]} is negative; tokens count from 0")
+    return unique
+
+
+def _outside_is_infinite(distance: Tensor, delta: Tensor, chosen: Tensor) -> Tensor:
+    moved_outside = (delta[..., ~chosen, :] != 0).any(dim=-1).any(dim=-1)
+    return distance.masked_fill(moved_outside, torch.inf)
+
+
+@dataclass(frozen=True)
+class FrobeniusBall(Threat):
+    """All chosen tokens share one l2 budget: ``||D||_F <= epsilon``; tokens outside the subset do not move.
+
+    Args:
+        tokens: The tokens that may move; None means all. One index gives the threat "this known token".
+    """
+
+    tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _checked_tokens(self.tokens))
+
+    @property
+    def key(self) -> str:
+        if self.tokens is None:
+            return "frobenius"
+        if len(self.tokens) == 1:
+            return f"token:{self.tokens[0]}"
+        return "tokens:" + ",".join(map(str, self.tokens))
+
+    def distance(self, delta: Tensor) -> Tensor:
+        chosen = _selection(self.tokens, delta.shape[-2], delta.device)
+        return _outside_is_infinite(torch.linalg.vector_norm(delta, dim=(-2, -1)), delta, chosen)
+
+    def project(self, delta: Tensor, epsilon: Tensor | float) -> Tensor:
+        delta = delta * _selection(self.tokens, delta.shape[-2], delta.device)[:, None]
+        norm = torch.linalg.vector_norm(delta, dim=(-2, -1), keepdim=True)
+        return _shrink(delta, norm, _budget(epsilon, delta, 2))
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        gradient = gradient * _selection(self.tokens, gradient.shape[-2], gradient.device)[:, None]
+        return gradient / torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True).clamp_min(TINY)
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        chosen = _selection(self.tokens, gradient.shape[-2], gradient.device)
+        return torch.linalg.vector_norm(gradient * chosen[:, None], dim=(-2, -1))
+
+    def movable(self, n: int) -> Tensor:
+        return _selection(self.tokens, n)
+
+    def frobenius_factor(self, n: int, d: int) -> float:
+        return 1.0
+
+    def token_factor(self, n: int, d: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class PerTokenBall(Threat):
+    """Each chosen token has its own budget: ``max_i ||D_i||_norm <= epsilon``.
+
+    Args:
+        norm: Norm of one token's move: "l2", "linf" or "l1".
+        tokens: The tokens that may move; None means all.
+    """
+
+    norm: TokenNorm = "l2"
+    tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("l2", "linf", "l1"):
+            raise UnknownNameError("token norm", str(self.norm), ("l2", "linf", "l1"))
+        object.__setattr__(self, "tokens", _checked_tokens(self.tokens))
+
+    @property
+    def key(self) -> str:
+        name = "per-token" if self.norm == "l2" else f"per-token-{self.norm}"
+        return name if self.tokens is None else f"{name}:" + ",".join(map(str, self.tokens))
+
+    def _norms(self, delta: Tensor) -> Tensor:
+        order = {"l2": 2.0, "linf": torch.inf, "l1": 1.0}[self.norm]
+        return torch.linalg.vector_norm(delta, ord=order, dim=-1)
+
+    def distance(self, delta: Tensor) -> Tensor:
+        chosen = _selection(self.tokens, delta.shape[-2], delta.device)
+        return _outside_is_infinite(self._norms(delta).amax(dim=-1), delta, chosen)
+
+    def project(self, delta: Tensor, epsilon: Tensor | float) -> Tensor:
+        delta = delta * _selection(self.tokens, delta.shape[-2], delta.device)[:, None]
+        eps = _budget(epsilon, delta, 2)
+        if self.norm == "l2":
+            return _shrink(delta, _row_norm(delta)[..., None], eps)
+        if self.norm == "linf":
+            return torch.minimum(torch.maximum(delta, -eps), eps)
+        return _project_l1(delta, eps)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        gradient = gradient * _selection(self.tokens, gradient.shape[-2], gradient.device)[:, None]
+        if self.norm == "l2":
+            return gradient / _row_norm(gradient)[..., None].clamp_min(TINY)
+        if self.norm == "linf":
+            return gradient.sign()
+        top = gradient.abs().argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(gradient).scatter(-1, top, gradient.gather(-1, top).sign())
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        order = {"l2": 2.0, "linf": 1.0, "l1": torch.inf}[self.norm]
+        chosen = _selection(self.tokens, gradient.shape[-2], gradient.device)
+        return torch.linalg.vector_norm(gradient * chosen[:, None], ord=order, dim=-1).sum(dim=-1)
+
+    def movable(self, n: int) -> Tensor:
+        return _selection(self.tokens, n)
+
+    def frobenius_factor(self, n: int, d: int) -> float:
+        return float(self.movable(n).sum()) ** 0.5 * self.token_factor(n, d)
+
+    def token_factor(self, n: int, d: int) -> float:
+        return float(d) ** 0.5 if self.norm == "linf" else 1.0
+
+
+@dataclass(frozen=True)
+class AnyToken(Threat):
+    """One token moves by at most epsilon (l2), and the adversary chooses which.
+
+    Args:
+        tokens: The tokens among which the adversary chooses; None means all.
+    """
+
+    tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _checked_tokens(self.tokens))
+
+    @property
+    def key(self) -> str:
+        return "any-token" if self.tokens is None else "any-token:" + ",".join(map(str, self.tokens))
+
+    def distance(self, delta: Tensor) -> Tensor:
+        chosen = _selection(self.tokens, delta.shape[-2], delta.device)
+        norms = _row_norm(delta)
+        several = (delta != 0).any(dim=-1).sum(dim=-1) > 1
+        return _outside_is_infinite(norms.amax(dim=-1).masked_fill(several, torch.inf), delta, chosen)
+
+    def project(self, delta: Tensor, epsilon: Tensor | float) -> Tensor:
+        delta = delta * _selection(self.tokens, delta.shape[-2], delta.device)[:, None]
+        norms = _row_norm(delta)
+        # Keeping row j alone, shrunk to epsilon, saves norm_j^2 - (norm_j - eps)_+^2 of the squared distance.
+        saved = norms**2 - (norms - _budget(epsilon, delta, 1)).clamp_min(0.0) ** 2
+        keep = torch.nn.functional.one_hot(saved.argmax(dim=-1), delta.shape[-2]).to(delta.dtype)
+        delta = delta * keep[..., None]
+        return _shrink(delta, _row_norm(delta)[..., None], _budget(epsilon, delta, 2))
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        gradient = gradient * _selection(self.tokens, gradient.shape[-2], gradient.device)[:, None]
+        norms = _row_norm(gradient)
+        keep = torch.nn.functional.one_hot(norms.argmax(dim=-1), gradient.shape[-2]).to(gradient.dtype)
+        return gradient * keep[..., None] / norms.amax(dim=-1)[..., None, None].clamp_min(TINY)
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        chosen = _selection(self.tokens, gradient.shape[-2], gradient.device)
+        return _row_norm(gradient * chosen[:, None]).amax(dim=-1)
+
+    def movable(self, n: int) -> Tensor:
+        return _selection(self.tokens, n)
+
+    def frobenius_factor(self, n: int, d: int) -> float:
+        return 1.0
+
+    def token_factor(self, n: int, d: int) -> float:
+        return 1.0
+
+    def branches(self, n: int) -> tuple[FrobeniusBall, ...]:
+        """The convex pieces: one known token each; the threat's set is their union."""
+        return tuple(FrobeniusBall(tokens=(int(i),)) for i in self.movable(n).nonzero().flatten())
+
+
+def _project_l1(delta: Tensor, eps: Tensor) -> Tensor:
+    """Euclidean projection of each row onto the l1 ball (sort-and-threshold, Duchi et al. 2008)."""
+    magnitude = delta.abs()
+    ordered = magnitude.sort(dim=-1, descending=True).values
+    count = torch.arange(1, delta.shape[-1] + 1, device=delta.device, dtype=delta.dtype)
+    level = (ordered.cumsum(dim=-1) - eps) / count
+    active = (ordered > level).sum(dim=-1, keepdim=True).clamp_min(1)
+    threshold = level.gather(-1, active - 1).clamp_min(0.0)
+    inside = magnitude.sum(dim=-1, keepdim=True) <= eps
+    return torch.where(inside, delta, delta.sign() * (magnitude - threshold).clamp_min(0.0))
+
+
+_WITHOUT_TOKENS = ("frobenius", "per-token", "per-token-linf", "per-token-l1", "any-token")
+
+
+def parse_threat(text: str) -> Threat:
+    """Read a threat from its key: ``frobenius``, ``per-token``, ``per-token-linf``, ``per-token-l1``, ``any-token``,
+    ``token:I``, ``tokens:I,J,...``; ``per-token...`` and ``any-token`` take ``:I,J,...`` too.
+
+    Raises:
+        UnknownNameError: With the nearest names.
+        InputError: A token list that is not made of integers.
+    """
+    name, _, rest = text.partition(":")
+    if name not in (*_WITHOUT_TOKENS, "token", "tokens"):
+        raise UnknownNameError("threat", text, (*_WITHOUT_TOKENS, "token:I", "tokens:I,J"))
+    tokens: tuple[int, ...] | None = None
+    if rest or name in ("token", "tokens"):
+        if not re.fullmatch(r"\d+(,\d+)*", rest) or (name == "token" and "," in rest):
+            raise InputError(f"threat {text!r}: give token indices, as in token:3 or tokens:1,4")
+        tokens = tuple(int(part) for part in rest.split(","))
+    if name in ("frobenius", "token", "tokens"):
+        return FrobeniusBall(tokens=tokens)
+    if name == "any-token":
+        return AnyToken(tokens=tokens)
+    norm: TokenNorm = "linf" if name.endswith("linf") else "l1" if name.endswith("l1") else "l2"
+    return PerTokenBall(norm=norm, tokens=tokens)

@@ -1,0 +1,94 @@
+"""Inputs as measures: tokens with masses."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.errors import InputError
+
+MASS_SUM_TOLERANCE = 1e-9  # masses are user data in float64; n <= 1e5 terms sum to 1 far inside this
+
+
+def require_finite(name: str, value: Tensor) -> Tensor:
+    """Return ``value`` in float64, refusing integers, NaN and infinity by name."""
+    if not value.is_floating_point():
+        raise InputError(f"{name} has dtype {value.dtype}; give floating-point numbers")
+    value = value.detach().to(torch.float64)
+    if not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise InputError(f"{name} holds {bad} NaN or infinite entries of {value.numel()}; remove or repair them")
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMeasure:
+    """A token measure ``sum_j mass_j delta_{points_j}``; equal masses 1/n unless given.
+
+    Args:
+        points: Token vectors, one a row, (n, d); copied to float64.
+        mass: Positive masses that sum to 1, (n,); None means 1/n each.
+
+    Raises:
+        InputError: Empty, not two-dimensional, NaN or infinite points; masses that are not positive or do not sum to 1.
+    """
+
+    points: Float[Tensor, "n d"]
+    mass: Float[Tensor, "n"] = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        points = self.points
+        if points.ndim != 2 or points.shape[0] == 0 or points.shape[1] == 0:
+            raise InputError(f"tokens must have shape (n, d) with n, d >= 1; got {tuple(points.shape)}")
+        points = require_finite("tokens", points)
+        object.__setattr__(self, "points", points)
+        object.__setattr__(self, "mass", _checked_mass(self.mass, points))
+
+    @property
+    def n(self) -> int:
+        """Number of tokens."""
+        return int(self.points.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Token width d."""
+        return int(self.points.shape[1])
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every token has the mass 1/n (then the masses drop out of the softmax)."""
+        return bool(torch.allclose(self.mass, torch.full_like(self.mass, 1.0 / self.n), rtol=1e-12, atol=0.0))
+
+    def digest(self) -> str:
+        """SHA-256 over shape, points and masses."""
+        return tensor_digest(self.points, self.mass)
+
+
+def _checked_mass(mass: Tensor | None, points: Tensor) -> Tensor:
+    n = points.shape[0]
+    if mass is None:
+        return torch.full((n,), 1.0 / n, dtype=torch.float64, device=points.device)
+    if tuple(mass.shape) != (n,):
+        raise InputError(f"mass must have shape ({n},), one per token; got {tuple(mass.shape)}")
+    mass = require_finite("mass", mass).to(points.device)
+    if not bool((mass > 0).all()):
+        raise InputError("every token mass must be > 0; leave out tokens without mass")
+    total = float(mass.sum())
+    if abs(total - 1.0) > MASS_SUM_TOLERANCE:
+        raise InputError(f"token masses must sum to 1, they sum to {total:.12g}; divide them by their sum")
+    return mass
+
+
+def tensor_digest(*tensors: Tensor | None, extra: str = "") -> str:
+    """SHA-256 over dtype, shape and bytes of tensors (None allowed) and a text."""
+    sha = hashlib.sha256(extra.encode())
+    for tensor in tensors:
+        if tensor is None:
+            sha.update(b"none;")
+            continue
+        array = tensor.detach().cpu().contiguous().numpy()
+        sha.update(f"{array.dtype}{array.shape};".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
