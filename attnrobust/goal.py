@@ -60,7 +60,8 @@ class ResolvedGoal:
         difference = self.pooled(output) - self.clean
         if self.functionals is None:
             dims = (-2, -1) if self.weights is None else (-1,)
-            return torch.linalg.vector_norm(difference, dim=dims)[..., None]
+            norm: Tensor = torch.linalg.vector_norm(difference, dim=dims)
+            return norm[..., None]
         return -difference @ self.functionals.T
 
     def usage(self, output: Float[Tensor, "*b n e"]) -> Float[Tensor, "*b"]:

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from attnrobust.threat import Threat
 from attnrobust.tokens import TokenMeasure
 
 
+@runtime_checkable
 class TokenMap(Protocol):
     """Anything that maps tokens to tokens, batched, in float64, with a content digest."""
 
@@ -30,8 +31,10 @@ class TokenMap(Protocol):
     def digest(self) -> str:
         """SHA-256 of everything that defines the map."""
 
-    def __call__(self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*b n"] | None = None) -> Float[Tensor, "*b n e"]:
-        """Evaluate; ``mass`` None means equal masses."""
+    def __call__(
+        self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None
+    ) -> Float[Tensor, "*b n e"]:
+        """Evaluate; ``mass`` broadcasts over the batch, None means equal masses."""
 
 
 @dataclass(frozen=True, eq=False)

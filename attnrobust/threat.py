@@ -1,5 +1,6 @@
-"""Threat models: what the adversary may move. Each owns its distance AND its projection; the budget is a call argument."""
+"""Threat models: what the adversary may move. Each owns its distance AND its projection; the budget is an argument."""
 
+import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -56,7 +57,13 @@ class Threat(ABC):
 
 
 def _row_norm(delta: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(delta, dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(delta, dim=-1)
+    return norm
+
+
+def _frobenius_norm(delta: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(delta, dim=(-2, -1))
+    return norm
 
 
 def _budget(epsilon: Tensor | float, like: Tensor, trailing: int) -> Tensor:
@@ -120,20 +127,19 @@ class FrobeniusBall(Threat):
 
     def distance(self, delta: Tensor) -> Tensor:
         chosen = _selection(self.tokens, delta.shape[-2], delta.device)
-        return _outside_is_infinite(torch.linalg.vector_norm(delta, dim=(-2, -1)), delta, chosen)
+        return _outside_is_infinite(_frobenius_norm(delta), delta, chosen)
 
     def project(self, delta: Tensor, epsilon: Tensor | float) -> Tensor:
         delta = delta * _selection(self.tokens, delta.shape[-2], delta.device)[:, None]
-        norm = torch.linalg.vector_norm(delta, dim=(-2, -1), keepdim=True)
-        return _shrink(delta, norm, _budget(epsilon, delta, 2))
+        return _shrink(delta, _frobenius_norm(delta)[..., None, None], _budget(epsilon, delta, 2))
 
     def steepest(self, gradient: Tensor) -> Tensor:
         gradient = gradient * _selection(self.tokens, gradient.shape[-2], gradient.device)[:, None]
-        return gradient / torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True).clamp_min(TINY)
+        return gradient / _frobenius_norm(gradient)[..., None, None].clamp_min(TINY)
 
     def dual_norm(self, gradient: Tensor) -> Tensor:
         chosen = _selection(self.tokens, gradient.shape[-2], gradient.device)
-        return torch.linalg.vector_norm(gradient * chosen[:, None], dim=(-2, -1))
+        return _frobenius_norm(gradient * chosen[:, None])
 
     def movable(self, n: int) -> Tensor:
         return _selection(self.tokens, n)
@@ -169,7 +175,8 @@ class PerTokenBall(Threat):
 
     def _norms(self, delta: Tensor) -> Tensor:
         order = {"l2": 2.0, "linf": torch.inf, "l1": 1.0}[self.norm]
-        return torch.linalg.vector_norm(delta, ord=order, dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(delta, ord=order, dim=-1)
+        return norms
 
     def distance(self, delta: Tensor) -> Tensor:
         chosen = _selection(self.tokens, delta.shape[-2], delta.device)
@@ -196,16 +203,17 @@ class PerTokenBall(Threat):
     def dual_norm(self, gradient: Tensor) -> Tensor:
         order = {"l2": 2.0, "linf": 1.0, "l1": torch.inf}[self.norm]
         chosen = _selection(self.tokens, gradient.shape[-2], gradient.device)
-        return torch.linalg.vector_norm(gradient * chosen[:, None], ord=order, dim=-1).sum(dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(gradient * chosen[:, None], ord=order, dim=-1)
+        return norms.sum(dim=-1)
 
     def movable(self, n: int) -> Tensor:
         return _selection(self.tokens, n)
 
     def frobenius_factor(self, n: int, d: int) -> float:
-        return float(self.movable(n).sum()) ** 0.5 * self.token_factor(n, d)
+        return math.sqrt(float(self.movable(n).sum())) * self.token_factor(n, d)
 
     def token_factor(self, n: int, d: int) -> float:
-        return float(d) ** 0.5 if self.norm == "linf" else 1.0
+        return math.sqrt(d) if self.norm == "linf" else 1.0
 
 
 @dataclass(frozen=True)

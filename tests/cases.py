@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ def _band(n: int, reach: int) -> Tensor:
 
 
 def _zero(attention: Attention, *names: str) -> Attention:
-    return replace(attention, **{name: torch.zeros_like(getattr(attention, name)) for name in names})
+    zeros: dict[str, Any] = {name: torch.zeros_like(getattr(attention, name)) for name in names}
+    return replace(attention, **zeros)
 
 
 def _build() -> Iterator[Case]:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -159,8 +160,11 @@ class Attention:
         """Value vectors of every head, bias included."""
         return _project(x, self.w_v, self.b_v)
 
-    def score_bias(self, n: int, mass: Float[Tensor, "*b n"] | None = None) -> Float[Tensor, "..."] | None:
-        """What is added to the scores: mask, causal mask and log-mass; None if nothing, else broadcastable to (*b, h, n, n)."""
+    def score_bias(self, n: int, mass: Float[Tensor, "*m n"] | None = None) -> Float[Tensor, "..."] | None:
+        """What is added to the scores: mask, causal mask and log-mass.
+
+        None if nothing is added, else broadcastable to (*b, h, n, n).
+        """
         bias: Tensor | None = None
         if self.mask is not None:
             if self.mask.shape[0] != n:
@@ -175,13 +179,17 @@ class Attention:
             bias = log_mass if bias is None else bias + log_mass
         return bias
 
-    def scores(self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*b n"] | None = None) -> Float[Tensor, "*b h n n"]:
+    def scores(
+        self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None
+    ) -> Float[Tensor, "*b h n n"]:
         """Softmax arguments, mask and log-mass included."""
         s = self.factor * self.queries(x) @ self.keys(x).transpose(-1, -2)
         bias = self.score_bias(x.shape[-2], mass)
         return s if bias is None else s + bias
 
-    def weights(self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*b n"] | None = None) -> Float[Tensor, "*b h n n"]:
+    def weights(
+        self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None
+    ) -> Float[Tensor, "*b h n n"]:
         """Attention weights P."""
         return torch.softmax(self.scores(x, mass), dim=-1)
 
@@ -191,12 +199,14 @@ class Attention:
             return torch.einsum("...hnv,hve->...ne", heads, self.w_o)
         return heads.transpose(-3, -2).flatten(-2)
 
-    def __call__(self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*b n"] | None = None) -> Float[Tensor, "*b n e"]:
+    def __call__(
+        self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None
+    ) -> Float[Tensor, "*b n e"]:
         """Evaluate the layer; leading batch dimensions are allowed.
 
         Args:
             x: Tokens, (n, d) or batched.
-            mass: Token masses; None means equal masses.
+            mass: Token masses, (n,) or any shape that broadcasts over the batch; None means equal masses.
         """
         out = self.combine(self.weights(x, mass) @ self.values(x))
         return out if self.b_o is None else out + self.b_o
@@ -209,7 +219,7 @@ class Attention:
 
     def to(self, device: torch.device | str) -> "Attention":
         """The same layer on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name).to(device)
             for name in ("w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "w_o", "b_o", "mask")
         }

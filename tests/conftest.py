@@ -1,0 +1,71 @@
+"""Settings of every test: shapes checked at run time, one thread, no network, fixed seeds."""
+
+import os
+
+# Before torch and transformers are imported: they read these once.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from jaxtyping import install_import_hook
+
+# Before the first import of the package: only modules imported from here on are checked.
+install_import_hook("attnrobust", "beartype.beartype")
+
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests.cases import Case, cases
+
+torch.set_num_threads(1)  # the tests run in several processes; the results then do not depend on the machine's cores
+settings.register_profile(
+    "attnrobust", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("attnrobust")
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_state() -> Iterator[None]:
+    """Seed every global generator and refuse tests that leave torch in another state."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - foolbox and third parties draw from the legacy generator
+    torch.manual_seed(0)
+    before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+    yield
+    after = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+    assert after == before, f"the test left torch's (dtype, grad, threads) at {after}, was {before}"
+
+
+@pytest.fixture(params=cases(), ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Every layer and input of the table, one test each."""
+    chosen = request.param
+    assert isinstance(chosen, Case)
+    return chosen
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run."""
+    missing = {
+        "gpu": None if torch.cuda.is_available() else "no CUDA device",
+        "chromium": None if any(map(shutil.which, CHROMIUM)) else "no Chromium",
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_configure() -> None:
+    """The hook above came too late for anything imported before it."""
+    loaders = {name: type(module.__loader__) for name, module in sys.modules.items() if name.startswith("attnrobust")}
+    unchecked = [name for name, loader in loaders.items() if not loader.__module__.startswith("jaxtyping")]
+    assert not unchecked, f"imported before the shape checks were installed: {unchecked}"
