@@ -1,0 +1,67 @@
+# make demo    the main job on the built-in example: real model, real sentences (about two minutes after installation)
+# make test    static checks and the tests
+# Both create .venv first, with the exact versions of constraints.txt, and install nothing on a second run.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+JOBS ?= auto
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test lint format docs-check bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+$(VENV)/python: Makefile
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/python
+	@echo "installing the pinned dependencies into $(VENV) (once; minutes) ..."
+	$(INSTALL) '.[demo]'
+	touch $@
+
+$(VENV)/test: pyproject.toml constraints.txt | $(VENV)/python
+	@echo "installing the pinned dependencies into $(VENV) (once; minutes) ..."
+	$(INSTALL) '.[test]'
+	touch $@ $(VENV)/demo
+
+$(VENV)/bench: pyproject.toml constraints.txt | $(VENV)/test
+	$(INSTALL) '.[test]' pytest-benchmark
+	touch $@
+
+# make demo
+demo: $(VENV)/demo
+	$(BIN)/attnrobust demo
+
+# make test
+test: lint $(VENV)/test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# make lint    ruff, mypy, import-linter
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+# make format  rewrite the code in the project's layout
+format: $(VENV)/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# make docs-check  links and code of README and docs
+docs-check: $(VENV)/test
+	$(BIN)/python -m pytest tests/test_docs.py
+
+# make bench   speed and tightness
+bench: $(VENV)/bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only -o addopts=
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks build dist
