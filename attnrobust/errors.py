@@ -43,3 +43,9 @@ class AlreadyViolatedError(InputError):
 
 class SoundnessError(AttnRobustError):
     """A verified attack lies inside a certified radius: one of the two is wrong."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library (its class if it says nothing), to quote in a one-line message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

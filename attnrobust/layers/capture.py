@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnrobust.errors import InputError, UnsupportedModelError
+from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.layers.adapters import Adapter
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.files import read_arrays
@@ -142,7 +142,7 @@ def capture_tokens(
     except (IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"the model cannot be run on this input: {error}") from error
+        raise InputError(f"the model cannot be run on this input: {first_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()

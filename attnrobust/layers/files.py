@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnrobust.errors import InputError
+from attnrobust.errors import InputError, first_line
 
 SUFFIXES = (".npz", ".safetensors")
 
@@ -31,7 +31,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as archive:
             return {key: torch.from_numpy(np.array(archive[key])) for key in archive.files}
     except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"cannot read {path} as numeric arrays: {error}") from error
+        raise InputError(f"cannot read {path} as numeric arrays: {first_line(error)}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -41,4 +41,4 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise InputError(f"cannot read {path}: {first_line(error)}") from error

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.errors import InputError, UnknownNameError, first_line
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.files import SUFFIXES, read_arrays
 
@@ -80,7 +80,7 @@ def to_file(layer: Attention, path: str | Path) -> Path:
 
             save_file(arrays, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+        raise InputError(f"cannot write {path}: {first_line(error)}") from error
     return path
 
 

@@ -79,6 +79,7 @@ class TorchAdapter(Adapter):
         parts = [split_input_heads(module, w, b, heads) for w, b in zip(weight.chunk(3), biases, strict=True)]
         (w_q, b_q), (w_k, b_k), (w_v, b_v) = parts
         out, b_o = linear_weights(module, "out_proj", classes=_OUT_CLASSES)
+        refuse_foreign_parameters(module, ("out_proj",), own=("in_proj_weight", "in_proj_bias"))
         w_o = split_output_heads(module, out, heads)
         return Attention(w_q=w_q, w_k=w_k, w_v=w_v, b_q=b_q, b_k=b_k, b_v=b_v, w_o=w_o, b_o=b_o)
 
@@ -115,4 +116,3 @@ def _refuse_unmodelled(module: nn.MultiheadAttention) -> None:
     if not isinstance(module.in_proj_weight, nn.Parameter):
         raise refuse(module, "in_proj_weight is computed by a hook (old weight or spectral norm); remove it first")
     refuse_active_dropout(module, ("dropout",))
-    refuse_foreign_parameters(module, ("out_proj",), own=("in_proj_weight", "in_proj_bias"))

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from attnrobust.errors import UnsupportedModelError
+from attnrobust.errors import UnsupportedModelError, first_line
 from attnrobust.layers.adapters import (
     Adapter,
     class_path,
@@ -123,7 +123,6 @@ class SelfAttentionAdapter(Adapter):
         layout = LAYOUTS[class_path(module)]
         _refuse_unmodelled(module)
         refuse_active_dropout(module, layout.dropouts)
-        refuse_foreign_parameters(module, layout.linears)
         heads = int(getattr(module, layout.heads))
         parts = _fused_projections(module, layout) if layout is _GPT2 else _projections(module, layout)
         (w_q, b_q), (w_k, b_k), (w_v, b_v) = (split_input_heads(module, w, b, heads) for w, b in parts)
@@ -131,6 +130,7 @@ class SelfAttentionAdapter(Adapter):
         if layout.output is not None:
             weight, b_o = _linear(module, layout.output)
             w_o = split_output_heads(module, weight, heads)
+        refuse_foreign_parameters(module, layout.linears)
         spec = Attention(
             w_q=w_q, w_k=w_k, w_v=w_v, b_q=b_q, b_k=b_k, b_v=b_v, w_o=w_o, b_o=b_o,
             scale=_scale(module), causal=_causal(module),
@@ -278,7 +278,7 @@ def _check_against_module(spec: Attention, module: nn.Module) -> None:
         with torch.no_grad():
             output = functional_call(twin, state, (tokens[None],), {"attention_mask": mask})
     except (TypeError, RuntimeError, ValueError, AttributeError) as error:
-        raise refuse(module, f"could not be called to check its specification: {error}") from error
+        raise refuse(module, f"could not be called to check its specification: {first_line(error)}") from error
     expected = output[0][0] if isinstance(output, tuple) else output[0]
     difference = float((spec(tokens) - expected).abs().max())
     if not difference <= _CHECK_TOLERANCE * max(1.0, float(expected.abs().max())):

