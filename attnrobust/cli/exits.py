@@ -1,0 +1,114 @@
+"""Exit codes, and how errors become one line on stderr."""
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from pathlib import Path
+
+import typer
+
+from attnrobust.errors import AttnRobustError, SoundnessError
+from attnrobust.results import Status
+from attnrobust.rows import Row
+
+_CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+log = logging.getLogger("attnrobust")
+
+
+class ExitCode(IntEnum):
+    """What the process says to its caller."""
+
+    OK = 0
+    BELOW = 1  # --fail-under: a radius is below the threshold
+    USAGE = 2  # wrong usage or input, in words
+    UNSOUND = 3  # a verified attack inside a certified radius
+    INTERNAL = 70  # an error that this program did not foresee (EX_SOFTWARE)
+    INTERRUPTED = 130  # Ctrl-C
+    PIPE = 141  # the reader of stdout went away
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    typer.echo(f"attnrobust: {message}", err=True)
+
+
+def guarded(call: Callable[[], int | None]) -> int:
+    """Run a command; foreseen errors are one line, others a traceback with their own exit code.
+
+    Args:
+        call: The command; its value is the exit code (None: 0).
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return int(call() or ExitCode.OK)
+    except SoundnessError as error:
+        say(str(error))
+        return ExitCode.UNSOUND
+    except AttnRobustError as error:
+        log.debug("usage error", exc_info=True)
+        say(" ".join(str(error).split()))
+        return ExitCode.USAGE
+    except _CLICK_ERROR as error:
+        if message := _click_message(error):  # empty after the help that a bare command prints
+            say(f"{message}; see {_command_path(error)} --help")
+        return ExitCode.USAGE
+    except KeyboardInterrupt:
+        say("interrupted")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115 - what is left to flush goes nowhere
+        return ExitCode.PIPE
+    except Exception:  # noqa: BLE001 - exit code 1 means "below the threshold", so a crash needs its own
+        traceback.print_exc()
+        say("this error was not foreseen; please report it with the lines above")
+        return ExitCode.INTERNAL
+
+
+def _click_message(error: Exception) -> str:
+    message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
+    return " ".join(message.rstrip(".").split())
+
+
+def _command_path(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return str(context.command_path) if context is not None else "attnrobust"
+
+
+def exit_code(rows: Sequence[Row], *, fail_under: float | None = None) -> ExitCode:
+    """The exit code of rows, each deviation told on stderr.
+
+    UNSOUND comes first; then rows that all ended in an error; then a radius (certified if there is one, else of the
+    attack) below ``fail_under``, where a row with an error counts as below.
+
+    Args:
+        rows: All rows of the run.
+        fail_under: The threshold, or None.
+    """
+    for row in rows:
+        if row.message and row.status != Status.MISCLASSIFIED:
+            say(f"{row.input_id}: {row.message}")
+    if any(row.status == Status.UNSOUND for row in rows):
+        return ExitCode.UNSOUND
+    failed = [row for row in rows if row.status == Status.ERROR]
+    if rows and len(failed) == len(rows):
+        say("no input could be computed")
+        return ExitCode.USAGE
+    below = [row for row in rows if fail_under is not None and not _reaches(row, fail_under)]
+    if below:
+        say(f"{len(below)} of {len(rows)} rows are below --fail-under {fail_under:g}, first {below[0].input_id}")
+        return ExitCode.BELOW
+    return ExitCode.OK
+
+
+def _reaches(row: Row, threshold: float) -> bool:
+    if row.status == Status.ERROR:
+        return False
+    if row.certified_radius is not None:
+        return row.certified_radius >= threshold
+    # An attack alone: no violation found means that nothing is known to be below.
+    return row.attack_radius is None or row.attack_radius >= threshold
