@@ -11,6 +11,7 @@ class Status(StrEnum):
     """How one row ended."""
 
     FOUND = "found"  # a verified violation (attack), gap known (comparison)
+    CERTIFIED = "certified"  # certificates alone; no attack was asked for
     NOT_FOUND = "not_found"  # the attack found no violation within its budget
     MISCLASSIFIED = "misclassified"  # the goal fails at the clean input; both radii are 0
     NAN = "nan"  # the search met NaN or infinity and has nothing verified
@@ -42,6 +43,7 @@ class AttackResult:
         seconds: Wall time.
         seed: The seed of this run.
         epsilon: The fixed budget, or None for the minimal-radius mode.
+        note: What went wrong (status ERROR), or empty.
     """
 
     problem: str
@@ -54,6 +56,7 @@ class AttackResult:
     seconds: float
     seed: int
     epsilon: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,238 @@
+"""Batched value and closed-form gradient of the used budget for several problems on one layer."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attnrobust.attacks._pullback import AttentionTape, PreparedAttention
+from attnrobust.goal import ResolvedGoal
+from attnrobust.layers.attention import Attention
+from attnrobust.problem import Problem
+
+WORKING_COPIES = 5
+"""Score-sized arrays alive at once in one value-and-gradient call (scores, weights, two gradients, one temporary)."""
+
+
+@dataclass(frozen=True, eq=False)
+class StackedGoal:
+    """The resolved goals of p problems of one shape, stacked.
+
+    Args:
+        weights: Row weights (p, n), or None where every row counts.
+        functionals: (p, c, e), or None for displacements.
+        budgets: (p, c).
+        clean: Pooled clean outputs (p, n, e) or (p, e).
+    """
+
+    weights: Float[Tensor, "p n"] | None
+    functionals: Float[Tensor, "p c e"] | None
+    budgets: Float[Tensor, "p c"]
+    clean: Float[Tensor, "p ..."]
+
+    @classmethod
+    def stack(cls, goals: Sequence[ResolvedGoal]) -> "StackedGoal":
+        """Stack goals of equal shape."""
+        first = goals[0]
+        return cls(
+            weights=None if first.weights is None else torch.stack([_present(g.weights) for g in goals]),
+            functionals=None if first.functionals is None else torch.stack([_present(g.functionals) for g in goals]),
+            budgets=torch.stack([g.budgets for g in goals]),
+            clean=torch.stack([g.clean for g in goals]),
+        )
+
+    def take(self, index: Int[Tensor, "q"]) -> "StackedGoal":
+        """The goals of some of the problems."""
+        return StackedGoal(
+            weights=None if self.weights is None else self.weights[index],
+            functionals=None if self.functionals is None else self.functionals[index],
+            budgets=self.budgets[index],
+            clean=self.clean[index],
+        )
+
+    def pool(self, output: Float[Tensor, "p r n e"]) -> Float[Tensor, "p r ..."]:
+        """The part of outputs (or of their derivatives) that counts."""
+        if self.weights is None:
+            return output
+        return torch.matmul(self.weights[:, None, None, :], output).squeeze(-2)
+
+    def unpool(self, cotangent: Float[Tensor, "p r ..."]) -> Float[Tensor, "p r n e"]:
+        """Adjoint of ``pool``."""
+        if self.weights is None:
+            return cotangent
+        return self.weights[:, None, :, None] * cotangent[:, :, None, :]
+
+    def shares(self, output: Float[Tensor, "p r n e"]) -> Float[Tensor, "p r c"]:
+        """Used share of every budget."""
+        difference = self.pool(output) - self.clean[:, None]
+        if self.functionals is None:
+            drops: Tensor = torch.linalg.vector_norm(difference.flatten(2), dim=-1, keepdim=True)
+        else:
+            drops = -torch.matmul(difference, self.functionals.mT)
+        return drops / self.budgets[:, None]
+
+    def shares_and_cotangent(
+        self, output: Float[Tensor, "p r n e"], target: Int[Tensor, "p r"]
+    ) -> tuple[Float[Tensor, "p r c"], Float[Tensor, "p r n e"]]:
+        """Shares, and the derivative of the share ``target`` with respect to the output."""
+        shares = self.shares(output)
+        if self.functionals is None:
+            difference = self.pool(output) - self.clean[:, None]
+            scale = self.budgets[:, None] ** 2 * shares  # = budget * norm of the difference
+            scale = torch.where(scale > 0, scale, math.inf).reshape(*scale.shape[:2], *(1,) * (difference.ndim - 2))
+            return shares, self.unpool(difference / scale)
+        rows = torch.arange(target.shape[0], device=target.device)[:, None]
+        return shares, self.unpool(-self.functionals[rows, target] / self.budgets[rows, target][..., None])
+
+
+class Evaluator:
+    """p problems with one layer, token count, threat and goal shape; evaluates perturbations (p, r, n, d).
+
+    Every matrix product is done per problem with a shape that does not depend on p, and chunks are cut along the
+    restarts r by a rule that does not depend on p either: a problem's numbers do not change with its companions.
+
+    Args:
+        problems: Problems of one group (``group_key``).
+        memory_bytes: Bytes that the score-sized arrays of one call may take.
+    """
+
+    def __init__(self, problems: Sequence[Problem], *, memory_bytes: int) -> None:
+        self.problems = tuple(problems)
+        self.index = torch.arange(len(problems))
+        self.queries = torch.zeros(len(problems), dtype=torch.int64)
+        """Forward evaluations of each of the ORIGINAL problems; shared with the evaluators that ``take`` makes."""
+        self.memory_bytes = memory_bytes
+        self.network = problems[0].network
+        self.points = torch.stack([p.clean.points for p in problems])
+        masses = [p.mass for p in problems]
+        self.mass = None if masses[0] is None else torch.stack([_present(m) for m in masses])
+        self.goal = StackedGoal.stack([p.resolved for p in problems])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens live."""
+        return self.points.device
+
+    @cached_property
+    def prepared(self) -> PreparedAttention | None:
+        """Fused weights of an attention layer; None for any other network (then autograd is used)."""
+        if type(self.network) is not Attention:
+            return None
+        return PreparedAttention(self.network, self.points.shape[-2], self.mass)
+
+    def take(self, index: Int[Tensor, "q"]) -> "Evaluator":
+        """The evaluator of some of the problems; it counts into the same record."""
+        chosen = Evaluator([self.problems[i] for i in index.tolist()], memory_bytes=self.memory_bytes)
+        chosen.index, chosen.queries = self.index[index.cpu()], self.queries
+        return chosen
+
+    def _count(self, rows: int) -> None:
+        self.queries[self.index] += rows
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def shares(self, delta: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r c"]:
+        """Used share of every budget at moved tokens."""
+        return torch.cat([self._shares(part) for part in delta.split(self._rows(), dim=1)], dim=1)
+
+    def usage(self, delta: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r"]:
+        """Largest used share; a violation where it is >= 1."""
+        return self.shares(delta).amax(dim=-1)
+
+    def shares_and_gradient(
+        self, delta: Float[Tensor, "p r n d"], target: Int[Tensor, "p r"]
+    ) -> tuple[Float[Tensor, "p r c"], Float[Tensor, "p r n d"]]:
+        """Shares, and the gradient of the share ``target`` with respect to the tokens."""
+        rows = self._rows()
+        parts = [
+            self._shares_and_gradient(d, t) for d, t in zip(delta.split(rows, 1), target.split(rows, 1), strict=True)
+        ]
+        return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1)
+
+    def _shares(self, delta: Tensor) -> Tensor:
+        self._count(delta.shape[1])
+        x = self.points[:, None] + delta
+        if self.prepared is not None:
+            return self.goal.shares(self.prepared.forward(x).output)
+        return self.goal.shares(torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])]))
+
+    def _shares_and_gradient(self, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        self._count(delta.shape[1])
+        x = self.points[:, None] + delta
+        if self.prepared is not None:
+            tape = self.prepared.forward(x)
+            shares, cotangent = self.goal.shares_and_cotangent(tape.output, target)
+            return shares, tape.pullback(cotangent)
+        x.requires_grad_(True)
+        with torch.enable_grad():
+            output = torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])])
+        shares, cotangent = self.goal.shares_and_cotangent(output.detach(), target)
+        (gradient,) = torch.autograd.grad(output, x, cotangent)
+        return shares, gradient
+
+    def _plain(self, index: int, x: Tensor) -> Tensor:
+        mass = None if self.mass is None else self.mass[index].expand(x.shape[0], -1)
+        return self.network(x, mass)
+
+    # ---- linearisation at the clean inputs -------------------------------------------------------------------------
+
+    def normal_product(self, vectors: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n d"]:
+        """``J^T J v`` for the pooled Jacobian at the clean inputs, in units of the (first) budget."""
+        rows = self._rows()
+        return torch.cat([self._normal_product(v) for v in vectors.split(rows, dim=1)], dim=1)
+
+    def _normal_product(self, vectors: Tensor) -> Tensor:
+        self._count(vectors.shape[1])
+        scale = (self.goal.budgets[:, :1] ** 2)[..., None, None]
+        if self.prepared is not None:
+            tape = self._clean_tape
+            image = self.goal.pool(tape.pushforward(vectors))
+            return tape.pullback(self.goal.unpool(image)) / scale
+        return torch.stack([self._plain_normal_product(i, v) for i, v in enumerate(vectors)]) / scale
+
+    @cached_property
+    def _clean_tape(self) -> AttentionTape:
+        assert self.prepared is not None  # noqa: S101 - only called for attention layers; narrows the type
+        return self.prepared.forward(self.points[:, None])
+
+    def _plain_normal_product(self, index: int, vectors: Tensor) -> Tensor:
+        x = self.points[index].expand_as(vectors).clone().requires_grad_(True)
+        goal = self.goal.take(torch.tensor([index], device=x.device))
+        with torch.enable_grad():
+            image = goal.pool(self._plain(index, x)[None])[0]
+            dual = torch.zeros_like(image, requires_grad=True)
+            (pulled,) = torch.autograd.grad(image, x, dual, create_graph=True)
+            # The pullback is linear in its cotangent: differentiating it along v gives J v.
+            (pushed,) = torch.autograd.grad(pulled, dual, vectors, retain_graph=True)
+            (product,) = torch.autograd.grad(image, x, pushed)
+        return product
+
+    def _rows(self) -> int:
+        n = self.points.shape[-2]
+        heads = self.network.heads if isinstance(self.network, Attention) else 1
+        width = self.points.shape[-1] + self.network.out_width
+        per_row = 8 * WORKING_COPIES * n * (heads * n + width)
+        return max(1, int(self.memory_bytes // per_row))
+
+
+def group_key(problem: Problem) -> tuple[object, ...]:
+    """Problems with equal keys can be evaluated together."""
+    goal = problem.resolved
+    return (
+        problem.network.digest,
+        problem.clean.n,
+        problem.threat,
+        problem.mass is None,
+        goal.weights is None,
+        goal.functionals is None,
+        goal.budgets.shape[0],
+    )
+
+
+def _present(value: Tensor | None) -> Tensor:
+    assert value is not None  # noqa: S101 - group_key separates problems with and without it; narrows the type
+    return value

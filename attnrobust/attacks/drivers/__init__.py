@@ -1,0 +1,1 @@
+"""How an attack searches: starting directions, gradient descent on the radius, other libraries' attacks."""
