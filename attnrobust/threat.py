@@ -289,17 +289,17 @@ _WITHOUT_TOKENS = ("frobenius", "per-token", "per-token-linf", "per-token-l1", "
 
 def parse_threat(text: str) -> Threat:
     """Read a threat from its key: ``frobenius``, ``per-token``, ``per-token-linf``, ``per-token-l1``, ``any-token``,
-    ``token:I``, ``tokens:I,J,...``; ``per-token...`` and ``any-token`` take ``:I,J,...`` too.
+    ``token:I``, ``tokens:I,J,...``; every name takes ``:I,J,...``, the tokens that may move.
 
     Raises:
         UnknownNameError: With the nearest names.
         InputError: A token list that is not made of integers.
     """
-    name, _, rest = text.partition(":")
+    name, separator, rest = text.partition(":")
     if name not in (*_WITHOUT_TOKENS, "token", "tokens"):
         raise UnknownNameError("threat", text, (*_WITHOUT_TOKENS, "token:I", "tokens:I,J"))
     tokens: tuple[int, ...] | None = None
-    if rest or name in ("token", "tokens"):
+    if separator or name in ("token", "tokens"):
         if not re.fullmatch(r"\d+(,\d+)*", rest) or (name == "token" and "," in rest):
             raise InputError(f"threat {text!r}: give token indices, as in token:3 or tokens:1,4")
         tokens = tuple(int(part) for part in rest.split(","))
