@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class LinearMap:
     rmatvec: Product
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def in_size(self) -> int:
@@ -180,7 +180,7 @@ def largest_singular_value_lower(
     Args:
         linear: The map.
         seed: Seed of the start vector.
-        tol: Relative accuracy of the squared singular value that ARPACK aims for; the result is a lower bound in any case.
+        tol: Relative accuracy of the squared singular value that ARPACK aims for; the result is a lower bound anyway.
 
     Returns:
         ``||J v|| / ||v||`` of the returned unit vector v (shape ``in_shape``), rounded down: a lower bound.
@@ -249,7 +249,7 @@ def largest_singular_value_upper(
 
     Args:
         linear: The map.
-        failure_probability: delta of the random start; the returned Upper carries it, or 0 where the matrix was decomposed.
+        failure_probability: delta of the random start; the returned Upper carries it (0 where a matrix was decomposed).
         seed: Seed of the start vector.
         tol: Lanczos stops once upper / lower <= 1 + tol.
         dense_limit: Largest smaller side for which the matrix may be decomposed (at most 2000); 0 forces Lanczos.

@@ -1,4 +1,4 @@
-"""The derivative of attention at given tokens in closed form, as products; no autograd graph, no (n d) x (n d) matrix."""
+"""The derivative of attention at given tokens by closed-form products: no autograd graph, no (n d) x (n d) matrix."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,26 +75,34 @@ class AttentionJacobian:
         """Head averages ``o_i = sum_j P_ij v_j`` of the values without bias."""
         return self.weights @ self.values
 
-    @torch.no_grad()
-    def matvec(self, v: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n e"]:
-        """``J v``: the change of the output per unit move of the tokens along ``v``."""
-        layer, weights = self.attention, self.weights
-        scores = torch.einsum("...nd,hdk->...hnk", v, layer.w_q) @ self.keys.transpose(-1, -2)
-        scores = scores + self.queries @ torch.einsum("...nd,hdk->...hkn", v, layer.w_k)
-        change = weights * (scores - (weights * scores).sum(dim=-1, keepdim=True))
-        heads = weights @ torch.einsum("...nd,hdv->...hnv", v, layer.w_v) + change @ self.values
-        return layer.combine(heads)
+    @cached_property
+    def _into(self) -> Float[Tensor, "d m"]:
+        """All input projections of all heads side by side."""
+        layer = self.attention
+        return torch.cat([w.transpose(0, 1).flatten(1) for w in (layer.w_q, layer.w_k, layer.w_v)], dim=1)
 
     @torch.no_grad()
-    def rmatvec(self, u: Float[Tensor, "*b n e"]) -> Float[Tensor, "*b n d"]:
+    def matvec(self, v: Float[Tensor, "... n d"]) -> Float[Tensor, "... n e"]:
+        """``J v``: the change of the output per unit move of the tokens along ``v``."""
+        layer, weights = self.attention, self.weights
+        v = v.expand(*torch.broadcast_shapes(v.shape[:-2], self.points.shape[:-2]), *v.shape[-2:])
+        widths = [layer.heads * layer.key_width, layer.heads * layer.key_width, layer.heads * layer.value_width]
+        dq, dk, dv = (_to_heads(part, layer.heads) for part in (v @ self._into).split(widths, dim=-1))
+        queries, keys = self.queries.expand_as(dq), self.keys.expand_as(dk)
+        scores = torch.cat([dq, queries], dim=-1) @ torch.cat([keys, dk], dim=-1).transpose(-1, -2)
+        change = _centred(scores, weights)
+        return layer.combine(weights @ dv + change @ self.values)
+
+    @torch.no_grad()
+    def rmatvec(self, u: Float[Tensor, "... n e"]) -> Float[Tensor, "... n d"]:
         """``J^T u``: the gradient of ``<u, f(X)>``."""
         layer, weights = self.attention, self.weights
         heads = _split(layer, u)
-        along = heads @ self.values.transpose(-1, -2)
-        change = weights * (along - (weights * along).sum(dim=-1, keepdim=True))
-        out = torch.einsum("...hnk,hdk->...nd", change @ self.keys, layer.w_q)
-        out = out + torch.einsum("...hnk,hdk->...nd", change.transpose(-1, -2) @ self.queries, layer.w_k)
-        return out + torch.einsum("...hnv,hdv->...nd", weights.transpose(-1, -2) @ heads, layer.w_v)
+        change = _centred(heads @ self.values.transpose(-1, -2), weights)
+        dq = change @ self.keys
+        dk = change.transpose(-1, -2) @ self.queries
+        dv = weights.transpose(-1, -2) @ heads
+        return torch.cat([_from_heads(part) for part in (dq, dk, dv)], dim=-1) @ self._into.T
 
     def linear_map(
         self,
@@ -125,8 +133,21 @@ class AttentionJacobian:
         return linear if movable is None else select_tokens(linear, movable)
 
 
+def _centred(scores: Tensor, weights: Tensor) -> Tensor:
+    """``P_ij (s_ij - sum_l P_il s_il)``, in the memory of ``scores``."""
+    mean = torch.linalg.vecdot(weights, scores, dim=-1)
+    return scores.sub_(mean[..., None]).mul_(weights)
+
+
+def _to_heads(flat: Tensor, heads: int) -> Tensor:
+    """(*b, n, h w) -> (*b, h, n, w), contiguous: batched products are several times faster then."""
+    return flat.reshape(*flat.shape[:-1], heads, -1).transpose(-3, -2).contiguous()
+
+
+def _from_heads(per_head: Tensor) -> Tensor:
+    return per_head.transpose(-3, -2).flatten(-2)
+
+
 def _split(layer: Attention, u: Tensor) -> Tensor:
     """Transpose of ``Attention.combine``: (*b, n, e) -> (*b, h, n, v)."""
-    if layer.w_o is not None:
-        return torch.einsum("...ne,hve->...hnv", u, layer.w_o)
-    return u.unflatten(-1, (layer.heads, layer.value_width)).transpose(-3, -2)
+    return _to_heads(u if layer.w_o is None else u @ layer.w_o.flatten(0, 1).T, layer.heads)
