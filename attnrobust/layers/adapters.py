@@ -76,8 +76,8 @@ def refuse_active_dropout(module: nn.Module, dropouts: Iterable[str]) -> None:
 
 def linear_weights(
     owner: nn.Module, name: str, *, classes: tuple[str, ...] = ("torch.nn.modules.linear.Linear",)
-) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out"] | None]:
-    """Weight and bias of a plain linear submodule, copied to float64.
+) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, "out"] | None]:
+    """Weight (in its own layout) and bias of a plain linear submodule, copied to float64.
 
     Args:
         owner: The attention module, for the message.

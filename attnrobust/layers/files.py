@@ -28,7 +28,8 @@ def read_arrays(path: str | Path) -> dict[str, Tensor]:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # np.load leaves a file that it opened itself open when the archive is damaged.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {key: torch.from_numpy(np.array(archive[key])) for key in archive.files}
     except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(f"cannot read {path} as numeric arrays: {first_line(error)}") from error

@@ -72,14 +72,15 @@ def to_file(layer: Attention, path: str | Path) -> Path:
     arrays["scale"] = torch.tensor([layer.factor], dtype=torch.float64)
     if layer.causal:
         arrays["causal"] = torch.ones(1, dtype=torch.float64)
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         if path.suffix == ".npz":
             np.savez(path, **{name: value.numpy() for name, value in arrays.items()})
         else:
-            from safetensors.torch import save_file
-
             save_file(arrays, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {first_line(error)}") from error
     return path
 

@@ -178,10 +178,9 @@ HF_ADAPTERS: tuple[Adapter, ...] = (SelfAttentionAdapter(), BertBlockAdapter())
 
 def unmodelled_reason(module: nn.Module) -> str:
     """Why an attention module has no specification, as precisely as its class and attributes tell."""
-    ancestors = {f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__[1:]}
-    known = ancestors & (set(LAYOUTS) | BLOCKS | {"torch.nn.modules.activation.MultiheadAttention"})
-    if known:
-        return f"a subclass of {min(known).rsplit('.', 1)[1]} may compute something else; only the class itself is read"
+    known = known_ancestor(module)
+    if known is not None:
+        return f"a subclass of {known} may compute something else; only the class itself is read"
     config = getattr(module, "config", None)
     if "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False):
         return "cross attention (keys and values from another sequence) is not modelled"
@@ -192,6 +191,13 @@ def unmodelled_reason(module: nn.Module) -> str:
     if any("rotary" in name for name, _ in module.named_modules()):
         return "rotary position embeddings are not modelled"
     return f"no adapter for {class_path(module)}"
+
+
+def known_ancestor(module: nn.Module) -> str | None:
+    """The attention class with an adapter of which the module's class is a proper subclass, if any."""
+    ancestors = (f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__[1:])
+    known = LAYOUTS.keys() | BLOCKS | {"torch.nn.modules.activation.MultiheadAttention"}
+    return next((path.rsplit(".", 1)[1] for path in ancestors if path in known), None)
 
 
 def _has_relative_positions(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelErro
 from attnrobust.layers.adapters import Adapter
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.from_torch import TorchAdapter
-from attnrobust.layers.from_transformers import HF_ADAPTERS, unmodelled_reason
+from attnrobust.layers.from_transformers import HF_ADAPTERS, known_ancestor, unmodelled_reason
 
 ADAPTERS: tuple[Adapter, ...] = (TorchAdapter(), *HF_ADAPTERS)
 """Every adapter; a module is read by the first one that is for exactly its class."""
@@ -71,8 +71,8 @@ def adapter_for(module: nn.Module) -> Adapter | None:
 def list_layers(model: nn.Module) -> tuple[LayerInfo, ...]:
     """List every attention layer of a model in the order of its modules, the unsupported ones with the reason.
 
-    A module counts as attention if an adapter is for its class, or if "Attention" is in its class name and in that of
-    no module inside it. Nothing is changed: not the mode, not ``requires_grad``, not the weights.
+    A module counts as attention if an adapter is for its class or an ancestor of it, or if "Attention" is in its class
+    name and in that of no module inside it. Nothing is changed: not the mode, not ``requires_grad``, not the weights.
 
     Args:
         model: Any module; a single attention module gives one layer with an empty name.
@@ -131,7 +131,7 @@ def _shortened(names: list[str]) -> str:
 
 def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if adapter_for(module) is not None or _innermost_attention(module):
+        if adapter_for(module) is not None or known_ancestor(module) is not None or _innermost_attention(module):
             yield name, module
 
 

@@ -149,6 +149,7 @@ def _load(source: str, *, local: bool) -> Pretrained:
                 local_files_only=local,
                 trust_remote_code=False,
                 dtype=torch.float64,
+                ignore_mismatched_sizes=True,  # reported, and refused below by name
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
@@ -163,7 +164,7 @@ def _load(source: str, *, local: bool) -> Pretrained:
 def _refuse_unfilled(source: str, report: dict[str, Any]) -> None:
     """A weight that the checkpoint lacks would be random; only the pooler behind the last layer may be."""
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-    mismatched = sorted(str(key) for key in report["mismatched_keys"])
+    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if missing or mismatched or report["error_msgs"]:
         named = ", ".join([*missing, *mismatched, *report["error_msgs"]][:6])
         raise InputError(f"the checkpoint {source} does not fill its model; missing or of another shape: {named}")
