@@ -242,9 +242,8 @@ class AnyToken(Threat):
     def project(self, delta: Tensor, epsilon: Tensor | float) -> Tensor:
         delta = delta * _selection(self.tokens, delta.shape[-2], delta.device)[:, None]
         norms = _row_norm(delta)
-        # Keeping row j alone, shrunk to epsilon, saves norm_j^2 - (norm_j - eps)_+^2 of the squared distance.
-        saved = norms**2 - (norms - _budget(epsilon, delta, 1)).clamp_min(0.0) ** 2
-        keep = torch.nn.functional.one_hot(saved.argmax(dim=-1), delta.shape[-2]).to(delta.dtype)
+        # Keeping row j alone saves norm_j^2 - (norm_j - epsilon)_+^2 of the squared distance, which grows with norm_j.
+        keep = torch.nn.functional.one_hot(norms.argmax(dim=-1), delta.shape[-2]).to(delta.dtype)
         delta = delta * keep[..., None]
         return _shrink(delta, _row_norm(delta)[..., None], _budget(epsilon, delta, 2))
 

@@ -13,10 +13,10 @@ MASS_SUM_TOLERANCE = 1e-9  # masses are user data in float64; n <= 1e5 terms sum
 
 
 def require_finite(name: str, value: Tensor) -> Tensor:
-    """Return ``value`` in float64, refusing integers, NaN and infinity by name."""
+    """A copy of ``value`` in float64, which later changes of the original do not reach; no integers, NaN or infinity."""
     if not value.is_floating_point():
         raise InputError(f"{name} has dtype {value.dtype}; give floating-point numbers")
-    value = value.detach().to(torch.float64)
+    value = value.detach().to(torch.float64, copy=True)
     if not bool(torch.isfinite(value).all()):
         bad = int((~torch.isfinite(value)).sum())
         raise InputError(f"{name} holds {bad} NaN or infinite entries of {value.numel()}; remove or repair them")

@@ -254,6 +254,16 @@ def test_weights_are_read_in_float64() -> None:
     assert single(random(3, 4)).dtype == torch.float64
 
 
+def test_later_training_does_not_reach_the_layer() -> None:
+    """A model in float64 hands over its own storage; a step of its optimiser must not change a digested layer."""
+    w_q, w_k, w_v, mask = random(2, 4, 3), random(2, 4, 3, seed=1), random(2, 4, 3, seed=2), random(3, 3)
+    attention = Attention(w_q=w_q, w_k=w_k, w_v=w_v, mask=mask)
+    before = attention(random(3, 4)).clone()
+    for tensor in (w_q, w_k, w_v, mask):
+        tensor.add_(1.0)
+    assert_same_bits(attention(random(3, 4)), before)
+
+
 def test_digest_changes_with_every_field() -> None:
     base = layer(mask=random(3, 3))
     changed: dict[str, Any] = {"scale": 0.5, "causal": True}

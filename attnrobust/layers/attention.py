@@ -244,7 +244,7 @@ def _checked_mask(mask: Tensor, *, causal: bool) -> Tensor:
         raise InputError(f"mask must have shape (n, n); got {tuple(mask.shape)}")
     if not mask.is_floating_point():
         raise InputError(f"mask has dtype {mask.dtype}; give additive scores (0 = visible, -inf = hidden)")
-    mask = mask.detach().to(torch.float64)
+    mask = mask.detach().to(torch.float64, copy=True)
     if bool(torch.isnan(mask).any()) or bool((mask == math.inf).any()):
         raise InputError("mask holds NaN or +inf; only finite numbers and -inf are allowed")
     visible = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -math.inf) if causal else mask
