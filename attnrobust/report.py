@@ -59,6 +59,8 @@ def result_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
     certified, attacked = any(r.certified_radius is not None for r in rows), any(r.attack is not None for r in rows)
     columns = [("margin" if any(r.margin is not None for r in rows) else "tolerance", True)]
     columns += [("certified", certified), ("by", certified), ("attack", attacked), ("gap", certified and attacked)]
+    budgeted = any(r.epsilon is not None for r in rows)
+    columns.append(("usage", budgeted))
     for name, there in columns:
         if there:
             table.add_column(name, justify="left" if name == "by" else "right", no_wrap=True)
@@ -76,6 +78,8 @@ def result_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
             cells.append(shown(row.attack_radius))
         if certified and attacked:
             cells.append(shown(row.gap, 3))
+        if budgeted:
+            cells.append("-" if row.usage is None else f"{row.usage:.1%}")
         table.add_row(*cells, status, f"{(row.seconds_certify or 0.0) + (row.seconds_attack or 0.0):.2f}")
     return table
 
@@ -144,6 +148,8 @@ def _caption(rows: Sequence[Row]) -> str | None:
     if not rows:
         return None
     parts = [f"threat {rows[0].threat}, goal {rows[0].goal}"]
+    if rows[0].epsilon is not None:
+        parts.append(f"usage: share of the goal's budget that the worst point within {shown(rows[0].epsilon)} uses")
     gaps = [row.gap for row in rows if row.gap is not None]
     if gaps:
         parts.append(f"median gap {shown(statistics.median(gaps), 3)} over {len(gaps)} of {len(rows)} inputs")

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from attnrobust.tokens import TokenMeasure
 
 SCHEMA_VERSION = 1
 """Version of the row fields; raised when a field changes its meaning or goes away."""
+
+LONGEST_MESSAGE = 400
+"""Characters of a row's message; foreign errors can be pages long."""
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +169,7 @@ def evaluate_row(task: RowTask, options: RowOptions = RowOptions()) -> Row:
         values |= {"status": Status.UNSOUND, "gap": _finite(error.comparison.gap), "message": str(error)}
     except Exception as error:  # one bad input must not end the others; the message is in its row
         log.debug("row %s failed", task.input_id, exc_info=True)
-        text = str(error) if isinstance(error, AttnRobustError) else f"{type(error).__name__}: {error}"
-        values |= {"status": Status.ERROR, "message": text}
+        values |= {"status": Status.ERROR, "message": _told(error)}
     return Row(
         input_id=task.input_id, layer=task.layer, n=task.clean.n, threat=task.threat.key, goal=task.goal.key,
         seed=task.seed, text=task.text, tokens=task.tokens, **values,
@@ -235,14 +237,11 @@ def _misclassified(options: RowOptions, message: str) -> dict[str, Any]:
     return values
 
 
+def _told(error: Exception) -> str:
+    """One line; the traceback is in the log."""
+    text = str(error) if isinstance(error, AttnRobustError) else f"{type(error).__name__}: {error}"
+    return shorten(text, LONGEST_MESSAGE, placeholder=" ...")
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def worst_status(rows: Sequence[Row]) -> Status | None:
-    """UNSOUND if any row is, else ERROR if every row is (and there is one), else None."""
-    if any(row.status == Status.UNSOUND for row in rows):
-        return Status.UNSOUND
-    if rows and all(row.status == Status.ERROR for row in rows):
-        return Status.ERROR
-    return None

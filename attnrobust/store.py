@@ -157,8 +157,10 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what computes the numbers."""
-    found = {"python": platform.python_version()}
-    for name in ("attnrobust", "torch", "numpy", "scipy", "transformers"):
+    from attnrobust import __version__
+
+    found = {"attnrobust": __version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "scipy", "transformers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -51,6 +51,12 @@ def test_columns_that_nothing_fills_are_left_out() -> None:
     assert "attack" in heading
 
 
+def test_a_fixed_budget_shows_how_much_of_the_goal_it_uses() -> None:
+    shown_table = text(result_table([replace(FULL, epsilon=0.01, usage=0.25, attack_radius=None, gap=None)]))
+    assert "25.0%" in shown_table
+    assert "within 0.01" in shown_table
+
+
 def test_margins_have_their_own_heading() -> None:
     assert "margin" in text(result_table([replace(FULL, tolerance=None, margin=2.0)]))
 

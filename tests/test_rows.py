@@ -76,14 +76,14 @@ def test_certificates_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, certify=lambda p, **_: replace(report(p, 0.1), skipped=skipped))
     row = evaluate_row(task(), RowOptions(attack=None))
     assert row.status == Status.CERTIFIED
-    assert row.attack is row.attack_radius is row.gap is row.seconds_attack is None
+    assert (row.attack, row.attack_radius, row.gap, row.seconds_attack) == (None,) * 4
     assert row.skipped == {"elsewhere": "needs a margin"}
 
 
 def test_attack_alone() -> None:
     row = evaluate_row(task(), RowOptions(certify=False))
     assert row.status == Status.FOUND
-    assert row.certified_radius is row.certificate is row.seconds_certify is row.gap is None
+    assert (row.certified_radius, row.certificate, row.seconds_certify, row.gap) == (None,) * 4
     assert row.attack_radius == pytest.approx(0.25, rel=1e-3)
     assert row.token_moves == pytest.approx((row.attack_radius,))
 
@@ -132,6 +132,17 @@ def test_an_attack_that_raises_leaves_the_certificate(monkeypatch: pytest.Monkey
     assert row.message == "ZeroDivisionError: in the driver"
     assert row.certified_radius == 0.1
     assert row.attack_radius is None
+
+
+def test_pages_of_a_foreign_error_become_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: Any, **__: Any) -> AttackResult:
+        raise ValueError("a\n  b" * 1000)
+
+    pretend(monkeypatch, attack=explode)
+    message = evaluate_row(task()).message or ""
+    assert message.startswith("ValueError: a ba b")
+    assert len(message) <= 400
+    assert "\n" not in message
 
 
 def test_an_attack_that_reports_an_error_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from attnrobust import __version__
 from attnrobust.cli.exits import ExitCode, guarded
 from attnrobust.cli.job import Job, print_json, print_layers, run_job
 from attnrobust.compare import DEFAULT_ATTACK
 from attnrobust.demo import DEMO_LAYER, DEMO_MODEL, DEMO_TOLERANCE, demo_sentences
 from attnrobust.layers.model import load_model
-from attnrobust.store import versions
 
 app = typer.Typer(
     name="attnrobust",
@@ -70,10 +70,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
-        typer.echo(f"attnrobust {versions()['attnrobust']}")
+        typer.echo(f"attnrobust {__version__}")
         raise typer.Exit
+    return wanted
 
 
 Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
@@ -85,8 +86,8 @@ def _common(
     version: Version = False,  # noqa: ARG001 - its callback does the work
     verbose: Verbose = False,
 ) -> None:
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s", force=True)
     if verbose:
+        logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
         logging.getLogger("attnrobust").setLevel(logging.DEBUG)
 
 
