@@ -1,9 +1,10 @@
 """Every certificate by name, and the default selection."""
 
 from attnrobust.certify._certify import CertificateMethod
+from attnrobust.certify.rigorous_local import RigorousLocal
 from attnrobust.errors import UnknownNameError
 
-ALL_METHODS: tuple[CertificateMethod, ...] = ()
+ALL_METHODS: tuple[CertificateMethod, ...] = (RigorousLocal(),)
 """Every certificate, cheap ones first; ``certify`` runs all that apply unless names are given."""
 
 
