@@ -69,6 +69,8 @@ def test_bert_decoder_is_causal() -> None:
     spec = from_transformers(module)
     assert spec.causal
     assert_close(spec(x), call(module, x, causal_mask()), rtol=1e-12)
+    block = from_transformers(MODELS["bert"](is_decoder=True).get_submodule("encoder.layer.1.attention"))
+    assert block.causal
 
 
 @pytest.mark.parametrize("options", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
