@@ -1,12 +1,14 @@
-"""From a bound on the used budget to a certified radius: the safe end of a search."""
+"""From a bound on the used budget to a certified radius: the safe end of a search with few evaluations."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from attnrobust.errors import InputError
 
 SMALLEST, LARGEST = 1e-12, 1e12  # radii outside are reported as 0 / LARGEST; token norms are far inside
 MAX_EVALUATIONS = 200
+GROWTH_RANGE = (0.5, 30.0)  # exponents p of a local fit usage ~ r^p that a step may trust
 
 
 def largest_radius(
@@ -14,13 +16,15 @@ def largest_radius(
 ) -> tuple[float, int]:
     """Search the largest r with ``usage(r) <= 1``; the returned r was itself evaluated and passed.
 
-    The usage is nearly proportional to r on real layers, so each step divides by it (a secant through 0); bisection in
-    log r takes over inside a bracket. No monotonicity is assumed for soundness: only passed radii are returned.
+    Bounds grow like a power of r between first and higher order, so each step fits ``usage ~ r^p`` to the two points
+    nearest to 1 and aims just below 1; every third step inside a bracket bisects it in log r. The search ends when the
+    bracket is narrow, or when the passed point already uses all but the tolerance of the budget (then a bound that
+    grows at least in proportion to r leaves no more than the tolerance). No monotonicity is assumed for soundness.
 
     Args:
         usage: Upper bound of the used budget share on the set of radius r; infinity allowed, NaN is an error.
         first_guess: Where to start; default 1.
-        relative_tolerance: Stop when failed / passed <= 1 + this.
+        relative_tolerance: How much of the radius may be given away.
 
     Returns:
         (radius, evaluations); radius 0.0 when nothing >= 1e-12 passes.
@@ -30,31 +34,76 @@ def largest_radius(
     """
     if not 0.0 < relative_tolerance < 1.0:
         raise InputError(f"relative_tolerance must be in (0, 1); got {relative_tolerance}")
-    passed, failed = 0.0, math.inf
-    passed_usage = 0.0
+    search = _Search(relative_tolerance)
     radius = first_guess if first_guess is not None and SMALLEST < first_guess < LARGEST else 1.0
     for evaluations in range(1, MAX_EVALUATIONS + 1):
         value = usage(radius)
         if math.isnan(value):
             raise InputError(f"the bound returned NaN at radius {radius:g}")
+        search.record(radius, value)
+        if search.finished:
+            return search.passed, evaluations
+        radius = search.next_radius()
+    return search.passed, MAX_EVALUATIONS
+
+
+@dataclass
+class _Search:
+    """The bracket (largest passed, smallest failed above it) and the finite points seen so far."""
+
+    tolerance: float
+    passed: float = 0.0
+    failed: float = math.inf
+    passed_usage: float = 0.0
+    bracketed_steps: int = 0
+    rising_steps: int = 0
+    points: list[tuple[float, float]] = field(default_factory=list)
+
+    def record(self, radius: float, value: float) -> None:
         if value <= 1.0:
-            passed, passed_usage = max(passed, radius), value
-        else:
-            failed = min(failed, radius)
-        if failed <= SMALLEST or passed >= LARGEST or (passed > 0 and failed <= passed * (1 + relative_tolerance)):
-            return passed, evaluations
-        radius = _next_radius(passed, failed, passed_usage, value, relative_tolerance)
-    return passed, MAX_EVALUATIONS
+            if radius > self.passed:
+                self.passed, self.passed_usage = radius, value
+                if self.failed <= self.passed:  # a bound that is not monotone: what failed below does not bound us
+                    self.failed = math.inf
+        elif radius > self.passed:
+            self.failed = min(self.failed, radius)
+        if 0.0 < value < math.inf:
+            self.points.append((math.log(radius), math.log(value)))
 
+    @property
+    def finished(self) -> bool:
+        if self.passed >= LARGEST or (self.passed == 0.0 and self.failed <= SMALLEST):
+            return True
+        return self.passed > 0 and (
+            self.failed <= self.passed * (1 + self.tolerance) or self.passed_usage >= 1.0 / (1 + self.tolerance)
+        )
 
-def _next_radius(passed: float, failed: float, passed_usage: float, value: float, tolerance: float) -> float:
-    if passed == 0.0:  # only failures so far: secant through 0, at least a halving, at most a thousandfold cut
-        shrink = 0.95 / value if math.isfinite(value) else 1e-2
-        return max(failed * min(max(shrink, 1e-3), 0.5 if value > 2.0 else 0.9), SMALLEST / 2)
-    if failed == math.inf:  # only successes: aim past the target, at least 2 %
-        return min(passed * min(max(1.05 / max(passed_usage, 1e-9), 1.02), 1e3), LARGEST)
-    middle = math.sqrt(passed * failed)
-    # Inside the bracket the secant aims at the target from the passed side; keep it away from both ends.
-    secant = passed * (1.0 + 0.8 * (1.0 / max(passed_usage, 1e-9) - 1.0))
-    low, high = passed * (1 + tolerance / 2), failed / (1 + tolerance / 2)
-    return min(max(secant, low), high) if passed < secant < middle else middle
+    def next_radius(self) -> float:
+        aim = self._fitted()
+        if self.passed == 0.0:  # only failures so far
+            high = self.failed * 0.9
+            return max(min(aim if aim is not None else self.failed * 1e-2, high), self.failed * 1e-3, SMALLEST / 2)
+        if self.failed == math.inf:  # only successes so far
+            self.rising_steps += 1  # ever longer steps, for a bound that stays below 1 for ever
+            least = max(1 + self.tolerance, 1.5 ** (self.rising_steps - 3))
+            low, high = self.passed * least, min(self.passed * 1e3, LARGEST)
+            return min(max(aim if aim is not None else high, low), high)
+        self.bracketed_steps += 1
+        low, high = self.passed * (1 + self.tolerance / 2), self.failed / (1 + self.tolerance / 2)
+        if aim is None or self.bracketed_steps % 3 == 0:
+            return math.sqrt(self.passed * self.failed)
+        return min(max(aim, low), high) if low < high else math.sqrt(self.passed * self.failed)
+
+    def _fitted(self) -> float | None:
+        """Where the power law through the two points nearest to usage 1 reaches the middle of the accepted range."""
+        if not self.points:
+            return None
+        newest_first = self.points[::-1]
+        nearest = sorted(newest_first, key=lambda point: abs(point[1]))[:2]  # stable: the newest among equals
+        log_r, log_u = nearest[0]
+        power = 1.0
+        if len(nearest) == 2 and nearest[1][0] != log_r:
+            power = (nearest[1][1] - log_u) / (nearest[1][0] - log_r)
+        power = min(max(power, GROWTH_RANGE[0]), GROWTH_RANGE[1])
+        step = (-0.5 * math.log1p(self.tolerance) - log_u) / power
+        return math.exp(min(max(log_r + step, math.log(SMALLEST / 2)), math.log(LARGEST)))

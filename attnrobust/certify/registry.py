@@ -1,10 +1,21 @@
 """Every certificate by name, and the default selection."""
 
 from attnrobust.certify._certify import CertificateMethod
+from attnrobust.certify.castin2024smooth import CastinDerived, CastinReported
+from attnrobust.certify.havens2024local import HavensLocal
 from attnrobust.certify.rigorous_local import RigorousLocal
+from attnrobust.certify.singla2020second import SinglaCurvature
+from attnrobust.certify.spread import SpreadLipschitz
 from attnrobust.errors import UnknownNameError
 
-ALL_METHODS: tuple[CertificateMethod, ...] = (RigorousLocal(),)
+ALL_METHODS: tuple[CertificateMethod, ...] = (
+    CastinReported(),
+    CastinDerived(),
+    SpreadLipschitz(),
+    HavensLocal(),
+    SinglaCurvature(),
+    RigorousLocal(),
+)
 """Every certificate, cheap ones first; ``certify`` runs all that apply unless names are given."""
 
 

@@ -133,6 +133,20 @@ class AttentionJacobian:
         return linear if movable is None else select_tokens(linear, movable)
 
 
+def value_map(jacobian: AttentionJacobian) -> LinearMap:
+    """``V -> sum_h P_h V w_v^h w_o^h`` with the attention weights held fixed: the part of J that moves the values."""
+    layer, weights = jacobian.attention, jacobian.weights
+
+    def matvec(v: Tensor) -> Tensor:
+        return layer.combine(weights @ torch.einsum("...nd,hdv->...hnv", v, layer.w_v))
+
+    def rmatvec(u: Tensor) -> Tensor:
+        return torch.einsum("...hnv,hdv->...nd", weights.transpose(-1, -2) @ _split(layer, u), layer.w_v)
+
+    shapes = (jacobian.n, layer.width), (jacobian.n, layer.out_width)
+    return LinearMap(matvec, rmatvec, in_shape=shapes[0], out_shape=shapes[1], device=layer.device)
+
+
 def _centred(scores: Tensor, weights: Tensor) -> Tensor:
     """``P_ij (s_ij - sum_l P_il s_il)``, in the memory of ``scores``."""
     mean = torch.linalg.vecdot(weights, scores, dim=-1)
