@@ -133,4 +133,5 @@ def test_no_gradient_reaches_the_weights() -> None:
     problem = next(problems(case))
     evaluator = Evaluator([problem], memory_bytes=MEMORY)
     evaluator.shares_and_gradient(draw(1, 2, *case.tokens.points.shape), torch.zeros(1, 2, dtype=torch.int64))
-    assert weight.grad is None and not weight.requires_grad
+    assert weight.grad is None
+    assert not weight.requires_grad

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnrobust.attacks._evaluate import Evaluator, group_key
+from attnrobust.attacks._evaluate import Evaluator, group_key, search_threat
 from attnrobust.errors import AttnRobustError, InputError, UnsupportedThreatError
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
@@ -35,7 +35,9 @@ class AttackBudget:
 
     Args:
         restarts: Starting points of one input; all advance together.
-        steps: Gradient steps.
+        steps: Gradient steps of one round.
+        rounds: Rounds of restarts; later ones start from what the first found, and only where the goal is not nearly
+            linear at the scale of the attack.
         queries: Largest number of forward evaluations of one input; None means no limit. It is checked between steps.
         seconds: Wall time of one batch of inputs; None means no limit. A run that it cuts short is not reproducible.
         memory_bytes: Bytes that score-sized arrays (batch x heads x n x n) may take; larger batches are cut in chunks.
@@ -43,12 +45,13 @@ class AttackBudget:
 
     restarts: int = 8
     steps: int = 60
+    rounds: int = 3
     queries: int | None = None
     seconds: float | None = None
     memory_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        for name in ("restarts", "steps", "memory_bytes", "queries", "seconds"):
+        for name in ("restarts", "steps", "rounds", "memory_bytes", "queries", "seconds"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"attack budget: {name} must be positive; got {value}")
@@ -60,7 +63,7 @@ class Search:
 
     Args:
         evaluator: Batched values and gradients; counts queries.
-        threat: The common threat.
+        threat: The common geometry; which tokens move is the evaluator's ``movable``.
         epsilon: Fixed budget of the adversary, or None for the minimal-radius mode.
         seeds: One seed per problem, independent of the other problems.
         budget: Restarts, steps, memory.
@@ -128,7 +131,7 @@ class AttackMethod(ABC):
         evaluator = Evaluator(problems, memory_bytes=budget.memory_bytes)
         search = Search(
             evaluator=evaluator,
-            threat=problems[0].threat,
+            threat=search_threat(problems[0]),
             epsilon=epsilon,
             seeds=tuple(input_seed(seed, p.digest, self.name) for p in problems),
             budget=budget,

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnrobust.attacks._pullback import AttentionTape, PreparedAttention
 from attnrobust.goal import ResolvedGoal
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
+from attnrobust.threat import FrobeniusBall, Threat
 
 WORKING_COPIES = 5
 """Score-sized arrays alive at once in one value-and-gradient call (scores, weights, two gradients, one temporary)."""
@@ -133,6 +134,12 @@ class Evaluator:
     def _count(self, rows: int) -> None:
         self.queries[self.index] += rows
 
+    @property
+    def movable(self) -> Bool[Tensor, "p n"]:
+        """Which tokens of each problem may move."""
+        n = self.points.shape[-2]
+        return torch.stack([p.threat.movable(n) for p in self.problems]).to(self.device)
+
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def shares(self, delta: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r c"]:
@@ -220,17 +227,22 @@ class Evaluator:
 
 
 def group_key(problem: Problem) -> tuple[object, ...]:
-    """Problems with equal keys can be evaluated together."""
+    """Problems with equal keys can be attacked together; token subsets of a Frobenius ball may differ."""
     goal = problem.resolved
     return (
         problem.network.digest,
         problem.clean.n,
-        problem.threat,
+        search_threat(problem),
         problem.mass is None,
         goal.weights is None,
         goal.functionals is None,
         goal.budgets.shape[0],
     )
+
+
+def search_threat(problem: Problem) -> Threat:
+    """The threat whose geometry the search uses; its rows are masked by the tokens that may move."""
+    return FrobeniusBall() if isinstance(problem.threat, FrobeniusBall) else problem.threat
 
 
 def _present(value: Tensor | None) -> Tensor:

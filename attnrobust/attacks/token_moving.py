@@ -3,12 +3,12 @@
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.attacks._attack import AttackMethod, Search
 from attnrobust.attacks._evaluate import Evaluator
-from attnrobust.attacks.drivers.projected_gradient import Start, search_rows
+from attnrobust.attacks.drivers.projected_gradient import Finish, Start, search_rows
 from attnrobust.attacks.drivers.singular_direction import margin_gradients, random_directions, singular_directions
 from attnrobust.threat import AnyToken, FrobeniusBall
 
@@ -17,6 +17,13 @@ MIN_BRANCHES = 8
 BRANCH_LANCZOS_STEPS = 8
 MAX_CLASSES = 64
 """Margins that are looked at to first order; the nearest ones are attacked."""
+SCALES = (1.0, 0.1, 0.3, 0.03)
+"""Distances of the random starts in units of the first-order radius: where the layer saturates, that is too far."""
+KICKS = (0.5, 1.0, 0.25, 1.5)
+"""Sizes of the random steps away from the best point, in units of its distance."""
+FLAT = 0.05
+"""Where the best radius is within this share of the first-order optimum, later rounds are left out: the function is
+nearly linear at this scale and its optimum is the first-order one."""
 TINY = 1e-300
 
 
@@ -26,59 +33,143 @@ class TokenMoving(AttackMethod):
     Margins: each restart attacks one class (the nearest ones to first order); the gradient at the clean input gives the
     first start. Displacements: the leading right singular vectors of the Jacobian, with both signs. The rest is random.
     "Any one token": the tokens with the smallest first-order radii are searched, each by itself, in one batch.
+    Later rounds start from random steps away from the best point and from random directions at its distance.
     """
 
     name: ClassVar[str] = "token-moving"
 
     def propose(self, search: Search) -> Float[Tensor, "p k n d"]:
         """Search from every start; see the module ``drivers.projected_gradient``."""
-        evaluator = search.evaluator
-        if isinstance(search.threat, AnyToken):
-            return _any_token(search)
-        p, n = evaluator.points.shape[:2]
-        allowed = search.threat.movable(n).to(evaluator.device).expand(p, 1, n)
-        start = _starts(search, evaluator, allowed, rows=search.budget.restarts)
-        return search_rows(search, evaluator, start, steps=search.budget.steps)
+        evaluator, generators = search.evaluator, search.generators()
+        start, first_order = first_starts(search, evaluator, generators)
+        finish = search_rows(search, evaluator, start, steps=search.budget.steps)
+        found = [finish.points]
+        best, radius = finish, first_order
+        for _ in range(1, search.budget.rounds):
+            open_problems = _curved(search, best, radius)
+            if open_problems.numel() == 0 or search.out_of_time:
+                break
+            best, radius, start = (
+                _take_finish(best, open_problems),
+                radius[open_problems],
+                start.problems(open_problems),
+            )
+            generators = [generators[i] for i in open_problems.tolist()]
+            evaluator = evaluator.take(open_problems)
+            again = _next_starts(search, evaluator, generators, start, best)
+            finish = search_rows(search, evaluator, again, steps=search.budget.steps)
+            best = _better(best, finish)
+            padded = torch.full_like(found[0], torch.nan)
+            padded[_position(search, evaluator)] = best.points
+            found.append(padded)
+        return torch.cat(found, dim=1)
 
 
-def _starts(search: Search, evaluator: Evaluator, allowed: Bool[Tensor, "p 1 n"], *, rows: int) -> Start:
-    """First-order optima, then random directions, of one set per problem."""
-    threat = search.threat
+def _position(search: Search, evaluator: Evaluator) -> Int[Tensor, "q"]:
+    return evaluator.index.to(search.evaluator.device)
+
+
+def _curved(search: Search, best: Finish, first_order: Float[Tensor, "p"]) -> Int[Tensor, "q"]:
+    """Problems whose best point is not explained by the first order at the clean input."""
+    merit = best.merit[:, 0]
+    ratio = merit / first_order if search.epsilon is None else -merit * first_order / search.epsilon
+    return ((ratio - 1.0).abs() > FLAT).nonzero().flatten()  # an infinite merit is open, too
+
+
+def _take_finish(finish: Finish, index: Tensor) -> Finish:
+    return Finish(finish.points[index], finish.targets[index], finish.merit[index])
+
+
+def _better(old: Finish, new: Finish) -> Finish:
+    merit = torch.cat([old.merit, new.merit], dim=1)
+    order = merit.argsort(dim=1, stable=True)[:, : old.merit.shape[1]]
+    at = torch.arange(order.shape[0], device=order.device)[:, None]
+    points, targets = torch.cat([old.points, new.points], dim=1), torch.cat([old.targets, new.targets], dim=1)
+    return Finish(points[at, order], targets[at, order], merit[at, order])
+
+
+def _next_starts(
+    search: Search, evaluator: Evaluator, generators: list[torch.Generator], start: Start, best: Finish
+) -> Start:
+    """Random steps away from the best point (half of the rows), and new random directions at its distance."""
+    rows = search.budget.restarts
+    half = max(1, rows // 2)
     p, n, d = evaluator.points.shape
-    random = random_directions(search.generators(), rows, (n, d), evaluator.points) * allowed[..., None]
+    random = random_directions(generators, rows, (n, d), evaluator.points)
+    at = torch.arange(p, device=random.device)
+    center, distance = best.points[:, 0], start.threat.distance(best.points[:, 0])
+    # Where the best point lives; a branch of "any one token" keeps its token, the other rows take the first branches.
+    moved = (center != 0).any(dim=-1)
+    branch = (start.allowed & moved[:, None]).flatten(2).any(dim=-1).int().argmax(dim=1)
+    cycle = torch.arange(rows - half, device=random.device) % start.allowed.shape[1]
+    allowed = torch.cat([start.allowed[at, branch][:, None].expand(p, half, n), start.allowed[:, cycle]], dim=1)
+    random = random * allowed[..., None]
+    random = random / start.threat.distance(random).clamp_min(TINY)[..., None, None]
+    size = random.new_tensor(KICKS)[torch.arange(half, device=random.device) % len(KICKS)]
+    kicked = center[:, None] + (size * distance[:, None])[..., None, None] * random[:, :half]
+    targets = torch.cat([best.targets[:, :1].expand(p, half), start.targets[:, cycle]], dim=1)
+    scales = random.new_tensor(SCALES)[torch.arange(rows - half, device=random.device) % len(SCALES)] ** 0.5
+    radius = distance[:, None] * torch.cat([random.new_full((half,), 0.95), scales])
+    if search.epsilon is not None:
+        radius = torch.full_like(radius, search.epsilon)
+    return Start(torch.cat([kicked, random[:, half:]], dim=1), targets, radius, allowed, start.threat)
+
+
+# ---- first round -------------------------------------------------------------------------------------------------
+
+
+def first_starts(
+    search: Search, evaluator: Evaluator, generators: list[torch.Generator]
+) -> tuple[Start, Float[Tensor, "p"]]:
+    """First-order optima and random directions; with the smallest radius that the first order predicts."""
+    p, n = evaluator.points.shape[:2]
+    rows = search.budget.restarts
+    if isinstance(search.threat, AnyToken):
+        start, slope = branch_starts(search, evaluator, generators)
+        order = slope.argsort(dim=1, descending=True, stable=True)[:, : max(MIN_BRANCHES, rows)]
+        chosen = start.take(torch.arange(p, device=slope.device), order)
+        return both_signs(chosen), 1.0 / slope.amax(dim=1).clamp_min(TINY)
+    allowed = evaluator.movable[:, None]
+    random = random_directions(generators, rows, evaluator.points.shape[1:], evaluator.points) * allowed[..., None]
     if evaluator.goal.functionals is None:
-        directions, first = _displacement_directions(evaluator, random, allowed, rows)
-        targets = torch.zeros(p, rows, dtype=torch.int64, device=evaluator.device)
-        # In units of the budget the singular value is the share per Frobenius length.
-        radius = threat.distance(directions[:, :1]) / first[:, None].clamp_min(TINY)
+        directions, targets, radius = _displacement_rows(search, evaluator, random, allowed)
     else:
-        targets, gradients, radius = _nearest_classes(search, evaluator, rows)
-        directions = threat.steepest(gradients)
-        half = max(1, (rows + 1) // 2)
-        directions[:, half:] = random[:, half:]
-    directions = _replace_zero(directions, random)
-    largest = radius.new_tensor(search.epsilon) if search.epsilon is not None else radius
-    return Start(directions, targets, largest.expand(p, rows), allowed.expand(p, rows, n), threat)
+        directions, targets, radius = _margin_rows(search, evaluator, rows)
+    first = directions.shape[1]
+    filled = torch.arange(rows, device=radius.device) % first
+    directions = torch.cat([_replace_zero(directions, random[:, :first]), random[:, first:]], dim=1)
+    scales = radius.new_tensor(SCALES)[torch.arange(rows - first, device=radius.device) % len(SCALES)]
+    scale = torch.cat([radius.new_ones(first), scales])
+    wanted = radius[:, filled] * scale if search.epsilon is None else scale.expand(p, rows) * search.epsilon
+    return Start(directions, targets[:, filled], wanted, allowed.expand(p, rows, n), search.threat), radius.amin(dim=1)
 
 
-def _displacement_directions(evaluator: Evaluator, random: Tensor, allowed: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    vectors = max(1, rows // 4)
+def _displacement_rows(
+    search: Search, evaluator: Evaluator, random: Tensor, allowed: Tensor
+) -> tuple[Tensor, Int[Tensor, "p r"], Tensor]:
+    """Leading right singular vectors with both signs; in units of the budget the singular value is share per length."""
+    vectors = max(1, search.budget.restarts // 4)
     found, values = singular_directions(evaluator, random[:, :1], allowed, count=vectors)
-    top = found[:, 0]
-    signed = torch.stack([top, -top], dim=2).flatten(1, 2)[:, :rows]
-    return torch.cat([signed, random[:, signed.shape[1] :]], dim=1), values[:, 0, 0]
+    signed = torch.stack([found[:, 0], -found[:, 0]], dim=2).flatten(1, 2)[:, : search.budget.restarts]
+    radius = search.threat.distance(signed) / values[:, 0].repeat_interleave(2, dim=1)[:, : signed.shape[1]]
+    return signed, torch.zeros(signed.shape[:2], dtype=torch.int64, device=signed.device), _positive(evaluator, radius)
 
 
-def _nearest_classes(search: Search, evaluator: Evaluator, rows: int) -> tuple[Int[Tensor, "p r"], Tensor, Tensor]:
-    """Classes by first-order radius; one class per row, cycling, with its gradient and radius."""
-    p, classes = evaluator.goal.budgets.shape
-    order = evaluator.goal.budgets.argsort(dim=1, stable=True)[:, : min(classes, MAX_CLASSES)]
-    gradients = margin_gradients(evaluator, order)
-    radius = 1.0 / search.threat.dual_norm(gradients).clamp_min(TINY)
+def _margin_rows(search: Search, evaluator: Evaluator, rows: int) -> tuple[Tensor, Int[Tensor, "p r"], Tensor]:
+    """One row for each of the nearest classes to first order, along the steepest direction of its margin."""
+    classes = evaluator.goal.budgets.argsort(dim=1, stable=True)[:, :MAX_CLASSES]
+    gradients = margin_gradients(evaluator, classes)
+    gradients = gradients * evaluator.movable[:, None, :, None]
+    radius = _positive(evaluator, 1.0 / search.threat.dual_norm(gradients))
     nearest = radius.argsort(dim=1, stable=True)[:, : max(1, (rows + 1) // 2)]
-    cycle = nearest[:, torch.arange(rows, device=nearest.device) % nearest.shape[1]]
-    at = torch.arange(p, device=nearest.device)[:, None]
-    return order[at, cycle], gradients[at, cycle], radius[at, cycle]
+    at = torch.arange(classes.shape[0], device=classes.device)[:, None]
+    return search.threat.steepest(gradients[at, nearest]), classes[at, nearest], radius[at, nearest]
+
+
+def _positive(evaluator: Evaluator, radius: Tensor) -> Tensor:
+    """Replace the infinite radius of a zero slope by the size of the tokens."""
+    size = torch.linalg.vector_norm(evaluator.points, dim=(-2, -1)).clamp_min(1.0)
+    return torch.where(torch.isfinite(radius), radius, size[:, None])
 
 
 def _replace_zero(directions: Tensor, random: Tensor) -> Tensor:
@@ -87,16 +178,6 @@ def _replace_zero(directions: Tensor, random: Tensor) -> Tensor:
 
 
 # ---- any one token -----------------------------------------------------------------------------------------------
-
-
-def _any_token(search: Search) -> Float[Tensor, "p k n d"]:
-    evaluator = search.evaluator
-    start, slope = branch_starts(search, evaluator)
-    p, branches = slope.shape
-    count = min(branches, max(MIN_BRANCHES, search.budget.restarts))
-    order = slope.argsort(dim=1, descending=True, stable=True)[:, :count]
-    chosen = start.take(torch.arange(p, device=slope.device), order)
-    return search_rows(search, evaluator, both_signs(chosen), steps=search.budget.steps)
 
 
 def both_signs(start: Start) -> Start:
@@ -110,13 +191,15 @@ def both_signs(start: Start) -> Start:
     )
 
 
-def branch_starts(search: Search, evaluator: Evaluator) -> tuple[Start, Float[Tensor, "p r"]]:
+def branch_starts(
+    search: Search, evaluator: Evaluator, generators: list[torch.Generator]
+) -> tuple[Start, Float[Tensor, "p r"]]:
     """One row per movable token, at its own first-order optimum, and the share per unit length there."""
     p, n, d = evaluator.points.shape
     tokens = search.threat.movable(n).nonzero().flatten().to(evaluator.device)
     allowed = torch.nn.functional.one_hot(tokens, n).bool().expand(p, -1, n)
     branches = tokens.numel()
-    random = random_directions(search.generators(), branches, (n, d), evaluator.points) * allowed[..., None]
+    random = random_directions(generators, branches, (n, d), evaluator.points) * allowed[..., None]
     if evaluator.goal.functionals is None:
         found, values = singular_directions(evaluator, random, allowed, count=1, steps=BRANCH_LANCZOS_STEPS)
         directions, slope = found[:, :, 0], values[:, :, 0]
@@ -129,5 +212,5 @@ def branch_starts(search: Search, evaluator: Evaluator) -> tuple[Start, Float[Te
         targets = classes[at, best]
         directions = gradients[at, best] * allowed[..., None]
     directions = _replace_zero(directions, random)
-    radius = 1.0 / slope.clamp_min(TINY) if search.epsilon is None else torch.full_like(slope, search.epsilon)
+    radius = _positive(evaluator, 1.0 / slope) if search.epsilon is None else torch.full_like(slope, search.epsilon)
     return Start(directions, targets, radius, allowed, FrobeniusBall()), slope

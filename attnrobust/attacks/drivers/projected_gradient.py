@@ -21,13 +21,18 @@ from attnrobust.threat import Threat
 
 MOMENTUM = 0.25
 SHRINK, GROW = 0.35, 1.6
-STATIONARY = 1e-5
+STATIONARY = 1e-4
 """A row has converged when the linearised optimum promises a smaller relative gain (far below the 1 % that matters)."""
-SMALLEST_STEP = 1e-3
+SMALLEST_STEP, LONGEST_STEP = 1e-3, 100.0
+"""Step sizes: a share of the way (mixing, at most 1), or a multiple of the set's size (projected gradient)."""
 TRUSTED = 0.2
 """The predicted radius of a ray is trusted where the share is within this distance of 1."""
 KEEP_AFTER = ((0.12, 0.5), (0.3, 0.25))
 """Successive halving: after this share of the steps only this share of the rows goes on (at least two)."""
+PATIENCE, PROGRESS = 6, 3e-4
+"""A row ends when its merit improves by less than this share within so many steps."""
+MAX_RESCALES = 5
+"""Moves along the ray in a row before a point is taken as it is."""
 TINY = 1e-300
 
 
@@ -55,6 +60,11 @@ class Start:
         directions, targets = self.directions[at, rows], self.targets[at, rows]
         return Start(directions, targets, self.radius[at, rows], self.allowed[at, rows], self.threat)
 
+    def problems(self, index: Int[Tensor, "q"]) -> "Start":
+        """All rows of some problems."""
+        every = torch.arange(self.targets.shape[1], device=index.device).expand(index.shape[0], -1)
+        return self.take(index, every)
+
 
 @dataclass(eq=False)
 class _Rows:
@@ -70,6 +80,11 @@ class _Rows:
     merit: Tensor
     alpha: Tensor
     done: Tensor
+    rescaled: Tensor
+    projected: Tensor
+    milestone: Tensor
+    low: Tensor
+    high: Tensor
 
     @classmethod
     def begin(cls, start: Start) -> "_Rows":
@@ -79,6 +94,8 @@ class _Rows:
         return cls(
             trial, start.targets, keep, trial, trial, torch.zeros_like(trial), torch.zeros_like(merit), merit,
             torch.ones_like(merit), torch.zeros_like(merit, dtype=torch.bool),
+            torch.zeros_like(merit), torch.zeros_like(merit, dtype=torch.bool), merit,
+            torch.zeros_like(merit), merit,
         )  # fmt: skip
 
     def take(self, problems: Tensor, rows: Tensor) -> "_Rows":
@@ -86,9 +103,22 @@ class _Rows:
         return _Rows(**{name: value[at, rows] for name, value in vars(self).items()})
 
 
-def search_rows(
-    search: Search, evaluator: Evaluator, start: Start, *, steps: int, finalists: int = 2, ordered: bool = True
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Finish:
+    """Where the best rows ended.
+
+    Args:
+        points: (p, k, n, d).
+        targets: Budget that each attacked, (p, k).
+        merit: Predicted radius of its ray, or minus its share at a fixed epsilon; infinity where nothing was found.
+    """
+
+    points: Float[Tensor, "p k n d"]
+    targets: Int[Tensor, "p k"]
+    merit: Float[Tensor, "p k"]
+
+
+def search_rows(search: Search, evaluator: Evaluator, start: Start, *, steps: int, finalists: int = 2) -> "Finish":
     """Run the search of every row; rows of one problem compete, problems do not see each other.
 
     Args:
@@ -97,28 +127,32 @@ def search_rows(
         start: Starting rows.
         steps: Gradient steps.
         finalists: Rows that survive successive halving at least.
-        ordered: Whether the best rows come first; False keeps every row in its place (then none is dropped).
 
     Returns:
-        The best points of the surviving rows, (p, k, n, d), best first; k may be smaller than ``finalists``.
+        The best points of the surviving rows, best first; there may be fewer than ``finalists``.
     """
     rows = _Rows.begin(start)
     total = rows.targets.shape[1]
     count = min(finalists, total)
-    result = rows.trial[:, :count].clone()
+    result = Finish(rows.trial[:, :count].clone(), rows.targets[:, :count].clone(), rows.merit[:, :count].clone())
     problems = torch.arange(rows.targets.shape[0], device=evaluator.device)
     cuts = [(max(2, round(share * steps)), max(count, math.ceil(kept * total))) for share, kept in KEEP_AFTER]
     for step in range(steps):
         _step(search, evaluator, start.threat, rows)
+        if step % PATIENCE == PATIENCE - 1:
+            rows.done |= (rows.milestone - rows.merit) <= PROGRESS * rows.merit.abs()  # inf - inf is NaN: goes on
+            rows.milestone = rows.merit
         wanted = min([rows.targets.shape[1]] + [kept for after, kept in cuts if step + 1 == after])
         going = ~rows.done.all(dim=1) & search.affordable(evaluator, wanted).to(evaluator.device)
         if search.out_of_time or step + 1 == steps:
             going = torch.zeros_like(going)
         if bool(going.all()) and wanted == rows.targets.shape[1]:
             continue
-        order = rows.merit.argsort(dim=1, stable=True) if ordered else _in_place(rows.merit)
+        order = rows.merit.argsort(dim=1, stable=True)
         everyone = torch.arange(order.shape[0], device=order.device)
-        result[problems] = _finished(search, start.threat, rows.take(everyone, order[:, :count]))
+        first = rows.take(everyone, order[:, :count])
+        result.points[problems] = _finished(search, start.threat, first)
+        result.targets[problems], result.merit[problems] = first.targets, first.merit
         stay = going.nonzero().flatten()
         if stay.numel() == 0:
             break
@@ -126,10 +160,6 @@ def search_rows(
             evaluator = evaluator.take(stay)
         rows, problems = rows.take(stay, order[stay, :wanted]), problems[stay]
     return result
-
-
-def _in_place(merit: Tensor) -> Tensor:
-    return torch.arange(merit.shape[1], device=merit.device).expand(merit.shape)
 
 
 def _step(search: Search, evaluator: Evaluator, threat: Threat, rows: _Rows) -> None:
@@ -141,22 +171,41 @@ def _step(search: Search, evaluator: Evaluator, threat: Threat, rows: _Rows) -> 
     finite = torch.isfinite(share) & torch.isfinite(gradient).flatten(2).all(dim=-1)
     predicted = distance * (1.0 + (1.0 - share) / slope)
     if search.epsilon is None:
-        merit = torch.where((slope > 0) & (predicted > 0), predicted, math.inf)
-        rescale = torch.isfinite(merit) & ((share - 1.0).abs() > TRUSTED)
+        predicted = _bracketed(rows, distance, share, predicted)
+        near = (share - 1.0).abs() <= TRUSTED
+        merit = torch.where(near & (slope > 0), predicted, math.inf)
+        rescale = ~near & torch.isfinite(predicted) & (rows.rescaled < MAX_RESCALES)
     else:
         merit, rescale = -share, torch.zeros_like(finite)
     merit = torch.where(finite, merit, math.inf)
     first = torch.isinf(rows.merit) & finite
     accept = ~rows.done & ((merit < rows.merit) | first) & ~rescale
     rejected = torch.where(rescale, rows.alpha, rows.alpha * SHRINK)
-    rows.alpha = torch.where(accept, (rows.alpha * GROW).clamp_max(1.0), rejected)
+    rows.alpha = torch.where(accept, rows.alpha * GROW, rejected)
+    rows.rescaled = torch.where(rescale, rows.rescaled + 1, 0.0)
+    rows.projected ^= ~accept & ~rescale
+    rows.alpha = torch.minimum(rows.alpha, torch.where(rows.projected, LONGEST_STEP, 1.0))
     rows.previous = _pick(accept, torch.where(first[..., None, None], rows.trial, rows.best), rows.previous)
     rows.best, rows.gradient = _pick(accept, rows.trial, rows.best), _pick(accept, gradient, rows.gradient)
     rows.share, rows.merit = torch.where(accept, share, rows.share), torch.where(accept, merit, rows.merit)
     rows.done |= (rows.alpha < SMALLEST_STEP) | ~(finite | torch.isfinite(rows.merit))
     proposed = _propose(search, threat, rows, momentum=accept & ~first)
     factor = (predicted / distance).clamp(0.2, 5.0)
+    rows.low, rows.high = torch.where(rescale, rows.low, 0.0), torch.where(rescale, rows.high, math.inf)
     rows.trial = _pick(rescale, rows.trial * factor[..., None, None], proposed)
+
+
+def _bracketed(rows: _Rows, distance: Tensor, share: Tensor, predicted: Tensor) -> Tensor:
+    """Newton's prediction along the ray, kept inside the bracket of distances that fell short and that did not.
+
+    Where neither Newton nor a bracket says anything (the share falls outwards), the distance doubles.
+    """
+    rows.low = torch.where(share < 1.0, torch.maximum(rows.low, distance), rows.low)
+    rows.high = torch.where(share >= 1.0, torch.minimum(rows.high, distance), rows.high)
+    inside = (predicted > rows.low) & (predicted < rows.high)
+    middle = torch.where(torch.isinf(rows.high), 2.0 * distance, (rows.low * rows.high).sqrt())
+    middle = torch.where(rows.low > 0, middle, 0.5 * rows.high)
+    return torch.where(inside, predicted, middle)
 
 
 def _propose(search: Search, threat: Threat, rows: _Rows, *, momentum: Tensor) -> Tensor:
@@ -169,6 +218,9 @@ def _propose(search: Search, threat: Threat, rows: _Rows, *, momentum: Tensor) -
     if search.epsilon is not None:
         rows.done |= (search.epsilon * dual - slope) <= STATIONARY * rows.share.abs()
         mixed = (1 - alpha) * rows.best + alpha * search.epsilon * steepest + beta * (rows.best - rows.previous)
+        mixed = _pick(
+            rows.projected, search.epsilon * _projected(threat, rows, rows.best / search.epsilon, steepest), mixed
+        )
         # Inside the set the share may still grow outwards; go to the boundary unless the slope points inwards.
         inside = threat.distance(mixed).clamp_max(search.epsilon)
         outward = torch.where(_dot(rows.gradient, mixed) > 0, search.epsilon, inside)
@@ -179,11 +231,20 @@ def _propose(search: Search, threat: Threat, rows: _Rows, *, momentum: Tensor) -
     here = rows.best / distance[..., None, None]
     before = rows.previous / threat.distance(rows.previous).clamp_min(TINY)[..., None, None]
     mixed = (1 - alpha) * here + alpha * steepest + beta * (here - before)
+    mixed = _pick(rows.projected, _projected(threat, rows, here, steepest), mixed)
     mixed = mixed / threat.distance(mixed).clamp_min(TINY)[..., None, None]
     along = _dot(rows.gradient, mixed)
     reach = torch.where(torch.isfinite(rows.merit), rows.merit, distance)
     radius = torch.where(along > 0, (1.0 - rows.share + slope) / along, 1.5 * reach)
     return mixed * torch.minimum(torch.maximum(radius, 0.5 * reach), 2.0 * reach)[..., None, None]
+
+
+def _projected(threat: Threat, rows: _Rows, here: Tensor, steepest: Tensor) -> Tensor:
+    """Projected gradient step in the unit set: reaches faces whose interior holds the optimum, which mixing misses."""
+    size = torch.linalg.vector_norm(steepest, dim=(-2, -1)) / torch.linalg.vector_norm(
+        rows.gradient, dim=(-2, -1)
+    ).clamp_min(TINY)
+    return threat.project(here + (rows.alpha * size)[..., None, None] * rows.gradient, 1.0)
 
 
 def _finished(search: Search, threat: Threat, rows: _Rows) -> Tensor:

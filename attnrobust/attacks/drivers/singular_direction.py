@@ -1,5 +1,7 @@
 """Starting directions: top right singular vectors of the Jacobian, gradients of the margins, random directions."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -60,7 +62,7 @@ def _ritz(basis: Tensor, diagonal: Tensor, off: list[Tensor], count: int) -> tup
     if off:
         beside = torch.stack(off, dim=-1)
         tridiagonal = tridiagonal + torch.diag_embed(beside, offset=1) + torch.diag_embed(beside, offset=-1)
-    values, vectors = torch.linalg.eigh(tridiagonal)
+    values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num(0.0, 0.0, 0.0))  # NaN ends in NaN vectors below
     take = min(count, values.shape[-1])
     top = vectors[..., -take:].flip(-1)
     found = torch.einsum("prknd,prkc->prcnd", basis, top)
@@ -74,7 +76,7 @@ def margin_gradients(evaluator: Evaluator, classes: Int[Tensor, "p c"]) -> Float
 
 
 def random_directions(
-    generators: list[torch.Generator], count: int, shape: tuple[int, int], like: Tensor
+    generators: list[torch.Generator], count: int, shape: Sequence[int], like: Tensor
 ) -> Float[Tensor, "p c n d"]:
     """Gaussian directions, each problem from its own stream."""
     drawn = [torch.randn(count, *shape, generator=g, dtype=torch.float64) for g in generators]
