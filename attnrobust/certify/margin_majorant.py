@@ -1,0 +1,143 @@
+"""Coefficients of the quadratic majorant: every free parameter is sound, a balance at a point makes them sharp."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.certify.margin_constants import Constants
+from attnrobust.certify.margin_eigen import spread_eigenvalue
+from attnrobust.certify.margin_form import ClassRows, Majorant, Moments, moments
+
+TINY = 1e-100
+LIMITS = (1e-3, 1e3)  # parameters are kept in this range around their unit
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """Free positive parameters of the inequalities (docs/margin-certificate.md, section 4).
+
+    Args:
+        split: tau in units of ``|D| r``: where the first-order change of a row is cut.
+        pair: e_j in units of ``|gamma|``: balance of ``|u||t|``.
+        bilinear: eps_j: balance of x against q in ``u = x + q``.
+        query_value: s1 in units of ``|gamma|``: balance of E[qt].
+        query_mean: s2: balance of p E[qv].
+    """
+
+    split: Float[Tensor, "h n"]
+    pair: Float[Tensor, "h n n"]
+    bilinear: Float[Tensor, "h n n"]
+    query_value: Float[Tensor, "h n"]
+    query_mean: Float[Tensor, "h n"]
+
+
+def initial_parameters(cls: ClassRows) -> Parameters:
+    """Parameters that are reasonable everywhere."""
+    row = cls.rows.weight.new_ones(cls.rows.weight.shape[:2])
+    pair = torch.ones_like(cls.rows.weight)
+    return Parameters(0.4 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row)
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Intermediate coefficients that the majorant and the balance share."""
+
+    shift: Tensor  # part of -E[ut] that joins the remainder
+    slope: Tensor  # kp after the shift
+    base: Tensor  # coefficient of u^2 from E[psi v] alone
+    unit: Tensor  # |D| r
+
+
+def pieces(cls: ClassRows, const: Constants, first_norm: Float[Tensor, "h n"]) -> Pieces:
+    """Parameter-free coefficients."""
+    weight, v = cls.rows.weight, cls.advantage
+    shift = torch.minimum(weight, 0.5 * (const.slope_same - const.slope).clamp_min(0.0))
+    slope = torch.maximum(const.slope + shift, const.slope_same - shift)
+    base = torch.where(v > 0, v * const.saturating, v * const.curvature)
+    unit = (first_norm * const.budget.frobenius).clamp_min(TINY)
+    return Pieces(shift=shift, slope=slope, base=base, unit=unit)
+
+
+def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -> Majorant:
+    """The quadratic majorant of Theorem 1 of docs/margin-certificate.md for these parameters."""
+    rows, pi = cls.rows, cls.pooling
+    weight, r = rows.weight, const.budget.frobenius
+    tau = par.split * piece.unit
+    pair = par.pair * cls.value_norm[..., None]
+    curve = piece.base + tau[..., None] * const.saturating + pair * piece.slope
+    positive = curve > 0
+    eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
+    square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
+    rest = torch.where(positive, curve * (1.0 + 1.0 / eps), -curve * (1.0 / eps - 1.0))
+    spread = spread_eigenvalue(rest, weight, rows.movable)
+    kept = weight - piece.shift
+    s1 = par.query_value * cls.value_norm
+    value = piece.slope / pair + (const.spread / s1)[..., None] * kept
+    whole = (piece.shift == 0).all(-1)
+    advantage = pi[:, None] * cls.weighted_advantage
+    outer = (const.share / par.query_mean)[..., None] * advantage
+    return Majorant(
+        cls=cls,
+        square=pi[:, None] * square,
+        mixed=pi[:, None] * kept,
+        value=torch.einsum("i,hij->hj", pi, value),
+        centre=torch.where(whole, pi * const.spread / s1, 0.0),
+        first=pi * const.share / (2.0 * tau),
+        bilinear=pi * (r * r * spread + const.spread * s1 + const.share * par.query_mean) * rows.movable,
+        tokens=torch.einsum("hij,hil->jl", outer, cls.weighted_advantage),
+    )
+
+
+def balanced(
+    cls: ClassRows,
+    const: Constants,
+    piece: Pieces,
+    par: Parameters,
+    points: Float[Tensor, "b n d"],
+    *,
+    smooth: float = 0.1,
+) -> Parameters:
+    """Parameters that make each inequality nearly tight on average over reference points (any choice is sound).
+
+    Args:
+        cls: The functional's rows.
+        const: Constants of the set.
+        piece: Parameter-free coefficients.
+        par: Parameters so far; the result is the geometric mean with them.
+        points: Reference moves, typically the maximisers of the last bound.
+        smooth: Share of each form's mean that is added, so that no parameter collapses.
+    """
+    found: Moments = moments(cls, points)
+    rows = cls.rows
+    r2 = const.budget.frobenius**2
+
+    def mean(value: Tensor, dims: tuple[int, ...]) -> Tensor:
+        average = value.mean(0)
+        return average + smooth * average.mean(dims, keepdim=True) + TINY
+
+    x2, t2 = mean(found.x**2, (1, 2)), mean(found.t**2, (1,))
+    d2 = mean(found.d**2, (1,))
+    gram = rows.layer.factor**2 * rows.layer.w_k.mT @ rows.layer.w_k
+    query = mean(((found.query @ gram) * found.query).sum(-1), (1,))
+    mixed = mean(((cls.weighted_advantage @ points[:, None]) ** 2).sum(-1), (1,))
+    pair = (t2[:, None, :] / x2).sqrt() / cls.value_norm[..., None]
+    split = (0.5 * const.share * d2 / (const.saturating * x2).sum(-1).clamp_min(TINY)).sqrt() / piece.unit
+    tau, e = par.split * piece.unit, par.pair * cls.value_norm[..., None]
+    curve = (piece.base + tau[..., None] * const.saturating + e * piece.slope).abs()
+    spread = spread_eigenvalue(curve, rows.weight, rows.movable)
+    eps = (r2 * spread * query / (curve * x2).sum(-1).clamp_min(TINY)).sqrt()[..., None].expand_as(x2)
+    s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / cls.value_norm
+    s2 = (mixed / query).sqrt()
+
+    def join(old: Tensor, new: Tensor) -> Tensor:
+        return (old * new.clamp(*LIMITS)).sqrt().clamp(*LIMITS)
+
+    return Parameters(
+        split=join(par.split, split).clamp(0.02, 2.0),
+        pair=join(par.pair, pair),
+        bilinear=join(par.bilinear, eps).clamp(0.02, 2.0),
+        query_value=join(par.query_value, s1),
+        query_mean=join(par.query_mean, s2),
+    )

@@ -1,0 +1,88 @@
+"""Random margin problems that are hard for a majorant: saturated, masked, weighted, biased, equal tokens, one token."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from attnrobust.goal import Margin, Pool, pool_weights
+from attnrobust.layers.attention import Attention
+from attnrobust.problem import Problem
+from attnrobust.threat import FrobeniusBall, Threat
+from attnrobust.tokens import TokenMeasure
+
+
+class Draw:
+    """A seeded stream of numbers."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def between(self, low: float, high: float) -> float:
+        return float(low + (high - low) * torch.rand(1, generator=self.generator))
+
+    def integer(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=self.generator))
+
+
+def random_layer(draw: Draw, *, seed: int, n: int, d: int) -> Attention:
+    h, k, e = draw.integer(1, 4), draw.integer(1, 5), draw.integer(1, 5)
+    logits = 10 ** draw.between(-0.5, 0.6) * (8.0 if seed % 7 == 0 else 1.0) / d**0.5
+    values = 10 ** draw.between(-0.5, 0.5) / d**0.5
+    options: dict[str, Tensor | bool] = {}
+    if draw.integer(0, 1):
+        for name in ("b_q", "b_k", "b_v"):
+            options[name] = draw.between(0, 3) * draw.normal(h, k)
+        options["b_o"] = draw.normal(e)
+    if seed % 3 == 1 and n > 1:
+        mask = 2.0 * draw.normal(n, n)
+        mask[torch.rand(n, n, generator=draw.generator) < 0.3] = -math.inf
+        options["mask"] = mask.fill_diagonal_(0.0)
+    if seed % 5 == 2:
+        options["causal"] = True
+    return Attention(
+        w_q=logits * draw.normal(h, d, k), w_k=logits * draw.normal(h, d, k), w_v=values * draw.normal(h, d, k),
+        w_o=draw.normal(h, k, e), **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def random_problem(seed: int, threat: Threat | None = None) -> Problem:
+    """One small margin problem per seed whose clean prediction is class 0."""
+    draw = Draw(seed)
+    n = draw.integer(1, 6) if threat is None else draw.integer(4, 6)
+    d = draw.integer(2, 10)
+    layer = random_layer(draw, seed=seed, n=n, d=d)
+    x = 10 ** draw.between(-0.3, 0.3) * draw.normal(n, d)
+    if seed % 11 == 3:
+        x = x[:1].expand(n, d).clone()
+    mass = None
+    if seed % 4 == 1:
+        mass = torch.rand(n, generator=draw.generator, dtype=torch.float64) + 0.05
+        mass = mass / mass.sum()
+    pool: Pool = "mean" if draw.integer(0, 1) else draw.integer(0, n - 1)
+    clean = TokenMeasure(x, mass) if mass is not None else TokenMeasure(x)
+    weights = pool_weights(pool, clean.mass)
+    assert weights is not None
+    pooled = weights @ layer(x, mass)
+    readout = draw.normal(3 if seed % 6 == 0 else 2, layer.out_width)
+    bias = -(readout @ pooled)
+    bias[0] += draw.between(0.05, 2.0) * (0.1 + float(readout.std() * pooled.norm()))
+    return Problem(layer, clean, threat or FrobeniusBall(), Margin(weight=readout, bias=bias, pool=pool, label=0))
+
+
+def boundary_moves(problem: Problem, radius: float, count: int, draw: Draw) -> Tensor:
+    """Moves on the boundary of the set, a quarter of them concentrated on one token."""
+    x = problem.clean.points
+    moves = draw.normal(count, *x.shape)
+    for row in range(count // 4):
+        keep = torch.zeros(x.shape[0], 1, dtype=x.dtype)
+        keep[draw.integer(0, x.shape[0] - 1)] = 1.0
+        moves[row] *= keep
+    moves = moves * problem.threat.movable(x.shape[0])[:, None]
+    moves[moves.flatten(1).norm(dim=1) == 0] = (
+        problem.threat.movable(x.shape[0])[:, None].to(x.dtype).expand_as(x).clone()
+    )
+    return problem.threat.project(1e6 * moves, radius)
