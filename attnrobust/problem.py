@@ -3,7 +3,6 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,30 +10,11 @@ from torch import Tensor
 
 from attnrobust.errors import InputError
 from attnrobust.goal import Goal, ResolvedGoal
+from attnrobust.layers.token_map import TokenMap
 from attnrobust.threat import Threat
 from attnrobust.tokens import TokenMeasure
 
-
-@runtime_checkable
-class TokenMap(Protocol):
-    """Anything that maps tokens to tokens, batched, in float64, with a content digest."""
-
-    @property
-    def width(self) -> int:
-        """Input token width d."""
-
-    @property
-    def out_width(self) -> int:
-        """Output token width e."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of everything that defines the map."""
-
-    def __call__(
-        self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None
-    ) -> Float[Tensor, "*b n e"]:
-        """Evaluate; ``mass`` broadcasts over the batch, None means equal masses."""
+__all__ = ["Problem", "TokenMap"]
 
 
 @dataclass(frozen=True, eq=False)

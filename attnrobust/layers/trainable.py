@@ -1,0 +1,197 @@
+"""Trainable torch modules of the layers whose Lipschitz bounds are known; each gives its exact specification."""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attnrobust.errors import InputError
+from attnrobust.layers._heads import HeadSpecification
+from attnrobust.layers.cosine_attention import CosineAttention, cosine_attention
+from attnrobust.layers.l2_attention import L2Attention, l2_attention
+from attnrobust.layers.lipschitznorm_attention import LipschitzNormAttention, lipschitznorm_attention
+from attnrobust.layers.sigmoid_attention import SigmoidAttention, sigmoid_attention
+
+
+class TrainableAttention(nn.Module, ABC):
+    """Multi-head self-attention on (*b, n, d) with parameters of the same names and shapes as its specification.
+
+    ``spec()`` gives what an attack or a certificate takes: the same function in float64 at the present weights. It owns
+    copies, so training may go on.
+
+    Args:
+        width: Token width d.
+        heads: Number of heads h.
+        head_width: Query, key and value width of one head; None means d / h.
+        out_width: Output width e of the projection ``w_o``; None means d, 0 means no projection (heads concatenated).
+        bias: Whether there is an output bias ``b_o``.
+        dtype: Type of the parameters.
+        device: Where they live.
+
+    Raises:
+        InputError: Sizes below 1, or a width that does not divide into the heads.
+    """
+
+    weights: tuple[str, ...] = ("w_q", "w_k", "w_v")
+    """Parameters of shape (h, d, head width)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        head_width: int | None = None,
+        out_width: int | None = None,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        inner = _head_width(width, heads, head_width)
+        out = width if out_width is None else out_width
+        if out < 0:
+            raise InputError(f"out_width is {out}; it must be >= 0 (0: no projection)")
+        for name in self.weights:
+            shape = (heads, width, inner)
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+        projection = nn.Parameter(torch.empty(heads, inner, out, dtype=dtype, device=device)) if out else None
+        self.register_parameter("w_o", projection)
+        size = out or heads * inner
+        self.register_parameter("b_o", nn.Parameter(torch.empty(size, dtype=dtype, device=device)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights: uniform with the variance of Glorot and Bengio over all heads together; biases 0."""
+        for name in self.weights:
+            weight = self.get_parameter(name)
+            _glorot(weight, weight.shape[1], weight.shape[0] * weight.shape[2])
+        if self.w_o is not None:
+            _glorot(self.w_o, self.w_o.shape[0] * self.w_o.shape[1], self.w_o.shape[2])
+        if self.b_o is not None:
+            nn.init.zeros_(self.b_o)
+
+    w_v: Tensor
+    w_o: Tensor | None
+    b_o: Tensor | None
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None) -> Float[Tensor, "*b n e"]:
+        """Evaluate; ``mass`` None means equal masses."""
+
+    @abstractmethod
+    def spec(self) -> HeadSpecification:
+        """The specification at the present weights."""
+
+
+class TrainableL2Attention(TrainableAttention):
+    """Trainable ``L2Attention`` (scale 1/sqrt(head width)).
+
+    Example:
+        >>> layer = TrainableL2Attention(4, 2, dtype=torch.float64)
+        >>> x = torch.eye(3, 4, dtype=torch.float64)
+        >>> bool(torch.equal(layer(x), layer.spec()(x)))
+        True
+    """
+
+    weights = ("w_q", "w_v")
+    w_q: Tensor
+
+    def forward(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
+        scale = 1.0 / math.sqrt(self.w_q.shape[2])
+        return l2_attention(x, mass, w_q=self.w_q, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o, scale=scale)
+
+    def spec(self) -> L2Attention:
+        return L2Attention(w_q=self.w_q, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o)
+
+
+class TrainableCosineAttention(TrainableAttention):
+    """Trainable ``CosineAttention``; ``tau``, ``nu`` and ``eps`` are fixed numbers.
+
+    Args:
+        width: Token width d.
+        heads: Number of heads h.
+        tau: Factor on the cosines, > 0.
+        nu: Factor on the output of every head, > 0.
+        eps: Smoothing of the norms, > 0.
+        **sizes: As in ``TrainableAttention``.
+    """
+
+    w_q: Tensor
+    w_k: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        tau: float = 1.0,
+        nu: float = 1.0,
+        eps: float = 1e-6,
+        head_width: int | None = None,
+        out_width: int | None = None,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            width, heads, head_width=head_width, out_width=out_width, bias=bias, dtype=dtype, device=device
+        )
+        self.tau, self.nu, self.eps = float(tau), float(nu), float(eps)
+        self.spec()  # refuses numbers that are not positive
+
+    def forward(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
+        return cosine_attention(
+            x, mass, w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o,
+            tau=self.tau, nu=self.nu, eps=self.eps,
+        )  # fmt: skip
+
+    def spec(self) -> CosineAttention:
+        return CosineAttention(
+            w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o,
+            tau=self.tau, nu=self.nu, eps=self.eps,
+        )  # fmt: skip
+
+
+class TrainableSigmoidAttention(TrainableAttention):
+    """Trainable ``SigmoidAttention`` (scale 1/sqrt(head width), no shift)."""
+
+    w_q: Tensor
+    w_k: Tensor
+
+    def forward(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
+        return sigmoid_attention(
+            x, mass, w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o,
+            scale=1.0 / math.sqrt(self.w_q.shape[2]), shift=0.0,
+        )  # fmt: skip
+
+    def spec(self) -> SigmoidAttention:
+        return SigmoidAttention(w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o)
+
+
+class TrainableLipschitzNormAttention(TrainableAttention):
+    """Trainable ``LipschitzNormAttention``."""
+
+    w_q: Tensor
+    w_k: Tensor
+
+    def forward(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
+        return lipschitznorm_attention(x, mass, w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o)
+
+    def spec(self) -> LipschitzNormAttention:
+        return LipschitzNormAttention(w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o)
+
+
+def _head_width(width: int, heads: int, head_width: int | None) -> int:
+    if width < 1 or heads < 1 or (head_width is not None and head_width < 1):
+        raise InputError(f"width {width}, heads {heads} and head_width {head_width} must be >= 1")
+    if head_width is None and width % heads:
+        raise InputError(f"width {width} does not divide into {heads} heads; give head_width")
+    return width // heads if head_width is None else head_width
+
+
+def _glorot(weight: Tensor, fan_in: int, fan_out: int) -> None:
+    bound = math.sqrt(6.0 / (fan_in + fan_out))
+    with torch.no_grad():
+        weight.uniform_(-bound, bound)

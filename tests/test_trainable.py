@@ -1,0 +1,103 @@
+"""Trainable layers: the specification is the same function, training works, and state dictionaries round-trip."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from attnrobust.errors import InputError
+from attnrobust.layers.trainable import (
+    TrainableAttention,
+    TrainableCosineAttention,
+    TrainableL2Attention,
+    TrainableLipschitzNormAttention,
+    TrainableSigmoidAttention,
+)
+from tests.assertions import assert_close, assert_same_bits, refused
+
+D, HEADS, N = 6, 2, 5
+KINDS: list[type[TrainableAttention]] = [
+    TrainableL2Attention,
+    TrainableCosineAttention,
+    TrainableSigmoidAttention,
+    TrainableLipschitzNormAttention,
+]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+SIZES: list[dict[str, Any]] = [{}, {"head_width": 5}, {"out_width": 3}, {"out_width": 0}, {"bias": False}]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@each_kind
+def test_the_specification_is_the_same_function(kind: type[TrainableAttention], sizes: dict[str, Any]) -> None:
+    layer = kind(D, HEADS, dtype=torch.float64, **sizes)
+    if layer.b_o is not None:
+        nn.init.normal_(layer.b_o)
+    x = torch.randn(3, N, D, dtype=torch.float64)
+    with torch.no_grad():
+        assert_same_bits(layer.spec()(x), layer(x))
+    inner = sizes.get("head_width", D // HEADS)
+    assert layer(x).shape[-1] == (sizes.get("out_width", D) or HEADS * inner)
+
+
+@each_kind
+def test_single_precision(kind: type[TrainableAttention]) -> None:
+    layer, x = kind(D, HEADS), torch.randn(N, D)
+    output = layer(x).detach()
+    assert output.dtype == torch.float32
+    assert_close(output.double(), layer.spec()(x.double()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_masses(kind: type[TrainableAttention]) -> None:
+    layer = kind(D, HEADS, dtype=torch.float64)
+    x, mass = torch.randn(N, D, dtype=torch.float64), torch.softmax(torch.randn(N, dtype=torch.float64), dim=0)
+    assert_same_bits(layer.spec()(x, mass), layer(x, mass).detach())
+
+
+@each_kind
+def test_training_reaches_every_weight_and_leaves_the_specification(kind: type[TrainableAttention]) -> None:
+    torch.manual_seed(3)
+    layer = kind(D, HEADS)
+    inputs, target = torch.randn(16, N, D), torch.randn(16, N, D)
+    spec, start = layer.spec(), {name: p.detach().clone() for name, p in layer.named_parameters()}
+    digest, weight = spec.digest, spec.w_v.clone()
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.02)
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = nn.functional.mse_loss(layer(inputs), target)
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.98 * losses[0]
+    for name, parameter in layer.named_parameters():
+        assert float((parameter.detach() - start[name]).abs().max()) > 1e-3, name
+    assert_same_bits(spec.w_v, weight)
+    assert layer.spec().digest != digest == spec.digest
+
+
+@each_kind
+def test_inside_a_model_and_its_state_dictionary(kind: type[TrainableAttention]) -> None:
+    model = nn.Sequential(nn.Linear(4, D), kind(D, HEADS))
+    again = nn.Sequential(nn.Linear(4, D), kind(D, HEADS))
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(2, N, 4)
+    assert_same_bits(again(x).detach(), model(x).detach())
+    assert sum(p.requires_grad for p in model.parameters()) == 2 + len(list(kind(D, HEADS).parameters()))
+
+
+def test_cosine_numbers() -> None:
+    spec = TrainableCosineAttention(D, HEADS, tau=3.0, nu=0.5, eps=0.1).spec()
+    assert (spec.tau, spec.nu, spec.eps) == (3.0, 0.5, 0.1)
+    with refused(InputError, "tau"):
+        TrainableCosineAttention(D, HEADS, tau=0.0)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(5, 2, {}), (0, 1, {}), (4, 0, {}), (4, 2, {"head_width": 0}), (4, 2, {"out_width": -1})]
+)
+def test_refuses_sizes(sizes: tuple[int, int, dict[str, int]]) -> None:
+    width, heads, more = sizes
+    with refused(InputError, "width"):
+        TrainableSigmoidAttention(width, heads, **more)  # type: ignore[arg-type]
