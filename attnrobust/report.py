@@ -3,7 +3,8 @@
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -154,6 +155,31 @@ def _caption(rows: Sequence[Row]) -> str | None:
     if gaps:
         parts.append(f"median gap {shown(statistics.median(gaps), 3)} over {len(gaps)} of {len(rows)} inputs")
     return "; ".join(parts)
+
+
+def summary_table(rows: Sequence[Row]) -> Table:
+    """One line per layer, threat and goal of a run of many: medians over the inputs, and how the rows ended."""
+    table = Table(title=f"{len(rows)} rows", title_justify="left")
+    for name in ("layer", "threat", "goal"):
+        table.add_column(name, overflow="fold")
+    for name in ("rows", "median certified", "median attack", "median gap", "largest gap"):
+        table.add_column(name, justify="right")
+    table.add_column("status")
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.layer, row.threat, row.goal), []).append(row)
+    for key, group in groups.items():
+        gaps = [row.gap for row in group if row.gap is not None]
+        statuses = Counter(_PLAIN.get(row.status, str(row.status)) for row in group)
+        medians = (_median(r.certified_radius for r in group), _median(r.attack_radius for r in group), _median(gaps))
+        told = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+        table.add_row(*key, str(len(group)), *map(shown, medians), shown(max(gaps, default=None), 3), told)
+    return table
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.median(there) if there else None
 
 
 def layer_table(layers: Sequence[LayerInfo]) -> Table:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from attnrobust.attacks import DEFAULT_BUDGET, AttackBudget
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import certify
 from attnrobust.compare import DEFAULT_ATTACK, UnsoundError, join
@@ -41,6 +42,7 @@ class RowTask:
         seed: Seed of the run; attacks mix the problem into it, so no row depends on its neighbours.
         text: The sentence, if there is one.
         tokens: The n token strings, or empty.
+        row_id: See ``Row``.
     """
 
     input_id: str
@@ -52,6 +54,7 @@ class RowTask:
     seed: int = 0
     text: str | None = None
     tokens: tuple[str, ...] = ()
+    row_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,14 @@ class RowOptions:
         methods: Names of certificates; None means all that apply.
         attack: Name of the attack, or None for certificates alone.
         epsilon: Fixed budget of the attack; None searches the smallest radius.
+        budget: What the attack may cost.
     """
 
     certify: bool = True
     methods: tuple[str, ...] | None = None
     attack: str | None = DEFAULT_ATTACK
     epsilon: float | None = None
+    budget: AttackBudget = DEFAULT_BUDGET
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class Row:
         text: The sentence.
         tokens: The token strings.
         token_moves: l2 norm of each token's move in the attack's point.
+        row_id: Digest that names the row in a run of many; None elsewhere.
     """
 
     input_id: str
@@ -142,6 +148,7 @@ class Row:
     text: str | None = None
     tokens: tuple[str, ...] = ()
     token_moves: tuple[float, ...] = ()
+    row_id: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON and Parquet, in the order of the fields."""
@@ -172,7 +179,7 @@ def evaluate_row(task: RowTask, options: RowOptions = RowOptions()) -> Row:
         values |= {"status": Status.ERROR, "message": _told(error)}
     return Row(
         input_id=task.input_id, layer=task.layer, n=task.clean.n, threat=task.threat.key, goal=task.goal.key,
-        seed=task.seed, text=task.text, tokens=task.tokens, **values,
+        seed=task.seed, text=task.text, tokens=task.tokens, row_id=task.row_id, **values,
     )  # fmt: skip
 
 
@@ -185,7 +192,7 @@ def _run(problem: Problem, task: RowTask, options: RowOptions, values: dict[str,
     if options.attack is None:
         return
     values["attack"] = options.attack
-    result = run_attack(problem, method=options.attack, epsilon=options.epsilon, seed=task.seed)
+    result = run_attack(problem, method=options.attack, epsilon=options.epsilon, seed=task.seed, budget=options.budget)
     values |= _attack_values(problem, result) | {"status": result.status, "message": result.note or None}
     if certification is not None:
         values["gap"] = _finite(join(problem, result, certification).gap)

@@ -26,7 +26,7 @@ _TEXT: tuple[str, ...] = (
     "status",
     "message",
 )
-_TEXT += ("problem", "text")
+_TEXT += ("problem", "text", "row_id")
 _FLOAT: tuple[str, ...] = (
     "tolerance",
     "margin",
@@ -175,12 +175,17 @@ def _now() -> str:
 # ---- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-def parquet_bytes(rows: Iterable[Row]) -> bytes:
-    """Rows as one Parquet file; ``certificates`` and ``skipped`` are lists of records sorted as the row has them."""
+def parquet_bytes(rows: Iterable[Row], *, run: str | None = None) -> bytes:
+    """Rows as one Parquet file; ``certificates`` and ``skipped`` are lists of records sorted as the row has them.
+
+    Args:
+        rows: The rows.
+        run: Digest of the run that they belong to, kept in the file's metadata.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = _schema()
+    schema = _schema(run)
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for row in rows:
         values = row.as_dict()
@@ -194,26 +199,40 @@ def parquet_bytes(rows: Iterable[Row]) -> bytes:
     return content
 
 
-def read_parquet(path: Path) -> list[Row]:
+def read_parquet(path: Path, *, run: str | None = None) -> list[Row]:
     """Rows of a Parquet file.
 
     Args:
         path: A file that ``parquet_bytes`` made.
+        run: Digest of the run that it must belong to; None takes any.
 
     Raises:
-        InputError: Missing, damaged, or of another schema version.
+        InputError: Missing, damaged, of another schema version, or of another run.
     """
+    return [row_from_dict(_unlisted(values)) for values in _read_table(path, run).to_pylist()]
+
+
+def read_row_ids(path: Path, *, run: str | None = None) -> list[str]:
+    """Only the row ids of a Parquet file; otherwise as ``read_parquet``."""
+    ids: list[str] = _read_table(path, run, columns=["row_id"]).column("row_id").to_pylist()
+    return ids
+
+
+def _read_table(path: Path, run: str | None, *, columns: list[str] | None = None) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+        table = pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowException, KeyError) as error:
         raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-    written = int((table.schema.metadata or {}).get(b"attnrobust_schema", b"0"))
+    metadata = table.schema.metadata or {}
+    written = int(metadata.get(b"attnrobust_schema", b"0"))
     if written != SCHEMA_VERSION:
         raise InputError(f"{path} has row schema {written}, this version reads {SCHEMA_VERSION}; make it again")
-    return [row_from_dict(_unlisted(values)) for values in table.to_pylist()]
+    if run is not None and metadata.get(b"attnrobust_run") != run.encode():
+        raise InputError(f"{path} belongs to another run; move it away")
+    return table
 
 
 def row_from_dict(values: Mapping[str, Any]) -> Row:
@@ -231,7 +250,7 @@ def _unlisted(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"certificates": certificates, "skipped": {s["method"]: s["reason"] for s in values["skipped"]}}
 
 
-def _schema() -> Any:
+def _schema(run: str | None) -> Any:
     import pyarrow as pa
 
     certificate = [("method", pa.string()), ("radius", pa.float64()), ("kind", pa.string())]
@@ -245,4 +264,5 @@ def _schema() -> Any:
         "token_moves": pa.list_(pa.float64()),
     }
     fields = [pa.field(name, types[name]) for name in Row.__dataclass_fields__]
-    return pa.schema(fields, metadata={"attnrobust_schema": str(SCHEMA_VERSION)})
+    metadata = {"attnrobust_schema": str(SCHEMA_VERSION)} | ({} if run is None else {"attnrobust_run": run})
+    return pa.schema(fields, metadata=metadata)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import attnrobust.rows
+from attnrobust.attacks import AttackBudget
 from attnrobust.goal import Margin
 from attnrobust.results import AttackResult, CertificationReport, NotApplicable, Status
 from attnrobust.rows import Row, RowOptions, RowTask, evaluate_row
@@ -67,8 +68,12 @@ def test_seed_and_options_reach_both_sides(monkeypatch: pytest.MonkeyPatch) -> N
         return found(problem, 0.25)
 
     pretend(monkeypatch, certify=certify, attack=attack)
-    evaluate_row(task(), RowOptions(methods=("a",), attack="b", epsilon=0.3))
-    assert seen == {"certify": {"methods": ("a",), "seed": 5}, "attack": {"method": "b", "epsilon": 0.3, "seed": 5}}
+    evaluate_row(task(), RowOptions(methods=("a",), attack="b", epsilon=0.3, budget=AttackBudget(restarts=3)))
+    budget = AttackBudget(restarts=3)
+    assert seen == {
+        "certify": {"methods": ("a",), "seed": 5},
+        "attack": {"method": "b", "epsilon": 0.3, "seed": 5, "budget": budget},
+    }
 
 
 def test_certificates_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import typer
 from attnrobust import __version__
 from attnrobust.cli.exits import ExitCode, guarded
 from attnrobust.cli.job import Job, print_json, print_layers, run_job
+from attnrobust.cli.many import commands
 from attnrobust.compare import DEFAULT_ATTACK
 from attnrobust.demo import DEMO_LAYER, DEMO_MODEL, DEMO_TOLERANCE, demo_sentences
 from attnrobust.layers.model import load_model
@@ -186,6 +187,9 @@ def demo(
 ) -> int:
     """Compare on what ships with the package: one layer of all-MiniLM-L6-v2, eight sentences."""
     return run_job(Job(**locals(), model=DEMO_MODEL), inputs=demo_sentences())
+
+
+app.registered_commands.extend(commands())
 
 
 # ---- entry -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from attnrobust.rows import Row
 
 _CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
+MOST_MESSAGES = 20
+
 log = logging.getLogger("attnrobust")
 
 
@@ -89,9 +91,11 @@ def exit_code(rows: Sequence[Row], *, fail_under: float | None = None) -> ExitCo
         rows: All rows of the run.
         fail_under: The threshold, or None.
     """
-    for row in rows:
-        if row.message and row.status != Status.MISCLASSIFIED:
-            say(f"{row.input_id}: {row.message}")
+    told = [row for row in rows if row.message and row.status != Status.MISCLASSIFIED]
+    for row in sorted(told, key=lambda row: row.status != Status.UNSOUND)[:MOST_MESSAGES]:
+        say(f"{row.input_id}: {row.message}")
+    if len(told) > MOST_MESSAGES:
+        say(f"and {len(told) - MOST_MESSAGES} more messages; they are in the rows")
     if any(row.status == Status.UNSOUND for row in rows):
         return ExitCode.UNSOUND
     failed = [row for row in rows if row.status == Status.ERROR]

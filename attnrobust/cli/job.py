@@ -143,20 +143,21 @@ def print_json(value: Any) -> None:
 
 
 def print_tables(rows: list[Row]) -> None:
-    """The tables of rows on stdout; not cut to 80 columns where stdout is a file or a pipe."""
-    console = _console()
-    console.print(result_table(rows))
+    """The tables of rows on stdout."""
+    stdout = console()
+    stdout.print(result_table(rows))
     certificates = certificate_table(rows)
     if certificates is not None:
-        console.print(certificates)
+        stdout.print(certificates)
 
 
 def print_layers(layers: Sequence[LayerInfo]) -> None:
     """Attention layers as a table on stdout."""
-    _console().print(layer_table(layers))
+    console().print(layer_table(layers))
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Stdout; not cut to 80 columns where it is a file or a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
 
 

@@ -1,0 +1,204 @@
+"""Commands for many inputs: run, resume, config, export."""
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnrobust.cli.exits import ExitCode, exit_code, say
+from attnrobust.cli.job import console
+from attnrobust.cli.progress import tracked
+
+if TYPE_CHECKING:
+    from attnrobust.pipeline.config import RunConfig
+    from attnrobust.pipeline.run import Outcome
+
+many = typer.Typer()
+
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML or JSON; flags go over it.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Output directory of a run.")]
+Model = Annotated[str | None, typer.Option(metavar="MODEL", help="As for compare.")]
+Layers = Annotated[list[str] | None, typer.Option("--layer", metavar="NAME", help="Name, suffix or glob; repeatable.")]
+Texts = Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: UTF-8 text, one a line.")]
+Tokens = Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: .npz or .safetensors arrays (n, d).")]
+Threats = Annotated[list[str] | None, typer.Option("--threat", metavar="T", help="As for compare; repeatable.")]
+Tolerances = Annotated[list[str] | None, typer.Option("--tolerance", metavar="X", help="A goal each; repeatable.")]
+Methods = Annotated[str | None, typer.Option(metavar="A,B", help="Certificates to run; default all that apply.")]
+Method = Annotated[str | None, typer.Option("--method", metavar="NAME", help="The attack.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str | None, typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Output directory; default attnrobust-run.")]
+Engine = Annotated[str | None, typer.Option(metavar="E", help="local (default) or ray.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Worker processes; 0 (default) works in this process.")]
+Timeout = Annotated[float | None, typer.Option(metavar="S", help="Seconds a row may take; needs workers.")]
+ShardText = Annotated[str | None, typer.Option("--shard", metavar="i/N", help="Compute only this share of the rows.")]
+FailUnder = Annotated[float | None, typer.Option(metavar="R", help="Exit with 1 if a certified radius is below R.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+@many.command()
+def run(
+    config: ConfigFile = None,
+    model: Model = None,
+    layer: Layers = None,
+    texts: Texts = None,
+    tokens: Tokens = None,
+    threat: Threats = None,
+    tolerance: Tolerances = None,
+    methods: Methods = None,
+    method: Method = None,
+    seed: Seed = None,
+    device: Device = None,
+    out: Out = None,
+    engine: Engine = None,
+    workers: Workers = None,
+    timeout: Timeout = None,
+    shard: ShardText = None,
+    fail_under: FailUnder = None,
+    quiet: Quiet = False,
+) -> int:
+    """Compute many rows: inputs x layers x threats x goals, into a directory that can be resumed."""
+    options = dict(locals())
+    from attnrobust.pipeline.run import run as run_all
+
+    effective = _effective(options)
+    with _stopping() as stop:
+        outcome = run_all(effective, shard=_shard(shard), stop=stop, watch=_watch(quiet=quiet))
+    return _told(outcome, fail_under)
+
+
+@many.command()
+def resume(
+    directory: Directory,
+    engine: Engine = None,
+    workers: Workers = None,
+    timeout: Timeout = None,
+    shard: ShardText = None,
+    fail_under: FailUnder = None,
+    quiet: Quiet = False,
+) -> int:
+    """Go on with a run that was interrupted, killed or ran out of disk."""
+    from attnrobust.pipeline.run import resume as resume_run
+
+    changes = {"engine": engine, "workers": workers, "timeout": timeout}
+    with _stopping() as stop:
+        outcome = resume_run(directory, changes=changes, shard=_shard(shard), stop=stop, watch=_watch(quiet=quiet))
+    return _told(outcome, fail_under)
+
+
+@many.command("config")
+def show_config(
+    config: ConfigFile = None,
+    model: Model = None,
+    layer: Layers = None,
+    texts: Texts = None,
+    tokens: Tokens = None,
+    threat: Threats = None,
+    tolerance: Tolerances = None,
+    methods: Methods = None,
+    method: Method = None,
+    seed: Seed = None,
+    device: Device = None,
+    out: Out = None,
+    engine: Engine = None,
+    workers: Workers = None,
+    timeout: Timeout = None,
+    print_it: Annotated[bool, typer.Option("--print", help="Print the effective configuration (the default).")] = True,
+) -> int:
+    """Check a run configuration and print the effective one, defaults and flags included."""
+    options = dict(locals())
+    effective = _effective(options)
+    if print_it:
+        typer.echo(effective.as_yaml(), nl=False)
+    return ExitCode.OK
+
+
+@many.command()
+def export(
+    directory: Directory,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as CSV.")] = None,
+    jsonl: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as JSON lines.")] = None,
+) -> int:
+    """Write the rows of a run as CSV or JSON lines."""
+    from attnrobust.pipeline.export import export_rows
+
+    export_rows(directory, csv=csv, jsonl=jsonl)
+    return ExitCode.OK
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _effective(options: dict[str, Any]) -> "RunConfig":
+    """The configuration of a command's options; flags go over the file."""
+    from attnrobust.pipeline.config import load_config
+
+    changes = {
+        **{name: options[name] for name in ("model", "texts", "tokens", "seed", "device")},
+        "layers": options["layer"] or None,
+        "threats": options["threat"] or None,
+        "goals": options["tolerance"] or None,
+        "certificates": None if options["methods"] is None else _names(options["methods"]),
+        "attack": {"method": options["method"]},
+        "output": options["out"],
+        "execution": {name: options[name] for name in ("engine", "workers", "timeout")},
+    }
+    return load_config(options["config"], changes=changes)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _shard(text: str | None) -> Any:
+    from attnrobust.pipeline.plan import parse_shard
+
+    return None if text is None else parse_shard(text)
+
+
+def _watch(*, quiet: bool) -> Any:
+    return lambda rows, total: tracked(rows, total, quiet=quiet)
+
+
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """The first Ctrl-C (or SIGTERM) lets running rows finish, the second ends at once."""
+    stop = threading.Event()
+
+    def asked(_: int, __: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        say("finishing the running rows; interrupt again to end at once")
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _told(outcome: "Outcome", fail_under: float | None) -> int:
+    """Summary of everything on disk, how to go on, and the exit code."""
+    from attnrobust.report import summary_table
+
+    rows, directory = outcome.store.rows(), outcome.store.directory
+    console().print(summary_table(rows))
+    total = outcome.store.manifest.rows
+    say(f"{outcome.computed} rows computed, {len(rows)} of {total} in {directory}")
+    code = exit_code(rows, fail_under=fail_under)
+    if outcome.remaining:
+        say(f"{outcome.remaining} rows are left; go on with: attnrobust resume {directory}")
+        return code or ExitCode.INTERRUPTED
+    return code
+
+
+def commands() -> Sequence[Any]:
+    """The commands, for the main application."""
+    return many.registered_commands

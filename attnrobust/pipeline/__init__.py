@@ -1,0 +1,1 @@
+"""Many inputs: run configuration, work list, resumable store, engines, report and gate."""
