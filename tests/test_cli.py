@@ -45,12 +45,16 @@ class Said:
 Run = Callable[..., Said]
 
 
+def said_by(capsys: pytest.CaptureFixture[str], *arguments: object) -> Said:
+    code = run([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return Said(code, captured.out, captured.err)
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Run:
     def call(*arguments: object) -> Said:
-        code = run([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return Said(code, captured.out, captured.err)
+        return said_by(capsys, *arguments)
 
     return call
 
