@@ -1,6 +1,12 @@
-"""Adversarial robustness of attention layers: verified attack radii against sound certified radii, input by input."""
+"""Adversarial robustness of attention layers: verified attack radii against sound certified radii, input by input.
 
+The names ``attack``, ``certify`` and ``compare`` of this package are the functions; the modules that hold them are
+reached by ``from attnrobust.certify import ...`` and ``from attnrobust.compare import ...``.
+"""
+
+from attnrobust.attacks import AttackBudget, attack, attack_many
 from attnrobust.certify import certify
+from attnrobust.compare import UnsoundError, compare
 from attnrobust.errors import (
     AlreadyViolatedError,
     AttnRobustError,
@@ -12,6 +18,10 @@ from attnrobust.errors import (
 )
 from attnrobust.goal import Displacement, Goal, Margin
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.from_file import from_file
+from attnrobust.layers.from_torch import from_torch
+from attnrobust.layers.from_transformers import from_transformers
+from attnrobust.layers.model import load_model
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.results import (
     AttackResult,
@@ -33,6 +43,10 @@ __all__ = [
     "TokenMap",
     "TokenMeasure",
     "Problem",
+    "from_torch",
+    "from_transformers",
+    "from_file",
+    "load_model",
     # what may change
     "Threat",
     "FrobeniusBall",
@@ -44,13 +58,17 @@ __all__ = [
     "Displacement",
     "Margin",
     # the answers
-    "certify",
-    "Certificate",
-    "CertificationReport",
-    "NotApplicable",
-    "AttackResult",
+    "compare",
     "Comparison",
+    "certify",
+    "CertificationReport",
+    "Certificate",
+    "NotApplicable",
     "Kind",
+    "attack",
+    "attack_many",
+    "AttackBudget",
+    "AttackResult",
     "Status",
     # what can go wrong
     "AttnRobustError",
@@ -60,6 +78,7 @@ __all__ = [
     "UnsupportedThreatError",
     "AlreadyViolatedError",
     "SoundnessError",
+    "UnsoundError",
     # this release
     "__version__",
 ]
