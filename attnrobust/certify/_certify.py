@@ -14,13 +14,14 @@ from attnrobust.results import Certificate, CertificationReport, Kind, NotApplic
 class PreparedBound(ABC):
     """One method at one problem; the work at the clean input is done once, at construction.
 
-    ``usage(r)`` is an UPPER bound of ``sup problem.usage(D)`` over ``threat.distance(D) <= r``. Because the claim at r is
-    about the whole set of size r, any r with ``usage(r).value <= 1`` is a certified radius; monotonicity is not needed.
+    ``usage(r)`` is an UPPER bound of ``sup problem.usage(D)`` over ``threat.distance(D) <= r``. Because the claim at r
+    is about the whole set of size r, any r with ``usage(r).value <= 1`` is a certified radius; monotonicity is not
+    needed.
     """
 
     @abstractmethod
     def usage(self, radius: float) -> Upper:
-        """Upper bound of the used share of the goal's budget on the whole set of this radius (inf where it says nothing)."""
+        """Upper bound of the used share of the budget on the whole set of this radius (inf where it says nothing)."""
 
     @property
     def failure_probability(self) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnrobust.bounds import Upper, round_up
 from attnrobust.certify._certify import PreparedBound
+from attnrobust.certify.radius import LARGEST
 from attnrobust.problem import Problem
 
 OUTWARD = 1e-10  # relative; the formulas are sums and products of positive terms with far smaller rounding
@@ -41,7 +42,7 @@ class ChangeBound(PreparedBound):
     @property
     def first_guess(self) -> float | None:
         slope = self.usage(PROBE).value / PROBE
-        return 1.0 / slope if slope > 0 else None
+        return 1.0 / slope if slope > 1.0 / LARGEST else None
 
 
 def smallest(bounds: list[Float[Tensor, "c"]]) -> Float[Tensor, "c"]:

@@ -28,9 +28,9 @@ class _Local:
 
     def change(self, size: float) -> Float[Tensor, "c"]:
         """Values moved under the clean weights, plus moved weights on moved values."""
-        each = self.rows.steady(torch.ones_like(self.sizes.key_gradient[0])) * self.rows.reach.attended
-        fixed = smallest([self.values.slopes, *(view.total(view.norms * each) for view in self.views)])
-        return fixed * size + smallest([view.total(self._weights(view, size)) for view in self.views])
+        each = self.rows.steady(torch.ones_like(self.sizes.key_gradient[0])) * self.rows.reach.attended * size
+        exact = [self.values.slopes * size + view.total(self._weights(view, size)) for view in self.views]
+        return smallest([*exact, *(view.total(view.norms * each + self._weights(view, size)) for view in self.views)])
 
     def _weights(self, view: ValueView, size: float) -> Float[Tensor, "c h"]:
         return torch.minimum(self._in_l2(view, size), self._in_total_variation(view, size))

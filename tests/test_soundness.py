@@ -1,0 +1,53 @@
+"""The product: no verified attack inside any certified radius, over every case, threat, goal, attack and certificate."""
+
+from functools import cache
+
+import pytest
+
+from attnrobust.attacks import ALL_ATTACKS, AttackBudget, attack_many
+from attnrobust.certify import ALL_METHODS, CertificateMethod
+from attnrobust.problem import Problem
+from attnrobust.results import AttackResult, Status
+from tests.cases import Case, cases, problems
+
+LARGE = 12  # cases with more tokens run with `-m slow`
+BUDGET = AttackBudget()
+
+
+@cache
+def _attacked(case: Case) -> tuple[tuple[Problem, AttackResult], ...]:
+    """Every problem of a case with the nearest violation that each attack finds."""
+    chosen = tuple(problems(case))
+    rows: list[tuple[Problem, AttackResult]] = []
+    for attack in ALL_ATTACKS:
+        rows += zip(chosen, attack_many(chosen, method=attack.name, seed=1, budget=BUDGET), strict=True)
+    return tuple(rows)
+
+
+def _sized(case: Case) -> object:
+    marks = [pytest.mark.slow] if case.n > LARGE else []
+    return pytest.param(case, id=case.name, marks=marks)
+
+
+@pytest.mark.parametrize("case", [_sized(case) for case in cases()])
+@pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.name)
+def test_no_attack_inside_a_certified_radius(method: CertificateMethod, case: Case) -> None:
+    compared = 0
+    certified: dict[str, float] = {}
+    for problem, attacked in _attacked(case):
+        if method.refuses(problem) is not None:
+            continue
+        if problem.digest not in certified:
+            certificate = method.certify(problem, seed=0)
+            assert certificate.problem == attacked.problem == problem.digest
+            certified[problem.digest] = certificate.radius
+        radius = certified[problem.digest]
+        assert radius >= 0.0
+        label = f"{attacked.attack} against {method.name} on {problem.threat.key}, {problem.goal.key}"
+        if attacked.status is Status.FOUND:
+            compared += 1
+            assert attacked.perturbed is not None
+            assert float(problem.usage(attacked.perturbed - problem.clean.points)) >= 1.0, label
+            assert radius <= attacked.radius, f"{label}: certified {radius!r}, violated at {attacked.radius!r}"
+    if not compared and not case.constant and certified:
+        pytest.fail("no attack found anything on this case, so the test says nothing")
