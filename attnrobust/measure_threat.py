@@ -1,0 +1,217 @@
+"""Perturbed token measures (moved, duplicated, split) and the budgets that measure them."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.tokens import MASS_SUM_TOLERANCE, TokenMeasure, require_finite
+from attnrobust.transport import Order, coupling_cost, wasserstein
+
+
+@dataclass(frozen=True, eq=False)
+class PerturbedTokens:
+    """Tokens that came from the tokens of a clean input: ``sum_j mass_j delta_{points_j}``, atom j from ``parent_j``.
+
+    Args:
+        points: (m, d).
+        mass: Positive, sums to 1, (m,).
+        parent: Index of the clean token that each atom came from, (m,); every clean token has at least one atom.
+
+    Raises:
+        InputError: Shapes that do not fit, NaN or infinity, masses that are not positive or do not sum to 1.
+    """
+
+    points: Float[Tensor, "m d"]
+    mass: Float[Tensor, "m"]
+    parent: Int[Tensor, "m"]
+
+    def __post_init__(self) -> None:
+        measure = TokenMeasure(self.points, self.mass)  # the checks of points and masses
+        object.__setattr__(self, "points", measure.points)
+        object.__setattr__(self, "mass", measure.mass)
+        if tuple(self.parent.shape) != (measure.n,) or self.parent.is_floating_point():
+            raise InputError(f"parent must hold one token index per atom; got shape {tuple(self.parent.shape)}")
+        if bool((self.parent < 0).any()):
+            raise InputError("parent holds a negative token index")
+
+    @property
+    def measure(self) -> TokenMeasure:
+        """The atoms without their parents."""
+        return TokenMeasure(self.points, self.mass)
+
+    def displacement(self, clean: TokenMeasure) -> Float[Tensor, "m d"]:
+        """How far each atom is from its parent."""
+        return self.points - clean.points[self._parents_of(clean)]
+
+    def keeps_masses(self, clean: TokenMeasure) -> bool:
+        """Whether every token's atoms carry exactly its mass (a splitting; a duplication does not)."""
+        total = torch.zeros_like(clean.mass).index_add(0, self._parents_of(clean), self.mass)
+        return bool(((total - clean.mass).abs() <= MASS_SUM_TOLERANCE).all())
+
+    def _parents_of(self, clean: TokenMeasure) -> Tensor:
+        present = torch.bincount(self.parent, minlength=clean.n)
+        if present.shape[0] != clean.n or bool((present == 0).any()):
+            raise InputError(f"the parents must cover exactly the {clean.n} clean tokens")
+        return self.parent
+
+
+def identity_perturbation(clean: TokenMeasure) -> PerturbedTokens:
+    """The clean input as a perturbation of itself."""
+    return PerturbedTokens(clean.points, clean.mass, torch.arange(clean.n, device=clean.points.device))
+
+
+class MeasureThreat(ABC):
+    """A ball of token measures around a clean one.
+
+    Args:
+        order: p of the distance: 1, 2 or infinity.
+    """
+
+    def __init__(self, order: Order = 2) -> None:
+        if order not in (1, 2, math.inf):
+            raise InputError(f"order {order} is not supported; use 1, 2 or infinity")
+        self.order: Order = order
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Short unique name; ``parse_measure_threat`` reads it back."""
+
+    @abstractmethod
+    def distance(self, clean: TokenMeasure, perturbed: PerturbedTokens) -> float:
+        """Distance of the perturbed measure, an upper bound of W_p within rounding; infinity outside of the family."""
+
+    @abstractmethod
+    def project(self, clean: TokenMeasure, perturbed: PerturbedTokens, epsilon: float) -> PerturbedTokens:
+        """A point of the ball of radius epsilon; members are returned unchanged."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.order == getattr(other, "order", None)
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, self.order))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(order={self.order})"
+
+
+class CouplingBall(MeasureThreat):
+    """Every atom stays near its own parent: ``(sum_j mass_j |y_j - x_parent(j)|^p)^(1/p) <= epsilon``, masses kept.
+
+    For p = infinity every atom is within epsilon of its parent. The cost of the given coupling is an upper bound of
+    W_p, so this set lies inside the Wasserstein ball.
+    """
+
+    @property
+    def key(self) -> str:
+        return f"coupling:{_order_name(self.order)}"
+
+    def distance(self, clean: TokenMeasure, perturbed: PerturbedTokens) -> float:
+        if not perturbed.keeps_masses(clean):
+            return math.inf
+        return float(coupling_cost(perturbed.displacement(clean), perturbed.mass, order=self.order))
+
+    def project(self, clean: TokenMeasure, perturbed: PerturbedTokens, epsilon: float) -> PerturbedTokens:
+        """A nearest point among those with the same masses: all atoms are pulled back in proportion (p = 1, 2), or each
+        one onto its own ball (p = infinity).
+
+        Raises:
+            InputError: The masses are not those of the clean tokens.
+        """
+        require_masses(clean, perturbed)
+        distance = self.distance(clean, perturbed)
+        if distance <= epsilon:
+            return perturbed
+        move = perturbed.displacement(clean)
+        if math.isinf(self.order):
+            length = torch.linalg.vector_norm(move, dim=-1, keepdim=True)
+            move = move * torch.where(length > epsilon, epsilon / length.clamp_min(1e-300), 1.0)
+        elif self.order == 1:
+            move = _shorten(move, perturbed.mass, epsilon)
+        else:
+            move = move * (epsilon / distance)
+        return PerturbedTokens(clean.points[perturbed.parent] + move, perturbed.mass, perturbed.parent)
+
+
+class WassersteinBall(MeasureThreat):
+    """All measures with ``W_p(clean, perturbed) <= epsilon``, by exact transport; parents do not matter."""
+
+    @property
+    def key(self) -> str:
+        return f"wasserstein:{_order_name(self.order)}"
+
+    def distance(self, clean: TokenMeasure, perturbed: PerturbedTokens) -> float:
+        return wasserstein(clean, perturbed.measure, order=self.order).upper.value
+
+    def project(self, clean: TokenMeasure, perturbed: PerturbedTokens, epsilon: float) -> PerturbedTokens:
+        """The point at distance epsilon on a shortest path from the clean to the perturbed measure (a nearest one).
+
+        The path follows an optimal plan: the mass that goes from x_i to y_j is an atom at ``x_i + t (y_j - x_i)``, so
+        the result may have more atoms, and their parents are those of the plan.
+        """
+        transport = wasserstein(clean, perturbed.measure, order=self.order)
+        distance = transport.upper.value
+        if distance <= epsilon:
+            return perturbed
+        plan = transport.plan.to(clean.points)
+        plan = plan * (clean.mass / plan.sum(dim=1).clamp_min(1e-300))[:, None]  # row sums exact to the last place
+        source, sink = (plan > 1e-15 * clean.mass.min()).nonzero(as_tuple=True)
+        mass = plan[source, sink]
+        start, end = clean.points[source], perturbed.points[sink]
+        return PerturbedTokens(start + (epsilon / distance) * (end - start), mass / mass.sum(), source)
+
+
+def require_masses(clean: TokenMeasure, perturbed: PerturbedTokens) -> None:
+    """Refuse perturbations whose atoms do not carry the masses of their parents."""
+    if not perturbed.keeps_masses(clean):
+        raise InputError("the atoms of a token must carry exactly its mass; a duplication is not a splitting")
+
+
+def checked_fractions(fractions: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """Shares of one token's mass: positive and summing to 1."""
+    fractions = require_finite("mass fractions", fractions)
+    if not bool((fractions > 0).all()):
+        raise InputError("every mass fraction must be > 0; leave out children without mass")
+    if abs(float(fractions.sum()) - 1.0) > MASS_SUM_TOLERANCE:
+        raise InputError(f"mass fractions must sum to 1, they sum to {float(fractions.sum()):.12g}")
+    return fractions
+
+
+def parse_measure_threat(text: str) -> MeasureThreat:
+    """Read a measure threat from its key: ``coupling:P`` or ``wasserstein:P`` with P one of 1, 2, inf.
+
+    Raises:
+        UnknownNameError: Another name; lists the nearest.
+    """
+    known = {threat.key: threat for threat in all_measure_threats()}
+    if text not in known:
+        raise UnknownNameError("measure threat", text, known)
+    return known[text]
+
+
+def all_measure_threats() -> tuple[MeasureThreat, ...]:
+    """Every measure threat."""
+    return tuple(kind(order) for kind in (CouplingBall, WassersteinBall) for order in (1, 2, math.inf))
+
+
+def _order_name(order: Order) -> str:
+    return "inf" if math.isinf(order) else str(int(order))
+
+
+def _shorten(move: Tensor, mass: Tensor, epsilon: float) -> Tensor:
+    """Nearest moves (mass-weighted l2) with ``sum mass |move| <= epsilon``: all lengths drop by one amount."""
+    length: Tensor = torch.linalg.vector_norm(move, dim=-1)
+    order = length.argsort(descending=True)
+    weight, sorted_length = mass[order], length[order]
+    # With the atoms 1..k active the common drop is (sum mass length - epsilon) / sum mass; the largest k that keeps it
+    # below the k-th length is the right one.
+    drop = ((weight * sorted_length).cumsum(0) - epsilon) / weight.cumsum(0)
+    active = int((sorted_length > drop).sum().clamp_min(1))
+    shorter = (length - drop[active - 1].clamp_min(0.0)).clamp_min(0.0)
+    scaled: Tensor = move * (shorter / length.clamp_min(1e-300))[:, None]
+    return scaled

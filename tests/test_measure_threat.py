@@ -1,0 +1,149 @@
+"""Measure threats: distance, projection, bad masses."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.measure_threat import (
+    CouplingBall,
+    MeasureThreat,
+    PerturbedTokens,
+    WassersteinBall,
+    all_measure_threats,
+    checked_fractions,
+    identity_perturbation,
+    parse_measure_threat,
+)
+from attnrobust.tokens import TokenMeasure
+from attnrobust.transport import wasserstein
+from tests.assertions import assert_at_most, assert_close, assert_same_bits, shapes_unchecked
+
+THREATS = all_measure_threats()
+CLEAN = TokenMeasure(
+    torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64),
+)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def split(seed: int, *, size: float = 1.0) -> PerturbedTokens:
+    """Every token in two unequal atoms, each moved."""
+    share = torch.rand(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.8 + 0.1
+    mass = torch.cat([CLEAN.mass * share, CLEAN.mass * (1 - share)])
+    points = CLEAN.points.repeat(2, 1) + size * draw(8, 3, seed=seed + 10)
+    return PerturbedTokens(points, mass, torch.arange(4).repeat(2))
+
+
+@pytest.fixture(params=THREATS, ids=lambda threat: threat.key)
+def threat(request: pytest.FixtureRequest) -> MeasureThreat:
+    chosen = request.param
+    assert isinstance(chosen, MeasureThreat)
+    return chosen
+
+
+def test_keys_read_back(threat: MeasureThreat) -> None:
+    assert parse_measure_threat(threat.key) == threat
+    assert [t.key for t in THREATS].count(threat.key) == 1
+    with pytest.raises(UnknownNameError, match="wasserstein:2"):
+        parse_measure_threat("waserstein:2")
+
+
+def test_distance_to_itself_is_zero(threat: MeasureThreat) -> None:
+    assert threat.distance(CLEAN, identity_perturbation(CLEAN)) <= 1e-12
+
+
+def test_the_coupling_is_never_cheaper_than_transport() -> None:
+    for seed in range(10):
+        for order in (1, 2, math.inf):
+            perturbed = split(seed)
+            assert_at_most(
+                wasserstein(CLEAN, perturbed.measure, order=order).lower.value,
+                CouplingBall(order).distance(CLEAN, perturbed),
+                rtol=1e-12,
+            )
+
+
+def test_points_inside_are_unchanged(threat: MeasureThreat) -> None:
+    perturbed = split(3, size=0.01)
+    assert threat.project(CLEAN, perturbed, 1.0) is perturbed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_points_outside_land_on_the_boundary(threat: MeasureThreat, seed: int) -> None:
+    projected = threat.project(CLEAN, split(seed, size=3.0), 0.3)
+    assert_at_most(threat.distance(CLEAN, projected), 0.3, rtol=1e-9)
+    assert_at_most(0.3, threat.distance(CLEAN, projected), rtol=1e-9)
+    assert projected.keeps_masses(CLEAN)
+
+
+@pytest.mark.parametrize("order", [1, 2, math.inf])
+def test_wasserstein_projection_is_nearest(order: float) -> None:
+    """Nothing in the ball is nearer than distance - epsilon (triangle inequality); the projection is that near."""
+    outside = split(5, size=2.0)
+    ball = WassersteinBall(order)
+    distance = ball.distance(CLEAN, outside)
+    projected = ball.project(CLEAN, outside, 0.4)
+    apart = wasserstein(projected.measure, outside.measure, order=order).upper.value
+    assert apart == pytest.approx(distance - 0.4, rel=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_coupling_projection_is_nearest_among_the_same_masses(order: float) -> None:
+    outside = split(6, size=2.0)
+    ball = CouplingBall(order)
+    projected = ball.project(CLEAN, outside, 0.5)
+
+    def apart(points: Tensor) -> float:
+        return float((outside.mass * ((points - outside.points) ** 2).sum(dim=1)).sum().sqrt())
+
+    best = apart(projected.points)
+    for seed in range(300):
+        other = CLEAN.points[outside.parent] + projected.displacement(CLEAN) + 0.1 * draw(8, 3, seed=seed)
+        move = other - CLEAN.points[outside.parent]
+        size = ball.distance(CLEAN, PerturbedTokens(other, outside.mass, outside.parent))
+        other = CLEAN.points[outside.parent] + move * min(1.0, 0.5 / size)
+        assert_at_most(best, apart(other), rtol=1e-12)
+
+
+def test_mass_that_changes_hands_is_infinitely_far_by_coupling_only() -> None:
+    mass = torch.tensor([0.4, 0.2, 0.3, 0.1], dtype=torch.float64)
+    traded = PerturbedTokens(CLEAN.points, mass, torch.arange(4))
+    assert not traded.keeps_masses(CLEAN)
+    assert CouplingBall(2).distance(CLEAN, traded) == math.inf
+    assert 0 < WassersteinBall(2).distance(CLEAN, traded) < math.inf
+    with pytest.raises(InputError, match="carry exactly its mass"):
+        CouplingBall(2).project(CLEAN, traded, 0.1)
+
+
+def test_bad_masses_and_parents_are_named() -> None:
+    parent = torch.arange(4)
+    with pytest.raises(InputError, match="must be > 0"):
+        PerturbedTokens(CLEAN.points, torch.tensor([0.5, 0.6, -0.1, 0.0]).double(), parent)
+    with pytest.raises(InputError, match="sum to 1"):
+        PerturbedTokens(CLEAN.points, CLEAN.mass * 2, parent)
+    with shapes_unchecked(), pytest.raises(InputError, match="one token index per atom"):
+        PerturbedTokens(CLEAN.points, CLEAN.mass, parent[:3])
+    with pytest.raises(InputError, match="negative"):
+        PerturbedTokens(CLEAN.points, CLEAN.mass, parent - 1)
+    with pytest.raises(InputError, match="cover exactly the 4"):
+        PerturbedTokens(CLEAN.points, CLEAN.mass, torch.tensor([0, 1, 2, 2])).displacement(CLEAN)
+    with pytest.raises(InputError, match="order 3"):
+        CouplingBall(3.0)
+    with pytest.raises(InputError, match="mass fractions must sum to 1"):
+        checked_fractions(torch.tensor([0.5, 0.6]).double())
+    with pytest.raises(InputError, match="every mass fraction"):
+        checked_fractions(torch.tensor([1.5, -0.5]).double())
+
+
+def test_splitting_in_place_changes_nothing() -> None:
+    half = PerturbedTokens(CLEAN.points.repeat(2, 1), CLEAN.mass.repeat(2) / 2, torch.arange(4).repeat(2))
+    for threat in THREATS:
+        assert threat.distance(CLEAN, half) <= 1e-7
+        assert_same_bits(threat.project(CLEAN, half, 0.1).points, half.points)
+    assert_close(half.displacement(CLEAN), torch.zeros(8, 3).double(), rtol=0)
