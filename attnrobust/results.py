@@ -36,7 +36,8 @@ class AttackResult:
         problem: Digest of the problem.
         attack: Name of the attack.
         status: FOUND only after re-evaluation in float64.
-        radius: Threat distance of the verified point; infinity if none. With a fixed epsilon, the distance of the strongest point.
+        radius: Threat distance of the verified point; infinity if none. With a fixed epsilon, that of the strongest
+            point.
         usage: Share of the goal's budget used at ``perturbed`` (>= 1 is a violation).
         perturbed: The tokens (n, d), or None.
         queries: Forward evaluations of single inputs.

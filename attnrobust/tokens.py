@@ -13,7 +13,7 @@ MASS_SUM_TOLERANCE = 1e-9  # masses are user data in float64; n <= 1e5 terms sum
 
 
 def require_finite(name: str, value: Tensor) -> Tensor:
-    """A float64 copy of ``value``, which later changes of the original do not reach; refuses integers, NaN, infinity."""
+    """A float64 copy of ``value``, which later changes of the original do not reach; no integers, NaN or infinity."""
     if not value.is_floating_point():
         raise InputError(f"{name} has dtype {value.dtype}; give floating-point numbers")
     value = value.detach().to(torch.float64, copy=True)
