@@ -41,6 +41,19 @@ def test_the_specification_is_the_same_function(kind: type[TrainableAttention], 
 
 
 @each_kind
+def test_initial_weights(kind: type[TrainableAttention]) -> None:
+    layer = kind(48, 4)
+    assert layer.b_o is not None
+    assert_same_bits(layer.b_o.detach(), torch.zeros(48))
+    for name in (*layer.weights, "w_o"):
+        weight = layer.get_parameter(name).detach()
+        assert weight.shape == (4, 48, 12) if name != "w_o" else (4, 12, 48)
+        # Uniform on [-b, b] with b^2 = 6 / (48 + 48); 2304 draws fix the standard deviation b / sqrt(3) to about 1 %.
+        assert float(weight.abs().max()) <= 0.25
+        assert float(weight.std()) == pytest.approx(0.25 / 3**0.5, rel=0.05)
+
+
+@each_kind
 def test_single_precision(kind: type[TrainableAttention]) -> None:
     layer, x = kind(D, HEADS), torch.randn(N, D)
     output = layer(x).detach()
