@@ -46,18 +46,23 @@ class Pieces:
 
     shift: Tensor  # part of -E[ut] that joins the remainder
     slope: Tensor  # kp after the shift
-    base: Tensor  # coefficient of u^2 from E[psi v] alone
     unit: Tensor  # |D| r
 
 
 def pieces(cls: ClassRows, const: Constants, first_norm: Float[Tensor, "h n"]) -> Pieces:
     """Parameter-free coefficients."""
-    weight, v = cls.rows.weight, cls.advantage
+    weight = cls.rows.weight
     shift = torch.minimum(weight, 0.5 * (const.slope_same - const.slope).clamp_min(0.0))
     slope = torch.maximum(const.slope + shift, const.slope_same - shift)
-    base = torch.where(v > 0, v * const.saturating, v * const.curvature)
     unit = (first_norm * const.budget.frobenius).clamp_min(TINY)
-    return Pieces(shift=shift, slope=slope, base=base, unit=unit)
+    return Pieces(shift=shift, slope=slope, unit=unit)
+
+
+def _mass_curve(cls: ClassRows, const: Constants, tau: Float[Tensor, "h n"]) -> tuple[Tensor, Tensor]:
+    """Coefficient of u_j^2 / 2 that bounds ``p_j (v_j + tau)``, and its slope in tau."""
+    shifted = cls.advantage + tau[..., None]
+    effect = torch.where(shifted > 0, const.saturating, const.curvature)
+    return shifted * effect, effect
 
 
 def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -> Majorant:
@@ -66,7 +71,7 @@ def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -
     weight, r = rows.weight, const.budget.frobenius
     tau = par.split * piece.unit
     pair = par.pair * cls.value_norm[..., None]
-    curve = piece.base + tau[..., None] * const.saturating + pair * piece.slope
+    curve = _mass_curve(cls, const, tau)[0] + pair * piece.slope
     positive = curve > 0
     eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
     square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
@@ -123,9 +128,10 @@ def balanced(
     query = mean(((found.query @ gram) * found.query).sum(-1), (1,))
     mixed = mean(((cls.weighted_advantage @ points[:, None]) ** 2).sum(-1), (1,))
     pair = (t2[:, None, :] / x2).sqrt() / cls.value_norm[..., None]
-    split = (0.5 * const.share * d2 / (const.saturating * x2).sum(-1).clamp_min(TINY)).sqrt() / piece.unit
     tau, e = par.split * piece.unit, par.pair * cls.value_norm[..., None]
-    curve = (piece.base + tau[..., None] * const.saturating + e * piece.slope).abs()
+    curve, effect = _mass_curve(cls, const, tau)
+    split = (0.5 * const.share * d2 / (effect * x2).sum(-1).clamp_min(TINY)).sqrt() / piece.unit
+    curve = (curve + e * piece.slope).abs()
     spread = spread_eigenvalue(curve, rows.weight, rows.movable)
     eps = (r2 * spread * query / (curve * x2).sum(-1).clamp_min(TINY)).sqrt()[..., None].expand_as(x2)
     s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / cls.value_norm
