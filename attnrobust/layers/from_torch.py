@@ -45,6 +45,7 @@ def from_torch(
             ``bias_k``/``bias_v`` or ``add_zero_attn`` (an extra key that is no token), train mode with dropout.
 
     Example:
+        >>> import torch
         >>> layer = nn.MultiheadAttention(4, 2).eval()
         >>> spec = from_torch(layer)
         >>> x = torch.eye(3, 4)
