@@ -203,7 +203,7 @@ def test_polishing_ends_on_the_violating_side() -> None:
     case = case_named("plain-h3-n8-d6")
     problem = Problem(case.attention, case.tokens, PerTokenBall(), Displacement(0.3))
     rays = draw(20, *case.tokens.points.shape) * torch.logspace(-2, 1, 20, dtype=torch.float64)[:, None, None]
-    scaled, _ = shrink_to_boundary(problem, rays)
+    scaled, _ = shrink_to_boundary(problem.usage, rays)
     usage = problem.usage(scaled)
     assert bool((usage >= 1.0).all())
     assert bool((usage < 1.0 + 1e-7).all())

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnrobust.attacks._evaluate import Evaluator, group_key, search_threat
+from attnrobust.attacks._geometry import Geometry
 from attnrobust.errors import AttnRobustError, InputError, UnsupportedThreatError
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
@@ -71,7 +72,7 @@ class Search:
     """
 
     evaluator: Evaluator
-    threat: Threat
+    threat: Geometry
     epsilon: float | None
     seeds: tuple[int, ...]
     budget: AttackBudget
@@ -193,7 +194,7 @@ def verify(problem: Problem, candidates: Float[Tensor, "k n d"], *, epsilon: flo
     candidates = candidates[finite]
     if epsilon is None:
         projected = problem.threat.project(candidates, problem.threat.distance(candidates))
-        projected, queries = shrink_to_boundary(problem, projected)
+        projected, queries = shrink_to_boundary(problem.usage, projected)
     else:
         projected, queries = problem.threat.project(candidates, epsilon), 0
     if epsilon is not None:
@@ -229,11 +230,17 @@ def _measure(problem: Problem, delta: Tensor, *, epsilon: float | None, queries:
     return VerifiedPoint(float(distance[best]), float(usage[best]), perturbed[best].clone(), queries)
 
 
-def shrink_to_boundary(problem: Problem, delta: Float[Tensor, "k n d"]) -> tuple[Float[Tensor, "k n d"], int]:
+def shrink_to_boundary(
+    usage: Callable[[Float[Tensor, "j n d"]], Float[Tensor, "j"]], delta: Float[Tensor, "k n d"]
+) -> tuple[Float[Tensor, "k n d"], int]:
     """Scale each perturbation to a point with usage >= 1 that is as near as its ray allows.
 
     Starts where the proposal is; stretches it where it does not violate the goal; then a bracketing secant
     between a scale that violates and one that does not. Rays are independent.
+
+    Args:
+        usage: Used budget of moved tokens; a violation where it is >= 1.
+        delta: One perturbation per ray.
 
     Returns:
         The scaled perturbations (unchanged where no violation was met) and the forward evaluations spent.
@@ -247,7 +254,7 @@ def shrink_to_boundary(problem: Problem, delta: Float[Tensor, "k n d"]) -> tuple
     for step in range(RAY_STEPS):
         index = alive.nonzero().flatten()
         value = delta.new_full((k,), math.nan)
-        value[index] = problem.usage(delta[index] * scale[index, None, None])
+        value[index] = usage(delta[index] * scale[index, None, None])
         queries += int(index.numel())
         finite = torch.isfinite(value)
         hit, miss = alive & finite & (value >= target), alive & finite & (value < target)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -20,6 +20,21 @@ WORKING_COPIES = 5
 
 
 @dataclass(frozen=True, eq=False)
+class ScaledGoal(ResolvedGoal):
+    """A displacement of all rows in which each row has its own factor.
+
+    Args:
+        row_scale: Factors (n,); ``clean`` has them applied already.
+    """
+
+    row_scale: Float[Tensor, "n"] = field(kw_only=True)
+
+    def pooled(self, output: Float[Tensor, "*b n e"]) -> Float[Tensor, "*b n e"]:
+        """Every row times its factor."""
+        return output * self.row_scale[:, None]
+
+
+@dataclass(frozen=True, eq=False)
 class StackedGoal:
     """The resolved goals of p problems of one shape, stacked.
 
@@ -28,12 +43,14 @@ class StackedGoal:
         functionals: (p, c, e), or None for displacements.
         budgets: (p, c).
         clean: Pooled clean outputs (p, n, e) or (p, e).
+        row_scale: Factors on the rows of a displacement (p, n), or None where every row counts alike.
     """
 
     weights: Float[Tensor, "p n"] | None
     functionals: Float[Tensor, "p c e"] | None
     budgets: Float[Tensor, "p c"]
     clean: Float[Tensor, "p ..."]
+    row_scale: Float[Tensor, "p n"] | None = None
 
     @classmethod
     def stack(cls, goals: Sequence[ResolvedGoal]) -> "StackedGoal":
@@ -44,6 +61,9 @@ class StackedGoal:
             functionals=None if first.functionals is None else torch.stack([_present(g.functionals) for g in goals]),
             budgets=torch.stack([g.budgets for g in goals]),
             clean=torch.stack([g.clean for g in goals]),
+            row_scale=torch.stack([g.row_scale for g in goals if isinstance(g, ScaledGoal)])
+            if isinstance(first, ScaledGoal)
+            else None,
         )
 
     def take(self, index: Int[Tensor, "q"]) -> "StackedGoal":
@@ -53,16 +73,21 @@ class StackedGoal:
             functionals=None if self.functionals is None else self.functionals[index],
             budgets=self.budgets[index],
             clean=self.clean[index],
+            row_scale=None if self.row_scale is None else self.row_scale[index],
         )
 
     def pool(self, output: Float[Tensor, "p r n e"]) -> Float[Tensor, "p r ..."]:
         """The part of outputs (or of their derivatives) that counts."""
+        if self.row_scale is not None:
+            return output * self.row_scale[:, None, :, None]
         if self.weights is None:
             return output
         return torch.matmul(self.weights[:, None, None, :], output).squeeze(-2)
 
     def unpool(self, cotangent: Float[Tensor, "p r ..."]) -> Float[Tensor, "p r n e"]:
         """Adjoint of ``pool``."""
+        if self.row_scale is not None:
+            return cotangent * self.row_scale[:, None, :, None]
         if self.weights is None:
             return cotangent
         return self.weights[:, None, :, None] * cotangent[:, :, None, :]
@@ -99,9 +124,12 @@ class Evaluator:
     Args:
         problems: Problems of one group (``group_key``).
         memory_bytes: Bytes that the score-sized arrays of one call may take.
+        scale: Token moves are the search's variables times these factors (p, n); None means 1.
     """
 
-    def __init__(self, problems: Sequence[Problem], *, memory_bytes: int) -> None:
+    def __init__(
+        self, problems: Sequence[Problem], *, memory_bytes: int, scale: Float[Tensor, "p n"] | None = None
+    ) -> None:
         self.problems = tuple(problems)
         self.index = torch.arange(len(problems))
         self.queries = torch.zeros(len(problems), dtype=torch.int64)
@@ -112,6 +140,7 @@ class Evaluator:
         masses = [p.mass for p in problems]
         self.mass = None if masses[0] is None else torch.stack([_present(m) for m in masses])
         self.goal = StackedGoal.stack([p.resolved for p in problems])
+        self.scale = scale
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +156,9 @@ class Evaluator:
 
     def take(self, index: Int[Tensor, "q"]) -> "Evaluator":
         """The evaluator of some of the problems; it counts into the same record."""
-        chosen = Evaluator([self.problems[i] for i in index.tolist()], memory_bytes=self.memory_bytes)
+        scale = None if self.scale is None else self.scale[index]
+        problems = [self.problems[i] for i in index.tolist()]
+        chosen = Evaluator(problems, memory_bytes=self.memory_bytes, scale=scale)
         chosen.index, chosen.queries = self.index[index.cpu()], self.queries
         return chosen
 
@@ -139,6 +170,10 @@ class Evaluator:
         """Which tokens of each problem may move."""
         n = self.points.shape[-2]
         return torch.stack([p.threat.movable(n) for p in self.problems]).to(self.device)
+
+    def moves(self, variables: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n d"]:
+        """Token moves of search variables; the factor is its own adjoint."""
+        return variables if self.scale is None else variables * self.scale[:, None, :, None]
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -162,24 +197,24 @@ class Evaluator:
 
     def _shares(self, delta: Tensor) -> Tensor:
         self._count(delta.shape[1])
-        x = self.points[:, None] + delta
+        x = self.points[:, None] + self.moves(delta)
         if self.prepared is not None:
             return self.goal.shares(self.prepared.forward(x).output)
         return self.goal.shares(torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])]))
 
     def _shares_and_gradient(self, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         self._count(delta.shape[1])
-        x = self.points[:, None] + delta
+        x = self.points[:, None] + self.moves(delta)
         if self.prepared is not None:
             tape = self.prepared.forward(x)
             shares, cotangent = self.goal.shares_and_cotangent(tape.output, target)
-            return shares, tape.pullback(cotangent)
+            return shares, self.moves(tape.pullback(cotangent))
         x.requires_grad_(True)
         with torch.enable_grad():
             output = torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])])
         shares, cotangent = self.goal.shares_and_cotangent(output.detach(), target)
         (gradient,) = torch.autograd.grad(output, x, cotangent)
-        return shares, gradient
+        return shares, self.moves(gradient)
 
     def _plain(self, index: int, x: Tensor) -> Tensor:
         mass = None if self.mass is None else self.mass[index].expand(x.shape[0], -1)
@@ -190,7 +225,8 @@ class Evaluator:
     def normal_product(self, vectors: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n d"]:
         """``J^T J v`` for the pooled Jacobian at the clean inputs, in units of the (first) budget."""
         rows = self._rows()
-        return torch.cat([self._normal_product(v) for v in vectors.split(rows, dim=1)], dim=1)
+        moved = self.moves(vectors)
+        return self.moves(torch.cat([self._normal_product(v) for v in moved.split(rows, dim=1)], dim=1))
 
     def _normal_product(self, vectors: Tensor) -> Tensor:
         self._count(vectors.shape[1])
@@ -236,6 +272,7 @@ def group_key(problem: Problem) -> tuple[object, ...]:
         problem.mass is None,
         goal.weights is None,
         goal.functionals is None,
+        isinstance(goal, ScaledGoal),
         goal.budgets.shape[0],
     )
 

@@ -196,7 +196,7 @@ def branch_starts(
 ) -> tuple[Start, Float[Tensor, "p r"]]:
     """One row per movable token, at its own first-order optimum, and the share per unit length there."""
     p, n, d = evaluator.points.shape
-    tokens = search.threat.movable(n).nonzero().flatten().to(evaluator.device)
+    tokens = evaluator.movable[0].nonzero().flatten()
     allowed = torch.nn.functional.one_hot(tokens, n).bool().expand(p, -1, n)
     branches = tokens.numel()
     random = random_directions(generators, branches, (n, d), evaluator.points) * allowed[..., None]

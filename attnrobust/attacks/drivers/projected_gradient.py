@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnrobust.attacks._attack import Search
 from attnrobust.attacks._evaluate import Evaluator
-from attnrobust.threat import Threat
+from attnrobust.attacks._geometry import Geometry
 
 MOMENTUM = 0.25
 SHRINK, GROW = 0.35, 1.6
@@ -52,7 +52,7 @@ class Start:
     targets: Int[Tensor, "p r"]
     radius: Float[Tensor, "p r"]
     allowed: Bool[Tensor, "p r n"]
-    threat: Threat
+    threat: Geometry
 
     def take(self, problems: Int[Tensor, "q"], rows: Int[Tensor, "q s"]) -> "Start":
         """Some rows of some problems."""
@@ -162,7 +162,7 @@ def search_rows(search: Search, evaluator: Evaluator, start: Start, *, steps: in
     return result
 
 
-def _step(search: Search, evaluator: Evaluator, threat: Threat, rows: _Rows) -> None:
+def _step(search: Search, evaluator: Evaluator, threat: Geometry, rows: _Rows) -> None:
     shares, gradient = evaluator.shares_and_gradient(rows.trial, rows.targets)
     share = shares.gather(-1, rows.targets[..., None]).squeeze(-1)
     gradient = gradient * rows.keep
@@ -208,7 +208,7 @@ def _bracketed(rows: _Rows, distance: Tensor, share: Tensor, predicted: Tensor) 
     return torch.where(inside, predicted, middle)
 
 
-def _propose(search: Search, threat: Threat, rows: _Rows, *, momentum: Tensor) -> Tensor:
+def _propose(search: Search, threat: Geometry, rows: _Rows, *, momentum: Tensor) -> Tensor:
     """The next trial of every row, from its best point; marks stationary rows as done."""
     steepest = threat.steepest(rows.gradient)
     dual = threat.dual_norm(rows.gradient).clamp_min(TINY)
@@ -239,7 +239,7 @@ def _propose(search: Search, threat: Threat, rows: _Rows, *, momentum: Tensor) -
     return mixed * torch.minimum(torch.maximum(radius, 0.5 * reach), 2.0 * reach)[..., None, None]
 
 
-def _projected(threat: Threat, rows: _Rows, here: Tensor, steepest: Tensor) -> Tensor:
+def _projected(threat: Geometry, rows: _Rows, here: Tensor, steepest: Tensor) -> Tensor:
     """Projected gradient step in the unit set: reaches faces whose interior holds the optimum, which mixing misses."""
     size = torch.linalg.vector_norm(steepest, dim=(-2, -1)) / torch.linalg.vector_norm(
         rows.gradient, dim=(-2, -1)
@@ -247,7 +247,7 @@ def _projected(threat: Threat, rows: _Rows, here: Tensor, steepest: Tensor) -> T
     return threat.project(here + (rows.alpha * size)[..., None, None] * rows.gradient, 1.0)
 
 
-def _finished(search: Search, threat: Threat, rows: _Rows) -> Tensor:
+def _finished(search: Search, threat: Geometry, rows: _Rows) -> Tensor:
     if search.epsilon is not None:
         return rows.best
     distance = threat.distance(rows.best)
@@ -258,7 +258,7 @@ def _finished(search: Search, threat: Threat, rows: _Rows) -> Tensor:
     )
 
 
-def _to_distance(threat: Threat, delta: Tensor, wanted: Tensor) -> Tensor:
+def _to_distance(threat: Geometry, delta: Tensor, wanted: Tensor) -> Tensor:
     return delta * (wanted / threat.distance(delta).clamp_min(TINY))[..., None, None]
 
 

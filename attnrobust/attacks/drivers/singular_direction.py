@@ -1,6 +1,6 @@
 """Starting directions: top right singular vectors of the Jacobian, gradients of the margins, random directions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,13 +35,30 @@ def singular_directions(
         Unit vectors and the singular values in units of 1/budget, largest first.
     """
     keep = allowed[..., None].to(start.dtype)
+    vectors, values = top_eigenvectors(lambda v: evaluator.normal_product(v) * keep, start * keep, count, steps)
+    return vectors, values.clamp_min(0.0).sqrt()
+
+
+def top_eigenvectors(
+    operator: Callable[[Tensor], Tensor], start: Float[Tensor, "p r n d"], count: int, steps: int
+) -> tuple[Float[Tensor, "p r c n d"], Float[Tensor, "p r c"]]:
+    """Ritz vectors of the largest eigenvalues of symmetric operators, one per (p, r), by Lanczos from one vector.
+
+    Args:
+        operator: Maps (p, r, n, d) to the same shape, each (p, r) by its own symmetric matrix.
+        start: Start vectors.
+        count: Vectors wanted.
+        steps: Krylov dimension.
+
+    Returns:
+        Unit vectors and Ritz values, largest first.
+    """
     steps = min(steps, start.shape[-1] * start.shape[-2])
-    vector = _unit(start * keep)
-    basis: list[Tensor] = [vector]
+    basis: list[Tensor] = [_unit(start)]
     diagonal: list[Tensor] = []
     off: list[Tensor] = []
     for step in range(steps):
-        image = evaluator.normal_product(basis[-1]) * keep
+        image = operator(basis[-1])
         diagonal.append(_dot(basis[-1], image))
         stacked = torch.stack(basis, dim=2)
         for _ in range(2):  # full reorthogonalisation, twice is enough
@@ -66,7 +83,7 @@ def _ritz(basis: Tensor, diagonal: Tensor, off: list[Tensor], count: int) -> tup
     take = min(count, values.shape[-1])
     top = vectors[..., -take:].flip(-1)
     found = torch.einsum("prknd,prkc->prcnd", basis, top)
-    return found, values[..., -take:].flip(-1).clamp_min(0.0).sqrt()
+    return found, values[..., -take:].flip(-1)
 
 
 def margin_gradients(evaluator: Evaluator, classes: Int[Tensor, "p c"]) -> Float[Tensor, "p c n d"]:
