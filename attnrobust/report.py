@@ -157,23 +157,50 @@ def _caption(rows: Sequence[Row]) -> str | None:
     return "; ".join(parts)
 
 
-def summary_table(rows: Sequence[Row]) -> Table:
-    """One line per layer, threat and goal of a run of many: medians over the inputs, and how the rows ended."""
-    table = Table(title=f"{len(rows)} rows", title_justify="left")
-    for name in ("layer", "threat", "goal"):
-        table.add_column(name, overflow="fold")
-    for name in ("rows", "median certified", "median attack", "median gap", "largest gap"):
-        table.add_column(name, justify="right")
-    table.add_column("status")
+SUMMARY = (
+    "layer",
+    "threat",
+    "goal",
+    "rows",
+    "median certified",
+    "median attack",
+    "median gap",
+    "largest gap",
+    "status",
+)
+
+
+def summary_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Per layer, threat and goal of many rows: medians over the inputs, and how the rows ended.
+
+    Args:
+        rows: Any rows.
+
+    Returns:
+        The heading, and one tuple of cells for each group.
+    """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.layer, row.threat, row.goal), []).append(row)
+    lines = []
     for key, group in groups.items():
         gaps = [row.gap for row in group if row.gap is not None]
         statuses = Counter(_PLAIN.get(row.status, str(row.status)) for row in group)
         medians = (_median(r.certified_radius for r in group), _median(r.attack_radius for r in group), _median(gaps))
         told = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
-        table.add_row(*key, str(len(group)), *map(shown, medians), shown(max(gaps, default=None), 3), told)
+        lines.append((*key, str(len(group)), *map(shown, medians), shown(max(gaps, default=None), 3), told))
+    return SUMMARY, lines
+
+
+def summary_table(rows: Sequence[Row]) -> Table:
+    """``summary_lines`` for the terminal."""
+    heading, lines = summary_lines(rows)
+    table = Table(title=f"{len(rows)} rows", title_justify="left")
+    for place, name in enumerate(heading):
+        words = place < 3 or name == "status"
+        table.add_column(name, justify="left" if words else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
@@ -229,7 +256,7 @@ def gap_plot(rows: Sequence[Row], *, title: str) -> bytes:
         axes.text(0.5, 0.5, "no input has a radius to draw", ha="center", color=GREY)
     elif len(drawn) > MANY_INPUTS:
         figure.set_size_inches(7.5, 7.0)
-        _scatter(figure, drawn)
+        gap_scatter(figure, drawn)
     else:
         figure.set_size_inches(9.0, 1.9 + 0.44 * max(len(drawn), 3))
         _lines(figure, drawn)
@@ -244,9 +271,9 @@ def _positive(value: float | None) -> bool:
 
 
 def _headings(figure: "Figure", rows: Sequence[Row], drawn: Sequence[Row], title: str) -> None:
-    figure.suptitle(_drawable(title), x=0.01, ha="left", fontsize=11, parse_math=False)
+    figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=11, parse_math=False)
     if len(drawn) < len(rows):
-        missing = [_drawable(_short(row.input_id, 24)) for row in rows if row not in drawn]
+        missing = [drawable(_short(row.input_id, 24)) for row in rows if row not in drawn]
         names = ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else "")
         figure.supxlabel(f"not drawn, no radius: {names}", fontsize=8, color=GREY, x=0.01, ha="left", parse_math=False)
 
@@ -275,7 +302,7 @@ def _lines(figure: "Figure", rows: Sequence[Row]) -> None:
     axes.set_yticks(range(len(rows)), labels, parse_math=False)
     axes.set_ylim(len(rows) - 0.4, -0.75)
     axes.set_xscale("log")
-    _plain_ticks(axes.xaxis)
+    plain_ticks(axes.xaxis)
     axes.margins(x=0.06)
     axes.set_xlabel(_radius_label(rows))
     axes.grid(axis="x", which="both", color="#E6E6E6", linewidth=0.6)
@@ -285,7 +312,8 @@ def _lines(figure: "Figure", rows: Sequence[Row]) -> None:
     figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9)
 
 
-def _scatter(figure: "Figure", rows: Sequence[Row]) -> None:
+def gap_scatter(figure: "Figure", rows: Sequence[Row]) -> None:
+    """Draw attack against certified radius into a figure, with the diagonal that no point may cross."""
     axes = figure.add_subplot()
     pairs = [r for r in rows if _positive(r.certified_radius) and _positive(r.attack_radius)]
     for status, colour, marker in ((False, BLUE, "o"), (True, RED, "X")):
@@ -298,8 +326,8 @@ def _scatter(figure: "Figure", rows: Sequence[Row]) -> None:
     for factor, style in ((1.0, "-"), (2.0, "--"), (10.0, ":")):
         axes.plot(span, [factor * v for v in span], style, color=GREY, linewidth=1.0, label=f"gap {factor:g}")
     axes.set(xscale="log", yscale="log", xlim=span, ylim=span, aspect="equal")
-    _plain_ticks(axes.xaxis)
-    _plain_ticks(axes.yaxis)
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
     axes.set_xlabel("certified " + _radius_label(rows))
     axes.set_ylabel("attack " + _radius_label(rows))
     axes.grid(which="both", color="#E6E6E6", linewidth=0.6)
@@ -310,10 +338,10 @@ def _scatter(figure: "Figure", rows: Sequence[Row]) -> None:
 def _row_label(row: Row) -> str:
     """The row's text, or its identifier where the plot's font lacks a character of it."""
     text = _short(row.text or row.input_id, 34)
-    return text if _drawable(text) == text else _drawable(row.input_id)
+    return text if drawable(text) == text else drawable(row.input_id)
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str) -> str:
     """The text with a question mark for every character that the plot's font lacks."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
@@ -321,7 +349,7 @@ def _drawable(text: str) -> str:
     return "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in text)
 
 
-def _plain_ticks(axis: "Axis") -> None:
+def plain_ticks(axis: "Axis") -> None:
     """Ticks of a logarithmic axis as 0.02 instead of 2 x 10^-2."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -131,6 +131,18 @@ def export(
     return ExitCode.OK
 
 
+@many.command()
+def report(
+    directory: Directory,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write; default beside the results.")] = None,
+) -> int:
+    """Write a self-contained HTML report and its plots, of a run or of what compare wrote."""
+    from attnrobust.pipeline.html import write_report
+
+    say("wrote " + ", ".join(str(path) for path in write_report(directory, out=out)))
+    return ExitCode.OK
+
+
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
