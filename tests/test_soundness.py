@@ -1,4 +1,4 @@
-"""The product: no verified attack inside any certified radius, over every case, threat, goal, attack and certificate."""
+"""The product: no verified attack inside a certified radius, over every case, threat, goal, attack and certificate."""
 
 from functools import cache
 

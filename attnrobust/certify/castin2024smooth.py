@@ -10,7 +10,7 @@ from torch import Tensor
 from attnrobust.bounds import Upper, round_up
 from attnrobust.certify._certify import CertificateMethod
 from attnrobust.certify._change import OUTWARD, Change, ChangeBound, smallest
-from attnrobust.certify._geometry import HeadSizes, ValueView, value_views
+from attnrobust.certify._geometry import HeadSizes, ValueView, spectral_norm, value_views
 from attnrobust.certify._reach import Reach, Rows, attention_of, refusal, visible_tokens
 from attnrobust.errors import InputError
 from attnrobust.goal import Displacement
@@ -139,3 +139,33 @@ def ball_constant(
     layer = _Layer.of(Problem(attention, clean, threat or FrobeniusBall(), goal))
     slope = _derived_slope if form == "derived" else _reported_slope
     return Upper(round_up(float(slope(layer, radius)), relative=OUTWARD))
+
+
+def large_radius_limit(attention: Attention, points: Float[Tensor, "n d"]) -> Upper:
+    """Upper bound of ``lim ||D_{sX} f||_2`` as s -> infinity, for tokens whose rows of scores have one largest entry.
+
+    Attention becomes hard: every row attends to its best key alone, covariances vanish, and the limit is at most
+    ``||M|| sqrt(max_j #{i : j is the best key of i})`` per head. Without query bias only; it is a limit, not a bound at
+    any finite s, where the norm may be far larger.
+
+    Args:
+        attention: The layer, without query bias.
+        points: Token directions X (n, d).
+
+    Raises:
+        InputError: A query bias, or a row whose two best keys tie.
+
+    References:
+        Castin, Ablin, Peyre 2024 (large-radius regime); proof in docs/certificates-literature.md, section 2.
+    """
+    if bool((attention.key_offset != 0).any()):
+        raise InputError("the large-radius limit is for layers without query bias")
+    zero = torch.zeros_like(points)
+    visible = torch.isfinite(attention.scores(zero))
+    scores = torch.einsum("nd,hde,me->hnm", points, attention.bilinear, points).masked_fill(~visible, -torch.inf)
+    best = scores.topk(min(2, scores.shape[-1]), dim=-1).values
+    if scores.shape[-1] > 1 and bool((best[..., 0] - best[..., 1] <= 1e-9 * best[..., 0].abs()).any()):
+        raise InputError("two keys tie for a query; the limit is for tokens in general position")
+    chosen = torch.nn.functional.one_hot(scores.argmax(dim=-1), scores.shape[-1])
+    heads = chosen.sum(dim=-2).amax(dim=-1).to(points.dtype).sqrt()
+    return Upper(round_up(float((spectral_norm(attention.value_output) * heads).sum()), relative=OUTWARD))
