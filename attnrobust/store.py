@@ -74,6 +74,18 @@ def write_atomically(directory: Path, contents: Mapping[str, bytes]) -> None:
     _sync_directory(directory)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write one text file, whole or not at all.
+
+    Raises:
+        InputError: Its directory does not exist or cannot be written.
+    """
+    try:
+        write_atomically(path.absolute().parent, {path.name: text.encode()})
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -13,6 +13,7 @@ import typer
 from attnrobust.cli.exits import ExitCode, exit_code, say
 from attnrobust.cli.job import console
 from attnrobust.cli.progress import tracked
+from attnrobust.store import write_text
 
 if TYPE_CHECKING:
     from attnrobust.pipeline.config import RunConfig
@@ -141,6 +142,29 @@ def report(
 
     say("wrote " + ", ".join(str(path) for path in write_report(directory, out=out)))
     return ExitCode.OK
+
+
+@many.command()
+def check(
+    directory: Directory,
+    min_certified: Annotated[float | None, typer.Option(metavar="R", help="Least certified radius.")] = None,
+    max_gap: Annotated[float | None, typer.Option(metavar="G", help="Largest gap.")] = None,
+    quantile: Annotated[float, typer.Option(metavar="Q", help="Share of the rows that may fall short.")] = 0.0,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdict as JUnit XML.")] = None,
+) -> int:
+    """Judge a finished run: exit 0 if it reaches the thresholds, 1 if not, 3 if a row is UNSOUND."""
+    from attnrobust.pipeline.gate import Thresholds, judge, junit_xml, summary
+    from attnrobust.pipeline.html import read_report_data
+
+    thresholds = Thresholds(min_certified=min_certified, max_gap=max_gap, quantile=quantile)
+    data = read_report_data(directory)
+    verdict = judge(data.rows, thresholds, planned=data.planned)
+    if junit is not None:
+        write_text(junit, junit_xml(verdict, name=f"attnrobust {directory.name}"))
+    say(summary(verdict))
+    if verdict.unsound:
+        return ExitCode.UNSOUND
+    return ExitCode.OK if verdict.passed else ExitCode.BELOW
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 from attnrobust.errors import InputError
 from attnrobust.pipeline.runstore import RunStore
 from attnrobust.rows import Row
-from attnrobust.store import json_text, write_atomically
+from attnrobust.store import json_text, write_text
 
 
 def export_rows(directory: Path, *, csv: Path | None = None, jsonl: Path | None = None) -> tuple[Path, ...]:
@@ -31,10 +31,7 @@ def export_rows(directory: Path, *, csv: Path | None = None, jsonl: Path | None 
         raise InputError("name a file by --csv FILE or --jsonl FILE")
     rows = RunStore.open(directory).rows()
     for path, render in targets.items():
-        try:
-            write_atomically(path.absolute().parent, {path.name: render(rows).encode()})
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        write_text(path, render(rows))
     return tuple(targets)
 
 

@@ -1,0 +1,71 @@
+"""The fixture for users' tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from attnrobust.errors import InputError, UnsupportedModelError
+from attnrobust.pytest_plugin import CertifiedAssertion
+from attnrobust.tokens import TokenMeasure
+from tests.test_compare import linear_problem
+
+assert_certified = CertifiedAssertion()
+
+
+def test_a_radius_that_is_certified_passes() -> None:
+    """One token, linear layer: the robust radius is tolerance / 2 = 0.25."""
+    problem = linear_problem()
+    best = assert_certified(problem.network, problem.clean, radius=0.01, tolerance=0.5)
+    assert 0.01 <= best.radius <= 0.25 * (1 + 1e-12)
+    assert_certified(problem.network, problem.clean.points, radius=best.radius, tolerance="0.5")
+
+
+def test_a_radius_that_is_not_certified_fails_with_the_figures() -> None:
+    problem = linear_problem()
+    with pytest.raises(pytest.fail.Exception, match=r"is below 0\.26 for displacement 0\.5, frobenius, n = 1; all: "):
+        assert_certified(problem.network, problem.clean, radius=0.26, tolerance=0.5)
+
+
+def test_torch_modules_are_read_by_their_adapter() -> None:
+    module = nn.MultiheadAttention(4, 2, batch_first=True).eval()
+    assert_certified(module, torch.randn(3, 4), radius=1e-9, threat="any-token")
+    assert next(module.parameters()).dtype == torch.float32  # the user's module is not converted
+
+
+def test_what_cannot_be_read_is_an_error_not_a_failure() -> None:
+    with pytest.raises(UnsupportedModelError, match="train mode"):
+        assert_certified(nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True), torch.randn(3, 4), radius=1e-9)
+    problem = linear_problem()
+    with pytest.raises(InputError, match="tolerance"):
+        assert_certified(problem.network, TokenMeasure(problem.clean.points), radius=0.1, tolerance="lots")
+
+
+def test_in_a_project_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["attnrobust.pytest_plugin"]\n', encoding="utf-8")
+    (tmp_path / "test_mine.py").write_text(
+        "import torch\n"
+        "from attnrobust import Attention\n"
+        "w = torch.eye(2, dtype=torch.float64)[None]\n"
+        "layer, x = Attention(w_q=w, w_k=w, w_v=w), torch.ones(1, 2, dtype=torch.float64)\n"
+        "def test_good(assert_certified): assert_certified(layer, x, radius=0.01, tolerance=0.5)\n"
+        "def test_bad(assert_certified): assert_certified(layer, x, radius=0.51, tolerance=0.5)\n",
+        encoding="utf-8",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "1 failed, 1 passed" in done.stdout
+    assert "is below 0.51" in done.stdout
