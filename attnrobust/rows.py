@@ -118,6 +118,7 @@ class Row:
         text: The sentence.
         tokens: The token strings.
         token_moves: l2 norm of each token's move in the attack's point.
+        input_norm: Frobenius norm of the clean tokens, to judge radii by.
         row_id: Digest that names the row in a run of many; None elsewhere.
     """
 
@@ -148,6 +149,7 @@ class Row:
     text: str | None = None
     tokens: tuple[str, ...] = ()
     token_moves: tuple[float, ...] = ()
+    input_norm: float | None = None
     row_id: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -201,7 +203,8 @@ def _run(problem: Problem, task: RowTask, options: RowOptions, values: dict[str,
 def _problem_values(problem: Problem) -> dict[str, Any]:
     budget = float(problem.resolved.budgets.min())
     name = "tolerance" if problem.resolved.functionals is None else "margin"
-    return {name: budget, "problem": problem.digest}
+    norm = float(torch.linalg.vector_norm(problem.clean.points))
+    return {name: budget, "problem": problem.digest, "input_norm": norm}
 
 
 def _certificate_values(report: CertificationReport) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _FLOAT: tuple[str, ...] = (
     "seconds_certify",
     "seconds_attack",
 )
-_FLOAT += ("epsilon", "usage")
+_FLOAT += ("epsilon", "usage", "input_norm")
 _INTEGER = ("n", "seed", "queries")
 
 

@@ -12,7 +12,8 @@ import typer
 from attnrobust import __version__
 from attnrobust.cli.exits import ExitCode, guarded
 from attnrobust.cli.job import Job, print_json, print_layers, run_job
-from attnrobust.cli.many import commands
+from attnrobust.cli.many import many
+from attnrobust.cli.scan import scanning
 from attnrobust.compare import DEFAULT_ATTACK
 from attnrobust.demo import DEMO_LAYER, DEMO_MODEL, DEMO_TOLERANCE, demo_sentences
 from attnrobust.layers.model import load_model
@@ -189,7 +190,7 @@ def demo(
     return run_job(Job(**locals(), model=DEMO_MODEL), inputs=demo_sentences())
 
 
-app.registered_commands.extend(commands())
+app.registered_commands.extend([*many.registered_commands, *scanning.registered_commands])
 
 
 # ---- entry -----------------------------------------------------------------------------------------------------------

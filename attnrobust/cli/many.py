@@ -1,16 +1,12 @@
 """Commands for many inputs: run, resume, config, export."""
 
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from attnrobust.cli.exits import ExitCode, exit_code, say
+from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.job import console
 from attnrobust.cli.progress import tracked
 from attnrobust.store import write_text
@@ -68,7 +64,7 @@ def run(
     from attnrobust.pipeline.run import run as run_all
 
     effective = _effective(options)
-    with _stopping() as stop:
+    with stopping() as stop:
         outcome = run_all(effective, shard=_shard(shard), stop=stop, watch=_watch(quiet=quiet))
     return _told(outcome, fail_under)
 
@@ -87,7 +83,7 @@ def resume(
     from attnrobust.pipeline.run import resume as resume_run
 
     changes = {"engine": engine, "workers": workers, "timeout": timeout}
-    with _stopping() as stop:
+    with stopping() as stop:
         outcome = resume_run(directory, changes=changes, shard=_shard(shard), stop=stop, watch=_watch(quiet=quiet))
     return _told(outcome, fail_under)
 
@@ -201,25 +197,6 @@ def _watch(*, quiet: bool) -> Any:
     return lambda rows, total: tracked(rows, total, quiet=quiet)
 
 
-@contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """The first Ctrl-C (or SIGTERM) lets running rows finish, the second ends at once."""
-    stop = threading.Event()
-
-    def asked(_: int, __: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        say("finishing the running rows; interrupt again to end at once")
-
-    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _told(outcome: "Outcome", fail_under: float | None) -> int:
     """Summary of everything on disk, how to go on, and the exit code."""
     from attnrobust.report import summary_table
@@ -233,8 +210,3 @@ def _told(outcome: "Outcome", fail_under: float | None) -> int:
         say(f"{outcome.remaining} rows are left; go on with: attnrobust resume {directory}")
         return code or ExitCode.INTERRUPTED
     return code
-
-
-def commands() -> Sequence[Any]:
-    """The commands, for the main application."""
-    return many.registered_commands

@@ -4,9 +4,12 @@ import fnmatch
 import hashlib
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from jaxtyping import Float
+from torch import Tensor
 
 from attnrobust.errors import AttnRobustError, UnknownNameError
 from attnrobust.goal import Goal
@@ -112,7 +115,7 @@ class Workbench:
     def row(self, item: WorkItem) -> Row:
         """Compute one row; whatever goes wrong is its status."""
         try:
-            captured, spec = self._capture(item), self._spec(item.layer)
+            captured, spec = self._capture(item.source, item.layer), self.spec(item.layer)
         except AttnRobustError as error:
             return self.failed(item, Status.ERROR, str(error))
         task = RowTask(
@@ -120,6 +123,14 @@ class Workbench:
             seed=self.config.seed, text=captured.text, tokens=captured.token_strings, row_id=item.row_id,
         )  # fmt: skip
         return evaluate_row(task, self.config.row_options())
+
+    def clean_tokens(self, layer: str) -> Iterator[Float[Tensor, "n d"]]:
+        """The clean tokens of every input of a layer that can be captured."""
+        for index in range(len(self.sources)):
+            try:
+                yield self._capture(index, layer).measure.points
+            except AttnRobustError as error:
+                log.warning("input %s of layer %s is left out: %s", self.sources[index].id, layer, error)
 
     def failed(self, item: WorkItem, status: Status, message: str) -> Row:
         """The row of an item that could not be computed."""
@@ -129,18 +140,19 @@ class Workbench:
             status=status, message=message, text=source.text, row_id=item.row_id,
         )  # fmt: skip
 
-    def _spec(self, layer: str) -> Attention:
+    def spec(self, layer: str) -> Attention:
+        """The specification of a layer."""
         if layer not in self._specs:
             self._specs[layer] = self.model.layer(layer)
         return self._specs[layer]
 
-    def _capture(self, item: WorkItem) -> CapturedInput:
-        source = self.sources[item.source]
+    def _capture(self, index: int, layer: str) -> CapturedInput:
+        source = self.sources[index]
         if isinstance(source, CapturedInput):
             return source
-        key = (item.source, item.layer)
+        key = (index, layer)
         if key not in self._captured:
-            (self._captured[key],) = self.model.capture(item.layer, [source])
+            (self._captured[key],) = self.model.capture(layer, [source])
             if len(self._captured) > CAPTURES_KEPT:
                 self._captured.popitem(last=False)
         return self._captured[key]
