@@ -48,8 +48,8 @@ def scan(
     layers = [layer.name for layer in outermost(load_model(model).layers())]
     certificates = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     changes: dict[str, Any] = {
-        "model": model, "layers": layers or ["*"], "texts": texts, "tokens": tokens, "threats": [threat], "goals": [tolerance],
-        "certificates": certificates, "seed": seed, "output": out, "execution": {"workers": workers},
+        "model": model, "layers": layers or ["*"], "texts": texts, "tokens": tokens,
+        "threats": [threat], "goals": [tolerance], "certificates": certificates, "seed": seed, "output": out, "execution": {"workers": workers},
     }  # fmt: skip
     config = load_config(changes=changes)
     with stopping() as stop:
