@@ -48,9 +48,17 @@ def scan(
     layers = [layer.name for layer in outermost(load_model(model).layers())]
     certificates = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     changes: dict[str, Any] = {
-        "model": model, "layers": layers or ["*"], "texts": texts, "tokens": tokens,
-        "threats": [threat], "goals": [tolerance], "certificates": certificates, "seed": seed, "output": out, "execution": {"workers": workers},
-    }  # fmt: skip
+        "model": model,
+        "layers": layers or ["*"],
+        "texts": texts,
+        "tokens": tokens,
+        "threats": [threat],
+        "goals": [tolerance],
+        "certificates": certificates,
+        "seed": seed,
+        "output": out,
+        "execution": {"workers": workers},
+    }
     config = load_config(changes=changes)
     with stopping() as stop:
         outcome = run(config, stop=stop, watch=lambda rows, total: tracked(rows, total, quiet=quiet))
