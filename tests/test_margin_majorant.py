@@ -52,6 +52,8 @@ def worst_excess(problem: Problem, radius: float, seed: int, *, steps: int) -> f
         for step in range(steps):
             move = move.clone().requires_grad_(True)
             over, size = excess(problem, index, cls, form, move)
+            assert torch.isfinite(over).all()
+            assert torch.isfinite(form.square).all()
             worst = max(worst, float((over / size).detach().max()))
             (gradient,) = torch.autograd.grad((over / move.detach().square().sum((-1, -2))).sum(), move)
             length = gradient.flatten(1).norm(dim=1).clamp_min(1e-300)[:, None, None]

@@ -65,3 +65,9 @@ def gram_eigenvalue(gram: Float[Tensor, "*b n n"], coefficient: Float[Tensor, "*
     # Rounding of the decomposition is relative to the norm; powers of tiny matrices only underflow towards 0.
     value = value * OUTWARD + 1e-12 * torch.linalg.matrix_norm(b)
     return torch.where(finite, value, torch.inf)
+
+
+def symmetric_top(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b"]:
+    """Upper bound of the largest eigenvalue of positive semidefinite matrices."""
+    one = matrix.new_ones(matrix.shape[:-1])
+    return gram_eigenvalue(matrix, one)

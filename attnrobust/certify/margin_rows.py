@@ -64,12 +64,17 @@ class CleanRows:
         return self.movable > 0
 
 
-def clean_rows(problem: Problem) -> CleanRows:
-    """Evaluate the clean quantities of a problem whose network is one attention layer."""
+def clean_rows(problem: Problem, *, everywhere: bool = False) -> CleanRows:
+    """Evaluate the clean quantities of a problem whose network is one attention layer.
+
+    Args:
+        problem: The question.
+        everywhere: Treat every token as movable, whatever the threat says.
+    """
     layer = problem.network
     assert isinstance(layer, Attention)  # noqa: S101 - the method refuses other networks before
     x = problem.clean.points
-    movable = problem.threat.movable(problem.clean.n).to(x)
+    movable = x.new_ones(problem.clean.n) if everywhere else problem.threat.movable(problem.clean.n).to(x)
     scores = layer.scores(x, problem.mass)
     log_weight = torch.log_softmax(scores, dim=-1)
     weight = log_weight.exp()

@@ -68,8 +68,9 @@ def saturating_coefficient(
     References:
         Derived; docs/margin-certificate.md, lemmas 3 and 5.
     """
-    left, right = _nodes(limit.clamp_min(1e-150))
-    log_w = log_weight[..., None]
+    hidden = torch.isneginf(log_weight)
+    left, right = _nodes(limit.clamp_min(1e-100))
+    log_w = log_weight.masked_fill(hidden, 0.0)[..., None]
     reached = torch.nn.functional.softplus(log_w + log_psi(left))
     share = log_w + log_psi(right)
     log_share = share - torch.nn.functional.softplus(share)
@@ -77,10 +78,11 @@ def saturating_coefficient(
     first = torch.minimum(log_w + log_phi(right) - reached, log_share + 0.6931471805599453 - 2.0 * log_left)
     slope = torch.minimum(log_w + log_phi(right) + (0.5 * right).log() - reached, log_share - log_left)
     cut = (1.0 - log_w.exp() * left).clamp_min(0.0)
-    return first.exp().amax(-1) * OUTWARD, (slope.exp() * cut).amax(-1) * OUTWARD
+    curve, ramp = first.exp().amax(-1) * OUTWARD, (slope.exp() * cut).amax(-1) * OUTWARD
+    return curve.masked_fill(hidden, 0.0), ramp.masked_fill(hidden, 0.0)
 
 
 def weighted_phi(log_weight: Float[Tensor, "*s"], limit: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """``w phi(limit)``; infinite where it exceeds e^600."""
-    log_value = log_weight + log_phi(limit)
+    log_value = log_weight + log_phi(limit)  # -inf for hidden tokens, whose exponential is 0
     return torch.where(log_value > LARGEST_LOG, torch.inf, log_value.clamp_max(LARGEST_LOG).exp() * OUTWARD)

@@ -2,8 +2,10 @@
 
 from attnrobust.certify._certify import CertificateMethod
 from attnrobust.certify.castin2024smooth import CastinDerived, CastinReported
+from attnrobust.certify.displacement import DisplacementCertificate
 from attnrobust.certify.havens2024local import HavensLocal
 from attnrobust.certify.margin import MarginCertificate
+from attnrobust.certify.margin_token import MarginTokenCertificate
 from attnrobust.certify.rigorous_local import RigorousLocal
 from attnrobust.certify.singla2020second import SinglaCurvature
 from attnrobust.certify.spread import SpreadLipschitz
@@ -16,6 +18,8 @@ ALL_METHODS: tuple[CertificateMethod, ...] = (
     HavensLocal(),
     SinglaCurvature(),
     RigorousLocal(),
+    DisplacementCertificate(),
+    MarginTokenCertificate(),
     MarginCertificate(),
 )
 """Every certificate, cheap ones first; ``certify`` runs all that apply unless names are given."""

@@ -1,0 +1,198 @@
+"""The moving token's own row: every logit of it changes through its query; a majorant and a range in few numbers."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.certify.margin_eigen import symmetric_top
+from attnrobust.certify.margin_scalar import phi_negative, psi, saturating_coefficient, weighted_phi
+from attnrobust.certify.margin_token_rows import TokenClass, TokenRows
+
+TINY = 1e-100
+
+
+@dataclass(frozen=True, eq=False)
+class OwnConstants:
+    """Constants of row l while only token l moves, |delta| <= radius; same meaning as in ``Constants``.
+
+    Args:
+        radius: The budget.
+        limit: U_j.
+        saturating: f_j.
+        curvature: ``w_j phi(-U_j) inf 1/(1+P)``.
+        slope: First entry of kp at j = l.
+        slope_same: Second entry of kp at j = l.
+        share: pbar.
+        heaviest: Largest weight that the row can give to token l.
+    """
+
+    radius: float
+    limit: Float[Tensor, "h l n"]
+    saturating: Float[Tensor, "h l n"]
+    curvature: Float[Tensor, "h l n"]
+    slope: Float[Tensor, "h l"]
+    slope_same: Float[Tensor, "h l"]
+    share: Float[Tensor, "h l"]
+    heaviest: Float[Tensor, "h l"]
+
+
+def own_constants(token: TokenRows, radius: float) -> OwnConstants:
+    """Bounds over ``|delta| <= radius`` of ``u_j = l_j.delta + own_j delta A delta`` and of the remainder's mass."""
+    numerical = token.rows.numerical[:, None]
+    limit = (radius * token.norm + radius**2 * numerical[..., None] * token.own.abs()) * (1.0 + 1e-10)
+    limit = limit.masked_fill(torch.isneginf(token.log_weight), 0.0)
+    saturating, slope = saturating_coefficient(token.log_weight, limit)
+
+    def quadratic(coefficient: Tensor) -> Tensor:
+        """``sup sum_j c_j u_j^2 / 2``."""
+        finite = torch.isfinite(coefficient).all(-1)
+        c = torch.where(finite[..., None], coefficient, 0.0)
+        small = (token.direction * c[..., None]).mT @ token.direction
+        linear = symmetric_top(token.triangle[:, None] @ small @ token.triangle.mT[:, None])
+        bilinear = (c * token.own**2).sum(-1).sqrt() * radius * numerical
+        return torch.where(finite, 0.5 * radius**2 * (linear.sqrt() + bilinear) ** 2, torch.inf)
+
+    by_range = torch.expm1(limit.amax(-1))
+    remainder = torch.minimum(quadratic(weighted_phi(token.log_weight, limit)), by_range) * (1.0 + 1e-10)
+    ratio = torch.where(torch.isinf(remainder), 1.0, remainder / (1.0 + remainder)) * (1.0 + 1e-12)
+    share = torch.minimum(ratio, quadratic(saturating)).clamp_max(1.0)
+    at, tokens = token.place, token.tokens
+    self_limit = limit[:, at, tokens]
+    flat = torch.where(self_limit < 1e-3, 0.5 * self_limit, psi(-self_limit) / self_limit.clamp_min(1e-150))
+    logit = token.logit[:, tokens, at]
+    return OwnConstants(
+        radius=radius,
+        limit=limit,
+        saturating=saturating,
+        curvature=token.weight * phi_negative(limit) / (1.0 + remainder)[..., None],
+        slope=slope[:, at, tokens],
+        slope_same=token.self_weight * (share + (1.0 - share) * flat),
+        share=share,
+        # No logit moves by more than the largest limit, so the weight's own logit grows by at most twice that.
+        heaviest=(torch.sigmoid(logit + 2.0 * limit.amax(-1)) * (1.0 + 1e-12)).clamp_max(1.0),
+    )
+
+
+def largest_average(group: TokenClass, const: OwnConstants) -> Float[Tensor, "h l"]:
+    """Upper bound of ``sup sum_j p_j v_j`` over all logit changes with |u_j| <= U_j (lemma 13).
+
+    The supremum c solves ``sum_j w_j e^{U_j sign(v_j - c)} (v_j - c) = 0`` (the left side falls in c); bisection keeps
+    the upper end.
+    """
+    log_weight, v = group.token.log_weight, group.advantage
+    hidden = torch.isneginf(log_weight)
+    low, high = v.masked_fill(hidden, torch.inf).amin(-1), v.masked_fill(hidden, -torch.inf).amax(-1)
+    scale = torch.maximum(low.abs(), high.abs())
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        gain = v - middle[..., None]
+        share = torch.softmax(log_weight + const.limit * gain.sign(), dim=-1)
+        above = (share * gain).sum(-1) > -1e-12 * scale
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return high + 1e-11 * scale
+
+
+@dataclass(frozen=True, eq=False)
+class OwnParameters:
+    """Free positive parameters of the own row (h, l); see ``Parameters``."""
+
+    split: Float[Tensor, "h l"]
+    pair: Float[Tensor, "h l"]
+    bilinear: Float[Tensor, "h l"]
+    query_value: Float[Tensor, "h l"]
+    query_mean: Float[Tensor, "h l"]
+
+
+def own_start(like: Float[Tensor, "h l"]) -> OwnParameters:
+    """Parameters that are reasonable everywhere."""
+    one = torch.ones_like(like)
+    return OwnParameters(0.4 * one, one, 0.3 * one, 2.0 * one, 2.0 * one)
+
+
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """Coefficients of u_j^2 / 2, their slope in tau, the shift of -E[ut] and kp after it."""
+
+    curve: Tensor
+    effect: Tensor
+    shift: Tensor
+    slope: Tensor
+
+
+def _curve(group: TokenClass, const: OwnConstants, par: OwnParameters) -> _Curve:
+    token = group.token
+    tau = par.split * const.radius * group.own_gradient_norm
+    shifted = group.advantage + tau[..., None]
+    effect = torch.where(shifted > 0, const.saturating, const.curvature)
+    curve = shifted * effect
+    shift = torch.minimum(token.self_weight, 0.5 * (const.slope_same - const.slope).clamp_min(0.0))
+    slope = torch.maximum(const.slope + shift, const.slope_same - shift)
+    curve[:, token.place, token.tokens] += par.pair * group.cls.value_norm * slope
+    return _Curve(curve, effect, shift, slope)
+
+
+def own_core(
+    group: TokenClass, const: OwnConstants, par: OwnParameters
+) -> tuple[Float[Tensor, "h l m m"], Float[Tensor, "l"]]:
+    """The own row's majorant without its pooling weight: ``y N y`` per head plus a multiple of ``|delta|^2``."""
+    token, layer = group.token, group.cls.rows.layer
+    k, radius, length = layer.key_width, const.radius, group.cls.value_norm
+    found = _curve(group, const, par)
+    positive = found.curve > 0
+    eps = par.bilinear[..., None].expand_as(found.curve)
+    eps = torch.where(positive, eps, eps.clamp_max(1.0))
+    square = torch.where(positive, found.curve * (1.0 + eps), found.curve * (1.0 - eps))
+    rest = torch.where(positive, found.curve * (1.0 + 1.0 / eps), -found.curve * (1.0 / eps - 1.0))
+    self_own = token.own[:, token.place, token.tokens].abs()
+    kept = token.self_weight - found.shift
+    s1 = par.query_value * length
+    weighted = token.self_weight * group.advantage[:, token.place, token.tokens]
+    mean = const.share * weighted.abs()
+    core = square.new_zeros(*square.shape[:2], 2 * k + 1, 2 * k + 1)
+    core[..., : 2 * k, : 2 * k] = (token.direction * square[..., None]).mT @ token.direction
+    cross = kept[..., None] * token.direction[:, token.place, token.tokens]
+    core[..., : 2 * k, -1] -= cross
+    core[..., -1, : 2 * k] -= cross
+    core[..., -1, -1] += found.slope / (par.pair * length) + kept * self_own * radius / s1
+    first = const.share / (2.0 * par.split * radius * group.own_gradient_norm)
+    core += first[..., None, None] * group.own_gradient[..., :, None] * group.own_gradient[..., None, :]
+    bilinear = radius**2 * (rest * token.own**2).sum(-1) + kept * self_own * radius * s1 + mean * par.query_mean
+    gram = layer.factor**2 * layer.w_k.mT @ layer.w_k
+    core[..., k : 2 * k, k : 2 * k] += bilinear[..., None, None] * gram[:, None]
+    mixed = layer.factor * weighted[..., None, None] * torch.eye(k, dtype=core.dtype, device=core.device)
+    core[..., :k, k : 2 * k] += mixed
+    core[..., k : 2 * k, :k] += mixed
+    return core, (mean / par.query_mean).sum(0)
+
+
+def own_balanced(
+    group: TokenClass, const: OwnConstants, par: OwnParameters, y: Float[Tensor, "b h l m"]
+) -> OwnParameters:
+    """Balance each inequality at reference moves (any choice is sound)."""
+    token, cls, radius = group.token, group.cls, const.radius
+    layer = cls.rows.layer
+    k = layer.key_width
+    x2 = (token.direction @ y[..., : 2 * k, None])[..., 0].square().mean(0)
+    x2 = x2 + 0.02 * x2.mean(-1, keepdim=True) + TINY
+    t2 = y[..., -1].square().mean(0) + 0.02 * (radius * cls.value_norm) ** 2
+    d2 = (y * group.own_gradient).sum(-1).square().mean(0) + 0.02 * (radius * group.own_gradient_norm) ** 2
+    gram = layer.factor**2 * layer.w_k.mT @ layer.w_k
+    query = y[..., k : 2 * k]
+    query2 = ((query @ gram) * query).sum(-1).mean(0) + 0.02 * (radius * cls.rows.norm[:, None]) ** 2 + TINY
+    found = _curve(group, const, par)
+    size = found.curve.abs()
+    split = (0.5 * const.share * d2 / (found.effect * x2).sum(-1).clamp_min(TINY)).sqrt()
+    eps = (radius**2 * (size * token.own**2).sum(-1) * query2 / (size * x2).sum(-1).clamp_min(TINY)).sqrt()
+
+    def join(old: Tensor, new: Tensor, low: float = 1e-3, high: float = 1e3) -> Tensor:
+        return (old * new.clamp(1e-3, 1e3)).sqrt().clamp(low, high)
+
+    return OwnParameters(
+        split=join(par.split, split / (radius * group.own_gradient_norm), 0.02, 2.0),
+        pair=join(par.pair, (t2 / x2[:, token.place, token.tokens]).sqrt() / cls.value_norm),
+        bilinear=join(par.bilinear, eps, 0.02, 2.0),
+        query_value=join(par.query_value, (t2 / query2).sqrt() / cls.value_norm),
+        query_mean=join(par.query_mean, (radius**2 / query2).sqrt()),
+    )
