@@ -1,0 +1,166 @@
+"""Displacement certificate: exact first order, proved second-order remainder, one joint eigenvalue bound."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.bounds import Upper
+from attnrobust.certify._certify import CertificateMethod, PreparedBound
+from attnrobust.certify.displacement_base import CleanRows
+from attnrobust.certify.displacement_bilinear import QueryKeyForm, ValueLogitForm
+from attnrobust.certify.displacement_majorant import LogitForms, Majorant, padded
+from attnrobust.layers.attention import Attention
+from attnrobust.layers.attention_jacobian import AttentionJacobian
+from attnrobust.linear_map import LinearMap, largest_eigenvalue_upper
+from attnrobust.problem import Problem
+
+FAILURE = 1e-10  # of one eigenvalue bound; a radius needs about 30 of them
+DENSE_LIMIT = 300  # n d up to which every eigenvalue is computed without randomness
+POWER_STEPS = 8  # of the first guess
+ROUNDS = 2  # rebalancing rounds of the joint bound
+
+Form = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class DisplacementBound(PreparedBound):
+    """``||pooled(X0 + D) - pooled(X0)|| <= ||J D|| + mixing (sum_k |L_k D| + constant)`` on the ball (eq. 4).
+
+    Args:
+        problem: The question.
+        seed: Seed of random start vectors.
+    """
+
+    problem: Problem
+    seed: int
+
+    def __post_init__(self) -> None:
+        layer, clean = self.problem.network, self.problem.clean
+        assert isinstance(layer, Attention)  # noqa: S101 - `refuses` was asked first; narrows the type
+        movable = self.problem.threat.movable(clean.n)
+        weights = self.problem.resolved.weights
+        self._rows = CleanRows(layer, clean.points, self.problem.mass, weights, movable)
+        jacobian = AttentionJacobian(layer, clean.points, self.problem.mass)
+        self._jacobian: LinearMap = jacobian.linear_map(pool=weights, token_scale=self._rows.moves)
+        self._majorant = Majorant(self._rows)
+        self._key_form = QueryKeyForm(self._rows)
+        self._calls = 0
+        self._random = 0.0
+        self._value_form = ValueLogitForm(self._rows, self._next_seed(self._rows.layer.heads), FAILURE, DENSE_LIMIT)
+        self._random += self._value_form.reach[1]
+        factor = self.problem.threat.frobenius_factor(clean.n, clean.width)
+        self._scale = factor
+        self._first, self._shares = self._first_order()
+
+    def _next_seed(self, count: int = 1) -> int:
+        self._calls += count
+        return self.seed * 1_000_003 + self._calls - count
+
+    def _first_order(self) -> tuple[float, Float[Tensor, "k"]]:
+        """A rough norm of J for the first guess (any value is sound) and the first shares."""
+        generator = torch.Generator().manual_seed(self.seed)
+        vector = torch.randn(self._rows.points.shape, generator=generator, dtype=torch.float64).to(self._rows.points)
+        norm = 0.0
+        for _ in range(POWER_STEPS):
+            vector = self._jacobian.rmatvec(self._jacobian.matvec(vector / max(norm, 1e-300) if norm else vector))
+            norm = float(torch.linalg.vector_norm(vector))
+        return max(math.sqrt(norm), 1e-150), torch.tensor([1.0, 0.05, 0.05, 0.05], dtype=torch.float64)
+
+    @property
+    def failure_probability(self) -> float:
+        return self._random
+
+    @property
+    def first_guess(self) -> float | None:
+        return 0.7 * self.budget / (self._first * self._scale)
+
+    @cached_property
+    def budget(self) -> float:
+        """Allowed displacement."""
+        return float(self.problem.resolved.budgets[0])
+
+    def _forms(self, coefficients: LogitForms) -> tuple[Form, ...]:
+        rows, modulus = self._rows, self._majorant
+
+        def first(moves: Tensor) -> Tensor:
+            return self._jacobian.rmatvec(self._jacobian.matvec(moves))
+
+        def logit(moves: Tensor) -> Tensor:
+            change = rows.logits(moves)
+            image = coefficients.extra * change
+            if bool(coefficients.exact.any()):
+                image = image + coefficients.exact[..., None] * (modulus.modulus @ change[..., None])[..., 0]
+            return rows.logits_adjoint(coefficients.multiplier[..., None] * image)
+
+        return first, logit, self._value_form.apply, self._key_form.apply
+
+    def usage(self, radius: float) -> Upper:
+        """Upper bound of the used share on the threat's set of this radius; infinite where constants overflow."""
+        reach = radius * self._scale
+        coefficients = self._majorant.forms(reach)
+        if not self._usable(coefficients):
+            return Upper(math.inf)
+        factor = self._rows.mixing * reach
+        scales = (1.0, factor, factor, factor)
+        value = self._joint(self._forms(coefficients), scales) * reach + self._rows.mixing * coefficients.constant
+        return Upper(padded(value / self.budget), self._random)
+
+    def _usable(self, coefficients: LogitForms) -> bool:
+        finite = (coefficients.extra, coefficients.multiplier)
+        return math.isfinite(coefficients.constant) and all(bool(torch.isfinite(part).all()) for part in finite)
+
+    def _joint(self, forms: tuple[Form, ...], scales: tuple[float, ...]) -> float:
+        """Upper bound of ``sup over |D| = 1 of sum_k scales_k X_k(D)^{1/2}``: Cauchy-Schwarz with shares (eq. 19)."""
+        shape = self._rows.points.shape
+        best = math.inf
+        for _ in range(ROUNDS):
+            shares = self._shares
+
+            def product(flat: Tensor, shares: Tensor = shares) -> Tensor:
+                moves = flat.reshape(shape) * self._rows.moves[:, None]
+                parts = [s**2 / float(t) * f(moves) for f, s, t in zip(forms, scales, shares, strict=True) if s > 0]
+                return torch.stack(parts).sum(dim=0).reshape(-1)
+
+            bounds = largest_eigenvalue_upper(
+                product, math.prod(shape), failure_probability=FAILURE, seed=self._next_seed(), tol=2e-3,
+                dense_limit=DENSE_LIMIT, device=self._rows.points.device,
+            )  # fmt: skip
+            self._random += bounds.upper.failure_probability
+            best = min(best, math.sqrt(max(bounds.upper.value, 0.0) * float(shares.sum())))
+            moves = bounds.vector.reshape(shape) * self._rows.moves[:, None]
+            sizes = [
+                s * math.sqrt(max(float((moves * f(moves)).sum()), 0.0)) for f, s in zip(forms, scales, strict=True)
+            ]
+            total = max(sum(sizes), 1e-300)
+            self._shares = torch.tensor([max(size / total, 1e-3) for size in sizes], dtype=torch.float64)
+        return best
+
+
+class DisplacementCertificate(CertificateMethod):
+    """Displacement of one attention layer: ``r ||J||`` exactly, plus a remainder that vanishes like r^2.
+
+    Holds for multi-head dot-product attention with masks, masses, biases and output projection.
+
+    References:
+        Derived; proof in docs/displacement-certificate.md.
+    """
+
+    name: ClassVar[str] = "displacement"
+    reference: ClassVar[str] = "derived; docs/displacement-certificate.md, theorem 1"
+    region: ClassVar[str] = "every move of the movable tokens with threat distance at most the radius"
+
+    def refuses(self, problem: Problem) -> str | None:
+        if not isinstance(problem.network, Attention):
+            return "the network is not a single attention layer"
+        if problem.resolved.functionals is not None:
+            return "the goal is a margin; this method bounds displacements"
+        return None
+
+    def prepare(self, problem: Problem, *, seed: int) -> DisplacementBound:
+        return DisplacementBound(problem, seed)

@@ -1,0 +1,83 @@
+"""Displacement certificate: scalar functions of the softmax remainder and absolute values of third cumulants."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CELLS = 24  # cells of the supremum in ``saturating_weight``; more cells only tighten it
+LARGE = 40.0  # beyond, psi is computed as exp(u) (1 - (1 + u) exp(-u)) in log space
+SMALL = 1e-2  # below, psi(u) / (u^2 / 2) is summed as a series
+
+
+def log_psi(u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """``log(e^u - 1 - u)`` for u >= 0 (-inf at 0), without overflow and without cancellation."""
+    return torch.where(u > 0, 2.0 * u.clamp_min(1e-300).log() - 0.6931471805599453 + log_phi(u), -torch.inf)
+
+
+def log_phi(u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """``log(2 (e^u - 1 - u) / u^2)`` for u >= 0; 0 at 0, increasing."""
+    series = 1.0 + u / 3.0 * (1.0 + u / 4.0 * (1.0 + u / 5.0 * (1.0 + u / 6.0 * (1.0 + u / 7.0 * (1.0 + u / 8.0)))))
+    middle = u.clamp(SMALL, LARGE)
+    direct = (2.0 * (torch.expm1(middle) - middle) / middle.square()).log()
+    far = u.clamp_min(LARGE)
+    large = far + torch.log1p(-(1.0 + far) * torch.exp(-far)) + 0.6931471805599453 - 2.0 * far.log()
+    return torch.where(u < SMALL, series.log(), torch.where(u > LARGE, large, direct))
+
+
+def phi_negative(u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """``2 (e^{-u} - 1 + u) / u^2`` for u >= 0; 1 at 0, decreasing, in (0, 1]."""
+    series = 1.0 - u / 3.0 * (1.0 - u / 4.0 * (1.0 - u / 5.0 * (1.0 - u / 6.0 * (1.0 - u / 7.0 * (1.0 - u / 8.0)))))
+    far = u.clamp_min(SMALL)
+    direct = 2.0 * (torch.expm1(-far) + far) / far.square()
+    return torch.where(u < SMALL, series, direct)
+
+
+def saturating_weight(log_w: Float[Tensor, "*s"], reach: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """Upper bound of ``sup over |u| <= reach of 2 w psi(u) / (u^2 (1 + w psi(u)))``, at least w (docs eq. 5).
+
+    On a cell a <= u <= b the quotient is at most ``w phi(b) / (1 + w psi(a))`` and at most ``2 s(b) / a^2`` with
+    ``s = w psi / (1 + w psi)``; negative u are covered because psi(-|u|) <= psi(|u|).
+    """
+    best = log_w.exp()
+    left = torch.zeros_like(reach)
+    # Nodes denser near 0 where the reach is large, so that the quotient's peak at moderate u is resolved.
+    exponent = 1.5 + (reach.clamp_min(3.0) / 3.0).log().clamp_max(2.0)
+    for cell in range(1, CELLS + 1):
+        right = reach * (cell / CELLS) ** exponent
+        grown = torch.exp(log_w + log_phi(right) - torch.nn.functional.softplus(log_w + log_psi(left)))
+        if cell > 1:
+            share = torch.sigmoid(log_w + log_psi(right))
+            grown = torch.minimum(grown, 2.0 * share / left.square().clamp_min(1e-300))
+        best = torch.maximum(best, grown)
+        left = right
+    return torch.where(torch.isneginf(log_w), torch.zeros_like(best), best)
+
+
+def psd_root(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
+    """Symmetric square root of positive semidefinite matrices."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = (vectors * values.clamp_min(0.0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)
+    return root
+
+
+def cumulant_modulus(weights: Float[Tensor, "*b n"], spread: Float[Tensor, "*b n v"]) -> Float[Tensor, "*b n n"]:
+    """N with ``|kappa_3(v, l, l)| <= l^T N l`` for every l (docs eq. 12).
+
+    For a unit vector c, ``c . kappa_3(v, l, l) = l^T K_c l`` with ``K_c = D_c - d_c w^T - w d_c^T``,
+    ``d_c = (w_j c.vh_j)``, ``D_c = diag(d_c)``. Over an orthonormal basis, ``N = (sum_e K_e^2)^{1/2}`` dominates every
+    ``+-K_c``: ``K_c^2 <= sum_e K_e^2`` (Cauchy-Schwarz) and the root is operator monotone.
+
+    Args:
+        weights: Softmax weights w.
+        spread: Deviations ``vh_j = v_j - E v`` (their weighted mean is 0).
+    """
+    scaled = weights[..., :, None] * spread
+    gram = scaled @ scaled.transpose(-1, -2)
+    diagonal = torch.diagonal(gram, dim1=-2, dim2=-1)
+    pulled = (gram @ weights[..., :, None])[..., 0]
+    column, row = weights[..., :, None], weights[..., None, :]
+    half = -diagonal[..., :, None] * row - column * gram + pulled[..., :, None] * row
+    square = torch.diag_embed(diagonal) + half + half.transpose(-1, -2)
+    square = square + weights.square().sum(-1)[..., None, None] * gram
+    square = square + diagonal.sum(-1)[..., None, None] * column * row
+    return psd_root(square)

@@ -1,0 +1,108 @@
+"""What the tests of the displacement certificate share: exact remainders, dense forms and ascent on a ratio."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attnrobust.certify.displacement_base import CleanRows
+from attnrobust.goal import pool_weights
+from attnrobust.threat import FrobeniusBall
+from tests.cases import Case, case_named
+
+SMALL_CASES = (
+    "plain-h2-n3-d4", "single-token-biases", "concatenated", "biases", "scale-negative", "saturated",
+    "saturated-concatenated-masses", "equal-tokens", "near-tie", "large-norms", "one-outlier", "causal-biases-strong",
+    "padding", "finite-mask-masses", "masses-one-dominates", "narrow-width-1",
+)  # fmt: skip
+RADII = (0.1, 1.5)
+
+
+def clean_rows(name: str, *, pool: str | int = "all", tokens: tuple[int, ...] | None = None) -> CleanRows:
+    """The clean rows of one case of the table."""
+    case: Case = case_named(name)
+    mass = None if case.tokens.uniform else case.tokens.mass
+    weights = pool_weights(pool, case.tokens.mass)  # type: ignore[arg-type]
+    movable = FrobeniusBall(tokens=tokens).movable(case.n)
+    return CleanRows(case.attention, case.tokens.points, mass, weights, movable)
+
+
+class ExactRows:
+    """Every intermediate quantity of the proof at moved tokens, batched over moves (b, n, d)."""
+
+    def __init__(self, rows: CleanRows, moves: Tensor) -> None:
+        layer, points = rows.layer, rows.points
+        self.deviation = rows.values[:, None] - rows.averages[:, :, None]  # (h, i, j, v)
+        self.gamma = torch.einsum("bnd,hdv->bhnv", moves, rows.w_v)
+        shift = layer.scores(points + moves, rows.mass) - layer.scores(points, rows.mass)
+        shift = torch.where(rows.w > 0, shift, torch.zeros_like(shift))
+        self.u = shift - (rows.w * shift).sum(dim=-1, keepdim=True)
+        alpha = torch.einsum("bnd,hdk->bhnk", moves, layer.w_q)
+        beta = torch.einsum("bnd,hdk->bhnk", moves, layer.w_k)
+        product = layer.factor * alpha @ beta.transpose(-1, -2)
+        self.q = product - (rows.w * product).sum(dim=-1, keepdim=True)
+        self.linear = self.u - torch.where(rows.w > 0, self.q, torch.zeros_like(self.q))
+        self.first_order = rows.w @ self.gamma + torch.einsum(
+            "hij,bhij,hijv->bhiv", rows.w, self.linear, self.deviation
+        )
+        after = layer.weights(points + moves, rows.mass) @ (rows.values + self.gamma)
+        self.remainder = after - rows.averages - self.first_order
+
+    def pooled_norm(self, rows: CleanRows, per_head: Tensor) -> Tensor:
+        """Norm of a stack (b, h, n, v): all rows, or the pooled row."""
+        if rows.row_weights is not None:
+            per_head = torch.einsum("bhnv,n->bhv", per_head, rows.row_weights)
+        return per_head.flatten(1).norm(dim=1)
+
+
+def starts(rows: CleanRows, radius: float, *, count: int = 16, seed: int = 0) -> Tensor:
+    """Moves on the sphere, half of them concentrated on one token."""
+    n, d = rows.points.shape
+    generator = torch.Generator().manual_seed(seed)
+    moves = torch.randn(count, n, d, generator=generator, dtype=torch.float64)
+    movable = rows.movable.nonzero().flatten()
+    for index in range(1, count, 2):
+        emphasis = torch.full((n, 1), 0.05, dtype=torch.float64)
+        emphasis[movable[index // 2 % len(movable)]] = 1.0
+        moves[index] *= emphasis
+    moves = moves * rows.moves[:, None]
+    return moves * radius / moves.flatten(1).norm(dim=1)[:, None, None]
+
+
+def worst_ratio(
+    rows: CleanRows,
+    radius: float,
+    ratio: Callable[[Tensor], Tensor],
+    *,
+    steps: int = 25,
+    count: int = 16,
+    seed: int = 0,
+) -> float:
+    """Largest ratio (b,) found by gradient ascent over moves of norm at most the radius, all iterates counted."""
+    moves, worst = starts(rows, radius, count=count), 0.0
+    inside = (torch.arange(count) % 4 == 3)[:, None, None]
+    for step in range(steps):
+        moves = moves.detach().requires_grad_()
+        value = ratio(moves)
+        worst = max(worst, float(value.detach().max()))
+        (gradient,) = torch.autograd.grad(value.clamp_min(1e-300).log().sum(), moves)
+        gradient = gradient.nan_to_num(0.0, 0.0, 0.0) * rows.moves[:, None]
+        length = gradient.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-300)
+        moves = moves.detach() + radius * (0.4 if step < steps // 2 else 0.08) * gradient / length
+        norm = moves.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-300)
+        moves = torch.where(inside & (norm <= radius), moves, moves * radius / norm)
+    return worst
+
+
+def dense_form(rows: CleanRows, apply: Callable[[Tensor], Tensor]) -> Tensor:
+    """The symmetric matrix of a form, restricted to movable tokens."""
+    n, d = rows.points.shape
+    mask = rows.moves[:, None]
+    unit = torch.eye(n * d, dtype=torch.float64).reshape(-1, n, d)
+    return torch.stack([(apply(one * mask) * mask).reshape(-1) for one in unit])
+
+
+def form_root(matrix: Tensor, moves: Tensor) -> Tensor:
+    """``X(D)^{1/2}`` for a batch of moves."""
+    flat = moves.flatten(1)
+    return ((flat @ matrix) * flat).sum(dim=1).clamp_min(0.0).add(1e-300).sqrt()

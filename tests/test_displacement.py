@@ -1,0 +1,112 @@
+"""The displacement certificate as a whole: remainders, displacements under attack, exact answers, refusals."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnrobust.certify.displacement import DisplacementBound, DisplacementCertificate
+from attnrobust.certify.registry import ALL_METHODS
+from attnrobust.goal import Displacement, Goal, Margin, Pool
+from attnrobust.layers.attention import Attention
+from attnrobust.problem import Problem
+from attnrobust.results import Kind
+from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.tokens import TokenMeasure
+from tests.cases import case_named
+from tests.displacement_tools import SMALL_CASES, clean_rows, worst_ratio
+
+METHOD = DisplacementCertificate()
+THREATS: tuple[Threat, ...] = (
+    FrobeniusBall(), FrobeniusBall(tokens=(0,)), PerTokenBall(), PerTokenBall(norm="linf"), PerTokenBall(norm="l1"),
+    AnyToken(),
+)  # fmt: skip
+
+
+def _problem(name: str, threat: Threat, goal: Goal) -> Problem:
+    case = case_named(name)
+    return Problem(case.attention, case.tokens, threat, goal)
+
+
+def _ascend(problem: Problem, radius: float, *, steps: int = 40, count: int = 12) -> float:
+    """Largest usage found inside the threat's set of this radius."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (count, *problem.clean.points.shape)
+    moves = problem.threat.project(torch.randn(shape, generator=generator, dtype=torch.float64) * radius, radius)
+    worst = 0.0
+    for step in range(steps):
+        moves = moves.detach().requires_grad_()
+        usage = problem.usage(moves)
+        worst = max(worst, float(usage.detach().max()))
+        (gradient,) = torch.autograd.grad(usage.sum(), moves)
+        share = 0.5 if step < steps // 2 else 0.1
+        moves = problem.threat.project(moves.detach() + share * radius * problem.threat.steepest(gradient), radius)
+    return worst
+
+
+@pytest.mark.parametrize("name", SMALL_CASES)
+@pytest.mark.parametrize("pool", ["all", 0])
+def test_displacement_stays_below_the_bound(name: str, pool: Pool) -> None:
+    problem = _problem(name, FrobeniusBall(), Displacement(1.0, pool=pool))
+    bound = DisplacementBound(problem, 0)
+    rows = clean_rows(name, pool=pool)
+    for radius in (0.1, 1.5):
+        usage = bound.usage(radius).value
+
+        def ratio(moves: Tensor, usage: float = usage) -> Tensor:
+            return problem.usage(moves) / (usage + 1e-12)
+
+        assert worst_ratio(rows, radius, ratio) <= 1.0 + 1e-9
+
+
+@pytest.mark.parametrize("index", range(len(THREATS)))
+@pytest.mark.parametrize("name", ["plain-h2-n3-d4", "causal-masses", "padding", "saturated"])
+def test_no_attack_inside_the_certified_radius(name: str, index: int) -> None:
+    goals = (Displacement(0.3), Displacement(0.1, pool="mean"), Displacement(0.1, pool=0))
+    problem = _problem(name, THREATS[index], goals[(index + len(name)) % 3])
+    certificate = METHOD.certify(problem)
+    assert 0.0 < certificate.radius < math.inf
+    assert certificate.kind is Kind.FLOAT64
+    assert _ascend(problem, certificate.radius) < 1.0
+
+
+def test_small_tolerances_are_certified_almost_exactly() -> None:
+    """The remainder vanishes like r^2, so the gap tends to 1; a first order that is not exact would show."""
+    problem = _problem("biases", FrobeniusBall(), Displacement(1e-5))
+    certificate = METHOD.certify(problem)
+    assert _ascend(problem, 1.005 * certificate.radius, steps=200) > 1.0
+
+
+def test_one_token_is_exact() -> None:
+    """n = 1: the layer is affine, so the certified radius is tolerance / norm."""
+    case = case_named("single-token-biases")
+    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(2.0))
+    norm = float(torch.linalg.matrix_norm(case.attention.value_output.sum(dim=0), 2))
+    certificate = METHOD.certify(problem)
+    assert certificate.radius <= 2.0 / norm * (1 + 1e-9)
+    # The query and key parts have no effect here, but the method's higher-order constants do not know that.
+    assert certificate.radius >= 0.2 / norm
+
+
+def test_probabilistic_where_the_matrix_is_not_built() -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) / math.sqrt(shape[-2])
+
+    layer = Attention(draw(2, 24, 4), draw(2, 24, 4), draw(2, 24, 4))
+    points = torch.randn(16, 24, generator=generator, dtype=torch.float64)
+    problem = Problem(layer, TokenMeasure(points), FrobeniusBall(), Displacement(0.1))
+    certificate = METHOD.certify(problem, seed=5)
+    assert certificate.kind is Kind.PROBABILISTIC
+    assert 0.0 < certificate.failure_probability < 1e-6
+    assert _ascend(problem, certificate.radius) < 1.0
+    assert _ascend(problem, 1.5 * certificate.radius) > 1.0
+
+
+def test_refusals_and_registration() -> None:
+    readout = Margin(weight=torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]], dtype=torch.float64), pool=0)
+    assert "margin" in str(METHOD.refuses(_problem("biases", FrobeniusBall(), readout)))
+    assert METHOD.refuses(_problem("biases", FrobeniusBall(), Displacement(0.1))) is None
+    assert any(isinstance(method, DisplacementCertificate) for method in ALL_METHODS)
