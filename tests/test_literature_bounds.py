@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,7 @@ from attnrobust.problem import Problem
 from attnrobust.results import Kind
 from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall
 from attnrobust.tokens import TokenMeasure
-from tests.cases import Case, case_named, cases, problems
+from tests.cases import Case, case_named, cases, goals, problems, threats
 
 METHODS: tuple[CertificateMethod, ...] = (
     CastinReported(),
@@ -71,6 +72,44 @@ def test_above_everything_found_on_the_set(case: Case) -> None:
                 assert found <= claimed + 1e-12, (
                     f"{method.name} on {problem.threat.key}, {problem.goal.key} at {size:g}"
                 )
+
+
+@pytest.mark.slow
+def test_above_samples_on_a_thousand_random_problems(method: CertificateMethod) -> None:
+    """Random layers, threats and goals; samples at every scale inside the set, boundary included."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for index in range(1000):
+        n, d, heads, k, v = pick(1, 9), pick(1, 6), pick(1, 4), pick(1, 4), pick(1, 4)
+        size, strength = 10 ** float(draw(1)), 10 ** float(0.7 * draw(1))
+        layer = Attention(
+            w_q=strength * draw(heads, d, k),
+            w_k=draw(heads, d, k),
+            w_v=draw(heads, d, v),
+            b_q=draw(heads, k) if index % 2 else None,
+            w_o=draw(heads, v, 3) if index % 3 else None,
+            mask=draw(n, n) if index % 5 == 0 else None,
+            causal=index % 4 == 0,
+        )
+        points = draw(n, d)
+        tokens = TokenMeasure(points, torch.softmax(draw(n), 0)) if index % 7 == 0 else TokenMeasure(points)
+        case = Case("random", layer, tokens)
+        problem = list(problems_of(case))[index % 8]
+        delta = problem.threat.project(100.0 * size * draw(24, n, d), size)
+        delta = delta * torch.logspace(-2, 0, 24, dtype=torch.float64)[:, None, None]
+        found = float(problem.usage(delta).max())
+        assert found <= method.prepare(problem, seed=0).usage(size).value * (1 + 1e-12) + 1e-12
+
+
+def problems_of(case: Case) -> Iterator[Problem]:
+    for threat, goal in zip(threats(case), itertools.cycle(goals(case)), strict=False):
+        yield Problem(case.attention, case.tokens, threat, goal)
 
 
 def test_usage_grows_with_the_size(method: CertificateMethod, case: Case) -> None:

@@ -10,17 +10,18 @@ from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
 from tests.cases import Case, cases, problems
 
-LARGE = 12  # cases with more tokens run with `-m slow`
-BUDGET = AttackBudget()
+LARGE = 8  # cases with more tokens run with `-m slow`
+QUICK = AttackBudget(restarts=4, steps=30, rounds=1)
+FULL = AttackBudget()
 
 
 @cache
-def _attacked(case: Case) -> tuple[tuple[Problem, AttackResult], ...]:
+def _attacked(case: Case, budget: AttackBudget) -> tuple[tuple[Problem, AttackResult], ...]:
     """Every problem of a case with the nearest violation that each attack finds."""
     chosen = tuple(problems(case))
     rows: list[tuple[Problem, AttackResult]] = []
     for attack in ALL_ATTACKS:
-        rows += zip(chosen, attack_many(chosen, method=attack.name, seed=1, budget=BUDGET), strict=True)
+        rows += zip(chosen, attack_many(chosen, method=attack.name, seed=1, budget=budget), strict=True)
     return tuple(rows)
 
 
@@ -32,9 +33,20 @@ def _sized(case: Case) -> object:
 @pytest.mark.parametrize("case", [_sized(case) for case in cases()])
 @pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.name)
 def test_no_attack_inside_a_certified_radius(method: CertificateMethod, case: Case) -> None:
+    _compare(method, case, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.name)
+def test_no_strong_attack_inside_a_certified_radius(method: CertificateMethod, case: Case) -> None:
+    _compare(method, case, FULL)
+
+
+def _compare(method: CertificateMethod, case: Case, budget: AttackBudget) -> None:
     compared = 0
     certified: dict[str, float] = {}
-    for problem, attacked in _attacked(case):
+    for problem, attacked in _attacked(case, budget):
         if method.refuses(problem) is not None:
             continue
         if problem.digest not in certified:
