@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.goal import Displacement, Goal, Margin, Pool
@@ -11,6 +14,7 @@ from attnrobust.layers.files import read_arrays
 from attnrobust.layers.model import Model
 from attnrobust.rows import RowTask
 from attnrobust.threat import Threat
+from attnrobust.tokens import TokenMeasure
 
 DEFAULT_TOLERANCE = "10%"
 
@@ -117,8 +121,36 @@ def read_inputs(
     return read_tokens(tokens, width=model.resolve(layer).d)
 
 
+def parse_device(text: str) -> torch.device:
+    """Read ``cpu``, ``cuda`` or ``cuda:1``; refuses a device that this machine does not have.
+
+    Raises:
+        InputError: No such device.
+    """
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {text!r} is not there; give cpu, or cuda where there is a GPU") from error
+    return device
+
+
+def on_device(measure: TokenMeasure, goal: Goal, device: str | torch.device) -> tuple[TokenMeasure, Goal]:
+    """Tokens and goal where the layer lives; their digests stay the same."""
+    if isinstance(goal, Margin):
+        goal = replace(goal, weight=goal.weight.to(device), bias=None if goal.bias is None else goal.bias.to(device))
+    return TokenMeasure(measure.points.to(device), measure.mass.to(device)), goal
+
+
 def make_tasks(
-    model: Model, layer: str | None, inputs: Sequence[CapturedInput], *, threat: Threat, goal: Goal, seed: int
+    model: Model,
+    layer: str | None,
+    inputs: Sequence[CapturedInput],
+    *,
+    threat: Threat,
+    goal: Goal,
+    seed: int,
+    device: str | torch.device = "cpu",
 ) -> list[RowTask]:
     """One task per input of a layer.
 
@@ -129,9 +161,16 @@ def make_tasks(
         threat: What may move.
         goal: What must stay true.
         seed: Seed of the run.
+        device: Where the layer lives.
     """
     name, network = model.resolve(layer).name, model.layer(layer)
-    return [
-        RowTask(i.id, name, network, i.measure, threat, goal, seed=seed, text=i.text, tokens=i.token_strings)
-        for i in inputs
-    ]
+    tasks = []
+    for captured in inputs:
+        measure, there = on_device(captured.measure, goal, device)
+        tasks.append(
+            RowTask(
+                captured.id, name, network, measure, threat, there, seed=seed, text=captured.text,
+                tokens=captured.token_strings,
+            )
+        )  # fmt: skip
+    return tasks

@@ -277,6 +277,7 @@ def test_exit_codes(rows: list[Row], expected: ExitCode) -> None:
         (("--layer", "encoder"), "unknown layer 'encoder'; nearest: attention"),
         (("--fail-under", "-1"), "must be a number >= 0"),
         (("--texts", "x.txt"), "exactly one of --texts FILE and --tokens FILE"),
+        (("--device", "gpu"), "device 'gpu' is not there"),
         (("--tolerence", "1%"), "--tolerance"),
         (("--seed", "one"), "--seed"),
     ],
@@ -394,3 +395,16 @@ def test_torch_weights_file(cli: Run, files: Path) -> None:
     said = cli("attack", files / "layer.safetensors", "--tokens", files / "x.safetensors", "--json")
     assert said.code == ExitCode.OK
     assert said.rows[0]["input_id"] == "a"
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees_with_the_cpu(cli: Run, files: Path) -> None:
+    for goal in (("--tolerance", "1%"), ("--readout", files / "readout.npz")):
+        common = ("compare", files / "layer.npz", "--tokens", files / "x.npz", "--json", "-q", *goal, "--device")
+        here, there = cli(*common, "cpu").rows, cli(*common, "cuda").rows
+        for one, other in zip(here, there, strict=True):
+            assert one["problem"] == other["problem"]
+            assert other["certified_radius"] == pytest.approx(
+                one["certified_radius"], rel=2e-3
+            )  # the search's tolerance
+            assert other["attack_radius"] == pytest.approx(one["attack_radius"], rel=0.05)  # another path of the search

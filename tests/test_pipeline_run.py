@@ -129,6 +129,14 @@ def test_a_row_that_cannot_be_posed_leaves_the_others(files: Path) -> None:
     assert [row.status for row in rows[::2]] == ["error", "error", "found", "found", "found", "error"]
 
 
+def test_an_input_that_cannot_be_captured_is_a_row(files: Path) -> None:
+    (files / "x.txt").write_text("One.\nTwo.\n", encoding="utf-8")
+    rows = run(configured(files, tokens=None, texts=files / "x.txt", goals=["1%"]), shard=NO_SHARD).store.rows()
+    assert [row.status for row in rows] == ["error", "error"]
+    assert [row.text for row in rows] == ["One.", "Two."]
+    assert "no tokenizer" in (rows[0].message or "")
+
+
 def test_the_same_goal_twice_is_refused(files: Path) -> None:
     with pytest.raises(InputError, match="name each once"):
         run(configured(files, goals=["10%", "0.1e2%"]), shard=NO_SHARD)

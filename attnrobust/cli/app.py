@@ -57,6 +57,7 @@ ThreatKey = Annotated[
     str, typer.Option("--threat", metavar="T", help="frobenius, per-token, any-token, token:I or tokens:I,J,...")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...")]
 Methods = Annotated[str | None, typer.Option(metavar="A,B", help="Certificates to run; default all that apply.")]
 Method = Annotated[str, typer.Option("--method", metavar="NAME", help="The attack.")]
 Epsilon = Annotated[
@@ -117,6 +118,7 @@ def certify(
     label: Label = None,
     threat: ThreatKey = "frobenius",
     seed: Seed = 0,
+    device: Device = "cpu",
     methods: Methods = None,
     json: Json = False,
     out: Out = None,
@@ -139,6 +141,7 @@ def attack(
     label: Label = None,
     threat: ThreatKey = "frobenius",
     seed: Seed = 0,
+    device: Device = "cpu",
     attack: Method = DEFAULT_ATTACK,
     epsilon: Epsilon = None,
     json: Json = False,
@@ -162,6 +165,7 @@ def compare(
     label: Label = None,
     threat: ThreatKey = "frobenius",
     seed: Seed = 0,
+    device: Device = "cpu",
     methods: Methods = None,
     attack: Method = DEFAULT_ATTACK,
     json: Json = False,
@@ -179,6 +183,7 @@ def demo(
     tolerance: Tolerance = DEMO_TOLERANCE,
     threat: ThreatKey = "frobenius",
     seed: Seed = 0,
+    device: Device = "cpu",
     methods: Methods = None,
     attack: Method = DEFAULT_ATTACK,
     json: Json = False,

@@ -14,7 +14,7 @@ from attnrobust.cli.exits import ExitCode, exit_code, say
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
 from attnrobust.goal import Goal
-from attnrobust.inputs import make_goal, make_tasks, read_inputs
+from attnrobust.inputs import make_goal, make_tasks, parse_device, read_inputs
 from attnrobust.layers.capture import CapturedInput
 from attnrobust.layers.listing import LayerInfo
 from attnrobust.layers.model import Model, load_model
@@ -42,6 +42,7 @@ class Job:
         label: Label, or None.
         threat: Key of the threat.
         seed: Seed of the run.
+        device: Where the layer and its inputs live.
         certify: Whether to run certificates.
         methods: Certificates by name, with commas; None means all.
         attack: Attack by name; None means none.
@@ -62,6 +63,7 @@ class Job:
     label: int | None = None
     threat: str = "frobenius"
     seed: int = 0
+    device: str = "cpu"
     certify: bool = True
     methods: str | None = None
     attack: str | None = None
@@ -86,12 +88,12 @@ def run_job(job: Job, *, inputs: tuple[str, ...] | None = None) -> ExitCode:
         AttnRobustError: Options or files that cannot be used.
     """
     options, goal = _row_options(job), _goal(job)
-    threat = parse_threat(job.threat)
+    threat, device = parse_threat(job.threat), parse_device(job.device)
     if job.out is not None:
         require_writable(job.out)
-    model = load_model(job.model)
+    model = load_model(job.model, device=device)
     captured = _captured(job, model, inputs)
-    tasks = make_tasks(model, job.layer, captured, threat=threat, goal=goal, seed=job.seed)
+    tasks = make_tasks(model, job.layer, captured, threat=threat, goal=goal, seed=job.seed, device=device)
     rows = list(_printed(job, tracked(_evaluated(tasks, options), len(tasks), quiet=job.quiet)))
     if not job.json:
         print_tables(rows)

@@ -14,7 +14,7 @@ from attnrobust.certify import method_named
 from attnrobust.compare import DEFAULT_ATTACK
 from attnrobust.errors import AttnRobustError, InputError
 from attnrobust.goal import Goal
-from attnrobust.inputs import DEFAULT_TOLERANCE, make_goal
+from attnrobust.inputs import DEFAULT_TOLERANCE, make_goal, parse_device
 from attnrobust.rows import RowOptions
 from attnrobust.threat import parse_threat
 
@@ -131,6 +131,7 @@ class RunConfig(_Section):
 
     def check_names(self) -> "RunConfig":
         """Refuse unknown threats, goals, certificates and attacks before any model is loaded."""
+        parse_device(self.device)
         for threat in self.threats:
             parse_threat(threat)
         for goal in self.goals:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnrobust.errors import AttnRobustError, UnknownNameError
 from attnrobust.goal import Goal
+from attnrobust.inputs import on_device
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.capture import CapturedInput, TextLine, read_texts, read_tokens
 from attnrobust.layers.listing import LayerInfo
@@ -118,8 +119,9 @@ class Workbench:
             captured, spec = self._capture(item.source, item.layer), self.spec(item.layer)
         except AttnRobustError as error:
             return self.failed(item, Status.ERROR, str(error))
+        measure, goal = on_device(captured.measure, self.goals[item.goal], self.config.device)
         task = RowTask(
-            captured.id, item.layer, spec, captured.measure, self.threats[item.threat], self.goals[item.goal],
+            captured.id, item.layer, spec, measure, self.threats[item.threat], goal,
             seed=self.config.seed, text=captured.text, tokens=captured.token_strings, row_id=item.row_id,
         )  # fmt: skip
         return evaluate_row(task, self.config.row_options())
@@ -128,7 +130,7 @@ class Workbench:
         """The clean tokens of every input of a layer that can be captured."""
         for index in range(len(self.sources)):
             try:
-                yield self._capture(index, layer).measure.points
+                yield self._capture(index, layer).measure.points.to(self.config.device)
             except AttnRobustError as error:
                 log.warning("input %s of layer %s is left out: %s", self.sources[index].id, layer, error)
 
