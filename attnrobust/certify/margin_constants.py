@@ -151,8 +151,8 @@ def _query_eigenvalue(rows: CleanRows, coefficient: Tensor) -> Tensor:
     power = inner / size[..., None, None]
     for _ in range(2):
         power = power @ power
-    value = size * torch.linalg.matrix_norm(power @ power) ** 0.125
-    return torch.where(finite, (value + 1e-10 * scale) * rows.movable, torch.inf)
+    value = (size * torch.linalg.matrix_norm(power @ power) ** 0.125 + 1e-10 * scale) * rows.movable
+    return torch.where(finite & torch.isfinite(value), value, torch.inf)  # overflowed squares bound nothing
 
 
 def _second_moment(c: Tensor, keys: Tensor) -> Tensor:

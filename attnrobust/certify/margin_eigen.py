@@ -64,7 +64,8 @@ def gram_eigenvalue(gram: Float[Tensor, "*b n n"], coefficient: Float[Tensor, "*
         value = scale * torch.linalg.matrix_norm(power @ power) ** 0.125
     # Rounding of the decomposition is relative to the norm; powers of tiny matrices only underflow towards 0.
     value = value * OUTWARD + 1e-12 * torch.linalg.matrix_norm(b)
-    return torch.where(finite, value, torch.inf)
+    # Squares of entries beyond 1e154 overflow: infinity times an underflowed power is NaN, which bounds nothing.
+    return torch.where(finite & torch.isfinite(value), value, torch.inf)
 
 
 def symmetric_top(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b"]:

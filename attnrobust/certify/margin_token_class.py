@@ -100,11 +100,12 @@ class TokenClassBound:
         Tokens come in the order of a rough bound; once that is below the best bound found, the rest cannot matter.
         """
         rough = torch.cat([self._rough(radius, part) for part in self.tokens.split(self.chunk)])
+        rough = rough.nan_to_num(nan=torch.inf, posinf=torch.inf)  # an overflow bounds nothing, and NaN would lose every comparison
         order = rough.argsort(descending=True)
         worst, done, size = 0.0, 0, max(1, min(self.chunk, 1 + self.tokens.numel() // 8))
         while done < order.numel() and float(rough[order[done]]) > worst:
             part = order[done : done + size]
-            found = torch.minimum(self._refined(radius, self.tokens[part]), rough[part])
+            found = torch.minimum(self._refined(radius, self.tokens[part]), rough[part]).nan_to_num(nan=torch.inf, posinf=torch.inf)
             worst = max(worst, float(found.amax()))
             done += size
         return worst
