@@ -56,6 +56,11 @@ def _combine(first: Any, second: Any, rule: Any) -> Any:
     )
 
 
+def _bounded(value: Tensor) -> Tensor:
+    """An overflow bounds nothing: NaN would lose every comparison and so pass for a small bound."""
+    return value.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
 @dataclass(frozen=True, eq=False)
 class _Set:
     """What a radius fixes for some candidate tokens."""
@@ -99,13 +104,12 @@ class TokenClassBound:
 
         Tokens come in the order of a rough bound; once that is below the best bound found, the rest cannot matter.
         """
-        rough = torch.cat([self._rough(radius, part) for part in self.tokens.split(self.chunk)])
-        rough = rough.nan_to_num(nan=torch.inf, posinf=torch.inf)  # an overflow bounds nothing, and NaN would lose every comparison
+        rough = _bounded(torch.cat([self._rough(radius, part) for part in self.tokens.split(self.chunk)]))
         order = rough.argsort(descending=True)
         worst, done, size = 0.0, 0, max(1, min(self.chunk, 1 + self.tokens.numel() // 8))
         while done < order.numel() and float(rough[order[done]]) > worst:
             part = order[done : done + size]
-            found = torch.minimum(self._refined(radius, self.tokens[part]), rough[part]).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            found = _bounded(torch.minimum(self._refined(radius, self.tokens[part]), rough[part]))
             worst = max(worst, float(found.amax()))
             done += size
         return worst
