@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from attnrobust.certify.displacement_base import CleanRows
+from attnrobust.certify.displacement_bilinear import QueryKeyForm, ValueLogitForm
+from attnrobust.certify.displacement_majorant import Majorant
+from attnrobust.certify.displacement_operator import JointProduct
 from attnrobust.goal import pool_weights
 from attnrobust.threat import FrobeniusBall
 from tests.cases import Case, case_named
@@ -94,12 +97,20 @@ def worst_ratio(
     return worst
 
 
-def dense_form(rows: CleanRows, apply: Callable[[Tensor], Tensor]) -> Tensor:
-    """The symmetric matrix of a form, restricted to movable tokens."""
-    n, d = rows.points.shape
-    mask = rows.moves[:, None]
+def joint_product(rows: CleanRows) -> JointProduct:
+    """The certificate's product with deterministic eigenvalues."""
+    return JointProduct(rows, Majorant(rows), ValueLogitForm(rows, 0, 1e-9, 300), QueryKeyForm(rows))
+
+
+def dense_forms(rows: CleanRows, radius: float) -> list[Tensor]:
+    """The symmetric matrices of the four forms at one radius."""
+    product, (n, d) = joint_product(rows), rows.points.shape
+    forms = product.majorant.forms(radius)
     unit = torch.eye(n * d, dtype=torch.float64).reshape(-1, n, d)
-    return torch.stack([(apply(one * mask) * mask).reshape(-1) for one in unit])
+    return [
+        torch.stack([product.apply(one, forms, factors)[0].reshape(-1) for one in unit])
+        for factors in torch.eye(4, dtype=torch.float64)
+    ]
 
 
 def form_root(matrix: Tensor, moves: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Displacement certificate: exact first order, proved second-order remainder, one joint eigenvalue bound."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -15,6 +14,7 @@ from attnrobust.certify._certify import CertificateMethod, PreparedBound
 from attnrobust.certify.displacement_base import CleanRows
 from attnrobust.certify.displacement_bilinear import QueryKeyForm, ValueLogitForm
 from attnrobust.certify.displacement_majorant import LogitForms, Majorant, padded
+from attnrobust.certify.displacement_operator import JointProduct
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.attention_jacobian import AttentionJacobian
 from attnrobust.linear_map import LinearMap, largest_eigenvalue_upper
@@ -24,8 +24,7 @@ FAILURE = 1e-10  # of one eigenvalue bound; a radius needs about 30 of them
 DENSE_LIMIT = 300  # n d up to which every eigenvalue is computed without randomness
 POWER_STEPS = 8  # of the first guess
 ROUNDS = 2  # rebalancing rounds of the joint bound
-
-Form = Callable[[Tensor], Tensor]
+SETTLED = 0.1  # largest change of a log share after which another round gains less than a thousandth
 
 
 @dataclass(eq=False)
@@ -49,11 +48,11 @@ class DisplacementBound(PreparedBound):
         jacobian = AttentionJacobian(layer, clean.points, self.problem.mass)
         self._jacobian: LinearMap = jacobian.linear_map(pool=weights, token_scale=self._rows.moves)
         self._majorant = Majorant(self._rows)
-        self._key_form = QueryKeyForm(self._rows)
         self._calls = 0
         self._random = 0.0
         self._value_form = ValueLogitForm(self._rows, self._next_seed(self._rows.layer.heads), FAILURE, DENSE_LIMIT)
         self._random += self._value_form.reach[1]
+        self._product = JointProduct(self._rows, self._majorant, self._value_form, QueryKeyForm(self._rows))
         factor = self.problem.threat.frobenius_factor(clean.n, clean.width)
         self._scale = factor
         self._first, self._shares = self._first_order()
@@ -85,47 +84,27 @@ class DisplacementBound(PreparedBound):
         """Allowed displacement."""
         return float(self.problem.resolved.budgets[0])
 
-    def _forms(self, coefficients: LogitForms) -> tuple[Form, ...]:
-        rows, modulus = self._rows, self._majorant
-
-        def first(moves: Tensor) -> Tensor:
-            return self._jacobian.rmatvec(self._jacobian.matvec(moves))
-
-        def logit(moves: Tensor) -> Tensor:
-            change = rows.logits(moves)
-            image = coefficients.extra * change
-            if bool(coefficients.exact.any()):
-                image = image + coefficients.exact[..., None] * (modulus.modulus @ change[..., None])[..., 0]
-            return rows.logits_adjoint(coefficients.multiplier[..., None] * image)
-
-        return first, logit, self._value_form.apply, self._key_form.apply
-
     def usage(self, radius: float) -> Upper:
         """Upper bound of the used share on the threat's set of this radius; infinite where constants overflow."""
         reach = radius * self._scale
-        coefficients = self._majorant.forms(reach)
-        if not self._usable(coefficients):
+        forms = self._majorant.forms(reach)
+        if not forms.finite:
             return Upper(math.inf)
-        factor = self._rows.mixing * reach
-        scales = (1.0, factor, factor, factor)
-        value = self._joint(self._forms(coefficients), scales) * reach + self._rows.mixing * coefficients.constant
+        mixing = self._rows.mixing
+        scales = torch.tensor([1.0, mixing * reach, mixing * reach, mixing * reach], dtype=torch.float64)
+        value = self._joint(forms, scales) * reach + mixing * forms.constant
         return Upper(padded(value / self.budget), self._random)
 
-    def _usable(self, coefficients: LogitForms) -> bool:
-        finite = (coefficients.extra, coefficients.multiplier)
-        return math.isfinite(coefficients.constant) and all(bool(torch.isfinite(part).all()) for part in finite)
-
-    def _joint(self, forms: tuple[Form, ...], scales: tuple[float, ...]) -> float:
+    def _joint(self, forms: LogitForms, scales: Float[Tensor, "4"]) -> float:
         """Upper bound of ``sup over |D| = 1 of sum_k scales_k X_k(D)^{1/2}``: Cauchy-Schwarz with shares (eq. 19)."""
         shape = self._rows.points.shape
         best = math.inf
         for _ in range(ROUNDS):
             shares = self._shares
+            factors = scales.square() / shares
 
-            def product(flat: Tensor, shares: Tensor = shares) -> Tensor:
-                moves = flat.reshape(shape) * self._rows.moves[:, None]
-                parts = [s**2 / float(t) * f(moves) for f, s, t in zip(forms, scales, shares, strict=True) if s > 0]
-                return torch.stack(parts).sum(dim=0).reshape(-1)
+            def product(flat: Tensor, factors: Tensor = factors) -> Tensor:
+                return self._product.apply(flat.reshape(shape), forms, factors)[0].reshape(-1)
 
             bounds = largest_eigenvalue_upper(
                 product, math.prod(shape), failure_probability=FAILURE, seed=self._next_seed(), tol=2e-3,
@@ -133,12 +112,11 @@ class DisplacementBound(PreparedBound):
             )  # fmt: skip
             self._random += bounds.upper.failure_probability
             best = min(best, math.sqrt(max(bounds.upper.value, 0.0) * float(shares.sum())))
-            moves = bounds.vector.reshape(shape) * self._rows.moves[:, None]
-            sizes = [
-                s * math.sqrt(max(float((moves * f(moves)).sum()), 0.0)) for f, s in zip(forms, scales, strict=True)
-            ]
-            total = max(sum(sizes), 1e-300)
-            self._shares = torch.tensor([max(size / total, 1e-3) for size in sizes], dtype=torch.float64)
+            squares = self._product.apply(bounds.vector.reshape(shape), forms, factors)[1]
+            sizes = scales * squares.clamp_min(0.0).sqrt()
+            self._shares = (sizes / sizes.sum().clamp_min(1e-300)).clamp_min(1e-3)
+            if float((self._shares / shares).log().abs().max()) < SETTLED:
+                break
         return best
 
 

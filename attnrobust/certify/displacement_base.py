@@ -62,15 +62,21 @@ class CleanRows:
     @cached_property
     def _split_output(self) -> tuple[Tensor, float]:
         if self.layer.w_o is None:
-            return self.layer.w_v, 1.0
+            eye = torch.eye(self.layer.value_width, dtype=self.w.dtype, device=self.w.device)
+            return eye.expand(self.layer.heads, -1, -1), 1.0
         basis, triangle = torch.linalg.qr(self.layer.w_o.transpose(-1, -2))  # w_o = triangle^T basis^T
         stacked = basis.transpose(-1, -2).flatten(0, 1)
-        return self.layer.w_v @ triangle.transpose(-1, -2), float(torch.linalg.matrix_norm(stacked, 2))
+        return triangle.transpose(-1, -2), float(torch.linalg.matrix_norm(stacked, 2))
 
     @property
-    def w_v(self) -> Float[Tensor, "h d v"]:
-        """Value weights behind the inner part of the output projection."""
+    def inner(self) -> Float[Tensor, "h v r"]:
+        """``L_h``: the inner part of the output projection."""
         return self._split_output[0]
+
+    @cached_property
+    def w_v(self) -> Float[Tensor, "h d r"]:
+        """Value weights behind the inner part of the output projection."""
+        return self.layer.w_v @ self.inner
 
     @property
     def mixing(self) -> float:
@@ -221,19 +227,6 @@ class CleanRows:
     def drift(self) -> Float[Tensor, "h n n"]:
         """``sup |gamma_j - a|`` over moves of norm 1, a the first-order change of the row (eq. 8)."""
         return self.value_norms[:, None, None] * self.contrast + self.first_order_reach[..., None]
-
-    def logits(self, moves: Float[Tensor, "n d"]) -> Float[Tensor, "h n n"]:
-        """The centred linear logit change l of a move (already restricted to movable tokens)."""
-        alpha = torch.einsum("nd,hdk->hnk", moves, self.layer.w_q)
-        raw = self.slopes @ moves.T + alpha @ self.keys.transpose(-1, -2)
-        return raw - (self.w * raw).sum(dim=-1, keepdim=True)
-
-    def logits_adjoint(self, coefficient: Float[Tensor, "h n n"]) -> Float[Tensor, "n d"]:
-        """Transpose of ``logits``, restricted to movable tokens."""
-        centred = coefficient - self.w * coefficient.sum(dim=-1, keepdim=True)
-        keys = torch.einsum("hij,hid->jd", centred, self.slopes)
-        queries = torch.einsum("hik,hdk->id", centred @ self.keys, self.layer.w_q)
-        return (keys + queries) * self.moves[:, None]
 
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:

@@ -81,14 +81,21 @@ class ValueLogitForm:
             failure += bounds.upper.failure_probability
         return out, failure
 
-    def apply(self, moves: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Half the gradient of X at D."""
-        rows = self.rows
-        reach, balance = self._balance.new_tensor(self.reach[0]), self._balance
-        weight = (0.5 * reach * balance)[:, None, None] * rows.w.square() * stack_weights(rows)[:, None]
-        logit = rows.logits_adjoint(weight * rows.logits(moves))
-        gamma = torch.einsum("nd,hdv->hnv", moves, rows.w_v) * (0.5 * reach / balance)[:, None, None]
-        return logit + torch.einsum("hnv,hdv->nd", gamma, rows.w_v) * rows.moves[:, None]
+    @cached_property
+    def _reach_vector(self) -> Float[Tensor, "h"]:
+        return self._balance.new_tensor(self.reach[0])
+
+    @cached_property
+    def logit_weight(self) -> Float[Tensor, "h n n"]:
+        """Coefficients of l_j^2 in X."""
+        head = (0.5 * self._reach_vector * self._balance)[:, None, None]
+        return head * self.rows.w.square() * stack_weights(self.rows)[:, None]
+
+    @cached_property
+    def value_weight(self) -> Float[Tensor, "h"]:
+        """Coefficients of |gamma|^2 in X."""
+        weight: Tensor = 0.5 * self._reach_vector / self._balance
+        return weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,24 +105,40 @@ class QueryKeyForm:
     rows: CleanRows
 
     @cached_property
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = self.rows
-        left, values, right = rows.bilinear_factors
-        left, right = left * values.sqrt()[:, None], right * values.sqrt()[:, None]
-        spread = (rows.value_reach.square() * stack_weights(rows) * rows.moves).clamp_min(0.0)
-        balance = spread.amax(dim=-1).clamp(1e-24, 1e24).rsqrt()
-        both = torch.cat([left, right], dim=-1)
-        # At every token the form is at most (left left^T + right right^T) / (2 balance).
-        reach = torch.linalg.matrix_norm(both, 2).square() * torch.maximum(
-            balance * spread.amax(dim=-1), 1.0 / balance
-        ) / 2.0  # fmt: skip
-        query = 0.5 * (reach * balance)[:, None] * spread
-        return left, right, query, 0.5 * reach / balance
+    def left(self) -> Float[Tensor, "h d r"]:
+        """Query side of the balanced factors: ``A = left right^T``."""
+        left, values, _ = self.rows.bilinear_factors
+        return left * values.sqrt()[:, None]
 
-    def apply(self, moves: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Half the gradient of X at D."""
-        left, right, query, key = self._factors
-        queries = torch.einsum("nd,hdr->hnr", moves, left) * query[..., None]
-        keys = torch.einsum("nd,hdr->hnr", moves, right) * key[:, None, None]
-        out = torch.einsum("hnr,hdr->nd", queries, left) + torch.einsum("hnr,hdr->nd", keys, right)
-        return out * self.rows.moves[:, None]
+    @cached_property
+    def right(self) -> Float[Tensor, "h d r"]:
+        """Key side of the balanced factors."""
+        _, values, right = self.rows.bilinear_factors
+        return right * values.sqrt()[:, None]
+
+    @cached_property
+    def _spread(self) -> Float[Tensor, "h n"]:
+        return self.rows.value_reach.square() * stack_weights(self.rows) * self.rows.moves
+
+    @cached_property
+    def _balance(self) -> Float[Tensor, "h"]:
+        return self._spread.amax(dim=-1).clamp(1e-24, 1e24).rsqrt()
+
+    @cached_property
+    def _reach(self) -> Float[Tensor, "h"]:
+        """``sup x_h``: at every token the form is at most (left left^T + right right^T) max(...) / 2."""
+        both = torch.linalg.matrix_norm(torch.cat([self.left, self.right], dim=-1), 2).square()
+        largest = torch.maximum(self._balance * self._spread.amax(dim=-1), 1.0 / self._balance)
+        reach: Tensor = 0.5 * both * largest
+        return reach
+
+    @cached_property
+    def query_weight(self) -> Float[Tensor, "h n"]:
+        """Coefficients of ``|left^T delta_i|^2`` in X."""
+        return 0.5 * (self._reach * self._balance)[:, None] * self._spread
+
+    @cached_property
+    def key_weight(self) -> Float[Tensor, "h"]:
+        """Coefficients of ``|right^T delta_j|^2`` in X."""
+        weight: Tensor = 0.5 * self._reach / self._balance
+        return weight

@@ -35,6 +35,12 @@ class LogitForms:
     multiplier: Float[Tensor, "h n"]
     constant: float
 
+    @property
+    def finite(self) -> bool:
+        """Whether nothing overflowed."""
+        parts = (self.extra, self.multiplier)
+        return math.isfinite(self.constant) and all(bool(torch.isfinite(part).all()) for part in parts)
+
 
 @dataclass(frozen=True, eq=False)
 class Majorant:
@@ -43,7 +49,8 @@ class Majorant:
     rows: CleanRows
 
     @property
-    def _small(self) -> bool:
+    def small(self) -> bool:
+        """Whether the (h, n, n, n) arrays are used."""
         return self.rows.n <= GRAM_LIMIT
 
     @cached_property
@@ -68,7 +75,7 @@ class Majorant:
     def diagonal_reach(self, coefficient: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
         """Upper bound of ``sup sum_j coefficient_j l_j^2`` over moves of norm 1 (eq. 13)."""
         rows = self.rows
-        if self._small:
+        if self.small:
             root = coefficient.sqrt()
             matrix = root[..., :, None] * rows.gram * root[..., None, :]
             scale = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(1e-280)
@@ -118,7 +125,7 @@ class Majorant:
         rest = upper * (radius * rows.drift + slack[..., None] * drifted)
         triangle = 0.5 * (upper * rows.spread + rest)
         reach_triangle = self.diagonal_reach(triangle)
-        if self._small:
+        if self.small:
             excess = 0.5 * (torch.maximum(upper - rows.w, rows.w - lower) * rows.spread + rest)
             reach_exact = self._modulus_reach + self.diagonal_reach(excess)
             exact = (reach_exact < reach_triangle).to(triangle)
