@@ -308,6 +308,13 @@ def test_parts_of_another_run_are_refused(files: Path) -> None:
         RunStore.open(files / "out").rows()
 
 
+def test_a_row_in_two_parts_counts_once(files: Path, reference: list[Row]) -> None:
+    """Two shards that overlapped, or a part that was copied."""
+    store = run(configured(files), shard=NO_SHARD).store
+    (files / "out" / PARTS / "again.parquet").write_bytes(store.parts()[0].read_bytes())
+    assert plain(store.rows()) == reference
+
+
 def test_two_writers_of_one_shard_are_refused(files: Path) -> None:
     store = run(configured(files), shard=NO_SHARD).store
     with store.writing("all"), pytest.raises(InputError, match="another process is at work"):
