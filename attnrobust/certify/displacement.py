@@ -12,7 +12,7 @@ from torch import Tensor
 from attnrobust.bounds import Upper
 from attnrobust.certify._certify import CertificateMethod, PreparedBound
 from attnrobust.certify.displacement_base import CleanRows
-from attnrobust.certify.displacement_bilinear import QueryKeyForm, ValueLogitForm
+from attnrobust.certify.displacement_bilinear import ESTIMATE_STREAM, QueryKeyForm, ValueLogitForm
 from attnrobust.certify.displacement_majorant import LogitForms, Majorant, padded
 from attnrobust.certify.displacement_operator import JointProduct
 from attnrobust.layers.attention import Attention
@@ -63,7 +63,7 @@ class DisplacementBound(PreparedBound):
 
     def _first_order(self) -> tuple[float, Float[Tensor, "k"]]:
         """A rough norm of J for the first guess (any value is sound) and the first shares."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed ^ ESTIMATE_STREAM)
         vector = torch.randn(self._rows.points.shape, generator=generator, dtype=torch.float64).to(self._rows.points)
         norm = 0.0
         for _ in range(POWER_STEPS):

@@ -11,6 +11,7 @@ from attnrobust.certify.displacement_base import CleanRows, stack_weights
 from attnrobust.linear_map import largest_eigenvalue_upper
 
 POWER_STEPS = 8  # only balances two factors; any value is sound
+ESTIMATE_STREAM = 0x5EED_0000  # estimates draw from another stream: a matrix must not depend on its own start vector
 REACH_TOLERANCE = 0.03  # relative accuracy of the per-head norms; they enter under a square root
 
 
@@ -48,7 +49,7 @@ class ValueLogitForm:
     def _balance(self) -> Float[Tensor, "h"]:
         """Per head: value norm over logit norm, estimated; any positive number is sound."""
         rows = self.rows
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed ^ ESTIMATE_STREAM)
         start = torch.randn(rows.points.shape, generator=generator, dtype=torch.float64).to(rows.points)
         ratios = []
         for head in range(rows.layer.heads):
@@ -71,7 +72,8 @@ class ValueLogitForm:
         for head in range(rows.layer.heads):
 
             def product(flat: Tensor, head: int = head) -> Tensor:
-                return self._head_form(head, flat.reshape(rows.points.shape)).reshape(-1)
+                moves = flat.reshape(rows.points.shape) * rows.moves[:, None]  # masked on both sides: symmetric
+                return self._head_form(head, moves).reshape(-1)
 
             bounds = largest_eigenvalue_upper(
                 product, rows.points.numel(), failure_probability=self.failure_probability,

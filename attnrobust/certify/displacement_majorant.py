@@ -107,7 +107,7 @@ class Majorant:
         rows = self.rows
         bilinear = radius**2 * rows.bilinear_norms[:, None] * rows.w.amax(dim=-1).sqrt() * rows.moves
         deviation = (radius * self._variance_reach.sqrt() + bilinear).square()
-        visible = torch.where(rows.w > 0, reach, torch.zeros_like(reach))
+        visible = reach.masked_fill(torch.isneginf(rows.log_w), 0.0)  # a weight that underflows may still grow back
         by_variance = 0.5 * deviation * torch.exp(log_phi(visible.amax(dim=-1)))
         by_term = torch.exp(rows.log_w + log_psi(visible)).sum(dim=-1)
         return 1.0 / (1.0 + torch.minimum(by_variance, by_term))[..., None]

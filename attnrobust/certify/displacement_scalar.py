@@ -6,6 +6,7 @@ from torch import Tensor
 
 CELLS = 24  # cells of the supremum in ``saturating_weight``; more cells only tighten it
 LARGE = 40.0  # beyond, psi is computed as exp(u) (1 - (1 + u) exp(-u)) in log space
+EIGENVALUE_ERROR = 1e-14  # of a decomposition, in units of the largest eigenvalue
 SMALL = 1e-2  # below, psi(u) / (u^2 / 2) is summed as a series
 
 
@@ -54,9 +55,13 @@ def saturating_weight(log_w: Float[Tensor, "*s"], reach: Float[Tensor, "*s"]) ->
 
 
 def psd_root(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
-    """Symmetric square root of positive semidefinite matrices."""
+    """Symmetric square root of positive semidefinite matrices, never below it in any direction.
+
+    The root turns an error of an eigenvalue near 0 into its square root, so eigenvalues are moved outward first.
+    """
     values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = (vectors * values.clamp_min(0.0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)
+    values = values.clamp_min(0.0) + EIGENVALUE_ERROR * values[..., -1:].clamp_min(0.0)
+    root: Tensor = (vectors * values.sqrt()[..., None, :]) @ vectors.transpose(-1, -2)
     return root
 
 
