@@ -1,257 +1,283 @@
-"""Table of docs/tightness.md: every literature bound over the largest value that ascent finds for the same quantity.
+"""Tightness of the certificates: attack radius, certified radius per method, gap, seconds and memory of many cases.
 
-Run ``python -m benchmarks.tightness > docs/tightness.md``; about two minutes on one core, the same numbers every time.
+    python benchmarks/tightness.py run --suite one-head --out results     # goes on where it stopped
+    python benchmarks/tightness.py table --out results                    # Markdown, medians and worst
+    python benchmarks/tightness.py plot --out results                     # gap against tolerance, one line per method
+
+Every row compares all methods with the same attack on the same problem. Suites: see ``SUITES``.
 """
 
+import argparse
+import contextlib
+import json
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from matplotlib.figure import Figure
 
-from attnrobust.certify.castin2024meanfield import masked_constant, mean_field_constant
-from attnrobust.certify.castin2024smooth import ball_constant
-from attnrobust.certify.havens2024local import HavensLocal
-from attnrobust.certify.singla2020second import SinglaCurvature
-from attnrobust.certify.spread import SpreadLipschitz
-from attnrobust.goal import Displacement
-from attnrobust.layers.attention import Attention
-from attnrobust.layers.attention_jacobian import AttentionJacobian
-from attnrobust.layers.lipschitz_lower import finite_lower, mean_field_lower
-from attnrobust.layers.local_norm import diameter_norm_upper, local_norm_upper, softmax_norm_upper
-from attnrobust.layers.softmax import derivative_norm_upper
-from attnrobust.problem import Problem
-from attnrobust.threat import FrobeniusBall
-from attnrobust.tokens import TokenMeasure
+import attnrobust as ar
+from attnrobust.layers.model import Model, load_model
+from attnrobust.threat import parse_threat
 
-Row = tuple[str, str, str, str]
-STARTS, STEPS = 24, 80
+PASSAGES = Path(__file__).with_name("passages.txt")
+LAYERS = range(6)
+SEEDS = (0, 1, 2)
+TOLERANCES = (0.01, 0.1, 1.0)
 
 
-def random_layer(seed: int, *, heads: int = 1, width: int = 2, causal: bool = False) -> Attention:
-    """Gaussian weights, score factor 1, heads concatenated."""
-    generator = torch.Generator().manual_seed(seed)
-    w_q, w_k, w_v = torch.randn(3, heads, width, width, generator=generator, dtype=torch.float64)
-    w_o = torch.randn(heads, width, width, generator=generator, dtype=torch.float64) if heads > 1 else None
-    return Attention(w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, scale=1.0, causal=causal)
+@dataclass(frozen=True)
+class Case:
+    """One row: where the layer and the tokens come from, what may move, what must stay true.
+
+    Args:
+        source: "d16", "d64" (one head, random weights of variance 1/d) or "minilm0" to "minilm5".
+        n: Tokens.
+        seed: Random seed, or which passage.
+        threat: Key of the threat; "one" means token n // 2.
+        goal: "margin", or a relative tolerance of the displacement.
+    """
+
+    source: str
+    n: int
+    seed: int
+    threat: str
+    goal: str
+
+    @property
+    def key(self) -> str:
+        """Identifier in the results."""
+        return f"{self.source}/n{self.n}/{self.seed}/{self.threat}/{self.goal}"
 
 
-def scalar_layer(a: float, *, causal: bool = False) -> Attention:
-    """Width 1: score a x y, value x."""
-    one = torch.ones(1, 1, 1, dtype=torch.float64)
-    return Attention(w_q=one, w_k=a * one, w_v=one, scale=1.0, causal=causal)
+def _one_head() -> Iterator[Case]:
+    for threat in ("frobenius", "one", "any-token", "per-token", "per-token-linf"):
+        for source in ("d16", "d64"):
+            for n in (4, 8, 16, 32):
+                yield from (Case(source, n, seed, threat, "margin") for seed in SEEDS)
 
 
-def into_ball(x: Tensor, radius: float) -> Tensor:
-    """Every token into the ball."""
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (radius / length.clamp_min(1e-300)).clamp_max(1.0)
+def _minilm(goals: tuple[str, ...], lengths: tuple[int, ...], threats: tuple[str, ...]) -> Iterator[Case]:
+    for n in lengths:
+        for threat in threats:
+            for layer in LAYERS:
+                for goal in goals:
+                    yield from (Case(f"minilm{layer}", n, seed, threat, goal) for seed in SEEDS)
 
 
-def ascend(value: Callable[[Tensor], Tensor], start: Tensor, project: Callable[[Tensor], Tensor], step: float) -> float:
-    """Largest value over all iterates of normalised gradient ascent with a falling step."""
-    x, best = project(start), 0.0
-    for index in range(STEPS):
-        x = x.detach().requires_grad_()
-        values = value(x)
-        best = max(best, float(values.detach().max()))
-        (gradient,) = torch.autograd.grad(values.sum(), x)
-        length = torch.linalg.vector_norm(gradient.flatten(1), dim=1).clamp_min(1e-300)
-        x = project(x.detach() + step * 0.97**index * gradient / length[:, None, None])
-    return best
+DISPLACEMENTS = tuple(f"{tolerance:g}" for tolerance in TOLERANCES)
+SUITES = {
+    "one-head": tuple(_one_head()),
+    "minilm-margin": tuple(_minilm(("margin",), (8, 16, 32, 64, 128), ("frobenius",))),
+    "minilm-margin-threats": tuple(_minilm(("margin",), (16,), ("one", "any-token", "per-token", "per-token-linf"))),
+    "minilm-displacement": tuple(_minilm(DISPLACEMENTS, (16, 64, 128), ("frobenius",))),
+    "minilm-displacement-threats": tuple(_minilm(DISPLACEMENTS, (16,), ("one", "any-token", "per-token"))),
+    "smoke": (Case("d16", 4, 0, "frobenius", "margin"), Case("minilm2", 8, 0, "frobenius", "0.1")),
+}
 
 
-def norms(layer: Attention, pool: str = "all") -> Callable[[Tensor], Tensor]:
-    """Spectral norms of the derivative at a batch of inputs, of all rows, the mean or the first row."""
-    jacobian = torch.func.vmap(torch.func.jacrev(layer))
-
-    def value(x: Tensor) -> Tensor:
-        full = jacobian(x)
-        part = full.mean(dim=1) if pool == "mean" else full[:, 0] if pool == "row" else full.flatten(1, 2)
-        norm: Tensor = torch.linalg.matrix_norm(part.flatten(2), 2)
-        return norm
-
-    return value
+# ---- problems ------------------------------------------------------------------------------------------------------
 
 
-def largest_norm(layer: Attention, n: int, radius: float, *, pool: str = "all", seed: int = 0) -> float:
-    """Largest derivative norm found in the ball, also from the configurations of the lower bound."""
-    generator = torch.Generator().manual_seed(seed)
-    start = radius * torch.randn(STARTS, n, layer.width, generator=generator, dtype=torch.float64)
-    start[0] = finite_lower(layer, n, radius).tokens.points
-    return ascend(norms(layer, pool), start, lambda x: into_ball(x, radius), 0.3 * radius)
+@cache
+def _model() -> Model:
+    return load_model("minilm")
 
 
-def ratios(values: list[float]) -> str:
-    """Smallest to largest ratio."""
-    return f"{min(values):.2f}" if len(values) == 1 else f"{min(values):.2f} - {max(values):.2f}"
+@cache
+def _layer(index: int, *, projected: bool) -> ar.Attention:
+    return _model().layer(_layer_name(index, projected=projected))
 
 
-def ball_rows() -> Iterator[Row]:
-    """Section 2 of the proofs: constants on a ball."""
-    known = {"reported": "2.28 - 5.09", "derived": "1.51 - 2.94"}
-    for n in (2, 8, 16):
-        for causal in (False, True):
-            found: dict[str, list[float]] = {"reported": [], "derived": []}
-            for strength in (0.1, 1.0, 4.0):
-                for seed in range(2):
-                    layer = random_layer(seed, causal=causal)
-                    radius = math.sqrt(strength / float(torch.linalg.matrix_norm(layer.bilinear[0], 2)))
-                    largest = largest_norm(layer, n, radius)
-                    for form, values in found.items():
-                        values.append(ball_constant(layer, n, radius, form=form).value / largest)
-            for form, values in found.items():
-                kind = "causal" if causal else "one head"
-                yield f"ball, {form}", f"{kind}, n = {n}, a = .1, 1, 4", ratios(values), "" if causal else known[form]
-    layer = random_layer(0, heads=4)
-    largest = largest_norm(layer, 8, 0.5)
-    for form, before in (("reported", "16.5"), ("derived", "6.6")):
-        value = ball_constant(layer, 8, 0.5, form=form).value / largest
-        yield f"ball, {form}", "4 heads, n = 8, R = .5", ratios([value]), before
-    layer = random_layer(1)
-    radius = math.sqrt(1.0 / float(torch.linalg.matrix_norm(layer.bilinear[0], 2)))
-    value = ball_constant(layer, 8, radius, pool="mean").value / largest_norm(layer, 8, radius, pool="mean")
-    yield "ball, derived", "mean of 8 rows, a = 1", ratios([value]), "2.3 - 4.0"
+def _layer_name(index: int, *, projected: bool) -> str:
+    return f"encoder.layer.{index}.attention" + ("" if projected else ".self")
 
 
-def local_rows() -> Iterator[Row]:
-    """Sections 6 and 7: bounds at the clean input over the exact norm, 300 random inputs."""
-    bounds = {
-        "local, covariances": (local_norm_upper, "min 1.0, median 1.61"),
-        "local, softmax norm": (softmax_norm_upper, "min 1.0, median 2.36"),
-        "local, diameter": (diameter_norm_upper, ""),
-    }
-    generator = torch.Generator().manual_seed(1)
-    collected: dict[str, list[float]] = {name: [] for name in bounds}
-    for seed in range(300):
-        n = int(torch.randint(2, 10, (), generator=generator))
-        size = 10 ** float(torch.randn((), generator=generator))
-        points = size * torch.randn(n, 2, generator=generator, dtype=torch.float64)
-        jacobian = AttentionJacobian(random_layer(seed), points)
-        truth = float(torch.linalg.matrix_norm(jacobian.linear_map().dense(), 2))
-        for name, (bound, _) in bounds.items():
-            collected[name].append(bound(jacobian).value / truth)
-    for name, (_, before) in bounds.items():
-        ordered = sorted(collected[name])
-        yield name, "300 random inputs", f"min {ordered[0]:.2f}, median {ordered[150]:.2f}", before
+@cache
+def _pretrained_tokens(index: int, n: int, passage: int) -> torch.Tensor:
+    """The layer's input for a run of words of a passage that gives exactly n tokens."""
+    words = PASSAGES.read_text(encoding="utf-8").splitlines()[passage].split()
+    name = _layer_name(index, projected=False)
+    for start in range(len(words)):
+        for count in range(max(1, n // 2 - 4), n - 1):  # two marks frame the text; a word gives one token or more
+            if start + count > len(words):
+                break
+            tokens = _token_count(" ".join(words[start : start + count]))
+            if tokens == n:
+                text = " ".join(words[start : start + count])
+                return _model().capture(name, [text])[0].measure.points
+            if tokens > n:
+                break
+    raise ValueError(f"passage {passage} has no run of words with {n} tokens")
 
 
-def weighted_norms(a: float, x: Tensor, mass: Tensor, order: float) -> Tensor:
-    """W_p-local constants of moving the atoms of measures on the line, exact."""
-    weights = torch.softmax(a * x[:, :, None] * x[:, None, :] + mass.log()[:, None, :], dim=-1)
-    mean = (weights * x[:, None, :]).sum(-1)
-    variance = (weights * x[:, None, :] ** 2).sum(-1) - mean**2
-    jacobian = weights * (1 + (x[:, None, :] - mean[:, :, None]) * a * x[:, :, None]) + torch.diag_embed(a * variance)
-    if order == 2:
-        root = mass.sqrt()
-        norm: Tensor = torch.linalg.matrix_norm(root[:, :, None] * jacobian / root[:, None, :], 2)
-        return norm
-    if order == 1:
-        return ((mass[:, :, None] * jacobian.abs()).sum(dim=1) / mass).amax(dim=-1)
-    return jacobian.abs().sum(dim=-1).amax(dim=-1)
+@cache
+def _token_count(text: str) -> int:
+    return len(_model().capture(_layer_name(0, projected=False), [text])[0].token_strings)
 
 
-def largest_weighted(a: float, radius: float, order: float) -> float:
-    """Ascent over positions and masses of three atoms."""
-    generator = torch.Generator().manual_seed(0)
-    x = (radius * (2 * torch.rand(150, 3, generator=generator, dtype=torch.float64) - 1)).requires_grad_()
-    logits = (3 * torch.randn(150, 3, generator=generator, dtype=torch.float64)).requires_grad_()
-    optimiser, best = torch.optim.Adam([x, logits], lr=0.05 * max(radius, 1.0)), 0.0
-    for _ in range(400):
-        value = weighted_norms(a, x.clamp(-radius, radius), torch.softmax(logits, -1), order)
-        best = max(best, float(value.detach().max()))
-        optimiser.zero_grad()
-        (-value.clamp_min(1e-12).log().sum()).backward()
-        optimiser.step()
-    return best
-
-
-def measure_rows() -> Iterator[Row]:
-    """Sections 8 to 10: token measures on an interval."""
-    before = {
-        (-1.0, 2.0): ("1.86, 2.10, 1.86, 1.67", "2.9, 9.6, 29, 234"),
-        (1.0, 2.0): ("1.5, 3.1, 6.9, 43", "2.3, 14, 108, 5952"),
-        (-1.0, 1.0): ("1.10, 1.045, 1.011", "1.17, 1.33, 1.41"),
-        (-1.0, math.inf): ("1.20, 1.47, 1.27", ""),
-    }
-    for (a, order), known in before.items():
-        found: dict[str, list[str]] = {"derived": [], "reported": []}
-        lower = []
-        sizes = (0.25, 1.0, 2.0, 4.0) if order == 2 else (0.25, 1.0, 2.0)
-        for size in sizes:
-            layer, radius = scalar_layer(a), math.sqrt(size)
-            largest = largest_weighted(a, radius, order)
-            for form, texts in found.items():
-                texts.append(f"{mean_field_constant(layer, radius, order=order, form=form).value / largest:.3g}")
-            lower.append(f"{largest / mean_field_lower(layer, radius).lower.value:.2f}")
-        setting = f"W_{'inf' if order == math.inf else int(order)}, A = {a:+.0f}, a = {', '.join(map(str, sizes))}"
-        for (form, texts), text in zip(found.items(), known, strict=True):
-            yield f"measures, {form}", setting, ", ".join(texts), text
-        if order == 2:
-            yield "measures, lower bound (found / bound)", setting, ", ".join(lower), "1.13 - 1.25 for A < 0"
-    for a in (-1.0, 1.0):
-        texts = []
-        for size in (0.25, 1.0, 2.0):
-            layer, radius = scalar_layer(a, causal=True), math.sqrt(size)
-            largest = max(largest_norm(layer, n, radius) for n in (4, 16, 32))
-            texts.append(f"{masked_constant(layer, radius).value / largest:.3g}")
-        text = "2.8, 4.7, 5.4" if a < 0 else "3.2, 9.3, 27"
-        yield "causal measures in d_2", f"A = {a:+.0f}, a = 0.25, 1, 2", ", ".join(texts), text
-
-
-def finite_rows() -> Iterator[Row]:
-    """Sections 3 to 5: finite moves around a clean input."""
-    known = {"havens2024-local": "3.2 - 4.4", "singla2020-curvature": "1.87 at .01", "spread-lipschitz": ""}
-    for size in (0.01, 0.1, 0.5):
-        collected: dict[str, list[float]] = {name: [] for name in known}
-        for seed in range(4):
-            generator = torch.Generator().manual_seed(seed)
-            layer = random_layer(seed)
-            points = torch.randn(6, 2, generator=generator, dtype=torch.float64)
-            problem = Problem(layer, TokenMeasure(points), FrobeniusBall(), Displacement(1.0))
-            start = torch.randn(STARTS, 6, 2, generator=generator, dtype=torch.float64)
-            project = partial(problem.threat.project, epsilon=size)
-            largest = ascend(problem.usage, size * start, project, 0.3 * size)
-            for method in (HavensLocal(), SinglaCurvature(), SpreadLipschitz()):
-                collected[method.name].append(method.prepare(problem, seed=0).usage(size).value / largest)
-        for name, values in collected.items():
-            yield name, f"one head, n = 6, Frobenius {size}", ratios(values), known[name]
-
-
-def softmax_rows() -> Iterator[Row]:
-    """Section 7: the norm of the softmax derivative."""
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.softmax(3 * torch.randn(2000, 6, generator=generator, dtype=torch.float64), -1)
-    derivative = torch.diag_embed(weights) - weights[:, :, None] * weights[:, None, :]
-    ratio = derivative_norm_upper(weights) / torch.linalg.matrix_norm(derivative, 2)
-    yield (
-        "softmax, g_1",
-        "2000 random vectors of 6",
-        f"min {float(ratio.min()):.3f}, median {float(ratio.median()):.3f}",
-        "1",
+def problem_of(case: Case) -> ar.Problem:
+    """Build the problem of a case."""
+    threat = parse_threat(f"token:{case.n // 2}" if case.threat == "one" else case.threat)
+    if case.source.startswith("minilm"):
+        index = int(case.source.removeprefix("minilm"))
+        layer = _layer(index, projected=case.goal == "margin")
+        inputs = [_pretrained_tokens(index, case.n, (case.seed + k) % 3) for k in range(2)]
+    else:
+        d = int(case.source.removeprefix("d"))
+        generator = torch.Generator().manual_seed(1000 * d + 10 * case.n + case.seed)
+        weights = torch.randn(3, 1, d, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
+        layer = ar.Attention(w_q=weights[0], w_k=weights[1], w_v=weights[2])
+        inputs = list(torch.randn(2, case.n, d, generator=generator, dtype=torch.float64))
+    goal: ar.Goal = (
+        ar.Displacement(float(case.goal), relative=True) if case.goal != "margin" else _centroids(layer, inputs)
     )
+    return ar.Problem(layer, ar.TokenMeasure(inputs[0]), threat, goal)
 
 
-HEAD = """# Tightness of the literature bounds
-
-Made by `python -m benchmarks.tightness`. Every figure is bound / largest value that gradient ascent finds for the same
-quantity on the same set (exact derivatives; 1 is perfect, below 1 would be a violation); for lower bounds it is largest
-value found / bound. The last column holds what was known before from other weights, inputs and starts, which is why
-ranges differ; where weights are fixed (width 1) the figures agree. Rows with several values list the settings in their
-order. `a` is the norm of B times R^2.
-
-| bound | setting | ratio | before |
-|---|---|---|---|"""
+def _centroids(layer: ar.Attention, inputs: list[torch.Tensor]) -> ar.Margin:
+    """Nearest-centroid readout of the mean output: the input's own pooled output against another input's."""
+    centroids = torch.stack([layer(x).mean(dim=0) for x in inputs])
+    return ar.Margin(weight=centroids, bias=-0.5 * centroids.square().sum(dim=1))
 
 
-def main() -> None:
-    """Print the page."""
-    print(HEAD)
-    for part in (ball_rows, local_rows, finite_rows, measure_rows, softmax_rows):
-        for row in part():
-            print("| " + " | ".join(row) + " |", flush=True)
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def _peak_mib() -> float | None:
+    """Peak resident memory since the last reset (Linux); None elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def run_case(case: Case, methods: list[str] | None) -> dict[str, object]:
+    """Attack and certify one case."""
+    problem = problem_of(case)
+    attack = ar.attack(problem, seed=0)
+    with contextlib.suppress(OSError):  # not Linux: the peak is then that of the whole process
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    report = ar.certify(problem, methods=methods, seed=0)
+    radii = {c.method: {"radius": c.radius, "seconds": c.seconds, "kind": str(c.kind)} for c in report.certificates}
+    broken = [m for m, c in radii.items() if attack.radius < float(c["radius"]) * (1 - 1e-9)]
+    return {
+        "key": case.key, **asdict(case), "attack": attack.radius, "attack_seconds": attack.seconds,
+        "certificates": radii, "peak_mib": _peak_mib(), "unsound": broken,
+    }  # fmt: skip
+
+
+def run(suite: str, out: Path, *, only: str, methods: list[str] | None, seconds: float) -> int:
+    """Run the cases that are not in the results yet; stop after so many seconds."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{suite}.jsonl"
+    done = {row["key"] for row in _rows(path)}
+    todo = [case for case in SUITES[suite] if case.key not in done and only in case.key]
+    start, unsound = time.perf_counter(), 0
+    with path.open("a", encoding="utf-8") as stream:
+        for number, case in enumerate(todo, start=1):
+            if time.perf_counter() - start > seconds:
+                print(f"time is used up; {len(todo) - number + 1} cases are left, run the same command again")
+                break
+            row = run_case(case, methods)
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+            unsound += bool(row["unsound"])
+            name, radius = best(row)
+            print(
+                f"[{number}/{len(todo)}] {case.key}: attack {row['attack']:.4g} {name} {radius:.4g} gap {gap(row):.3f}"
+            )
+    return 3 if unsound else 0
+
+
+def _rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+# ---- tables and the plot -------------------------------------------------------------------------------------------
+
+
+def best(row: dict) -> tuple[str, float]:
+    """Name and radius of the largest certificate."""
+    name = max(row["certificates"], key=lambda method: row["certificates"][method]["radius"])
+    return name, row["certificates"][name]["radius"]
+
+
+def gap(row: dict, method: str | None = None) -> float:
+    """Attack radius over certified radius, of one method or of the best."""
+    radius = best(row)[1] if method is None else row["certificates"].get(method, {"radius": 0.0})["radius"]
+    return row["attack"] / radius if radius > 0 else math.inf
+
+
+def table(out: Path) -> str:
+    """Markdown: one line per source, threat and goal; medians over lengths and seeds, and the worst."""
+    lines = [
+        "| source | threat | goal | n | rows | gap median | worst | by | s median | s worst | peak MiB |",
+        "|" + "---|" * 11,
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for path in sorted(out.glob("*.jsonl")):
+        for row in _rows(path):
+            groups.setdefault((row["source"], row["threat"], row["goal"], row["n"]), []).append(row)
+    for (source, threat, goal, n), rows in groups.items():
+        gaps = [gap(row) for row in rows]
+        seconds = [row["certificates"][best(row)[0]]["seconds"] for row in rows]
+        names = sorted({best(row)[0] for row in rows})
+        peak = max((row["peak_mib"] or 0.0) for row in rows)
+        lines.append(
+            f"| {source} | {threat} | {goal} | {n} | {len(rows)} | {statistics.median(gaps):.3f} | {max(gaps):.3f} | "
+            f"{', '.join(names)} | {statistics.median(seconds):.2f} | {max(seconds):.2f} | {peak:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(out: Path) -> Path:
+    """Median gap of every method: against the tolerance (displacement) and against the number of tokens (margin)."""
+    rows = [row for path in sorted(out.glob("*.jsonl")) for row in _rows(path) if row["threat"] == "frobenius"]
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    axes = figure.subplots(ncols=2)
+    panels = (
+        ([r for r in rows if r["goal"] != "margin"], "goal", "tolerance, share of the output norm"),
+        ([r for r in rows if r["goal"] == "margin" and r["source"].startswith("minilm")], "n", "tokens n (margin)"),
+    )
+    for axis, (part, by, label) in zip(axes, panels, strict=True):
+        for method in sorted({m for row in part for m in row["certificates"]}):
+            xs = sorted({float(row[by]) for row in part})
+            ys = [statistics.median(gap(r, method) for r in part if float(r[by]) == x) for x in xs]
+            axis.plot(xs, ys, marker="o", label=method)
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="gap = attack radius / certified radius (median)")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    path = out / "gap.png"
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    return path
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "table", "plot"))
+    parser.add_argument("--suite", choices=sorted(SUITES), default="smoke")
+    parser.add_argument("--out", type=Path, default=Path("tightness-results"))
+    parser.add_argument("--only", default="", help="run only cases whose key holds this text")
+    parser.add_argument("--methods", help="certificates, comma separated; default all")
+    parser.add_argument("--max-seconds", type=float, default=math.inf)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.action == "run":
+        methods = args.methods.split(",") if args.methods else None
+        return run(args.suite, args.out, only=args.only, methods=methods, seconds=args.max_seconds)
+    print(table(args.out) if args.action == "table" else plot(args.out))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
