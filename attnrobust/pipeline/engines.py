@@ -115,18 +115,15 @@ def _serve(connection: Connection, config: str) -> None:
     parsed = RunConfig.model_validate_json(config)
     torch.set_num_threads(parsed.threads)
     bench = Workbench(parsed)
-    try:
-        _ = bench.model
-    except AttnRobustError as error:
-        connection.send(str(error))
-        return
-    connection.send(None)
-    while True:
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent ended; there is no one to work for
         try:
-            item = connection.recv()
-        except (EOFError, OSError):
+            _ = bench.model
+        except AttnRobustError as error:
+            connection.send(str(error))
             return
-        connection.send(bench.row(item))
+        connection.send(None)
+        while True:
+            connection.send(bench.row(connection.recv()))
 
 
 @contextmanager
