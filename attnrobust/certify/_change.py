@@ -1,5 +1,6 @@
 """Bounds of the change of the goal's quantities on the set of a given size, as prepared certificates."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -33,6 +34,8 @@ class ChangeBound(PreparedBound):
 
     def usage(self, radius: float) -> Upper:
         share = float((self._change(radius) / self._budgets).amax())
+        if math.isnan(share):  # an intermediate product left float64: this size is not covered
+            share = math.inf
         return Upper(round_up(share, relative=OUTWARD), self._failure)
 
     @property

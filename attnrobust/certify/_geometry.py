@@ -1,6 +1,8 @@
 """Sizes of one attention layer at one input: norms, diameters and key gradients per head, and how heads combine."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,25 +12,53 @@ from attnrobust.goal import ResolvedGoal
 from attnrobust.layers.attention import Attention
 
 
+@runtime_checkable
+class Headed(Protocol):
+    """What combining heads needs to know of a layer."""
+
+    @property
+    def heads(self) -> int:
+        """Number of heads h."""
+
+    @property
+    def value_width(self) -> int:
+        """Value width v of one head."""
+
+    @property
+    def w_o(self) -> Float[Tensor, "h v e"] | None:
+        """Output projection, or None where the heads are concatenated."""
+
+
 @dataclass(frozen=True, eq=False)
-class ValueView:
+class HeadNorms:
     """One sound way to measure what a change of the head averages does to the goal.
 
     Args:
-        norms: Norm of the map from a token to the measured output of one head, (c, h).
-        diameters: Largest distance of two visible tokens under that map, (c, h).
-        spectral: Spectral norm of the centred images of the visible tokens, (c, h).
+        norms: Norm of the map from one head's inner vector to the measured output, (c, h).
         stack: None: heads add up. A number: they are orthogonal before a map of this norm.
     """
 
     norms: Float[Tensor, "c h"]
-    diameters: Float[Tensor, "c h"]
-    spectral: Float[Tensor, "c h"]
     stack: float | None
 
     def total(self, per_head: Float[Tensor, "c h"]) -> Float[Tensor, "c"]:
         """Combine bounds of single heads."""
         return per_head.sum(dim=-1) if self.stack is None else self.stack * torch.linalg.vector_norm(per_head, dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class ValueView(HeadNorms):
+    """``HeadNorms`` of the map from a token to its value, with the size of the visible tokens under that map.
+
+    Args:
+        norms: Norms of the maps, (c, h).
+        stack: How heads combine.
+        diameters: Largest distance of two visible tokens under the map, (c, h).
+        spectral: Spectral norm of the centred images of the visible tokens, (c, h).
+    """
+
+    diameters: Float[Tensor, "c h"]
+    spectral: Float[Tensor, "c h"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,27 +101,36 @@ class HeadSizes:
 def value_views(
     layer: Attention, points: Float[Tensor, "n d"], visible: Bool[Tensor, "n"], goal: ResolvedGoal
 ) -> tuple[ValueView, ...]:
-    """Every sound view for the goal: functionals exactly; else heads added up, and heads stacked."""
+    """Every sound view of the values for the goal."""
     values = torch.einsum("nd,hdv->hnv", points[visible], layer.w_v)
+    return tuple(_view(layer.w_v @ after, values @ after, stack) for after, stack in _readouts(layer, goal))
+
+
+def head_norms(layer: Headed, matrices: Float[Tensor, "h r v"], goal: ResolvedGoal) -> tuple[HeadNorms, ...]:
+    """Every sound view of head averages that are an inner vector times ``matrices``."""
+    return tuple(HeadNorms(spectral_norm(matrices @ after), stack) for after, stack in _readouts(layer, goal))
+
+
+def _readouts(layer: Headed, goal: ResolvedGoal) -> Iterator[tuple[Float[Tensor, "c h v r"], float | None]]:
+    """What follows a head average: functionals exactly; else heads added up, and heads stacked."""
     if goal.functionals is not None:
-        functionals = _per_head(layer, goal.functionals)
-        images = torch.einsum("hnv,chv->chn", values, functionals)[..., None]
-        return (_view(torch.einsum("hdv,chv->chd", layer.w_v, functionals)[..., None], images, stack=None),)
-    plain = layer.w_v[None]
+        yield _per_head(layer, goal.functionals)[..., None], None
+        return
+    like = goal.budgets
+    eye = torch.eye(layer.value_width, dtype=like.dtype, device=like.device).expand(1, layer.heads, -1, -1)
     if layer.w_o is None:
-        return (_view(plain, values[None], stack=1.0),)
-    stacked = float(spectral_norm(layer.w_o.flatten(0, 1)))
-    left = _triangle(layer.w_o.transpose(-1, -2)).transpose(-1, -2)  # (h, v, v): |y w_o| = |y left|
-    inside = _view((layer.w_v @ left)[None], (values @ left)[None], stack=None)
-    return (inside, _view(plain, values[None], stack=stacked))
+        yield eye, 1.0
+        return
+    yield _triangle(layer.w_o.transpose(-1, -2)).transpose(-1, -2)[None], None  # |y w_o| = |y R^T|
+    yield eye, float(spectral_norm(layer.w_o.flatten(0, 1)))
 
 
-def _view(maps: Float[Tensor, "c h d v"], images: Float[Tensor, "c h m v"], *, stack: float | None) -> ValueView:
+def _view(maps: Float[Tensor, "c h d r"], images: Float[Tensor, "c h m r"], stack: float | None) -> ValueView:
     centred = images - images.mean(dim=-2, keepdim=True)
-    return ValueView(spectral_norm(maps), diameter(images), spectral_norm(centred), stack)
+    return ValueView(spectral_norm(maps), stack, diameter(images), spectral_norm(centred))
 
 
-def _per_head(layer: Attention, functionals: Float[Tensor, "c e"]) -> Float[Tensor, "c h v"]:
+def _per_head(layer: Headed, functionals: Float[Tensor, "c e"]) -> Float[Tensor, "c h v"]:
     if layer.w_o is None:
         return functionals.reshape(functionals.shape[0], layer.heads, layer.value_width)
     return torch.einsum("hve,ce->chv", layer.w_o, functionals)

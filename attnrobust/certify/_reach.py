@@ -53,12 +53,12 @@ class Reach:
     movable: Bool[Tensor, "n"]
 
     @classmethod
-    def of(cls, problem: Problem, layer: Attention) -> "Reach":
-        """The reach of the problem's threat at its input."""
+    def of(cls, problem: Problem, visible: Bool[Tensor, "n"] | None = None) -> "Reach":
+        """The reach of the problem's threat at its input; ``visible`` None means that every query sees every token."""
         n, d = problem.clean.n, problem.clean.width
         frobenius, token = problem.threat.frobenius_factor(n, d), problem.threat.token_factor(n, d)
-        movable = problem.threat.movable(n).to(layer.device)
-        visible = visible_tokens(layer, n)
+        movable = problem.threat.movable(n).to(problem.clean.points.device)
+        visible = torch.ones_like(movable) if visible is None else visible
         seen_movers = int((movable & visible).sum())
         if seen_movers == 0 or int(visible.sum()) == 1:
             pair = 0.0

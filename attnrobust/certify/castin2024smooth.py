@@ -39,7 +39,7 @@ class _Layer:
         return cls(
             sizes=HeadSizes.of(layer, points, visible),
             views=value_views(layer, points, visible, problem.resolved),
-            rows=Rows(problem.resolved.weights, Reach.of(problem, layer)),
+            rows=Rows(problem.resolved.weights, Reach.of(problem, visible)),
             n=problem.clean.n,
             radius0=float(torch.linalg.vector_norm(points, dim=-1).max()),
         )

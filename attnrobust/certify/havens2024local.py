@@ -83,7 +83,7 @@ class HavensLocal(CertificateMethod):
         local = _Local(
             sizes=HeadSizes.of(layer, points, visible),
             views=value_views(layer, points, visible, problem.resolved),
-            rows=Rows(problem.resolved.weights, Reach.of(problem, layer)),
+            rows=Rows(problem.resolved.weights, Reach.of(problem, visible)),
             values=values,
         )
         return ChangeBound(problem, local.change, failure_probability=values.failure_probability)

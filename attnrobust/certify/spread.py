@@ -29,7 +29,7 @@ class Spread:
         return cls(
             sizes=HeadSizes.of(layer, points, visible),
             views=value_views(layer, points, visible, problem.resolved),
-            rows=Rows(problem.resolved.weights, Reach.of(problem, layer)),
+            rows=Rows(problem.resolved.weights, Reach.of(problem, visible)),
         )
 
     def key_gradient(self, size: float) -> Float[Tensor, "h n"]:
