@@ -2,11 +2,15 @@
 
 from attnrobust.certify._certify import CertificateMethod
 from attnrobust.certify.castin2024smooth import CastinDerived, CastinReported
+from attnrobust.certify.dasoulas2021lipschitz import LipschitzNormGlobal
 from attnrobust.certify.displacement import DisplacementCertificate
 from attnrobust.certify.havens2024local import HavensLocal
+from attnrobust.certify.kim2021lipschitz import KimL2
 from attnrobust.certify.margin import MarginCertificate
 from attnrobust.certify.margin_token import MarginTokenCertificate
+from attnrobust.certify.qi2023lipsformer import CosineLipschitz
 from attnrobust.certify.rigorous_local import RigorousLocal
+from attnrobust.certify.sigmoid_ball import SigmoidBall
 from attnrobust.certify.singla2020second import SinglaCurvature
 from attnrobust.certify.spread import SpreadLipschitz
 from attnrobust.errors import UnknownNameError
@@ -17,6 +21,10 @@ ALL_METHODS: tuple[CertificateMethod, ...] = (
     SpreadLipschitz(),
     HavensLocal(),
     SinglaCurvature(),
+    KimL2(),
+    CosineLipschitz(),
+    SigmoidBall(),
+    LipschitzNormGlobal(),
     RigorousLocal(),
     DisplacementCertificate(),
     MarginTokenCertificate(),
