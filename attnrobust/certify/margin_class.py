@@ -22,8 +22,12 @@ from attnrobust.certify.margin_trust_region import (
 )
 from attnrobust.threat import PerTokenBall, Threat
 
-ROUNDS, WARM_ROUNDS = 7, 2  # balances of the parameters at the first and at later radii
-MEMORY = 8  # reference moves that the balance averages over: fewer, and the parameters oscillate
+ROUNDS = 12  # balances of the parameters at one radius at most
+PATIENCE, PROGRESS = 2, 3e-3  # rounds without this relative progress end the search
+MEMORY, MEMORY_NUMBERS = (
+    20,
+    30_000_000,
+)  # reference moves that the balance averages over: fewer, and the parameters oscillate
 FLOOR = 0.5  # share of the mean that is added to the first weights
 SMOOTH = 0.1  # share of the budget below which a coordinate's weight does not fall
 
@@ -83,15 +87,16 @@ class ClassBound:
         piece = pieces(self.rows, const, self.rows.first_norm)
         par, scale = self.parameters, self.scale
         best: tuple[Quadratic, Maximiser, Parameters, Ellipsoid] | None = None
-        rounds = ROUNDS if self.memory is None else WARM_ROUNDS
-        for last in [False] * rounds + [True]:
+        idle = 0
+        for _ in range(ROUNDS):
             region = ellipsoid(self.threat, const.budget, scale)
             quadratic = self._quadratic(const, piece, par, region)
             solution = self._approximate(quadratic, region)
             self.top = solution.top
+            idle = 0 if best is None or solution.value < (1.0 - PROGRESS) * best[1].value else idle + 1
             if best is None or solution.value < best[1].value:
                 best = (quadratic, solution, par, region)
-            if last:
+            if idle >= PATIENCE:
                 break
             moves = self._moves(solution.points, region)
             seen = self._remember(moves / const.budget.frobenius)
@@ -148,7 +153,8 @@ class ClassBound:
 
     def _remember(self, moves: Tensor) -> Tensor:
         old = moves[:0] if self.memory is None else self.memory
-        self.memory = torch.cat([old, moves])[-MEMORY:]
+        keep = min(MEMORY, max(4, MEMORY_NUMBERS // self.rows.advantage.numel()))  # each costs (h, n, n) numbers
+        self.memory = torch.cat([old, moves])[-keep:]
         return self.memory
 
     def _next_scale(self, scale: Tensor, moves: Tensor, budget: Budget) -> Tensor:

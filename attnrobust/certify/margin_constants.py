@@ -12,7 +12,7 @@ from attnrobust.certify.margin_rows import GRAM_LIMIT, CleanRows, direction_gram
 from attnrobust.certify.margin_scalar import phi_negative, psi, saturating_coefficient, weighted_phi
 from attnrobust.threat import PerTokenBall, Threat
 
-ANGLES = 48  # cells of the share of the budget that the query token takes
+ANGLES = 24  # cells of the share of the budget that the query token takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +103,9 @@ def logit_range(rows: CleanRows, geo: Geometry, budget: Budget) -> Float[Tensor,
     """Upper bound U of ``sup |u_j|`` over the set (lemma 2 of docs/margin-certificate.md).
 
     With |delta_i| = r sin(a): ``|l_j.Delta| <= r (own sin a + other cos a)`` and
-    ``|delta_i A (delta_j - dbar)| <= r^2 sin a (num |own_j| sin a + ||A|| rest cos a)``; the maximum over a is taken
-    over cells with the sine at the right and the cosine at the left end. Per-token sets use dual norms as well.
+    ``|delta_i A (delta_j - dbar)| <= r^2 sin a (num |own_j| sin a + ||A|| rest cos a)``. The sum F(a) is evaluated at
+    nodes of distance h; between them it exceeds the larger node by at most ``h^2 / 8 sup |F''|`` with
+    ``|F''| <= r |(own, other)| + 2 r^2 |(num own_j, ||A|| rest)|``. Per-token sets use dual norms as well.
     """
     r = budget.frobenius
     angle = torch.linspace(0.0, 0.5 * math.pi, ANGLES + 1, dtype=geo.own.dtype, device=geo.own.device)
@@ -112,9 +113,11 @@ def logit_range(rows: CleanRows, geo: Geometry, budget: Budget) -> Float[Tensor,
     best = geo.own.new_zeros(geo.own.shape)
     diagonal = numerical * rows.own.abs()
     mixed = norm * rows.rest * rows.movable[:, None]
-    for sine, cosine in zip(angle[1:].sin().tolist(), angle[:-1].cos().tolist(), strict=True):
-        cell = r * (geo.own * sine + geo.other * cosine) + r * r * sine * (diagonal * sine + mixed * cosine)
-        best = torch.maximum(best, cell)
+    for sine, cosine in zip(angle.sin().tolist(), angle.cos().tolist(), strict=True):
+        value = r * (geo.own * sine + geo.other * cosine) + r * r * sine * (diagonal * sine + mixed * cosine)
+        best = torch.maximum(best, value)
+    second = r * torch.hypot(geo.own, geo.other) + 2.0 * r * r * torch.hypot(diagonal, mixed)
+    best = best + (0.5 * math.pi / ANGLES) ** 2 / 8.0 * second
     if geo.dual_own is not None and geo.dual_other is not None and geo.token_sum is not None:
         eps, rho = budget.epsilon, budget.token
         bilinear = rho * rho * (diagonal + norm * geo.token_sum * rows.movable[:, None])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnrobust.certify.margin_form import ClassRows
 from attnrobust.certify.margin_logistic import remainder_range
+from attnrobust.certify.margin_small import many_approximate, many_certified
 from attnrobust.certify.margin_token_own import (
     TINY,
     OwnConstants,
@@ -20,11 +21,11 @@ from attnrobust.certify.margin_token_own import (
     own_start,
 )
 from attnrobust.certify.margin_token_rows import TokenClass, TokenRows
-from attnrobust.certify.margin_trust_region import many_bounds
 
-ROUNDS, WARM_ROUNDS = 8, 3
-CAP_STEP, CAP_SHRINK = 0.25, 0.75  # pattern search of the capped share
-MEMORY = 8
+ROUNDS = 14  # balances of the parameters at one radius at most
+PATIENCE, PROGRESS = 2, 3e-3  # rounds without this relative progress end the search
+CAP_STEP, CAP_SHRINK, WARM_STEPS = 0.25, 0.75, 4  # pattern search of the capped share
+MEMORY = 24  # reference moves that the balance averages over: fewer, and the parameters oscillate
 EXPONENT_CAP = 600.0
 CHUNK_NUMBERS = 12_000_000  # float64 numbers per temporary: about 100 MB
 OUTWARD = 1.0 + 1e-9
@@ -133,14 +134,9 @@ class TokenClassBound:
         found = self._set(radius, tokens)
         if found is None:
             return self.gradient.new_full((tokens.numel(),), torch.inf)
-        par = self._take(tokens)
-        foreign, row, row_identity, cap, change, constant = self._parts(found, par)
-        share = par.capped
-        core = foreign + (1.0 - share[:, None, None]) * row + share[:, None, None] * cap
-        matrix = self._dense(found.group, core, (1.0 - share) * row_identity)
-        gradient = self.gradient[tokens] + share[:, None] * change
+        matrix, gradient, constant = self._majorant(found, self._take(tokens))
         size: Tensor = torch.linalg.matrix_norm(matrix)
-        value: Tensor = torch.linalg.vector_norm(gradient, dim=-1) * radius + 0.5 * size * radius**2 + share * constant
+        value: Tensor = torch.linalg.vector_norm(gradient, dim=-1) * radius + 0.5 * size * radius**2 + constant
         return value * OUTWARD
 
     def _refined(self, radius: float, tokens: Tensor) -> Tensor:
@@ -150,23 +146,38 @@ class TokenClassBound:
         if found is None:
             return best
         warm = bool(self.warm[tokens].all())
-        rounds = WARM_ROUNDS if warm else ROUNDS
-        step = CAP_STEP * (CAP_SHRINK ** (ROUNDS - WARM_ROUNDS) if warm else 1.0)
+        step = CAP_STEP * (CAP_SHRINK**WARM_STEPS if warm else 1.0)
         par = keep = self._take(tokens)
         memory = self.memory[:, tokens]
         memory = memory[memory.flatten(1).any(dim=1)] if warm else memory[:0]
-        for last in [False] * rounds + [True]:
+        idle = 0
+        for _ in range(ROUNDS):
             value, moves, par = self._solve(found, par, step)
+            idle = 0 if bool((value < (1.0 - PROGRESS) * best).any()) else idle + 1
             better = value < best
             best = torch.where(better, value, best)
             keep = _combine(keep, par, lambda old, new, mask=better: torch.where(mask, new, old))
-            if last:
+            if idle >= PATIENCE:
                 break
             memory = torch.cat([memory, moves / radius])[-MEMORY:]
             par = self._balanced(found, par, radius * memory)
             step *= CAP_SHRINK
         self._store(tokens, keep, memory)
-        return best
+        return self._certified(found, keep)
+
+    def _certified(self, found: _Set, par: TokenParameters) -> Tensor:
+        """Proved bounds at given parameters."""
+        matrix, gradient, constant = self._majorant(found, par)
+        _, _, multiplier = many_approximate(matrix, gradient, found.radius)
+        return many_certified(matrix, gradient, found.radius, multiplier) + constant * OUTWARD
+
+    def _majorant(self, found: _Set, par: TokenParameters) -> tuple[Tensor, Tensor, Tensor]:
+        """Matrix (l, d, d), gradient (l, d) and constant (l,) of the majorant at given parameters."""
+        foreign, row, identity, cap, change, constant = self._parts(found, par)
+        share = par.capped
+        core = foreign + (1.0 - share[:, None, None]) * row + share[:, None, None] * cap
+        matrix = self._dense(found.group, core, (1.0 - share) * identity)
+        return matrix, self.gradient[found.group.token.tokens] + share[:, None] * change, share * constant
 
     def _store(self, tokens: Tensor, keep: TokenParameters, memory: Tensor) -> None:
         def put(old: Tensor, new: Tensor) -> Tensor:
@@ -184,15 +195,15 @@ class TokenClassBound:
         self.memory[: memory.shape[0], tokens] = memory
 
     def _solve(self, found: _Set, par: TokenParameters, step: float) -> tuple[Tensor, Tensor, TokenParameters]:
-        """The bound at three capped shares; the best one of each token stays in the parameters."""
+        """Approximate bounds at three capped shares; the best one of each token stays in the parameters."""
         foreign, row, identity, cap, change, constant = self._parts(found, par)
         base = self._dense(found.group, foreign, torch.zeros_like(identity))
         difference = self._dense(found.group, cap - row, -identity)
         base = base + self._dense(found.group, row, identity)
         shares = torch.stack([(par.capped + move).clamp(0.0, 1.0) for move in (0.0, -step, step)])
         gradient = self.gradient[found.group.token.tokens] + shares[..., None] * change
-        value, moves = many_bounds(base + shares[..., None, None] * difference, gradient, found.radius)
-        value = (value + shares * constant) * OUTWARD
+        value, moves, _ = many_approximate(base + shares[..., None, None] * difference, gradient, found.radius)
+        value = value + shares * constant
         pick = value.argmin(0)
         at = found.group.token.place
         return value[pick, at], moves[:, pick, at], replace(par, capped=shares[pick, at])

@@ -191,34 +191,3 @@ def _solve(problem: Quadratic, multiplier: float, *, steps: int = 30) -> tuple[T
             break
         direction = residual + energy / previous * direction
     return x, problem.gradient - (multiplier * x - problem.product(x))
-
-
-def many_bounds(
-    matrix: Float[Tensor, "*b l d d"], gradient: Float[Tensor, "*b l d"], radius: float
-) -> tuple[Float[Tensor, "*b l"], Float[Tensor, "p *b l d"]]:
-    """Dual values of ``max G.x + x M x / 2`` over |x| <= radius for many small matrices, and near-maximisers.
-
-    Deterministic: the value at any multiplier above the decomposition's largest eigenvalue plus its backward error.
-    """
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
-    scale = values.abs().amax(-1)
-    g = (vectors.mT @ gradient[..., None])[..., 0]
-    start = values[..., -1].clamp_min(0.0) + 1e-9 * scale + 1e-200
-
-    def length(multiplier: Tensor) -> Tensor:
-        found: Tensor = torch.linalg.vector_norm(g / (multiplier[..., None] - values), dim=-1)
-        return found
-
-    hard = length(start) <= radius
-    low, high = start, start + torch.linalg.vector_norm(gradient, dim=-1) / radius
-    for _ in range(50):
-        middle = 0.5 * (low + high)
-        outside = length(middle) > radius
-        low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
-    multiplier = torch.where(hard, start, high)
-    x = g / ((multiplier - 1e-11 * scale)[..., None] - values)
-    value = 0.5 * (g * x).sum(-1) + 0.5 * multiplier * radius**2
-    fill = torch.zeros_like(x)
-    fill[..., -1] = (radius**2 - x.square().sum(-1)).clamp_min(0.0).sqrt()
-    points = torch.stack([x + fill, x - fill])
-    return value * (1.0 + OUTWARD), (vectors @ points[..., None])[..., 0]
