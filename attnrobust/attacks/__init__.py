@@ -3,13 +3,25 @@
 from collections.abc import Sequence
 
 from attnrobust.attacks._attack import AttackBudget, AttackMethod, checked_epsilon, run_many
+from attnrobust.attacks.mass_splitting import split_attack
+from attnrobust.attacks.measure_result import MeasureAttackResult
 from attnrobust.attacks.registry import ALL_ATTACKS, attack_named
 from attnrobust.attacks.weakest import token_radii
 from attnrobust.errors import InputError
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult
 
-__all__ = ["ALL_ATTACKS", "AttackBudget", "AttackMethod", "attack", "attack_many", "attack_named", "token_radii"]
+__all__ = [
+    "ALL_ATTACKS",
+    "AttackBudget",
+    "AttackMethod",
+    "MeasureAttackResult",
+    "attack",
+    "attack_many",
+    "attack_named",
+    "split_attack",
+    "token_radii",
+]
 
 DEFAULT_BUDGET = AttackBudget()
 

@@ -15,6 +15,7 @@ from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.threat import FrobeniusBall, Threat
 
+TINY = 1e-300
 WORKING_COPIES = 5
 """Score-sized arrays alive at once in one value-and-gradient call (scores, weights, two gradients, one temporary)."""
 
@@ -125,10 +126,16 @@ class Evaluator:
         problems: Problems of one group (``group_key``).
         memory_bytes: Bytes that the score-sized arrays of one call may take.
         scale: Token moves are the search's variables times these factors (p, n); None means 1.
+        domain_radius: Moved tokens are put back into the ball of this radius (nearest point); None means all of space.
     """
 
     def __init__(
-        self, problems: Sequence[Problem], *, memory_bytes: int, scale: Float[Tensor, "p n"] | None = None
+        self,
+        problems: Sequence[Problem],
+        *,
+        memory_bytes: int,
+        scale: Float[Tensor, "p n"] | None = None,
+        domain_radius: float | None = None,
     ) -> None:
         self.problems = tuple(problems)
         self.index = torch.arange(len(problems))
@@ -137,10 +144,10 @@ class Evaluator:
         self.memory_bytes = memory_bytes
         self.network = problems[0].network
         self.points = torch.stack([p.clean.points for p in problems])
-        masses = [p.mass for p in problems]
-        self.mass = None if masses[0] is None else torch.stack([_present(m) for m in masses])
+        equal = all(p.mass is None for p in problems)
+        self.mass = None if equal else torch.stack([p.clean.mass for p in problems])
         self.goal = StackedGoal.stack([p.resolved for p in problems])
-        self.scale = scale
+        self.scale, self.domain_radius = scale, domain_radius
 
     @property
     def device(self) -> torch.device:
@@ -158,7 +165,7 @@ class Evaluator:
         """The evaluator of some of the problems; it counts into the same record."""
         scale = None if self.scale is None else self.scale[index]
         problems = [self.problems[i] for i in index.tolist()]
-        chosen = Evaluator(problems, memory_bytes=self.memory_bytes, scale=scale)
+        chosen = Evaluator(problems, memory_bytes=self.memory_bytes, scale=scale, domain_radius=self.domain_radius)
         chosen.index, chosen.queries = self.index[index.cpu()], self.queries
         return chosen
 
@@ -174,6 +181,21 @@ class Evaluator:
     def moves(self, variables: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n d"]:
         """Token moves of search variables; the factor is its own adjoint."""
         return variables if self.scale is None else variables * self.scale[:, None, :, None]
+
+    def place(self, variables: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n d"]:
+        """Where the tokens are: moved, and put back into the domain."""
+        return into_ball(self.points[:, None] + self.moves(variables), self.domain_radius)
+
+    def _pull(self, variables: Tensor, gradient: Tensor) -> Tensor:
+        """Adjoint of the derivative of ``place``: outside of the ball it shrinks, and only tangential parts pass."""
+        if self.domain_radius is not None:
+            free = self.points[:, None] + self.moves(variables)
+            length = torch.linalg.vector_norm(free, dim=-1, keepdim=True)
+            normal = free / length.clamp_min(TINY)
+            tangential = gradient - (gradient * normal).sum(dim=-1, keepdim=True) * normal
+            outside = length > self.domain_radius
+            gradient = torch.where(outside, tangential * (self.domain_radius / length.clamp_min(TINY)), gradient)
+        return self.moves(gradient)
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -197,24 +219,24 @@ class Evaluator:
 
     def _shares(self, delta: Tensor) -> Tensor:
         self._count(delta.shape[1])
-        x = self.points[:, None] + self.moves(delta)
+        x = self.place(delta)
         if self.prepared is not None:
             return self.goal.shares(self.prepared.forward(x).output)
         return self.goal.shares(torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])]))
 
     def _shares_and_gradient(self, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         self._count(delta.shape[1])
-        x = self.points[:, None] + self.moves(delta)
+        x = self.place(delta)
         if self.prepared is not None:
             tape = self.prepared.forward(x)
             shares, cotangent = self.goal.shares_and_cotangent(tape.output, target)
-            return shares, self.moves(tape.pullback(cotangent))
+            return shares, self._pull(delta, tape.pullback(cotangent))
         x.requires_grad_(True)
         with torch.enable_grad():
             output = torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])])
         shares, cotangent = self.goal.shares_and_cotangent(output.detach(), target)
         (gradient,) = torch.autograd.grad(output, x, cotangent)
-        return shares, self.moves(gradient)
+        return shares, self._pull(delta, gradient)
 
     def _plain(self, index: int, x: Tensor) -> Tensor:
         mass = None if self.mass is None else self.mass[index].expand(x.shape[0], -1)
@@ -280,6 +302,14 @@ def group_key(problem: Problem) -> tuple[object, ...]:
 def search_threat(problem: Problem) -> Threat:
     """The threat whose geometry the search uses; its rows are masked by the tokens that may move."""
     return FrobeniusBall() if isinstance(problem.threat, FrobeniusBall) else problem.threat
+
+
+def into_ball(points: Float[Tensor, "*b d"], radius: float | None) -> Float[Tensor, "*b d"]:
+    """Nearest points of the ball of this radius around 0; points inside are unchanged."""
+    if radius is None:
+        return points
+    length = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
+    return points * torch.where(length > radius, radius / length.clamp_min(TINY), 1.0)
 
 
 def _present(value: Tensor | None) -> Tensor:

@@ -95,6 +95,21 @@ class AttentionTape:
         score = score.sub_((self.weights * score).sum(dim=-1, keepdim=True)).mul_(self.weights)
         return self.layer.combine(score @ self.values + self.weights @ dv)
 
+    def query_pushforward(self, tangent: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n e"]:
+        """Derivative through every token's own query only: row i is ``Q_i v_i``."""
+        dq, _, _ = self.layer.split(_product(tangent, self.layer.w_in))
+        score = dq @ self.keys.mT
+        score = score.sub_((self.weights * score).sum(dim=-1, keepdim=True)).mul_(self.weights)
+        return self.layer.combine(score @ self.values)
+
+    def query_pullback(self, cotangent: Float[Tensor, "p r n e"]) -> Float[Tensor, "p r n d"]:
+        """Adjoint of ``query_pushforward``."""
+        g = self.layer.uncombine(cotangent)
+        score = g @ self.values.mT
+        score = score.sub_((g * self.averages).sum(dim=-1, keepdim=True)).mul_(self.weights)
+        dq = (score @ self.keys).transpose(-3, -2).flatten(-2)
+        return _product(dq, self.layer.w_in[:, : dq.shape[-1]].mT)
+
 
 def _flat_bias(bias: Tensor | None, weight: Tensor) -> Tensor:
     return weight.new_zeros(weight.shape[0] * weight.shape[2]) if bias is None else bias.flatten()

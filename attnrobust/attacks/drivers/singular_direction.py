@@ -94,7 +94,7 @@ def margin_gradients(evaluator: Evaluator, classes: Int[Tensor, "p c"]) -> Float
 
 def random_directions(
     generators: list[torch.Generator], count: int, shape: Sequence[int], like: Tensor
-) -> Float[Tensor, "p c n d"]:
+) -> Float[Tensor, "p c ..."]:
     """Gaussian directions, each problem from its own stream."""
     drawn = [torch.randn(count, *shape, generator=g, dtype=torch.float64) for g in generators]
     directions: Tensor = torch.stack(drawn).to(like)
