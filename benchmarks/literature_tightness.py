@@ -237,10 +237,10 @@ def softmax_rows() -> Iterator[Row]:
 HEAD = """# Tightness of the literature bounds
 
 Made by `python -m benchmarks.literature_tightness`. Every figure is bound / largest value that gradient ascent finds
-for the same quantity on the same set (exact derivatives; 1 is perfect, below 1 would be a violation); for lower bounds
-it is largest value found / bound. The last column holds what was known before from other weights, inputs and starts,
-which is why ranges differ; where weights are fixed (width 1) the figures agree. Rows with several values list the settings in their
-order. `a` is the norm of B times R^2.
+for the same quantity on the same set (exact derivatives; 1 is perfect, below 1 would be a violation); for lower
+bounds it is largest value found / bound. The last column holds what was known before from other weights, inputs and
+starts, which is why ranges differ; where weights are fixed (width 1) the figures agree. Rows with several values list
+the settings in their order. `a` is the norm of B times R^2.
 
 | bound | setting | ratio | before |
 |---|---|---|---|"""
