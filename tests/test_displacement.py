@@ -78,6 +78,20 @@ def test_small_tolerances_are_certified_almost_exactly() -> None:
     assert _ascend(problem, 1.005 * certificate.radius, steps=200) > 1.0
 
 
+def test_token_scales_keep_their_sum_and_help() -> None:
+    """Equation 20 needs sum 1/t_j^2 <= number of movable tokens; the adapted scales beat the enclosing ball."""
+    problem = _problem("causal-masses", PerTokenBall(), Displacement(0.01))
+    bound = METHOD.prepare(problem, seed=0)
+    plain = bound.usage(0.003).value
+    for _ in range(3):
+        adapted = bound.usage(0.003).value
+        assert float(bound._tokens.square().reciprocal().sum()) <= problem.clean.n * (1 + 1e-12)
+    enclosing = METHOD.prepare(_problem("causal-masses", FrobeniusBall(), Displacement(0.01)), seed=0)
+    ball = enclosing.usage(0.003 * math.sqrt(problem.clean.n)).value
+    assert adapted <= plain * (1 + 1e-9)
+    assert adapted < 0.97 * ball
+
+
 def test_one_token_is_exact() -> None:
     """n = 1: the layer is affine, so the certified radius is tolerance / norm."""
     case = case_named("single-token-biases")

@@ -19,11 +19,14 @@ from attnrobust.layers.attention import Attention
 from attnrobust.layers.attention_jacobian import AttentionJacobian
 from attnrobust.linear_map import LinearMap, largest_eigenvalue_upper
 from attnrobust.problem import Problem
+from attnrobust.threat import PerTokenBall
 
 FAILURE = 1e-10  # of one eigenvalue bound; a radius needs about 30 of them
 DENSE_LIMIT = 300  # n d up to which every eigenvalue is computed without randomness
 POWER_STEPS = 8  # of the first guess
+GUESS_SEED = 2**41  # apart from the seeds of the bounds: what is bounded must not depend on a bound's start vector
 ROUNDS = 2  # rebalancing rounds of the joint bound
+TOKEN_ROUNDS = 4  # the same where token scales adapt too
 SETTLED = 0.1  # largest change of a log share after which another round gains less than a thousandth
 
 
@@ -55,6 +58,8 @@ class DisplacementBound(PreparedBound):
         self._product = JointProduct(self._rows, self._majorant, self._value_form, QueryKeyForm(self._rows))
         factor = self.problem.threat.frobenius_factor(clean.n, clean.width)
         self._scale = factor
+        # Token scales t with sum over movable tokens of 1/t_j^2 = their number; they only adapt for per-token balls.
+        self._tokens = torch.ones_like(clean.points[:, :1])
         self._first, self._shares = self._first_order()
 
     def _next_seed(self, count: int = 1) -> int:
@@ -99,12 +104,13 @@ class DisplacementBound(PreparedBound):
         """Upper bound of ``sup over |D| = 1 of sum_k scales_k X_k(D)^{1/2}``: Cauchy-Schwarz with shares (eq. 19)."""
         shape = self._rows.points.shape
         best = math.inf
-        for _ in range(ROUNDS):
-            shares = self._shares
+        per_token = isinstance(self.problem.threat, PerTokenBall)
+        for _ in range(TOKEN_ROUNDS if per_token else ROUNDS):
+            shares, tokens = self._shares, self._tokens
             factors = scales.square() / shares
 
-            def product(flat: Tensor, factors: Tensor = factors) -> Tensor:
-                return self._product.apply(flat.reshape(shape), forms, factors)[0].reshape(-1)
+            def product(flat: Tensor, factors: Tensor = factors, tokens: Tensor = tokens) -> Tensor:
+                return (tokens * self._product.apply(tokens * flat.reshape(shape), forms, factors)[0]).reshape(-1)
 
             bounds = largest_eigenvalue_upper(
                 product, math.prod(shape), failure_probability=FAILURE, seed=self._next_seed(), tol=2e-3,
@@ -112,12 +118,25 @@ class DisplacementBound(PreparedBound):
             )  # fmt: skip
             self._random += bounds.upper.failure_probability
             best = min(best, math.sqrt(max(bounds.upper.value, 0.0) * float(shares.sum())))
-            squares = self._product.apply(bounds.vector.reshape(shape), forms, factors)[1]
+            vector = bounds.vector.reshape(shape)
+            squares = self._product.apply(tokens * vector, forms, factors)[1]
             sizes = scales * squares.clamp_min(0.0).sqrt()
             self._shares = (sizes / sizes.sum().clamp_min(1e-300)).clamp_min(1e-3)
-            if float((self._shares / shares).log().abs().max()) < SETTLED:
+            if per_token:
+                self._tokens = self._rescaled(tokens, vector)
+            elif float((self._shares / shares).log().abs().max()) < SETTLED:
                 break
         return best
+
+    def _rescaled(self, tokens: Float[Tensor, "n 1"], vector: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
+        """Token scales that move the maximiser towards equal token moves, normalised (eq. 20)."""
+        moves = self._rows.moves[:, None]
+        count = float(moves.sum())
+        share = moves * (vector.square().sum(dim=1, keepdim=True) * count + 0.05)
+        wanted = moves * (tokens.reciprocal().square() * share).sqrt()
+        inverse = moves * (wanted * count / float(wanted.sum())).clamp_min(1e-6)
+        inverse = inverse * count / float(inverse.sum())  # after the clamp: the sum is what eq. 20 relies on
+        return torch.where(moves > 0, inverse.rsqrt(), torch.ones_like(tokens))
 
 
 class DisplacementCertificate(CertificateMethod):

@@ -12,6 +12,7 @@ from attnrobust.linear_map import largest_eigenvalue_upper
 
 POWER_STEPS = 8  # only balances two factors; any value is sound
 ESTIMATE_STREAM = 0x5EED_0000  # estimates draw from another stream: a matrix must not depend on its own start vector
+BALANCE_SEED = 2**40
 REACH_TOLERANCE = 0.03  # relative accuracy of the per-head norms; they enter under a square root
 
 
