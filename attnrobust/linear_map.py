@@ -31,6 +31,7 @@ __all__ = [
 
 DENSE_LIMIT = 2000  # smaller side up to which a matrix may be built: 2000^2 float64 are 32 MB
 ARPACK_LIMIT = 8  # ARPACK needs room for its subspace; below, the matrix is decomposed
+OTHER_STREAM = 1_000_003  # added to a seed
 CHUNK = 32  # unit vectors pushed through a map at once when a matrix is built
 
 Product = Callable[[Tensor], Tensor]
@@ -228,7 +229,10 @@ def _leading_vector(linear: LinearMap, *, seed: int, tol: float) -> Tensor:
 
 
 def _chain_vector(linear: LinearMap, *, seed: int) -> Tensor:
-    bounds = largest_eigenvalue_upper(_gram(linear), linear.in_size, seed=seed, tol=1e-6, device=linear.device)
+    # Another stream than the upper bound's start vector: what is built from this vector must not depend on that one.
+    bounds = largest_eigenvalue_upper(
+        _gram(linear), linear.in_size, seed=seed + OTHER_STREAM, tol=1e-6, device=linear.device
+    )
     return bounds.vector.reshape(linear.in_shape)
 
 

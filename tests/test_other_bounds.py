@@ -234,6 +234,19 @@ def test_sigmoid_measures() -> None:
         sigmoid_mean_field(sigmoid(0), -1.0)
 
 
+@pytest.mark.parametrize("threat", [FrobeniusBall(), PerTokenBall()], ids=lambda threat: threat.key)
+def test_lipschitznorm_where_values_dominate(threat: Threat) -> None:
+    """Tiny queries and keys: the layer averages values, and the bound is (e_n + 1) ||w_v|| with sqrt(n) < e here."""
+    generator = torch.Generator().manual_seed(0)
+    w_q, w_k, w_v = torch.randn(3, 1, 3, 3, generator=generator, dtype=torch.float64)
+    layer = LipschitzNormAttention(w_q=1e-6 * w_q, w_k=1e-6 * w_k, w_v=w_v)
+    points = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    problem = _problem(layer, points, threat, Displacement(1.0))
+    found = largest_usage(problem, 0.1)
+    bound = LipschitzNormGlobal().prepare(problem, seed=0).usage(0.1).value
+    assert found <= bound <= 3.6 * found
+
+
 def test_lipschitznorm_joint_constant() -> None:
     """The derivative in (Q, K, V) at inputs of every proportion of the three norms."""
 
