@@ -6,6 +6,7 @@ from attnrobust.attacks._attack import AttackBudget, AttackMethod, checked_epsil
 from attnrobust.attacks.mass_splitting import split_attack
 from attnrobust.attacks.measure_result import MeasureAttackResult
 from attnrobust.attacks.registry import ALL_ATTACKS, attack_named
+from attnrobust.attacks.token_duplication import duplication_attack, duplication_effect
 from attnrobust.attacks.weakest import token_radii
 from attnrobust.errors import InputError
 from attnrobust.problem import Problem
@@ -19,6 +20,8 @@ __all__ = [
     "attack",
     "attack_many",
     "attack_named",
+    "duplication_attack",
+    "duplication_effect",
     "split_attack",
     "token_radii",
 ]
