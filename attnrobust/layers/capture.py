@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,38 +104,46 @@ def read_tokens(path: str | Path, *, width: int | None = None) -> tuple[Captured
     return tuple(inputs)
 
 
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """A place in a model where tokens are captured.
+
+    Args:
+        module: The attention module inside the model.
+        adapter: The module's adapter.
+        spec: The module's specification.
+    """
+
+    module: nn.Module
+    adapter: Adapter
+    spec: Attention
+
+
 def capture_tokens(
     model: nn.Module, module: nn.Module, adapter: Adapter, spec: Attention, model_inputs: Mapping[str, Tensor]
 ) -> Float[Tensor, "n d"]:
-    """The tokens that enter an attention module in one forward pass of its model on one input.
+    """The tokens that enter one attention module; see ``capture_taps``."""
+    return capture_taps(model, [Tap(module, adapter, spec)], model_inputs)[0]
 
-    The specification is applied to them and compared with what the module itself puts out in that pass; so a mask, a
+
+def capture_taps(
+    model: nn.Module, taps: Sequence[Tap], model_inputs: Mapping[str, Tensor]
+) -> tuple[Float[Tensor, "n d"], ...]:
+    """The tokens that enter attention modules in one forward pass of their model on one input.
+
+    Each specification is applied to them and compared with what the module itself puts out in that pass; so a mask, a
     cache or a bias that only the model knows of cannot go unnoticed.
 
     Args:
         model: The model, in float64 and eval mode.
-        module: The attention module inside it.
-        adapter: The module's adapter.
-        spec: The module's specification.
+        taps: The modules, one forward pass serves all.
         model_inputs: Keyword arguments of one forward call, batch size 1.
 
     Raises:
-        UnsupportedModelError: The module is not called exactly once, is called on a batch, or puts out something else.
+        UnsupportedModelError: A module is not called exactly once, is called on a batch, or puts out something else.
         InputError: The model refuses the input.
     """
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(adapter.input_tokens(module, args, kwargs).detach().clone())
-
-    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        outputs.append(adapter.output_tokens(module, output).detach().clone())
-
-    hooks = (
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        adapter.output_module(module).register_forward_hook(after),
-    )
+    probes = [_Probe(tap) for tap in taps]
     try:
         with torch.no_grad():
             model(**model_inputs)
@@ -144,9 +152,32 @@ def capture_tokens(
             raise
         raise InputError(f"the model cannot be run on this input: {first_line(error)}") from error
     finally:
-        for hook in hooks:
+        for probe in probes:
+            probe.remove()
+    return tuple(_checked(p.tap.module, p.tap.spec, p.inputs, p.outputs) for p in probes)
+
+
+class _Probe:
+    """Hooks that keep what enters and leaves one tap."""
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self._hooks = (
+            tap.module.register_forward_pre_hook(self._before, with_kwargs=True),
+            tap.adapter.output_module(tap.module).register_forward_hook(self._after),
+        )
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs.append(self.tap.adapter.input_tokens(self.tap.module, args, kwargs).detach().clone())
+
+    def _after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self.outputs.append(self.tap.adapter.output_tokens(self.tap.module, output).detach().clone())
+
+    def remove(self) -> None:
+        for hook in self._hooks:
             hook.remove()
-    return _checked(module, spec, inputs, outputs)
 
 
 def _checked(module: nn.Module, spec: Attention, inputs: list[Tensor], outputs: list[Tensor]) -> Tensor:

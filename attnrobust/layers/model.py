@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
-from attnrobust.layers.capture import CapturedInput, TextLine, capture_tokens, text_line
+from attnrobust.layers.capture import CapturedInput, Tap, TextLine, capture_taps, text_line
 from attnrobust.layers.files import SUFFIXES
 from attnrobust.layers.from_file import from_file
 from attnrobust.layers.listing import LayerInfo, adapter_for, describe, find_layer, list_layers
@@ -91,6 +91,7 @@ class ModuleModel(Model):
         own = module if owned else copy.deepcopy(module)
         self.module = own.to(torch.float64).eval().requires_grad_(False)
         self._pretrained = pretrained
+        self._taps: dict[str, Tap] = {}  # the module does not change, so neither do its specifications
 
     def layers(self) -> tuple[LayerInfo, ...]:
         return self._layers
@@ -107,10 +108,15 @@ class ModuleModel(Model):
         return TextEncoder(self._pretrained)
 
     def layer(self, name: str | None = None) -> Attention:
-        module = self.module.get_submodule(self.resolve(name).name)
-        adapter = adapter_for(module)
-        assert adapter is not None  # noqa: S101 - resolve returns supported layers only
-        return adapter.spec(module)
+        return self._tap(self.resolve(name)).spec
+
+    def _tap(self, info: LayerInfo) -> Tap:
+        if info.name not in self._taps:
+            module = self.module.get_submodule(info.name)
+            adapter = adapter_for(module)
+            assert adapter is not None  # noqa: S101 - resolve returns supported layers only
+            self._taps[info.name] = Tap(module, adapter, adapter.spec(module))
+        return self._taps[info.name]
 
     def capture(self, layer: str | None, texts: Sequence[TextLine | str]) -> tuple[CapturedInput, ...]:
         """The layer's input tokens for each text by itself (no padding), from the model's own float64 forward pass.
@@ -119,9 +125,23 @@ class ModuleModel(Model):
             InputError: No tokenizer, a text without tokens, or one longer than the model's positions.
             UnsupportedModelError: The layer's output inside the model is not what its specification gives.
         """
-        info, spec = self.resolve(layer), self.layer(layer)
         lines = [t if isinstance(t, TextLine) else text_line(i, t) for i, t in enumerate(texts, start=1)]
-        return tuple(self._capture_text(info, spec, line) for line in lines)
+        return tuple(self.capture_layers([layer], line)[0] for line in lines)
+
+    def capture_layers(self, layers: Sequence[str | None], line: TextLine) -> tuple[CapturedInput, ...]:
+        """The input tokens of several layers for one text, from one forward pass; otherwise as ``capture``."""
+        infos = [self.resolve(layer) for layer in layers]
+        encoded = self._encoder.encode(line.text)
+        longest = longest_input(self.module)
+        if not encoded.ids:
+            raise InputError(f"text {line.id} gives no tokens: {line.text[:60]!r}")
+        if longest is not None and len(encoded.ids) > longest:
+            raise InputError(
+                f"text {line.id} has {len(encoded.ids)} tokens, the model takes {longest} at most; split it"
+            )
+        ids = torch.tensor([encoded.ids])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return self._captured(infos, inputs, line, encoded.strings)
 
     def capture_inputs(
         self, layer: str | None, model_inputs: Mapping[str, Tensor], *, input_id: str = "0001"
@@ -133,43 +153,30 @@ class ModuleModel(Model):
             model_inputs: Keyword arguments of one forward call, batch size 1; floating-point ones are taken in float64.
             input_id: The identifier of the input.
         """
-        info = self.resolve(layer)
-        return self._captured(info, self.layer(info.name), model_inputs, TextLine(input_id, ""), None)
-
-    def _capture_text(self, info: LayerInfo, spec: Attention, line: TextLine) -> CapturedInput:
-        encoded = self._encoder.encode(line.text)
-        longest = longest_input(self.module)
-        if not encoded.ids:
-            raise InputError(f"text {line.id} gives no tokens: {line.text[:60]!r}")
-        if longest is not None and len(encoded.ids) > longest:
-            raise InputError(
-                f"text {line.id} has {len(encoded.ids)} tokens, the model takes {longest} at most; split it"
-            )
-        ids = torch.tensor([encoded.ids])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return self._captured(info, spec, inputs, line, encoded.strings)
+        return self._captured([self.resolve(layer)], model_inputs, TextLine(input_id, ""), None)[0]
 
     def _captured(
         self,
-        info: LayerInfo,
-        spec: Attention,
+        infos: Sequence[LayerInfo],
         model_inputs: Mapping[str, Tensor],
         line: TextLine,
         strings: tuple[str, ...] | None,
-    ) -> CapturedInput:
-        module = self.module.get_submodule(info.name)
-        adapter = adapter_for(module)
-        assert adapter is not None  # noqa: S101 - resolve returns supported layers only
+    ) -> tuple[CapturedInput, ...]:
+        taps = [self._tap(info) for info in infos]
         moved = {
-            key: value.to(spec.device, torch.float64 if value.is_floating_point() else value.dtype)
+            key: value.to(taps[0].spec.device, torch.float64 if value.is_floating_point() else value.dtype)
             for key, value in model_inputs.items()
         }
         try:
-            tokens = capture_tokens(self.module, module, adapter, spec, moved)
+            found = capture_taps(self.module, taps, moved)
         except InputError as error:
-            raise type(error)(f"input {line.id}, layer {info.name}: {error}") from error
+            names = ", ".join(info.name for info in infos)
+            raise type(error)(f"input {line.id}, layer {names}: {error}") from error
         text = None if strings is None else line.text
-        return CapturedInput(id=line.id, text=text, token_strings=strings or (), measure=TokenMeasure(tokens))
+        return tuple(
+            CapturedInput(id=line.id, text=text, token_strings=strings or (), measure=TokenMeasure(tokens))
+            for tokens in found
+        )
 
 
 def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Model:

@@ -24,8 +24,8 @@ from attnrobust.rows import Row, RowTask, evaluate_row
 from attnrobust.threat import Threat, parse_threat
 from attnrobust.tokens import tensor_digest
 
-CAPTURES_KEPT = 32
-"""Captured inputs that a worker remembers; work on one input follows itself, so few are enough."""
+CAPTURES_KEPT = 8
+"""Inputs whose tokens a worker remembers; work on one input follows itself, so few are enough."""
 
 log = logging.getLogger(__name__)
 
@@ -154,10 +154,20 @@ class Workbench:
             return source
         key = (index, layer)
         if key not in self._captured:
-            (self._captured[key],) = self.model.capture(layer, [source])
-            if len(self._captured) > CAPTURES_KEPT:
+            self._captured |= {(index, name): found for name, found in self._capture_all(source, layer).items()}
+            while len(self._captured) > CAPTURES_KEPT * len(self.layers):
                 self._captured.popitem(last=False)
         return self._captured[key]
+
+    def _capture_all(self, line: TextLine, layer: str) -> dict[str, CapturedInput]:
+        """Every layer's tokens from one forward pass; where one of them fails, only those of the layer in question."""
+        names = [info.name for info in self.layers]
+        if isinstance(self.model, ModuleModel):
+            try:
+                return dict(zip(names, self.model.capture_layers(names, line), strict=True))
+            except AttnRobustError:
+                log.debug("input %s is captured layer by layer", line.id, exc_info=True)
+        return {layer: self.model.capture(layer, [line])[0]}
 
 
 def matching_layers(model: Model, pattern: str) -> tuple[LayerInfo, ...]:
