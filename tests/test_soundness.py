@@ -30,15 +30,15 @@ def _sized(case: Case) -> object:
     return pytest.param(case, id=case.name, marks=marks)
 
 
+@pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.name)  # runs fastest: a case is attacked once
 @pytest.mark.parametrize("case", [_sized(case) for case in cases()])
-@pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.name)
 def test_no_attack_inside_a_certified_radius(method: CertificateMethod, case: Case) -> None:
     _compare(method, case, QUICK)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 @pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_no_strong_attack_inside_a_certified_radius(method: CertificateMethod, case: Case) -> None:
     _compare(method, case, FULL)
 
