@@ -1,8 +1,7 @@
 """Tightness of the certificates: attack radius, certified radius per method, gap, seconds and memory of many cases.
 
-    python benchmarks/tightness.py run --suite one-head --out results     # goes on where it stopped
-    python benchmarks/tightness.py table --out results                    # Markdown, medians and worst
-    python benchmarks/tightness.py plot --out results                     # gap against tolerance, one line per method
+    python -m benchmarks.tightness run --suite one-head --out results     # goes on where it stopped
+    python -m benchmarks.tightness_page --out results                     # docs/tightness.md and its plot
 
 Every row compares all methods with the same attack on the same problem. Suites: see ``SUITES``.
 """
@@ -11,15 +10,15 @@ import argparse
 import contextlib
 import json
 import math
-import statistics
+import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 import attnrobust as ar
 from attnrobust.layers.model import Model, load_model
@@ -29,6 +28,8 @@ PASSAGES = Path(__file__).with_name("passages.txt")
 LAYERS = range(6)
 SEEDS = (0, 1, 2)
 TOLERANCES = (0.01, 0.1, 1.0)
+LENGTHS = (8, 16, 32, 64, 128)
+LONG = max(LENGTHS)  # tokens that one passage can give
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ def _minilm(goals: tuple[str, ...], lengths: tuple[int, ...], threats: tuple[str
 DISPLACEMENTS = tuple(f"{tolerance:g}" for tolerance in TOLERANCES)
 SUITES = {
     "one-head": tuple(_one_head()),
-    "minilm-margin": tuple(_minilm(("margin",), (8, 16, 32, 64, 128), ("frobenius",))),
+    "minilm-margin": tuple(_minilm(("margin",), LENGTHS, ("frobenius",))),
     "minilm-margin-threats": tuple(_minilm(("margin",), (16,), ("one", "any-token", "per-token", "per-token-linf"))),
-    "minilm-displacement": tuple(_minilm(DISPLACEMENTS, (16, 64, 128), ("frobenius",))),
+    "minilm-displacement": tuple(_minilm(DISPLACEMENTS, LENGTHS, ("frobenius",))),
     "minilm-displacement-threats": tuple(_minilm(DISPLACEMENTS, (16,), ("one", "any-token", "per-token"))),
+    "long": tuple(Case("minilm2", 512, 0, "frobenius", goal) for goal in ("margin", "0.01", "0.1")),
     "smoke": (Case("d16", 4, 0, "frobenius", "margin"), Case("minilm2", 8, 0, "frobenius", "0.1")),
 }
 
@@ -100,25 +102,29 @@ def _layer_name(index: int, *, projected: bool) -> str:
 
 @cache
 def _pretrained_tokens(index: int, n: int, passage: int) -> torch.Tensor:
-    """The layer's input for a run of words of a passage that gives exactly n tokens."""
-    words = PASSAGES.read_text(encoding="utf-8").splitlines()[passage].split()
-    name = _layer_name(index, projected=False)
+    """The layer's input for a run of words of a passage (long ones: of several) that gives exactly n tokens."""
+    passages = PASSAGES.read_text(encoding="utf-8").splitlines()
+    words = " ".join(
+        passages[(passage + k) % len(passages)] for k in range(1 if n <= LONG else 2 * len(passages))
+    ).split()
     for start in range(len(words)):
-        for count in range(max(1, n // 2 - 4), n - 1):  # two marks frame the text; a word gives one token or more
-            if start + count > len(words):
-                break
-            tokens = _token_count(" ".join(words[start : start + count]))
-            if tokens == n:
-                text = " ".join(words[start : start + count])
-                return _model().capture(name, [text])[0].measure.points
-            if tokens > n:
-                break
+        tail = words[start:]
+        # More words, more tokens; two marks frame the text.
+        count = bisect_left(range(len(tail) + 1), n, key=lambda length: _token_count(" ".join(tail[:length])))
+        text = " ".join(tail[:count])
+        if _token_count(text) == n:
+            return _model().capture(_layer_name(index, projected=False), [text])[0].measure.points
     raise ValueError(f"passage {passage} has no run of words with {n} tokens")
 
 
 @cache
 def _token_count(text: str) -> int:
-    return len(_model().capture(_layer_name(0, projected=False), [text])[0].token_strings)
+    if not text:
+        return 0
+    try:
+        return len(_model().capture(_layer_name(0, projected=False), [text])[0].token_strings)
+    except ar.InputError:  # longer than the model's positions
+        return sys.maxsize
 
 
 def problem_of(case: Case) -> ar.Problem:
@@ -177,7 +183,7 @@ def run(suite: str, out: Path, *, only: str, methods: list[str] | None, seconds:
     """Run the cases that are not in the results yet; stop after so many seconds."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{suite}.jsonl"
-    done = {row["key"] for row in _rows(path)}
+    done = {row["key"] for row in rows_of(path)}
     todo = [case for case in SUITES[suite] if case.key not in done and only in case.key]
     start, unsound = time.perf_counter(), 0
     with path.open("a", encoding="utf-8") as stream:
@@ -196,13 +202,10 @@ def run(suite: str, out: Path, *, only: str, methods: list[str] | None, seconds:
     return 3 if unsound else 0
 
 
-def _rows(path: Path) -> list[dict]:
+def rows_of(path: Path) -> list[dict]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-
-
-# ---- tables and the plot -------------------------------------------------------------------------------------------
 
 
 def best(row: dict) -> tuple[str, float]:
@@ -217,54 +220,10 @@ def gap(row: dict, method: str | None = None) -> float:
     return row["attack"] / radius if radius > 0 else math.inf
 
 
-def table(out: Path) -> str:
-    """Markdown: one line per source, threat and goal; medians over lengths and seeds, and the worst."""
-    lines = [
-        "| source | threat | goal | n | rows | gap median | worst | by | s median | s worst | peak MiB |",
-        "|" + "---|" * 11,
-    ]
-    groups: dict[tuple, list[dict]] = {}
-    for path in sorted(out.glob("*.jsonl")):
-        for row in _rows(path):
-            groups.setdefault((row["source"], row["threat"], row["goal"], row["n"]), []).append(row)
-    for (source, threat, goal, n), rows in groups.items():
-        gaps = [gap(row) for row in rows]
-        seconds = [row["certificates"][best(row)[0]]["seconds"] for row in rows]
-        names = sorted({best(row)[0] for row in rows})
-        peak = max((row["peak_mib"] or 0.0) for row in rows)
-        lines.append(
-            f"| {source} | {threat} | {goal} | {n} | {len(rows)} | {statistics.median(gaps):.3f} | {max(gaps):.3f} | "
-            f"{', '.join(names)} | {statistics.median(seconds):.2f} | {max(seconds):.2f} | {peak:.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(out: Path) -> Path:
-    """Median gap of every method: against the tolerance (displacement) and against the number of tokens (margin)."""
-    rows = [row for path in sorted(out.glob("*.jsonl")) for row in _rows(path) if row["threat"] == "frobenius"]
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    axes = figure.subplots(ncols=2)
-    panels = (
-        ([r for r in rows if r["goal"] != "margin"], "goal", "tolerance, share of the output norm"),
-        ([r for r in rows if r["goal"] == "margin" and r["source"].startswith("minilm")], "n", "tokens n (margin)"),
-    )
-    for axis, (part, by, label) in zip(axes, panels, strict=True):
-        for method in sorted({m for row in part for m in row["certificates"]}):
-            xs = sorted({float(row[by]) for row in part})
-            ys = [statistics.median(gap(r, method) for r in part if float(r[by]) == x) for x in xs]
-            axis.plot(xs, ys, marker="o", label=method)
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="gap = attack radius / certified radius (median)")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    path = out / "gap.png"
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    return path
-
-
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table", "plot"))
+    parser.add_argument("action", choices=("run",))
     parser.add_argument("--suite", choices=sorted(SUITES), default="smoke")
     parser.add_argument("--out", type=Path, default=Path("tightness-results"))
     parser.add_argument("--only", default="", help="run only cases whose key holds this text")
@@ -272,11 +231,8 @@ def main() -> int:
     parser.add_argument("--max-seconds", type=float, default=math.inf)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.action == "run":
-        methods = args.methods.split(",") if args.methods else None
-        return run(args.suite, args.out, only=args.only, methods=methods, seconds=args.max_seconds)
-    print(table(args.out) if args.action == "table" else plot(args.out))
-    return 0
+    methods = args.methods.split(",") if args.methods else None
+    return run(args.suite, args.out, only=args.only, methods=methods, seconds=args.max_seconds)
 
 
 if __name__ == "__main__":
