@@ -40,7 +40,8 @@ def assert_same_bits(actual: Tensor, expected: Tensor, *, what: str = "values") 
 
 def assert_at_most(lower: float, upper: float, *, rtol: float = 0.0, what: str = "bound") -> None:
     """``lower <= upper (1 + rtol)``; NaN on either side fails."""
-    if not lower <= upper + rtol * abs(upper):
+    slack = rtol * abs(upper) if rtol else 0.0  # 0 times an infinite bound is NaN
+    if not lower <= upper + slack:
         raise AssertionError(f"{what}: {lower!r} exceeds {upper!r} by {lower - upper:.3g}")
 
 
