@@ -112,18 +112,27 @@ def test_logistic_remainder_range() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_spread_eigenvalue_against_the_dense_matrix(seed: int) -> None:
+@pytest.mark.parametrize("sharpness", [3.0, 30.0])
+def test_spread_eigenvalue_against_the_dense_matrix(seed: int, sharpness: float) -> None:
+    """Below and above the largest coefficient; a weight near 1 (sharpness 30) moves the eigenvalue below it."""
     draw = Draw(seed)
-    n = draw.integer(1, 9)
-    a = draw.normal(n).abs() * 10 ** draw.normal(n)
-    w = torch.softmax(3.0 * draw.normal(n), 0)
-    movable = (torch.rand(n, generator=draw.generator) < 0.7).double()
-    movable[0] = 1.0
-    vectors = (torch.eye(n, dtype=torch.float64) - w) * movable
-    exact = float(torch.linalg.eigvalsh((vectors * a[:, None]).T @ vectors)[-1])
-    found = float(spread_eigenvalue(a, w, movable))
-    # The bisection starts at max a: eigenvalues below it are not resolved (Lemma 7 speaks about x > max a).
-    assert exact * (1.0 - 1e-12) <= found <= max(exact, float((a * movable).max())) * 1.01 + 1e-12
+    for n in range(1, 10):
+        a = draw.normal(n).abs() * 10 ** draw.normal(n)
+        if n % 4 == 0:
+            a[:2] = a.max()  # two equal largest coefficients
+        w = torch.softmax(sharpness * draw.normal(n), 0)
+        movable = (torch.rand(n, generator=draw.generator) < 0.7).double()
+        movable[0] = 1.0
+        vectors = (torch.eye(n, dtype=torch.float64) - w) * movable
+        exact = float(torch.linalg.eigvalsh((vectors * a[:, None]).T @ vectors)[-1])
+        found = float(spread_eigenvalue(a, w, movable))
+        assert exact * (1.0 - 1e-12) - 1e-15 * float(a.sum()) <= found <= exact * 1.01 + 1e-12
+
+
+def test_spread_eigenvalue_covers_the_rounding_of_saturated_weights() -> None:
+    """A weight that rounds to 1: ``1 - w`` may be 1e-17 and matters beside a coefficient of 1e200."""
+    a, w = torch.tensor([1e200, 1.0]).double(), torch.tensor([1.0, 1e-17]).double()
+    assert float(spread_eigenvalue(a, w, torch.ones(2).double())) >= 1e200 * 1e-34
 
 
 @pytest.mark.parametrize("n", [3, 24, 40])
@@ -227,7 +236,7 @@ def test_large_and_small_inputs_use_the_same_eigenvalue_bound(seed: int) -> None
 # ---- majorant and trust region ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 1])  # problems with curvature: a relative comparison needs one
+@pytest.mark.parametrize("seed", range(4))
 def test_majorant_is_symmetric_and_tends_to_the_hessian(seed: int) -> None:
     problem = random_problem(400 + seed, FrobeniusBall())
     bound = MarginBound(problem, seed=0)
@@ -241,13 +250,16 @@ def test_majorant_is_symmetric_and_tends_to_the_hessian(seed: int) -> None:
     form = majorant(cls, const, pieces(cls, const, cls.first_norm), small)
     size = x.numel()
     dense = form.flat(torch.eye(size, dtype=x.dtype))
-    torch.testing.assert_close(dense, dense.T, rtol=0.0, atol=1e-9 * float(dense.abs().max()))
+    # At a saturated row the Hessian vanishes; this is its size at a row that is not.
+    reach = torch.linalg.vector_norm(torch.cat([bound.rows.beta, bound.rows.alpha], dim=1), dim=-1).amax(-1)
+    unit = float((cls.gamma.norm(dim=-1) * reach).sum())
+    torch.testing.assert_close(dense, dense.T, rtol=0.0, atol=1e-9 * float(dense.abs().max()) + 1e-14 * unit)
     drop = lambda y: problem.resolved.changes(problem.network(x + y.reshape(x.shape), problem.mass))[0]  # noqa: E731
     hessian = torch.autograd.functional.hessian(drop, torch.zeros(size, dtype=x.dtype))
     gap = torch.linalg.eigvalsh(dense - hessian)
-    scale = float(hessian.abs().max()) + 1e-12
-    assert float(gap[0]) >= -1e-6 * scale
-    assert float(gap[-1]) <= 2e-2 * scale
+    scale = float(hessian.abs().max())
+    assert float(gap[0]) >= -1e-6 * scale - 1e-13 * unit
+    assert float(gap[-1]) <= 2e-2 * scale + 1e-9 * unit
 
 
 def random_quadratic(seed: int, size: int) -> tuple[Tensor, Quadratic]:
@@ -306,7 +318,7 @@ def test_ellipsoids_hold_the_set(norm: str) -> None:
 # ---- closed cases ----------------------------------------------------------------------------------------------------
 
 
-def test_one_token_alone_is_certified_almost_exactly() -> None:
+def test_one_token_alone_is_linear_and_exact() -> None:
     draw = Draw(11)
     layer = Attention(w_q=draw.normal(2, 4, 3), w_k=draw.normal(2, 4, 3), w_v=draw.normal(2, 4, 3))
     x = draw.normal(1, 4)
@@ -314,9 +326,7 @@ def test_one_token_alone_is_certified_almost_exactly() -> None:
     bias = torch.stack([1.0 - (readout @ layer(x)[0])[0], -(readout @ layer(x)[0])[1]])
     problem = Problem(layer, TokenMeasure(x), FrobeniusBall(), Margin(weight=readout, bias=bias))
     gamma = torch.einsum("hde,e->d", layer.value_output, readout[0] - readout[1])
-    # The layer is linear; the certificate still charges the bilinear part, which it does not see to vanish.
-    exact = 1.0 / float(gamma.norm())
-    assert 0.93 * exact <= MarginCertificate().certify(problem).radius <= exact
+    assert MarginCertificate().certify(problem).radius == pytest.approx(1.0 / float(gamma.norm()), rel=4e-3)
 
 
 def test_uniform_attention_is_linear_and_exact() -> None:

@@ -5,19 +5,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 DECOMPOSE_LIMIT = 24  # up to this size a batched eigenvalue decomposition is faster than matrix powers are tight
-BISECTIONS = 14
+BISECTIONS = 10  # of a bracket whose ends differ by a factor of at most n
+SLACK = 1e-11  # share of the absolute terms of a sum that a strict inequality must exceed
+ROUNDING = 1e-15  # of a weight near 1 and of 1 minus it
 OUTWARD = 1.0 + 1e-10
 
 
 def spread_eigenvalue(
     coefficient: Float[Tensor, "*b n"], weight: Float[Tensor, "*b n"], movable: Float[Tensor, "n"]
 ) -> Float[Tensor, "*b"]:
-    """Upper bound of the largest eigenvalue of ``Z = sum_j a_j (e_j - w)_T (e_j - w)_T^T``, a >= 0.
+    """Upper bound of the largest eigenvalue of ``Z = sum_j a_j (e_j - w)_T (e_j - w)_T^T``, a >= 0, sum of w = 1.
 
     Then ``sum_j a_j |delta_j - dbar|^2 <= lambda ||Delta||_F^2`` for Delta supported on T, dbar = sum_l w_l delta_l.
-    Z = diag(a_T) - a_T w_T^T - w_T a_T^T + S w_T w_T^T (S = sum of all a) is a diagonal plus rank two: for x above
-    max a_T, ``x I - Z`` is positive definite exactly where (S + a R a)(w R w) < (1 + a R w)^2, R = (x - diag a)^{-1}
-    (inertia of the bordered matrix). Bisection from the bound ``(sqrt(max a) + sqrt(S) |w_T|)^2`` keeps the upper end.
+    Z = diag(a_T) - a_T w_T^T - w_T a_T^T + S w_T w_T^T (S = sum of all a) is a diagonal plus rank two, so the signs of
+    three sums decide whether ``x I - Z`` is positive definite, above the largest entry of a_T and between the two
+    largest ones, where lambda lies at rows with one weight near 1. Bisection in log x keeps the upper end, from the
+    smaller one of the trace and ``(sqrt(max a) + sqrt(S) |w_T|)^2``; the trace is at most n times lambda.
 
     Args:
         coefficient: a, any leading dimensions; infinite entries give infinity.
@@ -27,22 +30,45 @@ def spread_eigenvalue(
     References:
         Derived; docs/margin-certificate.md, lemma 7.
     """
-    total = coefficient.sum(-1)
-    finite = torch.isfinite(total)
-    a = torch.where(finite[..., None], coefficient, 0.0) * movable
-    w = weight * movable
-    total = torch.where(finite, total, 0.0)
-    low = a.amax(-1)
-    high = (low.sqrt() + total.sqrt() * torch.linalg.vector_norm(w, dim=-1)) ** 2 * OUTWARD
+    finite = torch.isfinite(coefficient).all(-1)
+    whole = torch.where(finite[..., None], coefficient, 0.0)
+    a, w = whole * movable, weight * movable
+    total, fixed = whole.sum(-1), (whole * (1.0 - movable)).sum(-1)
+    missing = 1.0 - w.sum(-1)
+    others = (total[..., None] - a).clamp_min(0.0)
+    trace = ((a * (1.0 - w) ** 2 + others * w**2) * movable).sum(-1)
+    triangle = (a.amax(-1).sqrt() + total.sqrt() * torch.linalg.vector_norm(w, dim=-1)) ** 2
+    # Each e_j - w is known up to ROUNDING only, which counts where 1 - w is that small and a is not.
+    pad = ROUNDING * total.sqrt()
+    high = (torch.minimum(trace, triangle).sqrt() * OUTWARD + pad) ** 2
+    low = trace / movable.sum().clamp_min(1.0)
+    if a.shape[-1] > 1:
+        low = torch.maximum(low, a.topk(2, dim=-1).values[..., 1])
     for _ in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        gap = middle[..., None] - a
-        safe = gap.clamp_min(1e-300)
-        aa, aw, ww = (a * a / safe).sum(-1), (a * w / safe).sum(-1), (w * w / safe).sum(-1)
-        # A strict inequality with room for rounding: a wrong "yes" would shrink the bound.
-        above = ((total + aa) * ww < (1.0 + aw) ** 2 * (1.0 - 1e-9)) & (gap > 0.0).all(-1)
+        middle = low.sqrt() * high.sqrt()
+        above = _definite(middle, a=a, w=w, fixed=fixed, missing=missing)
         high, low = torch.where(above, middle, high), torch.where(above, low, middle)
-    return torch.where(finite, high * OUTWARD, torch.inf)
+    value = (high.sqrt() + pad) ** 2 * OUTWARD
+    return torch.where(finite & torch.isfinite(value), value, torch.inf)
+
+
+def _definite(x: Tensor, *, a: Tensor, w: Tensor, fixed: Tensor, missing: Tensor) -> Tensor:
+    """Whether ``x I - Z`` is surely positive definite (lemma 7), with room for the rounding of every sum.
+
+    ``S + a R a = fixed + x sum a / gap`` and ``1 + a R w = missing + x sum w / gap`` cancel less than the left sides.
+    """
+    gap = x[..., None] - a
+    inverse = 1.0 / gap
+    first, second, cross = (a * inverse).sum(-1), (w * w * inverse).sum(-1), (w * inverse).sum(-1)
+    first, cross = fixed + x * first, missing + x * cross
+    size = inverse.abs()
+    first_size, cross_size = fixed + x * (a * size).sum(-1), 1.0 + x * (w * size).sum(-1)
+    determinant = first * second - cross**2
+    room = SLACK * (first_size * (w * w * size).sum(-1) + cross_size**2)
+    below = (gap < 0.0).sum(-1)
+    above = (below == 0) & (determinant < -room)
+    between = (below == 1) & (determinant > room) & (first < -SLACK * first_size)
+    return (above | between) & (gap != 0.0).all(-1)
 
 
 def gram_eigenvalue(gram: Float[Tensor, "*b n n"], coefficient: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
