@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnrobust.certify.margin import MarginBound
 from attnrobust.certify.margin_constants import Budget, constants
-from attnrobust.certify.margin_form import ClassRows, Majorant
+from attnrobust.certify.margin_form import Majorant
 from attnrobust.certify.margin_majorant import balanced, initial_parameters, majorant, pieces
 from attnrobust.problem import Problem
 from attnrobust.threat import FrobeniusBall, PerTokenBall, Threat
@@ -17,7 +17,7 @@ from tests.margin_problems import Draw, boundary_moves, random_problem
 ROUNDING = 1e-9  # share of the compared terms; they are sums of a few thousand products
 
 
-def majorants(problem: Problem, radius: float, seed: int) -> list[tuple[int, ClassRows, Majorant]]:
+def majorants(problem: Problem, radius: float, seed: int) -> list[tuple[int, Majorant]]:
     """The majorant of every class, with the initial parameters and balanced at random moves."""
     bound = MarginBound(problem, seed=0)
     n, d = problem.clean.points.shape
@@ -32,26 +32,27 @@ def majorants(problem: Problem, radius: float, seed: int) -> list[tuple[int, Cla
         piece = pieces(cls, const, cls.first_norm)
         start = initial_parameters(cls)
         moved = balanced(cls, const, piece, start, boundary_moves(problem, radius, 3, Draw(seed)))
-        found += [(index, cls, majorant(cls, const, piece, par)) for par in (start, moved)]
+        found += [(index, majorant(cls, const, piece, par)) for par in (start, moved)]
     return found
 
 
-def excess(problem: Problem, index: int, cls: ClassRows, form: Majorant, move: Tensor) -> tuple[Tensor, Tensor]:
+def excess(problem: Problem, index: int, form: Majorant, move: Tensor) -> tuple[Tensor, Tensor]:
     """(drop - majorant, size of the compared terms) for a batch of moves."""
     drop = problem.resolved.changes(problem.network(problem.clean.points + move, problem.mass))[..., index]
-    linear = (cls.gradient * move).sum((-1, -2))
+    linear = (form.gradient * move).sum((-1, -2))
     quadratic = 0.5 * (move * form.apply(move)).sum((-1, -2))
-    return drop - linear - quadratic, drop.abs() + linear.abs() + quadratic.abs() + 1e-9
+    size = drop.abs() + linear.abs() + quadratic.abs() + form.constant
+    return drop - form.constant - linear - quadratic, size + 1e-9
 
 
 def worst_excess(problem: Problem, radius: float, seed: int, *, steps: int) -> float:
     """Largest relative violation met on the way of the ascent."""
     worst = -math.inf
-    for index, cls, form in majorants(problem, radius, seed):
+    for index, form in majorants(problem, radius, seed):
         move = boundary_moves(problem, radius, 8, Draw(seed + 1))
         for step in range(steps):
             move = move.clone().requires_grad_(True)
-            over, size = excess(problem, index, cls, form, move)
+            over, size = excess(problem, index, form, move)
             assert torch.isfinite(over).all()
             assert torch.isfinite(form.square).all()
             worst = max(worst, float((over / size).detach().max()))

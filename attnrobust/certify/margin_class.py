@@ -134,7 +134,7 @@ class ClassBound:
             full[..., index, :] = part
             return (form.apply(full)[..., index, :] / scale).flatten(-2)
 
-        return Quadratic(product, (self.gradient / scale).flatten())
+        return Quadratic(product, (form.gradient[index] / scale).flatten(), form.constant)
 
     def _approximate(self, quadratic: Quadratic, region: Ellipsoid) -> Maximiser:
         if quadratic.gradient.numel() <= DECOMPOSE_LIMIT:

@@ -55,9 +55,12 @@ class ClassRows:
     @cached_property
     def gradient(self) -> Float[Tensor, "n d"]:
         """``G = sum_hi pi_i D_hi``: minus the gradient of the margin, on movable tokens."""
-        w = self.rows.weight
-        flat = torch.einsum("i,hij->hj", self.pooling, w)
-        return spread_back(self, self.pooling[:, None] * self.weighted_advantage, -flat)
+        return self.combined(self.pooling.expand(self.weighted_advantage.shape[:2]))
+
+    def combined(self, factor: Float[Tensor, "h n"]) -> Float[Tensor, "n d"]:
+        """``sum_hi factor_hi D_hi``, on movable tokens."""
+        value = -(self.rows.weight.mT @ factor[..., None])[..., 0]
+        return spread_back(self, factor[..., None] * self.weighted_advantage, value)
 
 
 def class_rows(rows: CleanRows, pooling: Float[Tensor, "n"], functional: Float[Tensor, "e"]) -> ClassRows:
@@ -123,6 +126,8 @@ class Majorant:
         first: g, coefficient of d^2.
         bilinear: a, coefficient of ``|A^T delta_i|^2``.
         tokens: S, coefficient of ``|sum_j w_j v_j delta_j|^2`` summed over heads and rows.
+        gradient: Linear part of the whole bound ``constant + gradient.Delta + Delta M Delta / 2``.
+        constant: Its constant part.
     """
 
     cls: ClassRows
@@ -133,6 +138,8 @@ class Majorant:
     first: Float[Tensor, "h n"]
     bilinear: Float[Tensor, "h n"]
     tokens: Float[Tensor, "n n"]
+    gradient: Float[Tensor, "n d"]
+    constant: float
 
     @property
     def size(self) -> int:

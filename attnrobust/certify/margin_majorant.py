@@ -11,6 +11,7 @@ from attnrobust.certify.margin_eigen import spread_eigenvalue
 from attnrobust.certify.margin_form import ClassRows, Majorant, Moments, moments
 
 TINY = 1e-100
+LARGEST_MASS = 0.5  # of a row's remainder at the reference moves, as a share of its bound
 LIMITS = (1e-3, 1e3)  # parameters are kept in this range around their unit
 
 
@@ -19,7 +20,8 @@ class Parameters:
     """Free positive parameters of the inequalities (docs/margin-certificate.md, section 4).
 
     Args:
-        split: tau in units of ``|D| r``: where the first-order change of a row is cut.
+        split: tau in units of ``|D| r``: width of the cut of the first-order change of a row.
+        reference: e in the same units: first-order change around which the cut is taken.
         pair: e_j in units of ``|gamma|``: balance of ``|u||t|``.
         bilinear: eps_j: balance of x against q in ``u = x + q``.
         query_value: s1 in units of ``|gamma|``: balance of E[qt].
@@ -27,6 +29,7 @@ class Parameters:
     """
 
     split: Float[Tensor, "h n"]
+    reference: Float[Tensor, "h n"]
     pair: Float[Tensor, "h n n"]
     bilinear: Float[Tensor, "h n n"]
     query_value: Float[Tensor, "h n"]
@@ -37,7 +40,7 @@ def initial_parameters(cls: ClassRows) -> Parameters:
     """Parameters that are reasonable everywhere."""
     row = cls.rows.weight.new_ones(cls.rows.weight.shape[:2])
     pair = torch.ones_like(cls.rows.weight)
-    return Parameters(0.4 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row)
+    return Parameters(0.4 * row, 0.0 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +61,9 @@ def pieces(cls: ClassRows, const: Constants, first_norm: Float[Tensor, "h n"]) -
     return Pieces(shift=shift, slope=slope, unit=unit)
 
 
-def _mass_curve(cls: ClassRows, const: Constants, tau: Float[Tensor, "h n"]) -> tuple[Tensor, Tensor]:
-    """Coefficient of u_j^2 / 2 that bounds ``p_j (v_j + tau)``, and its slope in tau."""
-    shifted = cls.advantage + tau[..., None]
+def _mass_curve(cls: ClassRows, const: Constants, par: Parameters, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficient of u_j^2 / 2 that bounds ``p_j (v_j + tau - e)``, and its slope in tau."""
+    shifted = cls.advantage + ((par.split - par.reference) * unit)[..., None]
     effect = torch.where(shifted > 0, const.saturating, const.curvature)
     return shifted * effect, effect
 
@@ -71,7 +74,7 @@ def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -
     weight, r = rows.weight, const.budget.frobenius
     tau = par.split * piece.unit
     pair = par.pair * cls.value_norm[..., None]
-    curve = _mass_curve(cls, const, tau)[0] + pair * piece.slope
+    curve = _mass_curve(cls, const, par, piece.unit)[0] + pair * piece.slope
     positive = curve > 0
     eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
     square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
@@ -83,13 +86,17 @@ def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -
     whole = (piece.shift == 0).all(-1)
     advantage = pi[:, None] * cls.weighted_advantage
     outer = (const.share / par.query_mean)[..., None] * advantage
+    first = pi * const.share / (2.0 * tau)
+    offset = par.reference * piece.unit
     return Majorant(
         cls=cls,
         square=pi[:, None] * square,
         mixed=pi[:, None] * kept,
         value=torch.einsum("i,hij->hj", pi, value),
         centre=torch.where(whole, pi * const.spread / s1, 0.0),
-        first=pi * const.share / (2.0 * tau),
+        first=first,
+        gradient=cls.gradient - cls.combined(first * offset),
+        constant=0.5 * float((first * offset**2).sum()),
         bilinear=pi * (r * r * spread + const.spread * s1 + const.share * par.query_mean) * rows.movable,
         tokens=torch.einsum("hij,hil->jl", outer, cls.weighted_advantage),
     )
@@ -123,14 +130,19 @@ def balanced(
         return average + smooth * average.mean(dims, keepdim=True) + TINY
 
     x2, t2 = mean(found.x**2, (1, 2)), mean(found.t**2, (1,))
-    d2 = mean(found.d**2, (1,))
+    average = found.d.mean(0)
+    variance = (found.d - average).square().mean(0) + smooth * found.d.square().mean((0, 2))[:, None] + TINY
     gram = rows.layer.factor**2 * rows.layer.w_k.mT @ rows.layer.w_k
     query = mean(((found.query @ gram) * found.query).sum(-1), (1,))
     mixed = mean(((cls.weighted_advantage @ points[:, None]) ** 2).sum(-1), (1,))
     pair = (t2[:, None, :] / x2).sqrt() / cls.value_norm[..., None]
-    tau, e = par.split * piece.unit, par.pair * cls.value_norm[..., None]
-    curve, effect = _mass_curve(cls, const, tau)
-    split = (0.5 * const.share * d2 / (effect * x2).sum(-1).clamp_min(TINY)).sqrt() / piece.unit
+    e = par.pair * cls.value_norm[..., None]
+    curve, effect = _mass_curve(cls, const, par, piece.unit)
+    mass = (effect * x2).sum(-1).clamp_min(TINY)
+    # Stationary point of ``(tau - e) m / 2 + pbar mean (d - e)^2 / (4 tau)`` in tau and e, m the mass.
+    ratio = (0.5 * mass / const.share.clamp_min(TINY)).clamp_max(LARGEST_MASS)
+    split = (0.5 * const.share * variance / (mass * (1.0 - ratio))).sqrt() / piece.unit
+    reference = average / piece.unit + 2.0 * split * ratio
     curve = (curve + e * piece.slope).abs()
     spread = spread_eigenvalue(curve, rows.weight, rows.movable)
     eps = (r2 * spread * query / (curve * x2).sum(-1).clamp_min(TINY)).sqrt()[..., None].expand_as(x2)
@@ -142,6 +154,7 @@ def balanced(
 
     return Parameters(
         split=join(par.split, split).clamp(0.02, 2.0),
+        reference=0.5 * (par.reference + reference),
         pair=join(par.pair, pair),
         bilinear=join(par.bilinear, eps).clamp(0.02, 2.0),
         query_value=join(par.query_value, s1),

@@ -23,15 +23,17 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Quadratic:
-    """``G.D + D M D / 2`` with M symmetric, as products.
+    """``constant + G.D + D M D / 2`` with M symmetric, as products.
 
     Args:
         product: (*b, N) -> (*b, N), batched.
         gradient: G.
+        constant: Added to every value.
     """
 
     product: Product
     gradient: Float[Tensor, "N"]
+    constant: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +72,11 @@ def approximate(problem: Quadratic, radius: float, start: Tensor, *, steps: int 
     basis, images = torch.cat(pieces, dim=1), torch.cat(products, dim=1)
     small = basis.T @ images
     values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
-    return _small_solution(values, basis @ vectors, problem.gradient, radius)
+    return _small_solution(values, basis @ vectors, problem, radius)
 
 
-def _small_solution(values: Tensor, vectors: Tensor, gradient: Tensor, radius: float) -> Maximiser:
-    g = vectors.T @ gradient
+def _small_solution(values: Tensor, vectors: Tensor, problem: Quadratic, radius: float) -> Maximiser:
+    g = vectors.T @ problem.gradient
     multiplier = _multiplier(values, g, radius)
     x = g / (multiplier - values).clamp_min(TINY)
     missing = max(radius**2 - float(x @ x), 0.0) ** 0.5
@@ -85,6 +87,7 @@ def _small_solution(values: Tensor, vectors: Tensor, gradient: Tensor, radius: f
         fill[-1] = missing
         points = [x + fill, x - fill]
     value = 0.5 * float(g @ (g / (multiplier - values).clamp_min(TINY))) + 0.5 * multiplier * radius**2
+    value += problem.constant
     return Maximiser(torch.stack(points) @ vectors.T, multiplier, vectors[:, -1], value)
 
 
@@ -110,7 +113,7 @@ def decomposed_bound(problem: Quadratic, radius: float) -> tuple[Upper, Maximise
     matrix = dense(problem)
     values, vectors = torch.linalg.eigh(matrix)
     shift = 1e-11 * float(values.abs().amax())  # backward error of the decomposition: it proves M - shift I only
-    solution = _small_solution(values + shift, vectors, problem.gradient, radius)
+    solution = _small_solution(values + shift, vectors, problem, radius)
     return Upper(max(solution.value, 0.0) * (1.0 + OUTWARD)), solution
 
 
@@ -142,7 +145,7 @@ def factorised_bound(problem: Quadratic, radius: float, guess: Maximiser) -> Upp
         factor, info = torch.linalg.cholesky_ex(shifted)
         if int(info) == 0:
             x = torch.cholesky_solve(problem.gradient[:, None], factor)[:, 0]
-            value = 0.5 * float(problem.gradient @ x) + 0.5 * multiplier * radius**2
+            value = 0.5 * float(problem.gradient @ x) + 0.5 * multiplier * radius**2 + problem.constant
             return Upper(max(value, 0.0) * (1.0 + OUTWARD))
         multiplier = 1.01 * multiplier + shift
     return Upper(math.inf)
@@ -169,7 +172,7 @@ def _dual_value(problem: Quadratic, radius: float, multiplier: float, top: float
     x, residual = _solve(problem, multiplier)
     inner = float(problem.gradient @ x) + float(residual @ x)  # 2 G.x - x (l - M) x = G.x + res.x
     slack = float(residual @ residual) / max(multiplier - top, TINY)
-    return 0.5 * (inner + slack + multiplier * radius**2)
+    return 0.5 * (inner + slack + multiplier * radius**2) + problem.constant
 
 
 def _solve(problem: Quadratic, multiplier: float, *, steps: int = 30) -> tuple[Tensor, Tensor]:
