@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from attnrobust.attacks._attack import AttackBudget, AttackMethod, checked_epsilon, run_many
+from attnrobust.attacks.drivers.foolbox_names import FOOLBOX_ATTACKS, FoolboxEntry, foolbox_names
 from attnrobust.attacks.mass_splitting import split_attack
 from attnrobust.attacks.measure_result import MeasureAttackResult
 from attnrobust.attacks.registry import ALL_ATTACKS, attack_named
@@ -14,14 +15,17 @@ from attnrobust.results import AttackResult
 
 __all__ = [
     "ALL_ATTACKS",
+    "FOOLBOX_ATTACKS",
     "AttackBudget",
     "AttackMethod",
+    "FoolboxEntry",
     "MeasureAttackResult",
     "attack",
     "attack_many",
     "attack_named",
     "duplication_attack",
     "duplication_effect",
+    "foolbox_names",
     "split_attack",
     "token_radii",
 ]
@@ -41,7 +45,7 @@ def attack(
 
     Args:
         problem: Network, clean input, threat and goal.
-        method: Name of the attack.
+        method: Name of the attack: ``token-moving``, or a foolbox attack such as ``foolbox:L2PGD``.
         epsilon: Fixed budget of the adversary, > 0; None searches the minimal radius.
         seed: Seed of the run.
         budget: What the search may cost.
@@ -75,7 +79,7 @@ def attack_many(
 
     Args:
         problems: Any problems; they are grouped by layer, shape, threat and kind of goal.
-        method: Name of the attack.
+        method: Name of the attack: ``token-moving``, or a foolbox attack such as ``foolbox:L2PGD``.
         epsilon: Fixed budget of the adversary, > 0; None searches the minimal radius.
         seed: Seed of the run.
         budget: What the search may cost, per input.

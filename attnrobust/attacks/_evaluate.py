@@ -201,7 +201,7 @@ class Evaluator:
 
     def shares(self, delta: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r c"]:
         """Used share of every budget at moved tokens."""
-        return torch.cat([self._shares(part) for part in delta.split(self._rows(), dim=1)], dim=1)
+        return torch.cat([self._shares(part) for part in delta.split(self.rows_at_once, dim=1)], dim=1)
 
     def usage(self, delta: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r"]:
         """Largest used share; a violation where it is >= 1."""
@@ -211,7 +211,7 @@ class Evaluator:
         self, delta: Float[Tensor, "p r n d"], target: Int[Tensor, "p r"]
     ) -> tuple[Float[Tensor, "p r c"], Float[Tensor, "p r n d"]]:
         """Shares, and the gradient of the share ``target`` with respect to the tokens."""
-        rows = self._rows()
+        rows = self.rows_at_once
         parts = [
             self._shares_and_gradient(d, t) for d, t in zip(delta.split(rows, 1), target.split(rows, 1), strict=True)
         ]
@@ -246,7 +246,7 @@ class Evaluator:
 
     def normal_product(self, vectors: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n d"]:
         """``J^T J v`` for the pooled Jacobian at the clean inputs, in units of the (first) budget."""
-        rows = self._rows()
+        rows = self.rows_at_once
         moved = self.moves(vectors)
         return self.moves(torch.cat([self._normal_product(v) for v in moved.split(rows, dim=1)], dim=1))
 
@@ -276,7 +276,9 @@ class Evaluator:
             (product,) = torch.autograd.grad(image, x, pushed)
         return product
 
-    def _rows(self) -> int:
+    @property
+    def rows_at_once(self) -> int:
+        """Restarts of one problem that are evaluated together: score-sized arrays stay within ``memory_bytes``."""
         n = self.points.shape[-2]
         heads = self.network.heads if isinstance(self.network, Attention) else 1
         width = self.points.shape[-1] + self.network.out_width
