@@ -22,7 +22,7 @@ from attnrobust.rows import Row
 ATTEMPTS = 2
 """How often an item is given to a worker; one that ends its worker twice is an error row."""
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class WorkerError(AttnRobustError):
@@ -78,7 +78,7 @@ class _Worker:
         self.process: SpawnProcess = context.Process(
             target=_serve, args=(theirs, config.model_dump_json()), daemon=True
         )
-        with _environment(dict.fromkeys(_THREAD_VARIABLES, str(config.threads))):
+        with _environment(dict.fromkeys(THREAD_VARIABLES, str(config.threads))):
             self.process.start()
         theirs.close()
         self.ready = False
