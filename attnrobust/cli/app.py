@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from attnrobust import __version__
+from attnrobust.cli.bounds import bounding
 from attnrobust.cli.exits import ExitCode, guarded
 from attnrobust.cli.job import Job, print_json, print_layers, run_job
 from attnrobust.cli.many import many
@@ -195,7 +196,9 @@ def demo(
     return run_job(Job(**locals(), model=DEMO_MODEL), inputs=demo_sentences())
 
 
-app.registered_commands.extend([*many.registered_commands, *scanning.registered_commands])
+app.registered_commands.extend(
+    [*many.registered_commands, *scanning.registered_commands, *bounding.registered_commands]
+)
 
 
 # ---- entry -----------------------------------------------------------------------------------------------------------

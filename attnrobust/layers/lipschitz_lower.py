@@ -15,6 +15,7 @@ from attnrobust.linear_map import largest_singular_value_lower, scale_rows, scal
 from attnrobust.tokens import TokenMeasure
 
 REAL = 1e-9  # imaginary part, relative to the largest eigenvalue, up to which an eigenvalue counts as real
+COARSE = 1e-2  # accuracy at which inputs are told apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +66,7 @@ def finite_lower(attention: Attention, n: int, radius: float, *, seed: int = 0) 
             points = (sign * others * vector).repeat(n, 1)
             points[0] = sign * first * vector
             inputs.append(points)
-    witnesses = [Witness(_norm(attention, TokenMeasure(points), seed=seed), TokenMeasure(points)) for points in inputs]
-    return max(witnesses, key=lambda witness: witness.lower.value)
+    return _best(attention, [TokenMeasure(points) for points in inputs], seed=seed)
 
 
 def mean_field_lower(attention: Attention, radius: float, *, seed: int = 0) -> Witness:
@@ -95,7 +95,7 @@ def mean_field_lower(attention: Attention, radius: float, *, seed: int = 0) -> W
     if attention.causal or not radius >= 0:
         raise InputError("a token measure has no order: give a layer without causal mask, and a radius >= 0")
     centre = TokenMeasure(torch.zeros(1, attention.width, dtype=torch.float64, device=attention.device))
-    found = [Witness(_norm(attention, centre, seed=seed), centre)]
+    measures = [centre]
     for value, vector in _real_eigenvectors(attention):
         first, others = _positions(value, radius)
         gamma = max(-value, value / 8.0)
@@ -103,10 +103,9 @@ def mean_field_lower(attention: Attention, radius: float, *, seed: int = 0) -> W
         if light < 1e-280:
             continue  # the mass leaves float64; a smaller radius shows the growth
         mass = torch.tensor([light, 1.0], dtype=torch.float64, device=attention.device) / (1.0 + light)
-        for sign in (1.0, -1.0):
-            tokens = TokenMeasure(torch.stack([sign * first * vector, sign * others * vector]), mass)
-            found.append(Witness(_norm(attention, tokens, seed=seed), tokens))
-    return max(found, key=lambda witness: witness.lower.value)
+        pair = torch.stack([first * vector, others * vector])
+        measures += [TokenMeasure(pair, mass), TokenMeasure(-pair, mass)]
+    return _best(attention, measures, seed=seed)
 
 
 def closed_form_lower(attention: Attention, radius: float, *, n: int | None = None) -> Lower:
@@ -141,10 +140,16 @@ def _positions(value: float, radius: float) -> tuple[float, float]:
 
 
 def _real_eigenvectors(attention: Attention) -> list[tuple[float, Float[Tensor, "d"]]]:
-    """Extreme real eigenvalues of ``B^T`` of every head, with unit eigenvectors."""
+    """Extreme real eigenvalues of ``B^T`` of every head (where keys are narrow, not 0), with unit eigenvectors."""
     chosen: list[tuple[float, Tensor]] = []
-    for matrix in attention.bilinear.transpose(-1, -2):
+    narrow = attention.key_width < attention.width
+    # B^T w_k z = w_k (scale w_q^T w_k) z: the small matrix has every eigenvalue but 0
+    small = attention.factor * attention.w_q.transpose(-1, -2) @ attention.w_k
+    for head, matrix in enumerate(small if narrow else attention.bilinear.transpose(-1, -2)):
         values, vectors = torch.linalg.eig(matrix)
+        if narrow:
+            vectors = torch.complex(attention.w_k[head] @ vectors.real, attention.w_k[head] @ vectors.imag)
+            vectors = vectors / torch.linalg.vector_norm(vectors, dim=0).clamp_min(1e-300)
         real = (values.imag.abs() <= REAL * values.abs().max().clamp_min(1e-300)).nonzero().flatten()
         if real.numel() == 0:
             continue
@@ -157,11 +162,17 @@ def _real_eigenvectors(attention: Attention) -> list[tuple[float, Float[Tensor, 
     return chosen
 
 
-def _norm(attention: Attention, tokens: TokenMeasure, *, seed: int) -> Lower:
+def _best(attention: Attention, inputs: list[TokenMeasure], *, seed: int) -> Witness:
+    """The input with the largest norm: told apart coarsely, then evaluated well; each value is a lower bound."""
+    best = max(inputs, key=lambda tokens: _norm(attention, tokens, seed=seed, tol=COARSE).value)
+    return Witness(_norm(attention, best, seed=seed, tol=1e-9), best)
+
+
+def _norm(attention: Attention, tokens: TokenMeasure, *, seed: int, tol: float) -> Lower:
     """Norm of ``D^{1/2} J D^{-1/2}`` from below, D the masses; equal masses cancel."""
     linear = AttentionJacobian(attention, tokens.points, None if tokens.uniform else tokens.mass).linear_map()
     root = tokens.mass.sqrt()
-    return largest_singular_value_lower(scale_rows(scale_tokens(linear, 1.0 / root), root), seed=seed)[0]
+    return largest_singular_value_lower(scale_rows(scale_tokens(linear, 1.0 / root), root), seed=seed, tol=tol)[0]
 
 
 def _refuse_mask(attention: Attention) -> None:
