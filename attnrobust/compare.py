@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
+from attnrobust.attacks import AttackBudget, duplication_attack, split_attack
 from attnrobust.attacks import attack as run_attack
-from attnrobust.certify import certify
+from attnrobust.certify import MeasureQuestion, certify
 from attnrobust.errors import InputError, SoundnessError
+from attnrobust.measure_threat import Copies, MeasureThreat
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Certificate, CertificationReport, Comparison, Status
 
 DEFAULT_ATTACK = "token-moving"
+SPLITTING, DUPLICATION = "mass-splitting", "token-duplication"
 
 RADIUS_ROUNDING = 1e-12
 """Relative rounding of a radius itself; the amount by which certificates round their constants outward."""
@@ -38,7 +41,13 @@ class UnsoundError(SoundnessError):
 
 
 def compare(
-    problem: Problem, *, seed: int = 0, methods: Sequence[str] | None = None, attack: str = DEFAULT_ATTACK
+    problem: Problem,
+    *,
+    seed: int = 0,
+    methods: Sequence[str] | None = None,
+    attack: str | None = None,
+    threat: MeasureThreat | Copies | None = None,
+    budget: AttackBudget | None = None,
 ) -> Comparison:
     """Certify and attack one problem: ``certified radius <= true robust radius <= attack radius``.
 
@@ -46,7 +55,10 @@ def compare(
         problem: Network, clean input, threat and goal.
         seed: Seed of the attack's starts and of probabilistic certificates.
         methods: Names of certificates; None means all that apply.
-        attack: Name of the attack.
+        attack: Name of the attack; None means token moving. A threat on measures has its own attack.
+        threat: Perturbed token measures in place of the problem's threat: a ball of measures is attacked by mass
+            splitting, ``Copies`` by token duplication.
+        budget: What the attack may cost; None means its default.
 
     Returns:
         Both results; ``gap = attack radius / best certified radius`` (infinite where one side is missing).
@@ -54,18 +66,39 @@ def compare(
     Raises:
         UnsoundError: The verified attack is inside a certified radius.
         UnknownNameError: A certificate or an attack that does not exist.
+        UnsupportedThreatError: A threat on measures that no certificate covers, with the cure.
+        InputError: The name of an attack on moved tokens together with a threat on measures.
     """
-    certification = certify(problem, methods=methods, seed=seed)
-    return join(problem, run_attack(problem, method=attack, seed=seed), certification)
+    certification = certify(problem, methods=methods, seed=seed, threat=threat)
+    if threat is None:
+        chosen = DEFAULT_ATTACK if attack is None else attack
+        result = run_attack(problem, method=chosen, seed=seed, budget=budget or AttackBudget())
+        return join(problem, result, certification)
+    own = DUPLICATION if isinstance(threat, Copies) else SPLITTING
+    if attack not in (None, own):
+        raise InputError(f"attack {attack!r} does not search {threat.key!r}; leave the attack out, or name {own!r}")
+    found: AttackResult
+    if isinstance(threat, Copies):
+        found = duplication_attack(problem, copies=threat.copies, order=threat.order, seed=seed, budget=budget)
+    else:
+        found = split_attack(problem, threat=threat, seed=seed, budget=budget)
+    return join(problem, found, certification, threat=threat)
 
 
-def join(problem: Problem, attack: AttackResult, certification: CertificationReport) -> Comparison:
+def join(
+    problem: Problem,
+    attack: AttackResult,
+    certification: CertificationReport,
+    *,
+    threat: MeasureThreat | Copies | None = None,
+) -> Comparison:
     """Put an attack and certificates of the same problem beside each other.
 
     Args:
         problem: The problem that both answer.
         attack: Verified attack result.
         certification: Certificates.
+        threat: The threat on measures that both answer, if it is not the problem's own.
 
     Returns:
         The comparison, status of the attack, gap >= 1 up to rounding.
@@ -74,14 +107,16 @@ def join(problem: Problem, attack: AttackResult, certification: CertificationRep
         InputError: A result that belongs to another problem, or a verified radius that is NaN or negative.
         UnsoundError: A verified attack is inside a certified radius, beyond ``radius_rounding``.
     """
-    _refuse_other_problem(problem, attack, certification)
+    digest = problem.digest if threat is None else MeasureQuestion(problem, threat).digest
+    _refuse_other_problem(digest, attack, certification)
     found = attack.status is Status.FOUND
     if found and not attack.radius >= 0.0:
         raise InputError(f"attack {attack.attack} reports the radius {attack.radius} for a violation; it must be >= 0")
-    slack = radius_rounding(problem)
+    # Under W_1 the change of all rows may grow like the root of the radius: an error of usage counts twice.
+    slack = radius_rounding(problem) * (1.0 if threat is None else 2.0)
     broken = [c for c in certification.certificates if found and attack.radius < c.radius * (1.0 - slack)]
     comparison = Comparison(
-        problem=problem.digest,
+        problem=digest,
         attack=attack,
         certification=certification,
         status=Status.UNSOUND if broken else attack.status,
@@ -113,13 +148,13 @@ def radius_rounding(problem: Problem) -> float:
     return min(RADIUS_ROUNDING + 2.0 * USAGE_ROUNDING * float((sizes / resolved.budgets).max()), 0.5)
 
 
-def _refuse_other_problem(problem: Problem, attack: AttackResult, certification: CertificationReport) -> None:
+def _refuse_other_problem(expected: str, attack: AttackResult, certification: CertificationReport) -> None:
     claims = [("attack " + attack.attack, attack.problem), ("certification report", certification.problem)]
     claims += [("certificate " + c.method, c.problem) for c in certification.certificates]
     for what, digest in claims:
-        if digest != problem.digest:
+        if digest != expected:
             raise InputError(
-                f"{what} answers problem {digest[:12]}, not {problem.digest[:12]}; "
+                f"{what} answers problem {digest[:12]}, not {expected[:12]}; "
                 "compare results of the same weights, tokens, threat and goal"
             )
 

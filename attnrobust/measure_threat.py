@@ -1,8 +1,10 @@
 """Perturbed token measures (moved, duplicated, split) and the budgets that measure them."""
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +13,13 @@ from torch import Tensor
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.tokens import MASS_SUM_TOLERANCE, TokenMeasure, require_finite
 from attnrobust.transport import Order, coupling_cost, wasserstein
+
+CausalOrder = Literal["tied", "strict"]
+"""What a copy means under a causal mask: "tied", all copies of a token share its position and see each other;
+"strict", a copy is an ordinary token inserted behind its parent, seen by later copies and by what follows."""
+
+DOMAIN_ROUNDING = 1e-12
+"""Relative amount by which the norm of an atom on the boundary of the domain may round beyond it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,38 +75,75 @@ def identity_perturbation(clean: TokenMeasure) -> PerturbedTokens:
 
 
 class MeasureThreat(ABC):
-    """A ball of token measures around a clean one.
+    """A ball of token measures around a clean one, with support in a ball of tokens.
 
     Args:
         order: p of the distance: 1, 2 or infinity.
+        domain_radius: Every atom has at most this norm; None means all of space. For finite p a tiny mass may travel
+            any distance on a small budget, so certificates need the bound.
     """
 
-    def __init__(self, order: Order = 2) -> None:
+    def __init__(self, order: Order = 2, *, domain_radius: float | None = None) -> None:
         if order not in (1, 2, math.inf):
             raise InputError(f"order {order} is not supported; use 1, 2 or infinity")
+        if domain_radius is not None and not (math.isfinite(domain_radius) and domain_radius > 0):
+            raise InputError(f"the domain radius must be a positive number; got {domain_radius}")
         self.order: Order = order
+        self.domain_radius = None if domain_radius is None else float(domain_radius)
 
     @property
     @abstractmethod
+    def name(self) -> str:
+        """Name of the distance."""
+
+    @property
     def key(self) -> str:
         """Short unique name; ``parse_measure_threat`` reads it back."""
+        where = "" if self.domain_radius is None else f":within:{self.domain_radius!r}"
+        return f"{self.name}:{_order_name(self.order)}{where}"
 
-    @abstractmethod
+    def within(self, domain_radius: float | None) -> "MeasureThreat":
+        """The same distance with the support in the ball of this radius."""
+        return type(self)(self.order, domain_radius=domain_radius)
+
     def distance(self, clean: TokenMeasure, perturbed: PerturbedTokens) -> float:
         """Distance of the perturbed measure, an upper bound of W_p within rounding; infinity outside of the family."""
+        if self.domain_radius is not None:
+            longest = float(torch.linalg.vector_norm(perturbed.points, dim=-1).max())
+            if longest > self.domain_radius * (1.0 + DOMAIN_ROUNDING):
+                return math.inf
+        return self._distance(clean, perturbed)
 
-    @abstractmethod
     def project(self, clean: TokenMeasure, perturbed: PerturbedTokens, epsilon: float) -> PerturbedTokens:
         """A point of the ball of radius epsilon; members are returned unchanged."""
+        if self.distance(clean, perturbed) <= epsilon:
+            return perturbed
+        return self._project(clean, self._into_domain(perturbed), epsilon)
+
+    @abstractmethod
+    def _distance(self, clean: TokenMeasure, perturbed: PerturbedTokens) -> float:
+        """Distance without regard to the domain."""
+
+    @abstractmethod
+    def _project(self, clean: TokenMeasure, perturbed: PerturbedTokens, epsilon: float) -> PerturbedTokens:
+        """Projection without regard to the domain; straight paths to clean tokens of a convex domain stay in it."""
+
+    def _into_domain(self, perturbed: PerturbedTokens) -> PerturbedTokens:
+        if self.domain_radius is None:
+            return perturbed
+        length = torch.linalg.vector_norm(perturbed.points, dim=-1, keepdim=True)
+        factor = torch.where(length > self.domain_radius, self.domain_radius / length.clamp_min(1e-300), 1.0)
+        return PerturbedTokens(perturbed.points * factor, perturbed.mass, perturbed.parent)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.order == getattr(other, "order", None)
+        return type(self) is type(other) and self.key == getattr(other, "key", None)
 
     def __hash__(self) -> int:
-        return hash((type(self).__name__, self.order))
+        return hash(self.key)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(order={self.order})"
+        where = "" if self.domain_radius is None else f", domain_radius={self.domain_radius!r}"
+        return f"{type(self).__name__}(order={self.order}{where})"
 
 
 class CouplingBall(MeasureThreat):
@@ -108,15 +154,15 @@ class CouplingBall(MeasureThreat):
     """
 
     @property
-    def key(self) -> str:
-        return f"coupling:{_order_name(self.order)}"
+    def name(self) -> str:
+        return "coupling"
 
-    def distance(self, clean: TokenMeasure, perturbed: PerturbedTokens) -> float:
+    def _distance(self, clean: TokenMeasure, perturbed: PerturbedTokens) -> float:
         if not perturbed.keeps_masses(clean):
             return math.inf
         return float(coupling_cost(perturbed.displacement(clean), perturbed.mass, order=self.order))
 
-    def project(self, clean: TokenMeasure, perturbed: PerturbedTokens, epsilon: float) -> PerturbedTokens:
+    def _project(self, clean: TokenMeasure, perturbed: PerturbedTokens, epsilon: float) -> PerturbedTokens:
         """A nearest point among those with the same masses: all atoms are pulled back in proportion (p = 1, 2), or each
         one onto its own ball (p = infinity).
 
@@ -124,7 +170,7 @@ class CouplingBall(MeasureThreat):
             InputError: The masses are not those of the clean tokens.
         """
         require_masses(clean, perturbed)
-        distance = self.distance(clean, perturbed)
+        distance = self._distance(clean, perturbed)
         if distance <= epsilon:
             return perturbed
         move = perturbed.displacement(clean)
@@ -142,13 +188,13 @@ class WassersteinBall(MeasureThreat):
     """All measures with ``W_p(clean, perturbed) <= epsilon``, by exact transport; parents do not matter."""
 
     @property
-    def key(self) -> str:
-        return f"wasserstein:{_order_name(self.order)}"
+    def name(self) -> str:
+        return "wasserstein"
 
-    def distance(self, clean: TokenMeasure, perturbed: PerturbedTokens) -> float:
+    def _distance(self, clean: TokenMeasure, perturbed: PerturbedTokens) -> float:
         return wasserstein(clean, perturbed.measure, order=self.order).upper.value
 
-    def project(self, clean: TokenMeasure, perturbed: PerturbedTokens, epsilon: float) -> PerturbedTokens:
+    def _project(self, clean: TokenMeasure, perturbed: PerturbedTokens, epsilon: float) -> PerturbedTokens:
         """The point at distance epsilon on a shortest path from the clean to the perturbed measure (a nearest one).
 
         The path follows an optimal plan: the mass that goes from x_i to y_j is an atom at ``x_i + t (y_j - x_i)``, so
@@ -182,16 +228,60 @@ def checked_fractions(fractions: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
     return fractions
 
 
+@dataclass(frozen=True)
+class Copies:
+    """Up to a number of extra copies of tokens, in all; every atom then moves within the problem's own threat.
+
+    A copy adds its token's mass to it: the perturbed measure has ``(1 + r_j) mass_j / sum`` on the atoms of token j,
+    ``sum_j r_j <= copies``. Goals of all rows and of one row read the original tokens, the mean is over all atoms.
+
+    Args:
+        copies: Most extra copies, >= 1.
+        order: Meaning of a causal mask.
+    """
+
+    copies: int
+    order: CausalOrder = "tied"
+
+    def __post_init__(self) -> None:
+        if self.copies < 1:
+            raise InputError(f"copies must be >= 1; got {self.copies}")
+        if self.order not in ("tied", "strict"):
+            raise UnknownNameError("order of copies", str(self.order), ("tied", "strict"))
+
+    @property
+    def key(self) -> str:
+        """Short unique name."""
+        return f"copies:{self.copies} {self.order}"
+
+
+def question_digest(problem_digest: str, threat: str) -> str:
+    """SHA-256 of a question about perturbed measures: a problem about the clean input, and a description of the threat.
+
+    It differs from the problem's own digest, so that no certificate of moved tokens is compared with split or copied
+    ones by mistake.
+    """
+    return hashlib.sha256(f"{problem_digest};{threat}".encode()).hexdigest()
+
+
 def parse_measure_threat(text: str) -> MeasureThreat:
-    """Read a measure threat from its key: ``coupling:P`` or ``wasserstein:P`` with P one of 1, 2, inf.
+    """Read a measure threat from its key: ``coupling:P`` or ``wasserstein:P`` with P one of 1, 2, inf, and optionally
+    the bound of the support, ``wasserstein:P:within:R``.
 
     Raises:
         UnknownNameError: Another name; lists the nearest.
+        InputError: A bound that is not a positive number.
     """
+    name, _, radius = text.partition(":within:")
     known = {threat.key: threat for threat in all_measure_threats()}
-    if text not in known:
+    if name not in known:
         raise UnknownNameError("measure threat", text, known)
-    return known[text]
+    if name == text:
+        return known[name]
+    try:
+        return known[name].within(float(radius))
+    except ValueError as error:
+        raise InputError(f"threat {text!r}: give the largest norm of a token, as in {name}:within:3.5") from error
 
 
 def all_measure_threats() -> tuple[MeasureThreat, ...]:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -12,13 +12,10 @@ from attnrobust.attacks._evaluate import ScaledGoal
 from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
 from attnrobust.goal import Goal, ResolvedGoal
 from attnrobust.layers.attention import Attention
+from attnrobust.measure_threat import CausalOrder
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.threat import FrobeniusBall
 from attnrobust.tokens import TokenMeasure, tensor_digest
-
-CausalOrder = Literal["tied", "strict"]
-"""What a copy means under a causal mask: "tied", all copies of a token share its position and see each other;
-"strict", a copy is an ordinary token inserted behind its parent, seen by later copies and by what follows."""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ def split_attack(
         fractions: Shares of its mass that a token's second child gets, each in (0, 1); None means halves, a tenth, and
             the small shares that can afford to travel about as far as the tokens are apart.
         domain_radius: Every atom stays in the ball of this radius around 0 (which must hold the clean tokens); None
-            means all of space, where a tiny mass may travel so far that it takes the attention of the other tokens.
+            means that of the threat, or all of space, where a tiny mass may travel so far that it takes the attention
+            of the other tokens.
         seed: Seed of the run.
         budget: What each of the searches may cost.
 
@@ -150,6 +151,9 @@ class _SplitAttack:
                 f"mass splitting does not handle the threat {problem.threat.key!r}: it moves every token it may; "
                 "name the tokens with tokens:I,J"
             )
+        if domain_radius is None:
+            domain_radius = threat.domain_radius
+        threat = threat.within(domain_radius)
         self.problem, self.threat, self.epsilon, self.budget = problem, threat, epsilon, budget
         if domain_radius is not None:
             longest = float(torch.linalg.vector_norm(problem.clean.points, dim=-1).max())
@@ -158,8 +162,7 @@ class _SplitAttack:
                     f"a clean token has norm {longest:.6g}, outside of the domain radius {domain_radius:.6g}"
                 )
         self.domain_radius = domain_radius
-        where = "" if domain_radius is None else f";domain:{domain_radius!r}"
-        self.digest = measure_digest(problem, threat.key + where)
+        self.digest = measure_digest(problem, threat.key)
         self.seed, self.input_seed = seed, input_seed(seed, self.digest, NAME)
         self.row = goal_row(problem)
         self.queries = 0

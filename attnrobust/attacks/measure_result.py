@@ -1,9 +1,8 @@
 """What an attack on token measures found."""
 
-import hashlib
 from dataclasses import dataclass
 
-from attnrobust.measure_threat import PerturbedTokens
+from attnrobust.measure_threat import PerturbedTokens, question_digest
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult
 
@@ -38,4 +37,4 @@ class MeasureAttackResult(AttackResult):
 
 def measure_digest(problem: Problem, threat: str) -> str:
     """Digest of a question about measures."""
-    return hashlib.sha256(f"{problem.digest};{threat}".encode()).hexdigest()
+    return question_digest(problem.digest, threat)

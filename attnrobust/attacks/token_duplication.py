@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.attacks._attack import AttackBudget, checked_epsilon
-from attnrobust.attacks._expand import CausalOrder, expanded_problem, goal_row
+from attnrobust.attacks._expand import expanded_problem, goal_row
 from attnrobust.attacks.measure_result import MeasureAttackResult, measure_digest
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
 from attnrobust.layers.attention import Attention
-from attnrobust.measure_threat import PerturbedTokens
+from attnrobust.measure_threat import CausalOrder, Copies, PerturbedTokens
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
 from attnrobust.threat import FrobeniusBall, PerTokenBall
@@ -241,7 +241,7 @@ def _result(
     seconds: float,
 ) -> MeasureAttackResult:
     result, duplicated = best
-    threat = f"{problem.threat.key} copies:{copies} {order}"
+    threat = f"{problem.threat.key} {Copies(copies, order).key}"
     points = result.perturbed
     atoms = None if points is None else PerturbedTokens(points, duplicated.problem.clean.mass, duplicated.parent)
     return MeasureAttackResult(

@@ -103,15 +103,15 @@ def value_views(
 ) -> tuple[ValueView, ...]:
     """Every sound view of the values for the goal."""
     values = torch.einsum("nd,hdv->hnv", points[visible], layer.w_v)
-    return tuple(_view(layer.w_v @ after, values @ after, stack) for after, stack in _readouts(layer, goal))
+    return tuple(_view(layer.w_v @ after, values @ after, stack) for after, stack in readouts(layer, goal))
 
 
 def head_norms(layer: Headed, matrices: Float[Tensor, "h r v"], goal: ResolvedGoal) -> tuple[HeadNorms, ...]:
     """Every sound view of head averages that are an inner vector times ``matrices``."""
-    return tuple(HeadNorms(spectral_norm(matrices @ after), stack) for after, stack in _readouts(layer, goal))
+    return tuple(HeadNorms(spectral_norm(matrices @ after), stack) for after, stack in readouts(layer, goal))
 
 
-def _readouts(layer: Headed, goal: ResolvedGoal) -> Iterator[tuple[Float[Tensor, "c h v r"], float | None]]:
+def readouts(layer: Headed, goal: ResolvedGoal) -> Iterator[tuple[Float[Tensor, "c h v r"], float | None]]:
     """What follows a head average: functionals exactly; else heads added up, and heads stacked."""
     if goal.functionals is not None:
         yield _per_head(layer, goal.functionals)[..., None], None

@@ -44,12 +44,18 @@ def mean_field_constant(attention: Attention, radius: float, *, order: float = 2
     _check(attention, radius, order, form)
     if attention.causal:
         raise InputError("a token measure has no order; use masked_constant for a causal layer")
-    query, key = _slopes(attention, radius)
     if form == "reported":
+        key = slopes(attention, radius)[1]
         heads = (1.0 + 3.0 * key) * _exp(2.0 * key)
     else:
-        heads = query + _exp(2.0 * key / order) * (1.0 + _kappa(order) * key)
+        heads = mean_field_heads(attention, radius, order)
     return _over_heads(attention, heads, order)
+
+
+def mean_field_heads(attention: Attention, radius: float, order: float) -> Float[Tensor, "h"]:
+    """The derived constant of each head for values of Lipschitz constant 1, without the outward rounding."""
+    query, key = slopes(attention, radius)
+    return query + _exp(2.0 * key / order) * (1.0 + hoelder_factor(order) * key)
 
 
 def masked_constant(attention: Attention, radius: float) -> Upper:
@@ -76,12 +82,17 @@ def masked_constant(attention: Attention, radius: float) -> Upper:
     _check(attention, radius, 2.0, "derived")
     if not attention.causal:
         raise InputError("the layer is not causal; use mean_field_constant")
-    query, key = _slopes(attention, radius)
+    return _over_heads(attention, masked_heads(attention, radius), 2.0)
+
+
+def masked_heads(attention: Attention, radius: float) -> Float[Tensor, "h"]:
+    """The causal constant in d_2 of each head for values of Lipschitz constant 1, without the outward rounding."""
+    query, key = slopes(attention, radius)
     best = torch.full_like(key, math.inf)
     for r in _hoelder_exponents():
         hardy = (2.0 / (2.0 - r)) ** (1.0 / r)
         best = torch.minimum(best, _exp(2.0 * key / r) * hardy * (1.0 + 2.0 ** (2.0 / r - 1.0) * key))
-    return _over_heads(attention, query + best, 2.0)
+    return query + best
 
 
 def kernel_constant(attention: KernelAttention, *, order: float = 1.0) -> Upper:
@@ -111,11 +122,12 @@ def kernel_constant(attention: KernelAttention, *, order: float = 1.0) -> Upper:
         raise InputError(f"order {order} is not in [1, inf]")
     half = 0.5 * known.diameter
     oscillation = torch.tensor(known.oscillation / order, dtype=torch.float64)
-    inner = half * known.query_slope + float(_exp(oscillation)) * (1.0 + _kappa(order) * half * known.key_slope)
+    inner = half * known.query_slope + float(_exp(oscillation)) * (1.0 + hoelder_factor(order) * half * known.key_slope)
     return Upper(round_up(float(spectral_norm(attention.w_v)) * inner, relative=OUTWARD))
 
 
-def _slopes(attention: Attention, radius: float) -> tuple[Float[Tensor, "h"], Float[Tensor, "h"]]:
+def slopes(attention: Attention, radius: float) -> tuple[Float[Tensor, "h"], Float[Tensor, "h"]]:
+    """``a = ||B|| R^2`` and ``a_c = R (||B|| R + |scale w_k b_q|)`` of every head."""
     bilinear = spectral_norm(attention.bilinear) * radius
     return bilinear * radius, radius * (bilinear + torch.linalg.vector_norm(attention.key_offset, dim=-1))
 
@@ -130,7 +142,8 @@ def _over_heads(attention: Attention, heads: Float[Tensor, "h"], order: float) -
     return Upper(round_up(min(added, stack * float(torch.linalg.vector_norm(plain))), relative=OUTWARD))
 
 
-def _kappa(order: float) -> float:
+def hoelder_factor(order: float) -> float:
+    """``kappa_p``: R times it bounds the L^q norm of what is centred in the ball, 1/p + 1/q = 1."""
     return max(1.0, math.pow(2.0, 2.0 / order - 1.0))
 
 
