@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.measure_threat import (
+    Copies,
     CouplingBall,
     MeasureThreat,
     PerturbedTokens,
@@ -16,6 +17,7 @@ from attnrobust.measure_threat import (
     checked_fractions,
     identity_perturbation,
     parse_measure_threat,
+    question_digest,
 )
 from attnrobust.tokens import TokenMeasure
 from attnrobust.transport import wasserstein
@@ -147,3 +149,43 @@ def test_splitting_in_place_changes_nothing() -> None:
         assert threat.distance(CLEAN, half) <= 1e-7
         assert_same_bits(threat.project(CLEAN, half, 0.1).points, half.points)
     assert_close(half.displacement(CLEAN), torch.zeros(8, 3).double(), rtol=0)
+
+
+# ---- domains and copies ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [CouplingBall, WassersteinBall])
+@pytest.mark.parametrize("order", [1, 2, math.inf])
+def test_atoms_outside_of_the_domain_are_no_members(kind: type[MeasureThreat], order: float) -> None:
+    reach = float(torch.linalg.vector_norm(CLEAN.points, dim=1).max())
+    threat, free = kind(order, domain_radius=reach), kind(order)
+    outside = split(2, size=4.0)
+    assert threat.distance(CLEAN, outside) == math.inf
+    assert free.distance(CLEAN, outside) < math.inf
+    projected = threat.project(CLEAN, outside, 0.3)
+    assert_at_most(threat.distance(CLEAN, projected), 0.3, rtol=1e-9)
+    assert_at_most(float(torch.linalg.vector_norm(projected.points, dim=1).max()), reach, rtol=1e-12)
+    inside = split(2, size=0.0)
+    assert threat.distance(CLEAN, inside) <= 1e-12
+
+
+def test_domains_are_part_of_the_key() -> None:
+    threat = WassersteinBall(2, domain_radius=3.5)
+    assert threat.key == "wasserstein:2:within:3.5"
+    assert parse_measure_threat(threat.key) == threat != WassersteinBall(2)
+    assert hash(threat) == hash(WassersteinBall(2).within(3.5))
+    assert threat.within(None) == WassersteinBall(2)
+    for text in ("coupling:inf:within:x", "coupling:inf:within:-1", "coupling:inf:within:nan"):
+        with pytest.raises(InputError, match=r"coupling:inf:within:3\.5"):
+            parse_measure_threat(text)
+    with pytest.raises(UnknownNameError, match="coupling:2"):
+        parse_measure_threat("couplin:2:within:3")
+
+
+def test_questions_about_copies_have_their_own_digests() -> None:
+    assert Copies(2).key == "copies:2 tied"
+    assert question_digest("a", Copies(1).key) != question_digest("a", Copies(2).key)
+    with pytest.raises(InputError, match="copies must be >= 1"):
+        Copies(0)
+    with shapes_unchecked(), pytest.raises(UnknownNameError, match="tied"):
+        Copies(1, order="loose")  # type: ignore[arg-type]
