@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     from foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
     from foolbox.distances import Distance, l2
     from foolbox.models.base import Model
+    from foolbox.models.pytorch import PyTorchModel
     from foolbox.types import Bounds
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "astensor_",
     "attacks",
     "call_attack",
+    "foolbox_model",
     "get_criterion",
     "l2",
     "make_attack",
@@ -77,6 +79,11 @@ class QueryModel(Model):
     def __call__(self, inputs: Any) -> Any:
         points, restore = astensor_(inputs)
         return restore(astensor(self._scores(points.raw)))
+
+
+def foolbox_model(module: torch.nn.Module, *, bounds: tuple[float, float]) -> Model:
+    """A module as a foolbox model on the CPU or wherever its inputs are; foolbox by itself moves it to a GPU."""
+    return PyTorchModel(module, bounds=bounds, device="cpu")
 
 
 def make_attack(entry: FoolboxEntry, *, steps: int, entries: int) -> AttackWithDistance:
