@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from attnrobust import __version__
+from attnrobust.cli.bench import benching
 from attnrobust.cli.bounds import bounding
 from attnrobust.cli.exits import ExitCode, guarded
 from attnrobust.cli.job import Job, print_json, print_layers, run_job
@@ -197,7 +198,12 @@ def demo(
 
 
 app.registered_commands.extend(
-    [*many.registered_commands, *scanning.registered_commands, *bounding.registered_commands]
+    [
+        *many.registered_commands,
+        *scanning.registered_commands,
+        *bounding.registered_commands,
+        *benching.registered_commands,
+    ]
 )
 
 

@@ -72,10 +72,11 @@ class AttackConfig(_Section):
     restarts: int = Field(default=AttackBudget().restarts, ge=1)
     steps: int = Field(default=AttackBudget().steps, ge=1)
     queries: int | None = Field(default=None, ge=1)
+    seconds: float | None = Field(default=None, gt=0)
 
     def budget(self) -> AttackBudget:
         """What one input may cost."""
-        return AttackBudget(restarts=self.restarts, steps=self.steps, queries=self.queries)
+        return AttackBudget(restarts=self.restarts, steps=self.steps, queries=self.queries, seconds=self.seconds)
 
 
 class ExecutionConfig(_Section):
