@@ -103,13 +103,13 @@ def joint_product(rows: CleanRows) -> JointProduct:
 
 
 def dense_forms(rows: CleanRows, radius: float) -> list[Tensor]:
-    """The symmetric matrices of the four forms at one radius."""
+    """The symmetric matrices of the five forms at one radius."""
     product, (n, d) = joint_product(rows), rows.points.shape
     forms = product.majorant.forms(radius)
     unit = torch.eye(n * d, dtype=torch.float64).reshape(-1, n, d)
     return [
         torch.stack([product.apply(one, forms, factors)[0].reshape(-1) for one in unit])
-        for factors in torch.eye(4, dtype=torch.float64)
+        for factors in torch.eye(5, dtype=torch.float64)
     ]
 
 

@@ -60,7 +60,7 @@ def test_joint_product_is_symmetric_and_exact_in_first_order(
     exact = matrix.T @ matrix
     assert float((matrices[0] - exact).abs().max()) <= 1e-9 * float(exact.abs().max()) + _floor(rows) ** 2
     product, moves = joint_product(rows), starts(rows, 1.0)
-    values = product.apply(moves[0], product.majorant.forms(0.3), torch.ones(4, dtype=torch.float64))[1]
+    values = product.apply(moves[0], product.majorant.forms(0.3), torch.ones(5, dtype=torch.float64))[1]
     for form, value in zip(matrices, values, strict=True):
         assert float((form - form.T).abs().max()) <= 1e-9 * float(form.abs().max()) + 1e-22
         assert abs(float(form_root(form, moves[:1])) ** 2 - float(value)) <= 1e-9 * float(form.abs().max()) + 1e-22
@@ -152,26 +152,29 @@ def test_diagonal_reach(name: str, tokens: tuple[int, ...] | None, limit: int, m
 def test_curved_part_is_inside_its_form(
     name: str, tokens: tuple[int, ...] | None, limit: int, pool: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equations 5, 12-14 and 16: the curved part of every move lies below the logit form and the quartic constant."""
+    """Equations 3a, 5, 12-16: the curved part and E[q gamma] of every move lie below the logit and the query form."""
     monkeypatch.setattr(displacement_majorant, "GRAM_LIMIT", limit)
     rows = clean_rows(name, tokens=tokens, pool=pool)
     majorant = Majorant(rows)
     for radius in RADII:
         forms = majorant.forms(radius)
-        constant = forms.constant - majorant._cubic(radius)
         if not forms.finite:
             continue
 
-        matrix = dense_forms(rows, radius)[1]
+        _, logit, _, _, query = dense_forms(rows, radius)
 
-        def ratio(moves: Tensor, matrix: Tensor = matrix, radius: float = radius, constant: float = constant) -> Tensor:
+        def ratio(moves: Tensor, logit: Tensor = logit, query: Tensor = query, radius: float = radius) -> Tensor:
             exact = ExactRows(rows, moves)
             u = exact.u.clamp_max(600.0)
             psi = rows.w * torch.where(u.abs() < 1e-3, u.square() * (0.5 + u / 6.0 + u**2 / 24.0), torch.expm1(u) - u)
             share = psi / (1.0 + psi.sum(dim=-1, keepdim=True))
             curved = torch.einsum("bhij,hijv->bhiv", share, exact.deviation) + share @ exact.gamma
-            curved = curved - share.sum(dim=-1, keepdim=True) * exact.first_order
-            return exact.pooled_norm(rows, curved) / (radius * form_root(matrix, moves) + constant + _floor(rows))
+            if not rows.separate:
+                curved = curved - share.sum(dim=-1, keepdim=True) * exact.first_order
+            crossed = torch.einsum("hij,bhij,bhjv->bhiv", rows.w, exact.q, exact.gamma)
+            curved = curved + crossed / (1.0 + psi.sum(dim=-1, keepdim=True))
+            form = radius * form_root(logit, moves) + form_root(query, moves)
+            return exact.pooled_norm(rows, curved) / (form + _floor(rows))
 
         assert worst_ratio(rows, radius, ratio) <= SLACK
 
@@ -179,10 +182,9 @@ def test_curved_part_is_inside_its_form(
 @selected
 @pytest.mark.parametrize("pool", ["all", "mean"])
 def test_bilinear_parts_are_inside_their_forms(name: str, tokens: tuple[int, ...] | None, pool: str | int) -> None:
-    """Equations 15, 17 and 18."""
+    """Equations 17 and 18."""
     rows = clean_rows(name, tokens=tokens, pool=pool)
-    _, _, value, key = dense_forms(rows, 0.1)
-    cubic = Majorant(rows)._cubic(1.0)
+    _, _, value, key, _ = dense_forms(rows, 0.1)
 
     def value_ratio(moves: Tensor) -> Tensor:
         exact = ExactRows(rows, moves)
@@ -194,13 +196,113 @@ def test_bilinear_parts_are_inside_their_forms(name: str, tokens: tuple[int, ...
         part = torch.einsum("hij,bhij,hijv->bhiv", rows.w, exact.q, exact.deviation)
         return exact.pooled_norm(rows, part) / (form_root(key, moves) + _floor(rows))
 
+    for ratio in (value_ratio, key_ratio):
+        assert worst_ratio(rows, 1.0, ratio) <= SLACK
+
+
+@selected
+@pytest.mark.parametrize("pool", ["all", "mean", 0])
+def test_query_form(name: str, tokens: tuple[int, ...] | None, pool: str | int) -> None:
+    """Equations 15 and 16, each part by itself: quartic sums and E[q gamma] against ``|A^T delta_i|``."""
+    rows = clean_rows(name, tokens=tokens, pool=pool)
+    majorant, radius = Majorant(rows), 0.7
+    coefficient = rows.w * rows.spread
+    bent = majorant._bent(coefficient)
+    nothing = (torch.zeros_like(bent[0]), torch.zeros_like(bent[0]))
+    bilinear = rows.layer.factor * rows.layer.w_q @ rows.layer.w_k.transpose(-1, -2)
+
+    def root(moves: Tensor, weight: Tensor) -> Tensor:
+        sizes = torch.einsum("hde,bnd->bhne", bilinear, moves).square().sum(dim=-1)
+        return (weight * sizes).flatten(1).sum(dim=1).add(1e-300).sqrt()
+
+    def quartic_ratio(moves: Tensor) -> Tensor:
+        exact = ExactRows(rows, moves)
+        sums = (coefficient * exact.q.square()).sum(dim=-1)
+        return exact.pooled_norm(rows, sums[..., None]) / (root(moves, quartic) + _floor(rows))
+
     def cubic_ratio(moves: Tensor) -> Tensor:
         exact = ExactRows(rows, moves)
         part = torch.einsum("hij,bhij,bhjv->bhiv", rows.w, exact.q, exact.gamma)
-        return exact.pooled_norm(rows, part) / (cubic + _floor(rows))
+        return exact.pooled_norm(rows, part) / (root(moves, cubic) + _floor(rows))
 
-    for ratio in (value_ratio, key_ratio, cubic_ratio):
+    cubic = majorant._query_weight(nothing, radius)
+    rows.__dict__["value_norms"] = torch.zeros_like(rows.value_norms)
+    quartic = majorant._query_weight(bent, radius)
+    assert worst_ratio(rows, radius, quartic_ratio, steps=12) <= SLACK
+    assert worst_ratio(rows, radius, cubic_ratio, steps=12) <= SLACK
+
+
+@selected
+def test_bent_sum_by_the_share_of_the_query(name: str, tokens: tuple[int, ...] | None) -> None:
+    """Equation 16 before it is stacked: the weighted spread of the moves, by the query token's share t."""
+    rows = clean_rows(name, tokens=tokens)
+    coefficient = rows.w * (rows.spread + 0.1)
+    first, second = Majorant(rows)._bent(coefficient)
+
+    def ratio(moves: Tensor) -> Tensor:
+        centred = moves[:, None, None] - (rows.w @ moves[:, None])[:, :, :, None]
+        sums = (coefficient * centred.square().sum(dim=-1)).sum(dim=-1)
+        total = moves.flatten(1).square().sum(dim=1)[:, None]
+        share = (moves.square().sum(dim=-1) / total).clamp(1e-12, 1.0 - 1e-12)[:, None]
+        bound = total[..., None] * (first * share.sqrt() + second * (1.0 - share).sqrt()).square()
+        valued = sums * rows.moves / (bound * (1.0 + 1e-5) + 1e-12)  # 1e-5: the clamp of the share
+        return valued.flatten(1).amax(dim=1)
+
+    assert worst_ratio(rows, 1.0, ratio) <= SLACK
+
+
+@selected
+def test_cap_of_the_curved_part(name: str, tokens: tuple[int, ...] | None) -> None:
+    """Equation 13a, where it matters: at large radii."""
+    rows = clean_rows(name, tokens=tokens)
+    majorant = Majorant(rows)
+    for radius in (1.0, 8.0):
+        reach = majorant.reach(radius)
+        inverse = majorant._inverse_partition(reach, radius)
+        drift = radius * majorant._drift(rows.w)
+        cap = majorant._cap(reach, inverse, rows.spread + drift)
+        plain = rows.separate
+
+        def ratio(moves: Tensor, cap: Tensor = cap, plain: bool = plain) -> Tensor:
+            exact = ExactRows(rows, moves)
+            u = exact.u.clamp_max(500.0)
+            psi = rows.w * (torch.expm1(u) - u).clamp_min(0.0)
+            share = psi / (1.0 + psi.sum(dim=-1, keepdim=True))
+            curved = torch.einsum("bhij,hijv->bhiv", share, exact.deviation) + share @ exact.gamma
+            centred = curved - share.sum(dim=-1, keepdim=True) * exact.first_order
+            size = torch.minimum(curved.norm(dim=-1), centred.norm(dim=-1)) if plain else centred.norm(dim=-1)
+            return (size / (cap + _floor(rows))).flatten(1).amax(dim=1)
+
+        assert worst_ratio(rows, radius, ratio) <= SLACK
+        total = float(cap.max()) / (float((rows.spread + drift).max()) + _floor(rows))
+        assert total <= 1.0 + 1e-6, "shares sum to at most 1"
+
+
+@pytest.mark.parametrize("name", ["biases", "causal-biases-strong", "saturated", "padding"])
+def test_one_moving_token_in_closed_form(name: str) -> None:
+    """Equation 13b: rows that are not the token's own see one direction; the general branch bounds the same."""
+    for token in (0, 1):
+        rows = clean_rows(name, tokens=(token,))
+        majorant = Majorant(rows)
+        coefficient = rows.w * rows.spread
+        closed, cumulant = majorant.diagonal_reach(coefficient), majorant._modulus_reach
+
+        def ratio(moves: Tensor, rows: CleanRows = rows, closed: Tensor = closed, f: Tensor = coefficient) -> Tensor:
+            value = (f * ExactRows(rows, moves).linear.square()).sum(dim=-1)
+            return (value / (closed + _floor(rows) ** 2 + 1e-22)).flatten(1).amax(dim=1)
+
+        def cumulant_ratio(moves: Tensor, rows: CleanRows = rows, bound: Tensor = cumulant) -> Tensor:
+            exact = ExactRows(rows, moves)
+            third = torch.einsum("hij,bhij,hijv->bhiv", rows.w, exact.linear.square(), exact.deviation)
+            return (0.5 * third.norm(dim=-1) / (bound + _floor(rows) ** 2 + 1e-22)).flatten(1).amax(dim=1)
+
         assert worst_ratio(rows, 1.0, ratio) <= SLACK
+        assert worst_ratio(rows, 1.0, cumulant_ratio) <= SLACK
+        rows.__dict__["single"] = None
+        general = Majorant(rows).diagonal_reach(coefficient)
+        outward = 1e-12 * rows.slope_norms.square() * coefficient.sum(dim=-1) + 1e-20  # the padding of ``contrast``
+        assert bool((closed <= general * (1 + 1e-9) + outward).all())
+        assert bool((closed >= 0.4 * general - 1e-9 * general.max()).all())
 
 
 def test_values_behind_the_output_projection() -> None:

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from attnrobust.layers.attention import Attention
 
+SHARED = (
+    "log_w", "w", "_split_output", "w_v", "values", "averages", "keys", "slopes", "slope_norms", "spread",
+    "query_factor", "centred_keys", "cross", "value_norms", "bilinear_factors", "bilinear_norms",
+)  # fmt: skip
 GRAM_LIMIT = 128  # up to this n the (h, n, n, n) arrays are built: 12 heads at 128 tokens are 200 MB
 CANCELLATION = 1e-13  # outward share for differences of moments; sums of up to 1e4 terms stay inside
 
@@ -38,6 +42,23 @@ class CleanRows:
     mass: Float[Tensor, "n"] | None
     row_weights: Float[Tensor, "n"] | None
     movable: Bool[Tensor, "n"]
+
+    def taking_over(self, other: "CleanRows") -> "CleanRows":
+        """These rows with what ``other`` has computed and does not depend on which tokens move.
+
+        Raises:
+            ValueError: The other rows belong to another layer or input.
+        """
+        if self.layer is not other.layer or self.points is not other.points or self.mass is not other.mass:
+            raise ValueError("the rows to take over from belong to another layer or input")
+        self.__dict__.update({name: other.__dict__[name] for name in SHARED if name in other.__dict__})
+        return self
+
+    @cached_property
+    def single(self) -> int | None:
+        """The only token that moves, or None where there are several."""
+        moving = self.movable.nonzero().flatten().tolist()
+        return moving[0] if len(moving) == 1 else None
 
     @property
     def n(self) -> int:
@@ -77,6 +98,12 @@ class CleanRows:
     def w_v(self) -> Float[Tensor, "h d r"]:
         """Value weights behind the inner part of the output projection."""
         return self.layer.w_v @ self.inner
+
+    @property
+    def separate(self) -> bool:
+        """Whether the counted output is a stack of head vectors, so that shrinking one of them shrinks its norm."""
+        one_row = self.row_weights is None or int((self.row_weights != 0).sum()) == 1
+        return self.layer.w_o is None and one_row
 
     @property
     def mixing(self) -> float:
@@ -166,13 +193,17 @@ class CleanRows:
     @cached_property
     def gram(self) -> Float[Tensor, "h n n n"]:
         """Inner products of the functionals l_j, l_m of one row-head (eq. 7); only for n <= GRAM_LIMIT."""
+        return self.gram_of(slice(None))
+
+    def gram_of(self, chosen: slice) -> Float[Tensor, "h m n n"]:
+        """``gram`` of some rows."""
         rotated, mean = self.centred_keys
-        centred = (rotated[:, None] - mean[:, :, None]) * self.moves[:, None, None]
-        weighted = self.w * self.moves
-        base = torch.diag_embed(self.moves.expand_as(weighted)) + self.weight_energy[..., None]
+        centred = (rotated[:, None] - mean[:, chosen, None]) * self.moves[chosen, None, None]
+        weighted = self.w[:, chosen] * self.moves
+        base = torch.diag_embed(self.moves.expand_as(weighted)) + self.weight_energy[:, chosen, :, None]
         base = base - weighted[..., :, None] - weighted[..., None, :]
-        crossed = self.own_contrast[..., :, None] * self.cross[..., None, :]
-        out = self.slope_norms[..., None, None].square() * base + centred @ centred.transpose(-1, -2)
+        crossed = self.own_contrast[:, chosen, :, None] * self.cross[:, chosen, None, :]
+        out = self.slope_norms[:, chosen, None, None].square() * base + centred @ centred.transpose(-1, -2)
         return out + crossed + crossed.transpose(-1, -2)
 
     @cached_property

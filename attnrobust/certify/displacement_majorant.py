@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.displacement_base import CANCELLATION, GRAM_LIMIT, CleanRows, stack_weights
+from attnrobust.certify.displacement_base import CANCELLATION, GRAM_LIMIT, CleanRows
 from attnrobust.certify.displacement_scalar import (
     cumulant_modulus,
     log_phi,
@@ -17,6 +17,8 @@ from attnrobust.certify.displacement_scalar import (
     psd_root,
     saturating_weight,
 )
+
+SINE_COSINE = 2.0 / (3.0 * math.sqrt(3.0))  # sup of sin(x) cos(x)^2 and of sin(x)^2 cos(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,19 +29,18 @@ class LogitForms:
         exact: Whether row-head g uses the modulus of its cumulant (1) or its triangle inequality (0), (h, n).
         extra: Diagonal coefficients of l_j^2, (h, n, n).
         multiplier: Factor of row-head g in the stacked form, (h, n).
-        constant: Bound of everything of third and fourth order that is not in the forms.
+        query: Coefficients of ``|A^T delta_i|^2`` in the form of everything with two factors q or q and gamma, (h, n).
     """
 
     exact: Float[Tensor, "h n"]
     extra: Float[Tensor, "h n n"]
     multiplier: Float[Tensor, "h n"]
-    constant: float
+    query: Float[Tensor, "h n"]
 
     @property
     def finite(self) -> bool:
         """Whether nothing overflowed."""
-        parts = (self.extra, self.multiplier)
-        return math.isfinite(self.constant) and all(bool(torch.isfinite(part).all()) for part in parts)
+        return all(bool(torch.isfinite(part).all()) for part in (self.extra, self.multiplier, self.query))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,12 @@ class Majorant:
         return self.rows.n <= GRAM_LIMIT
 
     @cached_property
+    def _own_only(self) -> slice:
+        """The rows whose logit change has more than one direction: all, or the row of the only moving token."""
+        token = self.rows.single
+        return slice(None) if token is None else slice(token, token + 1)
+
+    @cached_property
     def modulus(self) -> Float[Tensor, "h n n n"]:
         """N_g: half the modulus of the third cumulant, head by head to bound the memory."""
         rows = self.rows
@@ -66,24 +73,44 @@ class Majorant:
     @cached_property
     def _modulus_reach(self) -> Float[Tensor, "h n"]:
         """``sup l^T N_g l`` over moves of norm 1."""
-        parts = []
-        for modulus, gram in zip(self.modulus, self.rows.gram, strict=True):
+        parts, chosen = [], self._own_only
+        for modulus, gram in zip(self.modulus[:, chosen], self.gram, strict=True):
             root = psd_root(modulus)
             parts.append(torch.linalg.eigvalsh(root @ gram @ root)[..., -1].clamp_min(0.0) * (1.0 + 1e-10))
-        return torch.stack(parts)
+        return self._with_single(
+            torch.stack(parts), 0.5 * self.rows.w * (1.0 - 2.0 * self.rows.w).abs() * self.rows.spread
+        )
+
+    @cached_property
+    def gram(self) -> Float[Tensor, "h m n n"]:
+        """Gram matrices of the rows that need one."""
+        return self.rows.gram_of(self._own_only)
+
+    def _with_single(self, own: Float[Tensor, "h m"], other: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
+        """``own`` in its rows; elsewhere ``y^2 other_j`` of the only moving token j, where ``|y| <= |b|`` (eq. 13b)."""
+        token = self.rows.single
+        if token is None:
+            return own
+        out = self.rows.slope_norms.square() * other[..., token] * (1.0 + 1e-10)
+        out[:, self._own_only] = own
+        return out
 
     def diagonal_reach(self, coefficient: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
         """Upper bound of ``sup sum_j coefficient_j l_j^2`` over moves of norm 1 (eq. 13)."""
         rows = self.rows
         if self.small:
-            root = coefficient.sqrt()
-            matrix = root[..., :, None] * rows.gram * root[..., None, :]
+            root = coefficient[:, self._own_only].sqrt()
+            matrix = root[..., :, None] * self.gram * root[..., None, :]
             scale = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(1e-280)
             power = matrix / scale[..., None, None]
             power = power @ power
             power = power @ power
             reach: Tensor = scale * torch.linalg.matrix_norm(power).pow(0.25) * (1.0 + 1e-10)
-            return reach
+            if rows.single is None:
+                return reach
+            other = rows.slope_norms.square() * (coefficient * rows.contrast.square()).sum(dim=-1) * (1.0 + 1e-10)
+            other[:, self._own_only] = reach
+            return other
         largest = (coefficient * rows.moves).amax(dim=-1).sqrt()
         key = largest + coefficient.sum(dim=-1).sqrt() * rows.weight_energy[..., 0].sqrt()
         rotated, mean = rows.centred_keys
@@ -117,12 +144,14 @@ class Majorant:
         rows = self.rows
         reach = self.reach(radius)
         upper = saturating_weight(rows.log_w, reach)
-        lower = rows.w * phi_negative(reach) * self._inverse_partition(reach, radius)
-        drifted = rows.spread + radius * rows.drift
+        inverse = self._inverse_partition(reach, radius)
+        lower = rows.w * phi_negative(reach) * inverse
+        drift = radius * self._drift(upper)
+        drifted = rows.spread + drift
         slack = (radius * rows.bilinear_norms[:, None] / rows.logit_reach.amax(dim=-1).clamp_min(1e-300)).clamp(
             1e-9, 1.0
         )
-        rest = upper * (radius * rows.drift + slack[..., None] * drifted)
+        rest = upper * (drift + slack[..., None] * drifted)
         triangle = 0.5 * (upper * rows.spread + rest)
         reach_triangle = self.diagonal_reach(triangle)
         if self.small:
@@ -133,24 +162,57 @@ class Majorant:
             largest = torch.where(exact > 0, reach_exact, reach_triangle)
         else:
             exact, extra, largest = torch.zeros_like(reach_triangle), triangle, reach_triangle
-        constant = self._cubic(radius) + self._quartic(radius, 0.5 * (1.0 + 1.0 / slack)[..., None] * upper * drifted)
-        return LogitForms(exact, extra, stack_multiplier(rows, largest), constant)
+        largest = torch.minimum(largest, self._cap(reach, inverse, drifted) / radius**2)
+        bent = self._bent(0.5 * (1.0 + 1.0 / slack)[..., None] * upper * drifted)
+        return LogitForms(exact, extra, stack_multiplier(rows, largest), self._query_weight(bent, radius))
 
-    def _cubic(self, radius: float) -> float:
-        """``||stack E[q gamma]||`` (eq. 15)."""
+    def _drift(self, upper: Tensor) -> Float[Tensor, "h n n"]:
+        """What psi averages beside vh_j: ``|gamma_j - a|``, or ``|gamma_j|`` where a may shrink (eq. 3a, 8)."""
         rows = self.rows
-        factor = rows.value_norms * rows.bilinear_norms
-        size = (factor[:, None] * rows.w.amax(dim=-1)).square().sum(dim=0) * rows.moves * stack_weights(rows)
-        return radius**3 * math.sqrt(float(size.max()))
+        if not rows.separate:
+            return rows.drift
+        plain = (rows.value_norms[:, None] * rows.moves)[:, None, :].expand_as(rows.drift)
+        better = (upper * plain).sum(dim=-1) <= (upper * rows.drift).sum(dim=-1)
+        return torch.where(better[..., None], plain, rows.drift)
 
-    def _quartic(self, radius: float, coefficient: Tensor) -> float:
-        """``||stack sum_j coefficient_j q_j^2||`` (eq. 16)."""
+    def _cap(self, reach: Tensor, inverse: Tensor, drifted: Tensor) -> Float[Tensor, "h n"]:
+        """Upper bound of ``|sum_j s_j (vh_j + ..)|``, ``s_j = w_j psi(u_j) / (1 + P)``, on the whole ball (eq. 13a)."""
+        share = torch.sigmoid(self.rows.log_w + log_psi(reach))
+        ordered, index = drifted.sort(dim=-1, descending=True)
+        share = share.gather(-1, index)
+        left = (1.0 - inverse) - (share.cumsum(dim=-1) - share)  # what the larger ones leave of sum s = P / (1 + P)
+        return (torch.minimum(share, left.clamp_min(0.0)) * ordered).sum(dim=-1) * (1.0 + 1e-10) + 1e-300
+
+    def _bent(self, coefficient: Float[Tensor, "h n n"]) -> tuple[Tensor, Tensor]:
+        """``sum_j coefficient_j |delta_j - dbar|^2 <= |D|^2 (a t^{1/2} + b (1 - t)^{1/2})^2``, t the share of token i.
+
+        Returns a and b, (h, n) each (eq. 16).
+        """
         rows = self.rows
-        root = coefficient.amax(dim=-1).sqrt() + coefficient.sum(dim=-1).sqrt() * rows.weight_energy[..., 0].sqrt()
-        size = (root * rows.bilinear_norms[:, None]).square() * rows.moves
+        other = ~torch.eye(rows.n, dtype=torch.bool, device=coefficient.device)
+        first = (coefficient * rows.own_contrast.square()).sum(dim=-1).sqrt()
+        energy = (rows.w.square() * rows.moves * other).sum(dim=-1).sqrt()
+        second = (coefficient * rows.moves * other).amax(dim=-1).sqrt() + coefficient.sum(dim=-1).sqrt() * energy
+        return first, second
+
+    def _query_weight(self, bent: tuple[Tensor, Tensor], radius: float) -> Float[Tensor, "h n"]:
+        """Coefficients z: ``||stack (quartic + E[q gamma])|| <= (sum_g z_g |A^T delta_i|^2)^{1/2}`` (eq. 15, 16)."""
+        rows = self.rows
+        first, second = bent
+        norms = rows.bilinear_norms[:, None] * rows.moves
+        cubic = radius**2 * rows.value_norms[:, None] * rows.w.amax(dim=-1) * rows.moves
+        quartic = radius**3 * norms * (first.square() + SINE_COSINE * (2.0 * first * second + second.square()))
         if rows.row_weights is None:
-            return radius**4 * math.sqrt(float(size.square().sum(dim=0).max()))
-        return radius**4 * math.sqrt(float((size * rows.row_weights).amax(dim=1).square().sum()))
+            return (quartic + cubic).square()
+        pooled = radius**3 * norms * (first.square() + second.square()) * rows.row_weights
+        quartic = torch.where(
+            (pooled.amax(dim=-1) < (quartic * rows.row_weights.sqrt()).amax(dim=-1))[:, None],
+            pooled,
+            quartic * rows.row_weights.sqrt(),
+        )
+        cubic = cubic * rows.row_weights.sqrt()
+        ratio = (cubic.amax(dim=-1) / quartic.amax(dim=-1).clamp_min(1e-150)).clamp(1e-9, 1e9)[:, None]
+        return (1.0 + ratio) * quartic.square() + (1.0 + 1.0 / ratio) * cubic.square()
 
 
 def stack_multiplier(rows: CleanRows, largest: Float[Tensor, "h n"]) -> Float[Tensor, "h n"]:

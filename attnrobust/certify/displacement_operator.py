@@ -14,7 +14,7 @@ from attnrobust.certify.displacement_majorant import LogitForms, Majorant
 
 @dataclass(frozen=True, eq=False)
 class JointProduct:
-    """The four forms of eq. 19: first order ``|J D|^2``, logit form, value-logit form, query-key form.
+    """The five forms of eq. 19: first order ``|J D|^2``, logit form, value-logit form, query-key form, query form.
 
     All of them read the same projections of the move and the same centred logit change, so they share one pass.
 
@@ -60,14 +60,14 @@ class JointProduct:
         return inner @ inner.transpose(-1, -2)
 
     def apply(
-        self, moves: Float[Tensor, "n d"], forms: LogitForms, factors: Float[Tensor, "4"]
-    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "4"]]:
-        """Half the gradient of ``sum_k factors_k X_k`` at a move, and the four values ``X_k``.
+        self, moves: Float[Tensor, "n d"], forms: LogitForms, factors: Float[Tensor, "5"]
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "5"]]:
+        """Half the gradient of ``sum_k factors_k X_k`` at a move, and the five values ``X_k``.
 
         Args:
             moves: The move; what it does to tokens that must not move is ignored.
-            forms: Coefficients of the logit form.
-            factors: Weights of the four forms.
+            forms: Coefficients of the logit form and of the query form.
+            factors: Weights of the five forms.
         """
         rows, layer, w = self.rows, self.rows.layer, self.rows.w
         mask = rows.moves[:, None]
@@ -86,10 +86,11 @@ class JointProduct:
         paired = self.value_form.logit_weight * change
         query = left * self.key_form.query_weight[..., None]
         key = right * self.key_form.key_weight[:, None, None]
+        bent = left * forms.query[..., None] * self.rows.bilinear_factors[1][:, None]
         gamma = dv @ self._value_gram * self.value_form.value_weight[:, None, None]
         values = torch.stack([
             output.square().sum(), (image * change).sum(), (paired * change).sum() + (gamma * dv).sum(),
-            (query * left).sum() + (key * right).sum(),
+            (query * left).sum() + (key * right).sum(), (bent * left).sum(),
         ])  # fmt: skip
 
         logit = factors[0] * (w * (back @ self._plain_values.transpose(-1, -2))) + factors[1] * image
@@ -99,7 +100,7 @@ class JointProduct:
             logit @ rows.keys,
             logit.transpose(-1, -2) @ self._queries,
             factors[0] * (w.transpose(-1, -2) @ back) + factors[2] * gamma,
-            factors[3] * query,
+            factors[3] * query + factors[4] * bent,
             factors[3] * key,
         )
         return torch.cat([_from_heads(part) for part in out], dim=-1) @ self._into.T * mask, values

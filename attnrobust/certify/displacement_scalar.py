@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 CELLS = 24  # cells of the supremum in ``saturating_weight``; more cells only tighten it
+SHORT = 1.0  # reach up to which a third of the cells is as good
+BLOCK = 2**14  # numbers at once: intermediate results stay in the cache
 LARGE = 40.0  # beyond, psi is computed as exp(u) (1 - (1 + u) exp(-u)) in log space
 EIGENVALUE_ERROR = 1e-14  # of a decomposition, in units of the largest eigenvalue
 SMALL = 1e-2  # below, psi(u) / (u^2 / 2) is summed as a series
@@ -12,7 +14,11 @@ SMALL = 1e-2  # below, psi(u) / (u^2 / 2) is summed as a series
 
 def log_psi(u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """``log(e^u - 1 - u)`` for u >= 0 (-inf at 0), without overflow and without cancellation."""
-    return torch.where(u > 0, 2.0 * u.clamp_min(1e-300).log() - 0.6931471805599453 + log_phi(u), -torch.inf)
+    return _log_psi_of(u, log_phi(u))
+
+
+def _log_psi_of(u: Tensor, log_phi_u: Tensor) -> Tensor:
+    return torch.where(u > 0, 2.0 * u.clamp_min(1e-300).log() - 0.6931471805599453 + log_phi_u, -torch.inf)
 
 
 def log_phi(u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
@@ -20,6 +26,8 @@ def log_phi(u: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     series = 1.0 + u / 3.0 * (1.0 + u / 4.0 * (1.0 + u / 5.0 * (1.0 + u / 6.0 * (1.0 + u / 7.0 * (1.0 + u / 8.0)))))
     middle = u.clamp(SMALL, LARGE)
     direct = (2.0 * (torch.expm1(middle) - middle) / middle.square()).log()
+    if not bool((u > LARGE).any()):  # the usual case, at half the cost
+        return torch.where(u < SMALL, series.log(), direct)
     far = u.clamp_min(LARGE)
     large = far + torch.log1p(-(1.0 + far) * torch.exp(-far)) + 0.6931471805599453 - 2.0 * far.log()
     return torch.where(u < SMALL, series.log(), torch.where(u > LARGE, large, direct))
@@ -39,18 +47,27 @@ def saturating_weight(log_w: Float[Tensor, "*s"], reach: Float[Tensor, "*s"]) ->
     On a cell a <= u <= b the quotient is at most ``w phi(b) / (1 + w psi(a))`` and at most ``2 s(b) / a^2`` with
     ``s = w psi / (1 + w psi)``; negative u are covered because psi(-|u|) <= psi(|u|).
     """
+    flat, rest = log_w.reshape(-1), reach.expand_as(log_w).reshape(-1)
+    blocks = zip(flat.split(BLOCK), rest.split(BLOCK), strict=True)
+    return torch.cat([_saturating_block(*block) for block in blocks]).reshape(log_w.shape)
+
+
+def _saturating_block(log_w: Float[Tensor, "m"], reach: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
     best = log_w.exp()
-    left = torch.zeros_like(reach)
+    left, before = torch.zeros_like(reach), torch.zeros_like(reach)  # before: log(1 + w psi(left))
     # Nodes denser near 0 where the reach is large, so that the quotient's peak at moderate u is resolved.
     exponent = 1.5 + (reach.clamp_min(3.0) / 3.0).log().clamp_max(2.0)
-    for cell in range(1, CELLS + 1):
-        right = reach * (cell / CELLS) ** exponent
-        grown = torch.exp(log_w + log_phi(right) - torch.nn.functional.softplus(log_w + log_psi(left)))
+    cells = CELLS if float(reach.max()) > SHORT else CELLS // 3
+    for cell in range(1, cells + 1):
+        right = reach * (cell / cells) ** exponent
+        growth = log_phi(right)
+        log_share = log_w + _log_psi_of(right, growth)
+        after = torch.nn.functional.softplus(log_share)
+        grown = torch.exp(log_w + growth - before)
         if cell > 1:
-            share = torch.sigmoid(log_w + log_psi(right))
-            grown = torch.minimum(grown, 2.0 * share / left.square().clamp_min(1e-300))
+            grown = torch.minimum(grown, 2.0 * torch.exp(log_share - after) / left.square().clamp_min(1e-300))
         best = torch.maximum(best, grown)
-        left = right
+        left, before = right, after
     return torch.where(torch.isneginf(log_w), torch.zeros_like(best), best)
 
 
