@@ -2,6 +2,7 @@
 
 from attnrobust.certify._certify import CertificateMethod
 from attnrobust.certify.castin2024smooth import CastinDerived, CastinReported
+from attnrobust.certify.conic import ConicMargin
 from attnrobust.certify.dasoulas2021lipschitz import LipschitzNormGlobal
 from attnrobust.certify.displacement import DisplacementCertificate
 from attnrobust.certify.havens2024local import HavensLocal
@@ -30,12 +31,15 @@ ALL_METHODS: tuple[CertificateMethod, ...] = (
     MarginTokenCertificate(),
     MarginCertificate(),
 )
-"""Every certificate, cheap ones first; ``certify`` runs all that apply unless names are given."""
+"""The default selection, cheap ones first; ``certify`` runs all that apply unless names are given."""
+
+ON_REQUEST: tuple[CertificateMethod, ...] = (ConicMargin(),)
+"""Certificates that take minutes; ``certify`` runs them where they are named."""
 
 
 def method_named(name: str) -> CertificateMethod:
     """Look a certificate up by its name; UnknownNameError lists the nearest ones."""
-    known = {method.name: method for method in ALL_METHODS}
+    known = {method.name: method for method in (*ALL_METHODS, *ON_REQUEST)}
     if name not in known:
         raise UnknownNameError("certificate", name, known)
     return known[name]
