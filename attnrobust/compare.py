@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attnrobust.attacks import AttackBudget, duplication_attack, split_attack
+from attnrobust.attacks import AttackBudget, MeasureAttackResult, duplication_attack, split_attack
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import MeasureQuestion, certify
 from attnrobust.errors import InputError, SoundnessError
@@ -77,12 +77,31 @@ def compare(
     own = DUPLICATION if isinstance(threat, Copies) else SPLITTING
     if attack not in (None, own):
         raise InputError(f"attack {attack!r} does not search {threat.key!r}; leave the attack out, or name {own!r}")
-    found: AttackResult
+    return join(problem, attack_measures(problem, threat, seed=seed, budget=budget), certification, threat=threat)
+
+
+def attack_measures(
+    problem: Problem,
+    threat: MeasureThreat | Copies,
+    *,
+    epsilon: float | None = None,
+    seed: int = 0,
+    budget: AttackBudget | None = None,
+) -> MeasureAttackResult:
+    """The attack that belongs to a threat on measures: mass splitting, or duplication for ``Copies``.
+
+    Args:
+        problem: Network, clean input and goal.
+        threat: What may happen to the token measure.
+        epsilon: Fixed budget, or None for the minimal radius.
+        seed: Seed of the run.
+        budget: What it may cost; None means its default.
+    """
     if isinstance(threat, Copies):
-        found = duplication_attack(problem, copies=threat.copies, order=threat.order, seed=seed, budget=budget)
-    else:
-        found = split_attack(problem, threat=threat, seed=seed, budget=budget)
-    return join(problem, found, certification, threat=threat)
+        return duplication_attack(
+            problem, copies=threat.copies, order=threat.order, epsilon=epsilon, seed=seed, budget=budget
+        )
+    return split_attack(problem, threat=threat, epsilon=epsilon, seed=seed, budget=budget)
 
 
 def join(

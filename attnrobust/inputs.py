@@ -12,6 +12,7 @@ from attnrobust.goal import Displacement, Goal, Margin, Pool
 from attnrobust.layers.capture import CapturedInput, read_texts, read_tokens
 from attnrobust.layers.files import read_arrays
 from attnrobust.layers.model import Model
+from attnrobust.measure_threat import Copies, MeasureThreat
 from attnrobust.rows import RowTask
 from attnrobust.threat import Threat
 from attnrobust.tokens import TokenMeasure
@@ -151,6 +152,7 @@ def make_tasks(
     goal: Goal,
     seed: int,
     device: str | torch.device = "cpu",
+    measures: MeasureThreat | Copies | None = None,
 ) -> list[RowTask]:
     """One task per input of a layer.
 
@@ -162,6 +164,7 @@ def make_tasks(
         goal: What must stay true.
         seed: Seed of the run.
         device: Where the layer lives.
+        measures: What may happen to the token measure, if it is not the threat on moved tokens.
     """
     name, network = model.resolve(layer).name, model.layer(layer)
     tasks = []
@@ -170,7 +173,7 @@ def make_tasks(
         tasks.append(
             RowTask(
                 captured.id, name, network, measure, threat, there, seed=seed, text=captured.text,
-                tokens=captured.token_strings,
+                tokens=captured.token_strings, measures=measures,
             )
         )  # fmt: skip
     return tasks

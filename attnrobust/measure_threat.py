@@ -264,6 +264,24 @@ def question_digest(problem_digest: str, threat: str) -> str:
     return hashlib.sha256(f"{problem_digest};{threat}".encode()).hexdigest()
 
 
+def parse_copies(text: str) -> Copies | None:
+    """Read ``copies:R`` or ``copies:R:strict``; None where the text does not begin with ``copies``.
+
+    Raises:
+        InputError: A number that is not a positive integer.
+        UnknownNameError: Another order.
+    """
+    name, _, rest = text.partition(":")
+    if name != "copies":
+        return None
+    number, _, order = rest.partition(":")
+    if not number.isdecimal():
+        raise InputError(f"threat {text!r}: give the largest number of extra copies, as in copies:2")
+    if order not in ("", "tied", "strict"):
+        raise UnknownNameError("order of copies", order, ("tied", "strict"))
+    return Copies(int(number), order="strict" if order == "strict" else "tied")
+
+
 def parse_measure_threat(text: str) -> MeasureThreat:
     """Read a measure threat from its key: ``coupling:P`` or ``wasserstein:P`` with P one of 1, 2, inf, and optionally
     the bound of the support, ``wasserstein:P:within:R``.

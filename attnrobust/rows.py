@@ -11,9 +11,10 @@ import torch
 from attnrobust.attacks import DEFAULT_BUDGET, AttackBudget
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import certify
-from attnrobust.compare import DEFAULT_ATTACK, UnsoundError, join
+from attnrobust.compare import DEFAULT_ATTACK, UnsoundError, attack_measures, join
 from attnrobust.errors import AlreadyViolatedError, AttnRobustError
 from attnrobust.goal import Goal
+from attnrobust.measure_threat import Copies, MeasureThreat
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.results import AttackResult, CertificationReport, Kind, Status
 from attnrobust.threat import Threat
@@ -43,6 +44,8 @@ class RowTask:
         text: The sentence, if there is one.
         tokens: The n token strings, or empty.
         row_id: See ``Row``.
+        measures: What may happen to the token measure, in place of ``threat``, whose movable tokens it keeps; it has
+            its own attack.
     """
 
     input_id: str
@@ -55,6 +58,14 @@ class RowTask:
     text: str | None = None
     tokens: tuple[str, ...] = ()
     row_id: str | None = None
+    measures: MeasureThreat | Copies | None = None
+
+    @property
+    def key(self) -> str:
+        """The threat's name in tables."""
+        if self.measures is None:
+            return self.threat.key
+        return f"{self.threat.key} {self.measures.key}" if isinstance(self.measures, Copies) else self.measures.key
 
 
 @dataclass(frozen=True)
@@ -180,7 +191,7 @@ def evaluate_row(task: RowTask, options: RowOptions = RowOptions()) -> Row:
         log.debug("row %s failed", task.input_id, exc_info=True)
         values |= {"status": Status.ERROR, "message": _told(error)}
     return Row(
-        input_id=task.input_id, layer=task.layer, n=task.clean.n, threat=task.threat.key, goal=task.goal.key,
+        input_id=task.input_id, layer=task.layer, n=task.clean.n, threat=task.key, goal=task.goal.key,
         seed=task.seed, text=task.text, tokens=task.tokens, row_id=task.row_id, **values,
     )  # fmt: skip
 
@@ -189,15 +200,22 @@ def _run(problem: Problem, task: RowTask, options: RowOptions, values: dict[str,
     """Fill ``values`` step by step, so that a later failure keeps what was computed before it."""
     certification = None
     if options.certify:
-        certification = certify(problem, methods=options.methods, seed=task.seed)
-        values |= _certificate_values(certification) | {"status": Status.CERTIFIED}
+        certification = certify(problem, methods=options.methods, seed=task.seed, threat=task.measures)
+        values |= _certificate_values(certification) | {"status": Status.CERTIFIED, "problem": certification.problem}
     if options.attack is None:
         return
     values["attack"] = options.attack
-    result = run_attack(problem, method=options.attack, epsilon=options.epsilon, seed=task.seed, budget=options.budget)
-    values |= _attack_values(problem, result) | {"status": result.status, "message": result.note or None}
+    result: AttackResult
+    if task.measures is None:
+        result = run_attack(
+            problem, method=options.attack, epsilon=options.epsilon, seed=task.seed, budget=options.budget
+        )
+    else:
+        result = attack_measures(problem, task.measures, epsilon=options.epsilon, seed=task.seed, budget=options.budget)
+    values |= _attack_values(problem, result)
+    values |= {"status": result.status, "message": result.note or None, "problem": result.problem}
     if certification is not None:
-        values["gap"] = _finite(join(problem, result, certification).gap)
+        values["gap"] = _finite(join(problem, result, certification, threat=task.measures).gap)
 
 
 def _problem_values(problem: Problem) -> dict[str, Any]:

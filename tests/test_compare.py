@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attnrobust.attacks import AttackBudget
 from attnrobust.compare import UnsoundError, compare, join, radius_rounding
 from attnrobust.errors import InputError, SoundnessError, UnknownNameError
 from attnrobust.goal import Displacement, Margin
 from attnrobust.layers.attention import Attention
+from attnrobust.measure_threat import Copies
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Certificate, CertificationReport, Kind, Status
 from attnrobust.threat import FrobeniusBall
@@ -149,3 +151,22 @@ def test_the_error_survives_another_process() -> None:
     again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - made one line above
     assert str(again) == str(caught.value)
     assert again.comparison.gap == caught.value.comparison.gap
+
+
+def test_measures_have_questions_of_their_own() -> None:
+    """A certificate for moved tokens never answers for copies, nor the other way round."""
+    problem = linear_problem()
+    comparison = compare(problem, threat=Copies(1), budget=AttackBudget(restarts=1, steps=4, rounds=1))
+    assert comparison.problem != problem.digest
+    # one token and a linear layer: copies change nothing, and moving both is moving the token
+    assert comparison.certification.best.radius == pytest.approx(0.25, rel=2e-3)
+    assert comparison.attack.radius >= 0.25 * (1 - 1e-9)
+    with pytest.raises(InputError, match="same weights, tokens, threat and goal"):
+        join(problem, comparison.attack, report(problem, 0.1), threat=Copies(1))
+    with pytest.raises(InputError, match="same weights, tokens, threat and goal"):
+        join(problem, comparison.attack, comparison.certification)
+    with pytest.raises(InputError, match="token-duplication"):
+        compare(problem, threat=Copies(1), attack="token-moving")
+    inside = replace(comparison.attack, radius=0.1, status=Status.FOUND)
+    with pytest.raises(UnsoundError, match="measure-copies"):
+        join(problem, inside, comparison.certification, threat=Copies(1))

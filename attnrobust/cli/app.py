@@ -56,7 +56,13 @@ Pool = Annotated[
 ]
 Label = Annotated[int | None, typer.Option(metavar="CLASS", help="The label; default the clean prediction.")]
 ThreatKey = Annotated[
-    str, typer.Option("--threat", metavar="T", help="frobenius, per-token, any-token, token:I or tokens:I,J,...")
+    str,
+    typer.Option(
+        "--threat",
+        metavar="T",
+        help="frobenius, per-token, any-token, token:I or tokens:I,J,...; of the token measure: wasserstein:P or "
+        "coupling:P (P = 1, 2, inf; :within:R bounds the tokens), copies:K.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...")]

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from attnrobust.attacks import attack_named
-from attnrobust.certify import method_named
+from attnrobust.certify import measure_method_named, method_named
 from attnrobust.cli.exits import ExitCode, exit_code, say
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
@@ -18,6 +18,13 @@ from attnrobust.inputs import make_goal, make_tasks, parse_device, read_inputs
 from attnrobust.layers.capture import CapturedInput
 from attnrobust.layers.listing import LayerInfo
 from attnrobust.layers.model import Model, load_model
+from attnrobust.measure_threat import (
+    Copies,
+    MeasureThreat,
+    all_measure_threats,
+    parse_copies,
+    parse_measure_threat,
+)
 from attnrobust.report import certificate_table, gap_plot, layer_table, result_table
 from attnrobust.rows import Row, RowOptions, RowTask, evaluate_row
 from attnrobust.store import json_text, require_writable, write_results
@@ -87,13 +94,17 @@ def run_job(job: Job, *, inputs: tuple[str, ...] | None = None) -> ExitCode:
     Raises:
         AttnRobustError: Options or files that cannot be used.
     """
-    options, goal = _row_options(job), _goal(job)
-    threat, device = parse_threat(job.threat), parse_device(job.device)
+    measures = _measures(job.threat)
+    options, goal = _row_options(job, measures=measures is not None), _goal(job)
+    # Of a threat on measures the tokens that may move are all of them; copies move by a shared budget.
+    threat, device = parse_threat("frobenius" if measures else job.threat), parse_device(job.device)
     if job.out is not None:
         require_writable(job.out)
     model = load_model(job.model, device=device)
     captured = _captured(job, model, inputs)
-    tasks = make_tasks(model, job.layer, captured, threat=threat, goal=goal, seed=job.seed, device=device)
+    tasks = make_tasks(
+        model, job.layer, captured, threat=threat, goal=goal, seed=job.seed, device=device, measures=measures
+    )
     rows = list(_printed(job, tracked(_evaluated(tasks, options), len(tasks), quiet=job.quiet)))
     if not job.json:
         print_tables(rows)
@@ -102,14 +113,21 @@ def run_job(job: Job, *, inputs: tuple[str, ...] | None = None) -> ExitCode:
     return exit_code(rows, fail_under=job.fail_under)
 
 
-def _row_options(job: Job) -> RowOptions:
+def _measures(text: str) -> MeasureThreat | Copies | None:
+    """A threat on token measures, or None where the text names one on moved tokens."""
+    if text.partition(":")[0] in {threat.name for threat in all_measure_threats()}:
+        return parse_measure_threat(text)
+    return parse_copies(text)
+
+
+def _row_options(job: Job, *, measures: bool = False) -> RowOptions:
     methods = None
     if job.methods is not None:
         methods = tuple(name.strip() for name in job.methods.split(",") if name.strip())
         if not methods:
             raise InputError("--methods names no certificate; leave it out to run all")
         for name in methods:
-            method_named(name)
+            (measure_method_named if measures else method_named)(name)
     if job.attack is not None:
         attack_named(job.attack)
     if job.fail_under is not None and not job.fail_under >= 0:
