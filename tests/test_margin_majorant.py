@@ -1,6 +1,7 @@
 """The quadratic majorant holds pointwise: gradient ascent on its violation finds none (Theorem 1)."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ ROUNDING = 1e-9  # share of the compared terms; they are sums of a few thousand 
 
 
 def majorants(problem: Problem, radius: float, seed: int) -> list[tuple[int, Majorant]]:
-    """The majorant of every class, with the initial parameters and balanced at random moves."""
+    """The majorant of every class, with initial parameters, balanced ones and random references."""
     bound = MarginBound(problem, seed=0)
     n, d = problem.clean.points.shape
     threat = problem.threat
@@ -32,7 +33,11 @@ def majorants(problem: Problem, radius: float, seed: int) -> list[tuple[int, Maj
         piece = pieces(cls, const, cls.first_norm)
         start = initial_parameters(cls)
         moved = balanced(cls, const, piece, start, boundary_moves(problem, radius, 3, Draw(seed)))
-        found += [(index, majorant(cls, const, piece, par)) for par in (start, moved)]
+        draw = Draw(seed + 7)  # references may have any sign
+        random = replace(
+            moved, reference=draw.normal(*moved.reference.shape), value=0.5 * draw.normal(*moved.value.shape)
+        )
+        found += [(index, majorant(cls, const, piece, par)) for par in (start, moved, random)]
     return found
 
 

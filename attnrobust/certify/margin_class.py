@@ -22,12 +22,11 @@ from attnrobust.certify.margin_trust_region import (
 )
 from attnrobust.threat import PerTokenBall, Threat
 
-ROUNDS = 12  # balances of the parameters at one radius at most
-PATIENCE, PROGRESS = 2, 3e-3  # rounds without this relative progress end the search
-MEMORY, MEMORY_NUMBERS = (
-    20,
-    30_000_000,
-)  # reference moves that the balance averages over: fewer, and the parameters oscillate
+ROUNDS, FIRST_ROUNDS = 16, 40  # balances of the parameters at one radius at most; more before there are good ones
+PATIENCE, FIRST_PATIENCE, PROGRESS = 4, 6, 3e-3  # rounds without this relative progress end the search
+STEP, LARGEST_STEP, SMALLEST_STEP = 0.5, 0.8, 0.05  # from the best parameters so far towards the balance
+LONGER, SHORTER = 1.25, 0.6  # steps after a better value, after a worse one
+MEMORY, MEMORY_NUMBERS = 20, 30_000_000  # reference moves that the balance averages over: fewer, and it oscillates
 FLOOR = 0.5  # share of the mean that is added to the first weights
 SMOOTH = 0.1  # share of the budget below which a coordinate's weight does not fall
 
@@ -87,8 +86,9 @@ class ClassBound:
         piece = pieces(self.rows, const, self.rows.first_norm)
         par, scale = self.parameters, self.scale
         best: tuple[Quadratic, Maximiser, Parameters, Ellipsoid] | None = None
-        idle = 0
-        for _ in range(ROUNDS):
+        idle, step = 0, STEP
+        rounds, patience = (FIRST_ROUNDS, FIRST_PATIENCE) if self.memory is None else (ROUNDS, PATIENCE)
+        for _ in range(rounds):
             region = ellipsoid(self.threat, const.budget, scale)
             quadratic = self._quadratic(const, piece, par, region)
             solution = self._approximate(quadratic, region)
@@ -96,12 +96,14 @@ class ClassBound:
             idle = 0 if best is None or solution.value < (1.0 - PROGRESS) * best[1].value else idle + 1
             if best is None or solution.value < best[1].value:
                 best = (quadratic, solution, par, region)
-            if idle >= PATIENCE:
+            if idle >= patience:
                 break
             moves = self._moves(solution.points, region)
             seen = self._remember(moves / const.budget.frobenius)
-            par = balanced(self.rows, const, piece, par, const.budget.frobenius * seen)
-            scale = self._next_scale(scale, moves, const.budget)
+            longer = solution is best[1]
+            step = min(LARGEST_STEP, LONGER * step) if longer else max(SMALLEST_STEP, SHORTER * step)
+            par = balanced(self.rows, const, piece, best[2], const.budget.frobenius * seen, step=step)
+            scale = self._next_scale(best[3].scale, moves, const.budget, 0.5 * step)
         assert best is not None  # noqa: S101 - there is at least one round
         quadratic, solution, self.parameters, region = best
         self.top, self.scale = solution.top, (scale if not isinstance(self.threat, PerTokenBall) else region.scale)
@@ -157,7 +159,7 @@ class ClassBound:
         self.memory = torch.cat([old, moves])[-keep:]
         return self.memory
 
-    def _next_scale(self, scale: Tensor, moves: Tensor, budget: Budget) -> Tensor:
+    def _next_scale(self, scale: Tensor, moves: Tensor, budget: Budget, power: float) -> Tensor:
         """Raise the weight of coordinates that leave the set and lower that of unused ones (any weights are sound)."""
         if not isinstance(self.threat, PerTokenBall):
             return scale
@@ -165,5 +167,5 @@ class ClassBound:
         if scale.shape[1] == 1:
             square = square.sum(-1, keepdim=True)
         target = budget.epsilon**2
-        scale = scale * ((square + SMOOTH * target) / ((1.0 + SMOOTH) * target)) ** 0.25
+        scale = scale * ((square + SMOOTH * target) / ((1.0 + SMOOTH) * target)) ** power
         return scale / scale.amax()

@@ -1,6 +1,6 @@
 """The quadratic majorant of the drop as a matrix-free symmetric operator on token moves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -61,6 +61,11 @@ class ClassRows:
         """``sum_hi factor_hi D_hi``, on movable tokens."""
         value = -(self.rows.weight.mT @ factor[..., None])[..., 0]
         return spread_back(self, factor[..., None] * self.weighted_advantage, value)
+
+    def revalued(self, change: Float[Tensor, "h n"]) -> "ClassRows":
+        """The rows if value j were larger by ``change_j``: v_j becomes ``v_j - change_j + mean_w change``."""
+        mean = self.rows.weight @ change[..., None]
+        return replace(self, advantage=self.advantage + mean - change[:, None])
 
 
 def class_rows(rows: CleanRows, pooling: Float[Tensor, "n"], functional: Float[Tensor, "e"]) -> ClassRows:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnrobust.certify.margin_constants import Constants
 from attnrobust.certify.margin_eigen import spread_eigenvalue
-from attnrobust.certify.margin_form import ClassRows, Majorant, Moments, moments
+from attnrobust.certify.margin_form import ClassRows, Majorant, Moments, moments, spread_back
 
 TINY = 1e-100
 LARGEST_MASS = 0.5  # of a row's remainder at the reference moves, as a share of its bound
@@ -22,6 +22,7 @@ class Parameters:
     Args:
         split: tau in units of ``|D| r``: width of the cut of the first-order change of a row.
         reference: e in the same units: first-order change around which the cut is taken.
+        value: theta_j in units of ``|gamma| r``: value change around which t_j is bounded.
         pair: e_j in units of ``|gamma|``: balance of ``|u||t|``.
         bilinear: eps_j: balance of x against q in ``u = x + q``.
         query_value: s1 in units of ``|gamma|``: balance of E[qt].
@@ -30,6 +31,7 @@ class Parameters:
 
     split: Float[Tensor, "h n"]
     reference: Float[Tensor, "h n"]
+    value: Float[Tensor, "h n"]
     pair: Float[Tensor, "h n n"]
     bilinear: Float[Tensor, "h n n"]
     query_value: Float[Tensor, "h n"]
@@ -40,7 +42,7 @@ def initial_parameters(cls: ClassRows) -> Parameters:
     """Parameters that are reasonable everywhere."""
     row = cls.rows.weight.new_ones(cls.rows.weight.shape[:2])
     pair = torch.ones_like(cls.rows.weight)
-    return Parameters(0.4 * row, 0.0 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row)
+    return Parameters(0.4 * row, 0.0 * row, 0.0 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +63,15 @@ def pieces(cls: ClassRows, const: Constants, first_norm: Float[Tensor, "h n"]) -
     return Pieces(shift=shift, slope=slope, unit=unit)
 
 
+def _value_reference(cls: ClassRows, const: Constants, par: Parameters) -> Float[Tensor, "h n"]:
+    """theta_j."""
+    return par.value * cls.value_norm * const.budget.frobenius
+
+
 def _mass_curve(cls: ClassRows, const: Constants, par: Parameters, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficient of u_j^2 / 2 that bounds ``p_j (v_j + tau - e)``, and its slope in tau."""
-    shifted = cls.advantage + ((par.split - par.reference) * unit)[..., None]
+    """Coefficient of u_j^2 / 2 that bounds ``p_j (v_j - theta_j + tau - e)``, and its slope in tau."""
+    cut = (par.split - par.reference) * unit
+    shifted = cls.advantage - _value_reference(cls, const, par)[:, None] + cut[..., None]
     effect = torch.where(shifted > 0, const.saturating, const.curvature)
     return shifted * effect, effect
 
@@ -71,7 +79,7 @@ def _mass_curve(cls: ClassRows, const: Constants, par: Parameters, unit: Tensor)
 def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -> Majorant:
     """The quadratic majorant of Theorem 1 of docs/margin-certificate.md for these parameters."""
     rows, pi = cls.rows, cls.pooling
-    weight, r = rows.weight, const.budget.frobenius
+    weight = rows.weight
     tau = par.split * piece.unit
     pair = par.pair * cls.value_norm[..., None]
     curve = _mass_curve(cls, const, par, piece.unit)[0] + pair * piece.slope
@@ -79,26 +87,32 @@ def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -
     eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
     square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
     rest = torch.where(positive, curve * (1.0 + 1.0 / eps), -curve * (1.0 / eps - 1.0))
-    spread = spread_eigenvalue(rest, weight, rows.movable)
+    energy = const.budget.frobenius**2 * spread_eigenvalue(rest, weight, rows.movable)
     kept = weight - piece.shift
     s1 = par.query_value * cls.value_norm
     value = piece.slope / pair + (const.spread / s1)[..., None] * kept
     whole = (piece.shift == 0).all(-1)
-    advantage = pi[:, None] * cls.weighted_advantage
+    theta = _value_reference(cls, const, par)
+    moved = cls.revalued(theta)
+    advantage = pi[:, None] * moved.weighted_advantage
     outer = (const.share / par.query_mean)[..., None] * advantage
     first = pi * const.share / (2.0 * tau)
-    offset = par.reference * piece.unit
+    value = torch.einsum("i,hij->hj", pi, value)
+    centre = torch.where(whole, pi * const.spread / s1, 0.0)
+    offset, mean = par.reference * piece.unit, (weight @ theta[..., None])[..., 0]
+    shifted = pi[:, None] * piece.shift * theta[:, None]
+    linear = value * theta - (weight.mT @ (centre * mean)[..., None])[..., 0]
     return Majorant(
-        cls=cls,
+        cls=moved,
         square=pi[:, None] * square,
         mixed=pi[:, None] * kept,
-        value=torch.einsum("i,hij->hj", pi, value),
-        centre=torch.where(whole, pi * const.spread / s1, 0.0),
+        value=value,
+        centre=centre,
         first=first,
-        gradient=cls.gradient - cls.combined(first * offset),
-        constant=0.5 * float((first * offset**2).sum()),
-        bilinear=pi * (r * r * spread + const.spread * s1 + const.share * par.query_mean) * rows.movable,
-        tokens=torch.einsum("hij,hil->jl", outer, cls.weighted_advantage),
+        gradient=cls.gradient - moved.combined(first * offset) - spread_back(cls, shifted, linear),
+        constant=0.5 * float((first * offset**2).sum() + (value * theta**2).sum() - (centre * mean**2).sum()),
+        bilinear=pi * (energy + const.spread * s1 + const.share * par.query_mean) * rows.movable,
+        tokens=torch.einsum("hij,hil->jl", outer, moved.weighted_advantage),
     )
 
 
@@ -110,6 +124,7 @@ def balanced(
     points: Float[Tensor, "b n d"],
     *,
     smooth: float = 0.1,
+    step: float = 0.5,
 ) -> Parameters:
     """Parameters that make each inequality nearly tight on average over reference points (any choice is sound).
 
@@ -117,24 +132,26 @@ def balanced(
         cls: The functional's rows.
         const: Constants of the set.
         piece: Parameter-free coefficients.
-        par: Parameters so far; the result is the geometric mean with them.
+        par: Parameters so far.
         points: Reference moves, typically the maximisers of the last bound.
         smooth: Share of each form's mean that is added, so that no parameter collapses.
+        step: How far to go from the parameters so far (0) to the balance (1); logarithms move for positive ones.
     """
-    found: Moments = moments(cls, points)
     rows = cls.rows
-    r2 = const.budget.frobenius**2
+    moved = cls.revalued(_value_reference(cls, const, par))
+    found: Moments = moments(moved, points)
 
     def mean(value: Tensor, dims: tuple[int, ...]) -> Tensor:
         average = value.mean(0)
         return average + smooth * average.mean(dims, keepdim=True) + TINY
 
-    x2, t2 = mean(found.x**2, (1, 2)), mean(found.t**2, (1,))
+    x2, t = mean(found.x**2, (1, 2)), found.t.mean(0)
+    t2 = (found.t - t).square().mean(0) + smooth * found.t.square().mean((0, 2))[:, None] + TINY
     average = found.d.mean(0)
     variance = (found.d - average).square().mean(0) + smooth * found.d.square().mean((0, 2))[:, None] + TINY
     gram = rows.layer.factor**2 * rows.layer.w_k.mT @ rows.layer.w_k
     query = mean(((found.query @ gram) * found.query).sum(-1), (1,))
-    mixed = mean(((cls.weighted_advantage @ points[:, None]) ** 2).sum(-1), (1,))
+    mixed = mean(((moved.weighted_advantage @ points[:, None]) ** 2).sum(-1), (1,))
     pair = (t2[:, None, :] / x2).sqrt() / cls.value_norm[..., None]
     e = par.pair * cls.value_norm[..., None]
     curve, effect = _mass_curve(cls, const, par, piece.unit)
@@ -144,17 +161,18 @@ def balanced(
     split = (0.5 * const.share * variance / (mass * (1.0 - ratio))).sqrt() / piece.unit
     reference = average / piece.unit + 2.0 * split * ratio
     curve = (curve + e * piece.slope).abs()
-    spread = spread_eigenvalue(curve, rows.weight, rows.movable)
-    eps = (r2 * spread * query / (curve * x2).sum(-1).clamp_min(TINY)).sqrt()[..., None].expand_as(x2)
+    energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.movable)
+    eps = (energy * query / (curve * x2).sum(-1).clamp_min(TINY)).sqrt()[..., None].expand_as(x2)
     s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / cls.value_norm
     s2 = (mixed / query).sqrt()
 
     def join(old: Tensor, new: Tensor) -> Tensor:
-        return (old * new.clamp(*LIMITS)).sqrt().clamp(*LIMITS)
+        return old.log().lerp(new.clamp(*LIMITS).log(), step).exp().clamp(*LIMITS)
 
     return Parameters(
         split=join(par.split, split).clamp(0.02, 2.0),
-        reference=0.5 * (par.reference + reference),
+        reference=(1.0 - step) * par.reference + step * reference,
+        value=(1.0 - step) * par.value + step * t / (cls.value_norm * const.budget.frobenius),
         pair=join(par.pair, pair),
         bilinear=join(par.bilinear, eps).clamp(0.02, 2.0),
         query_value=join(par.query_value, s1),
