@@ -24,6 +24,7 @@ from attnrobust.threat import PerTokenBall, Threat
 
 ROUNDS, FIRST_ROUNDS = 16, 40  # balances of the parameters at one radius at most; more before there are good ones
 PATIENCE, FIRST_PATIENCE, PROGRESS = 4, 6, 3e-3  # rounds without this relative progress end the search
+FIRST_NUMBERS = 60_000  # rows times tokens up to which the first rounds are that many
 STEP, LARGEST_STEP, SMALLEST_STEP = 0.5, 0.8, 0.05  # from the best parameters so far towards the balance
 LONGER, SHORTER = 1.25, 0.6  # steps after a better value, after a worse one
 MEMORY, MEMORY_NUMBERS = 20, 30_000_000  # reference moves that the balance averages over: fewer, and it oscillates
@@ -87,7 +88,8 @@ class ClassBound:
         par, scale = self.parameters, self.scale
         best: tuple[Quadratic, Maximiser, Parameters, Ellipsoid] | None = None
         idle, step = 0, STEP
-        rounds, patience = (FIRST_ROUNDS, FIRST_PATIENCE) if self.memory is None else (ROUNDS, PATIENCE)
+        first = self.memory is None and self.rows.advantage.numel() <= FIRST_NUMBERS
+        rounds, patience = (FIRST_ROUNDS, FIRST_PATIENCE) if first else (ROUNDS, PATIENCE)
         for _ in range(rounds):
             region = ellipsoid(self.threat, const.budget, scale)
             quadratic = self._quadratic(const, piece, par, region)

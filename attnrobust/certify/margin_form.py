@@ -91,11 +91,11 @@ class Moments:
 def moments(cls: ClassRows, delta: Float[Tensor, "*b n d"]) -> Moments:
     """Evaluate the linear pieces; delta must vanish on tokens that may not move."""
     rows, layer = cls.rows, cls.rows.layer
-    query = torch.einsum("...nd,hdk->...hnk", delta, layer.w_q)
-    key = torch.einsum("...nd,hdk->...hnk", delta, layer.w_k)
+    both = (delta @ rows.projection).unflatten(-1, (-1, 2 * layer.key_width)).transpose(-3, -2)
+    query, key = both[..., : layer.key_width], both[..., layer.key_width :]
     raw = rows.queries @ key.mT + query @ rows.keys.mT
     x = raw - (rows.weight * raw).sum(-1, keepdim=True)
-    t = torch.einsum("...nd,hd->...hn", delta, cls.gamma)
+    t = (delta @ cls.gamma.T).mT
     d = (cls.weighted_advantage * x).sum(-1) - (rows.weight @ t[..., None])[..., 0]
     return Moments(x=x, t=t, d=d, query=query, key=key)
 
@@ -104,15 +104,15 @@ def spread_back(
     cls: ClassRows, x: Tensor, t: Tensor, *, query: Tensor | None = None, key: Tensor | None = None
 ) -> Float[Tensor, "*b n d"]:
     """Adjoint of ``moments`` for cotangents of (x, t, query, key), restricted to the movable tokens."""
-    rows, layer = cls.rows, cls.rows.layer
+    rows = cls.rows
     raw = x - rows.weight * x.sum(-1, keepdim=True)
     to_query, to_key = raw @ rows.keys, raw.mT @ rows.queries
     if query is not None:
         to_query = to_query + query
     if key is not None:
         to_key = to_key + key
-    out = torch.einsum("...hnk,hdk->...nd", to_query, layer.w_q) + torch.einsum("...hnk,hdk->...nd", to_key, layer.w_k)
-    return (out + torch.einsum("...hn,hd->...nd", t, cls.gamma)) * rows.movable[:, None]
+    both = torch.cat([to_query, to_key], dim=-1).transpose(-3, -2).flatten(-2)
+    return (both @ rows.projection.T + t.mT @ cls.gamma) * rows.movable[:, None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """What the margin certificate needs of a layer at one clean input, for all heads and rows at once."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -57,6 +58,12 @@ class CleanRows:
     def n(self) -> int:
         """Tokens."""
         return int(self.points.shape[0])
+
+    @cached_property
+    def projection(self) -> Float[Tensor, "d p"]:
+        """``[w_q w_k]`` of all heads side by side, p = 2 h k: one product instead of one per head."""
+        both = torch.cat([self.layer.w_q, self.layer.w_k], dim=-1)
+        return both.transpose(0, 1).flatten(1)
 
     @property
     def index(self) -> Bool[Tensor, "n"]:
