@@ -76,7 +76,7 @@ APPLIES = {
 
 @pytest.fixture(scope="module", params=LAYERS)
 def table(request: pytest.FixtureRequest) -> tuple[str, BoundsTable]:
-    return request.param, bounds_table(LAYERS[request.param](), TokenMeasure(draw(4, 3, seed=3)))
+    return request.param, bounds_table(LAYERS[request.param](), TokenMeasure(draw(4, 3, seed=3)), search=0)
 
 
 def test_no_bound_is_below_a_value_that_is_reached(table: tuple[str, BoundsTable]) -> None:
@@ -107,7 +107,7 @@ def test_rows_say_region_condition_kind_and_reference(table: tuple[str, BoundsTa
 
 def test_values_are_those_of_the_bounds_themselves() -> None:
     layer = dot_product()
-    result = bounds_table(layer, n=5, radius=0.7)
+    result = bounds_table(layer, n=5, radius=0.7, search=0)
     values = {(row.quantity, row.name): row.value for row in result.bounds}
     assert values[Quantity.BALL, "castin2024-derived"] == ball_constant(layer, 5, 0.7).value
     assert values[Quantity.W2, "castin2024-measures-derived"] == mean_field_constant(layer, 0.7, order=2.0).value
@@ -118,14 +118,14 @@ def test_values_are_those_of_the_bounds_themselves() -> None:
 
 def test_a_wrong_bound_shows_as_a_ratio_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(castin2024smooth, "ball_constant", lambda *_, **__: Upper(0.01))
-    result = bounds_table(dot_product(), n=3, radius=1.0)
+    result = bounds_table(dot_product(), n=3, radius=1.0, search=0)
     assert min(row.ratio for row in result.bounds if row.ratio is not None) < 1.0
 
 
 @pytest.mark.parametrize("kind", ["L2", "cosine", "LipschitzNorm"])
 def test_constants_of_all_of_space_do_not_depend_on_the_ball(kind: str) -> None:
     layer = LAYERS[kind]()
-    small, large = (bounds_table(layer, n=4, radius=radius) for radius in (0.1, 50.0))
+    small, large = (bounds_table(layer, n=4, radius=radius, search=0) for radius in (0.1, 50.0))
     for first, second in zip(small.bounds, large.bounds, strict=True):
         assert first.value == pytest.approx(second.value, rel=1e-12)
 
@@ -141,7 +141,7 @@ def test_the_global_constant_of_l2_attention_is_its_formula() -> None:
     outer = torch.linalg.matrix_norm(layer.factor**0.5 * layer.w_q.mT @ layer.w_v, 2)
     bracket = n**0.5 * (1 + 2 * spread) + 2 * spread
     expected = bracket * float(torch.linalg.vector_norm(inner * outer))  # heads are concatenated
-    values = {(row.quantity, row.name): row.value for row in bounds_table(layer, n=n, radius=1.0).bounds}
+    values = {(row.quantity, row.name): row.value for row in bounds_table(layer, n=n, radius=1.0, search=0).bounds}
     assert values[Quantity.BALL, "kim2021-l2"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -163,15 +163,28 @@ def test_automatic_derivatives_are_exact(kind: str) -> None:
 
 def test_unequal_masses_have_their_own_local_rows() -> None:
     mass = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
-    result = bounds_table(dot_product(), TokenMeasure(draw(3, 3), mass), threat=PerTokenBall())
+    result = bounds_table(dot_product(), TokenMeasure(draw(3, 3), mass), threat=PerTokenBall(), search=0)
     names = [row.name for row in result.bounds if row.quantity == Quantity.LOCAL_MASS]
     assert names == ["singular-value", "local-covariances"]
     assert all(row.ratio is None or row.ratio >= 1.0 - ROUNDING for row in result.bounds)
 
 
+@pytest.mark.parametrize(
+    "kind", ["sigmoid", *(pytest.param(k, marks=pytest.mark.slow) for k in LAYERS if k not in ("sigmoid", "kernel"))]
+)
+def test_the_ascent_only_raises_lower_bounds_and_none_passes_its_bound(kind: str) -> None:
+    steps = 20 if kind == "sigmoid" else 60
+    plain, searched = (bounds_table(LAYERS[kind](), n=2, radius=1.5, search=count) for count in (0, steps))
+    assert any(row.name == "ascent" for row in searched.lower_bounds)
+    for first, second in zip(plain.bounds, searched.bounds, strict=True):
+        assert first.value == second.value
+        if first.ratio is not None and second.ratio is not None:
+            assert 1.0 - ROUNDING <= second.ratio <= first.ratio
+
+
 def test_a_layer_of_another_kind_is_told_why_nothing_applies() -> None:
     layer = Mlp(draw(3, 4), draw(4, 3), activation="relu")
-    result = bounds_table(layer, TokenMeasure(draw(3, 3)))
+    result = bounds_table(layer, TokenMeasure(draw(3, 3)), search=0)
     assert {row.name for row in result.bounds} == {"singular-value"}
 
 
@@ -188,6 +201,7 @@ def test_a_layer_of_another_kind_is_told_why_nothing_applies() -> None:
         ({"clean": TokenMeasure(draw(3, 2))}, "width 2"),
         ({"clean": TokenMeasure(torch.zeros(3, 3))}, "radius 0"),
         ({"clean": TokenMeasure(draw(3, 3)), "epsilon": -1.0}, "epsilon must be a positive number"),
+        ({"n": 3, "radius": 1.0, "search": -1}, "steps >= 0"),
     ],
 )
 def test_what_cannot_be_used_is_refused(options: dict[str, object], words: str) -> None:
@@ -208,7 +222,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def test_json_is_one_strict_object_an_input(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = run(["bounds", str(files / "layer.npz"), "--tokens", str(files / "x.npz"), "--json"])
+    code = run(["bounds", str(files / "layer.npz"), "--tokens", str(files / "x.npz"), "--json", "--search", "0"])
     assert code == ExitCode.OK
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (first["input"], second["input"], second["n"]) == ("a", "b", 3)
@@ -220,7 +234,7 @@ def test_json_is_one_strict_object_an_input(files: Path, capsys: pytest.CaptureF
 
 
 def test_the_table_names_every_bound(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bounds", str(files / "layer.npz"), "--radius", "1", "--n", "3"]) == ExitCode.OK
+    assert run(["bounds", str(files / "layer.npz"), "--radius", "1", "--n", "3", "--search", "0"]) == ExitCode.OK
     out = capsys.readouterr().out
     for words in ("castin2024-reported", "best lower", "do not apply", "kim2021-l2", "float64", "R = 1"):
         assert words in out

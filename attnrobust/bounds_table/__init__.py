@@ -24,6 +24,7 @@ def bounds_table(
     epsilon: float | None = None,
     threat: Threat | None = None,
     seed: int = 0,
+    search: int | None = None,
 ) -> BoundsTable:
     """Evaluate every Lipschitz bound of the field on one layer, beside the best lower bounds found.
 
@@ -40,6 +41,8 @@ def bounds_table(
         epsilon: Size of the finite moves around X; None means 1 % of the Frobenius norm of X.
         threat: How finite moves are measured; None means the Frobenius norm of all tokens.
         seed: Seed of start vectors, random inputs and the attack.
+        search: Steps of the ascent that looks for large derivatives in the ball; None means 40 for small layers (token
+            count times width at most 256) and none for larger ones, where it takes minutes.
 
     Returns:
         The table: what applies (in each quantity the smallest first), lower bounds, what does not apply and why.
@@ -51,11 +54,11 @@ def bounds_table(
         >>> import torch
         >>> from attnrobust.layers.attention import Attention
         >>> w = torch.ones(1, 1, 1)
-        >>> table = bounds_table(Attention(w_q=w, w_k=-w, w_v=w, scale=1.0), n=2, radius=1.0)
+        >>> table = bounds_table(Attention(w_q=w, w_k=-w, w_v=w, scale=1.0), n=2, radius=1.0, search=0)
         >>> [(row.name, round(row.value, 3)) for row in table.bounds if row.quantity == Quantity.BALL]
         [('castin2024-derived', 3.828), ('castin2024-reported', 5.745)]
     """
-    question = checked(network, clean, n, radius, epsilon, FrobeniusBall() if threat is None else threat, seed)
+    question = checked(network, clean, n, radius, epsilon, FrobeniusBall() if threat is None else threat, seed, search)
     lowers = sorted(lower_bounds(question), key=lambda row: (list(Quantity).index(row.quantity), -row.value))
     best: dict[Quantity, float] = {}
     for row in lowers:

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from attnrobust.attacks import AttackBudget, attack
+from attnrobust.attacks import AttackBudget, attack, lipschitz_search
+from attnrobust.attacks._derivative import JacobianNorm
+from attnrobust.attacks.lipschitz_search import Masses
 from attnrobust.bounds import round_down
 from attnrobust.bounds_table._question import Question, derivative
 from attnrobust.bounds_table._records import LowerRow, Quantity
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.kernel_attention import KernelAttention
+from attnrobust.layers.l2_attention import L2Attention
 from attnrobust.layers.lipschitz_lower import finite_lower, mean_field_lower
+from attnrobust.layers.sigmoid_attention import SigmoidAttention
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.linear_map import LinearMap, largest_singular_value_lower, pool_rows, scale_rows, scale_tokens
 from attnrobust.tokens import TokenMeasure
@@ -30,6 +34,7 @@ LIGHTER = (1.0, 1e-4, 1e-8)
 """Shares of the two-atom measure's light mass: the W_1 constant is approached as the light atom vanishes."""
 FAR = 200.0
 """Score gap at which attention is hard to e^-200."""
+RESTARTS = 4
 TINY = 1e-300
 TWO_ATOMS = "two atoms"
 
@@ -77,10 +82,33 @@ def _candidates(question: Question) -> Iterator[_Candidate]:
         if not network.causal:
             measure = mean_field_lower(network, question.radius, seed=question.seed).tokens
             yield _Candidate(TWO_ATOMS, "a light and a heavy atom on an eigenvector's line", measure)
+    yield from _searched(question)
     generator = torch.Generator().manual_seed(question.seed)
-    drawn = torch.randn(question.n, network.width, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(question.n, network.width, generator=generator, dtype=torch.float64).to(question.device)
     drawn = drawn / torch.linalg.vector_norm(drawn, dim=-1, keepdim=True) * (question.radius * (1.0 - 1e-15))
     yield _Candidate("derivative", "random tokens on the sphere", TokenMeasure(drawn))
+
+
+def _searched(question: Question) -> Iterator[_Candidate]:
+    """Where ascent on the derivative's norm over the ball ends, for every norm that a bound speaks about."""
+    network = question.network
+    if question.search_steps == 0:
+        return
+    searches: list[tuple[JacobianNorm, Masses]] = [("l2", "equal"), ("max-token", "equal")]
+    measures = isinstance(network, Attention) and network.mask is None and not network.causal
+    if measures or isinstance(network, SigmoidAttention):
+        searches.append(("l2", "free"))
+    if isinstance(network, L2Attention):
+        searches.append(("linf", "equal"))
+    # one rounding unit inside, as above
+    centre = torch.zeros(question.n, network.width, dtype=torch.float64, device=question.device)
+    size = question.radius * (1.0 - 1e-15)
+    for norm, masses in searches:
+        found = lipschitz_search(
+            network, centre, size, norm=norm, masses=masses, restarts=RESTARTS, steps=question.search_steps,
+            seed=question.seed,
+        )  # fmt: skip
+        yield _Candidate("ascent", f"{norm} norm, {masses} masses, {question.search_steps} steps", found.tokens)
 
 
 # ---- what one derivative shows -------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from attnrobust.problem import Problem
 from attnrobust.threat import Threat
 from attnrobust.tokens import TokenMeasure
 
+SEARCH_STEPS, SEARCHED_SIZE = 40, 256
+"""Steps of the ascent for lower bounds where none are given, on inputs of at most so many numbers."""
 SHARE = 0.01
 """Size of the finite moves where none is given: this share of the input's Frobenius norm."""
 LARGEST_MATRIX = 1 << 24
@@ -35,6 +37,7 @@ class Question:
         epsilon: Size of finite moves around X, > 0; None without an input.
         threat: How finite moves are measured.
         seed: Seed of everything random.
+        search: Steps of the ascent for lower bounds; None leaves it to the size.
     """
 
     network: TokenMap
@@ -44,6 +47,20 @@ class Question:
     epsilon: float | None
     threat: Threat
     seed: int
+    search: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer lives."""
+        place = getattr(self.network, "device", None) if self.clean is None else self.clean.points.device
+        return place if isinstance(place, torch.device) else torch.device("cpu")
+
+    @property
+    def search_steps(self) -> int:
+        """Steps of the ascent."""
+        if self.search is not None:
+            return self.search
+        return SEARCH_STEPS if self.n * max(self.network.width, self.network.out_width) <= SEARCHED_SIZE else 0
 
     @cached_property
     def problem(self) -> Problem:
@@ -60,6 +77,7 @@ def checked(
     epsilon: float | None,
     threat: Threat,
     seed: int,
+    search: int | None,
 ) -> Question:
     """Fill in what follows from the input, refuse what cannot be used.
 
@@ -67,12 +85,14 @@ def checked(
         InputError: Neither an input nor a radius with a token count; numbers that are not positive; a count or a radius
             that the input contradicts.
     """
+    if search is not None and search < 0:
+        raise InputError(f"the search takes a number of steps >= 0; got {search}")
     if clean is None:
         if n is None or radius is None:
             raise InputError("give an input, or a radius together with a token count n")
         if epsilon is not None:
             raise InputError("epsilon is a distance from an input; give an input or leave epsilon out")
-        return Question(network, _count(n), _positive("radius", radius), None, None, threat, seed)
+        return Question(network, _count(n), _positive("radius", radius), None, None, threat, seed, search)
     if clean.width != network.width:
         raise InputError(f"the tokens have width {clean.width}, the layer takes {network.width}")
     if n is not None and n != clean.n:
@@ -83,7 +103,7 @@ def checked(
     radius = largest if radius is None else _positive("radius", radius)
     if epsilon is None:
         epsilon = SHARE * (float(torch.linalg.vector_norm(clean.points)) or radius)
-    return Question(network, clean.n, radius, clean, _positive("epsilon", epsilon), threat, seed)
+    return Question(network, clean.n, radius, clean, _positive("epsilon", epsilon), threat, seed, search)
 
 
 def _count(n: int) -> int:

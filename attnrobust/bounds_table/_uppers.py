@@ -178,7 +178,7 @@ def _other_layers() -> Iterator[Claim]:
 def _constant(question: Question, *, method: CertificateMethod, layer: type, quantity: Quantity) -> Upper:
     """A certificate's slope where it is the same for every input: of its usage at one size around any input."""
     network: TokenMap = _layer(question, layer)
-    size, points = 1.0, torch.ones(question.n, network.width, dtype=torch.float64)
+    size, points = 1.0, torch.ones(question.n, network.width, dtype=torch.float64, device=question.device)
     if isinstance(network, SigmoidAttention):  # a ball around 0 of radius R
         size, points = question.radius, torch.zeros_like(points)
     if isinstance(network, L2Attention):

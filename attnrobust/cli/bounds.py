@@ -37,6 +37,10 @@ def bounds(
     ] = None,
     threat: Annotated[str, typer.Option(metavar="T", help="How finite moves are measured.")] = "frobenius",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    search: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Steps of ascent for lower bounds; default 40 if small, else 0."),
+    ] = None,
     device: Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="One JSON object an input on stdout.")] = False,
 ) -> int:
@@ -56,7 +60,9 @@ def bounds(
         inputs = [(c.id, c.text, c.measure) for c in captured]
     for identifier, text, measure in inputs:
         there = None if measure is None else _moved(measure, device)
-        table = bounds_table(network, there, n=n, radius=radius, epsilon=epsilon, threat=measured, seed=seed)
+        table = bounds_table(
+            network, there, n=n, radius=radius, epsilon=epsilon, threat=measured, seed=seed, search=search
+        )
         if json:
             asked = {"model": model, "layer_name": name, "input": identifier, "text": text, "threat": measured.key}
             print_json({**asked, "seed": seed, **table.as_dict()})
