@@ -137,7 +137,9 @@ def _bottleneck(first: TokenMeasure, second: TokenMeasure, table: NDArray[np.flo
             low = middle + 1
     if plan is None:
         plan = _emd(first, second, table)[0]
-    value = float(levels[high])
+    # Mass below the rounding of the plan counts too: every atom is at least as far as the nearest of the others.
+    nearest = max(float(table.min(axis=0).max()), float(table.min(axis=1).max()))
+    value = max(float(levels[high]), nearest)
     return Transport(math.inf, Lower(value), Upper(value), torch.from_numpy(plan))
 
 

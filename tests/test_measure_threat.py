@@ -189,3 +189,22 @@ def test_questions_about_copies_have_their_own_digests() -> None:
         Copies(0)
     with shapes_unchecked(), pytest.raises(UnknownNameError, match="tied"):
         Copies(1, order="loose")  # type: ignore[arg-type]
+
+
+def test_a_tiny_mass_counts_in_the_largest_distance() -> None:
+    """A far atom whose mass is below the rounding of the transport plan: W_inf is its distance, not 0."""
+    points = torch.cat([CLEAN.points, CLEAN.points[:1] + 5.0])
+    mass = torch.cat([CLEAN.mass, torch.tensor([1e-14]).double()])
+    mass[0] -= 1e-14
+    far = PerturbedTokens(points, mass, torch.tensor([0, 1, 2, 3, 0]))
+    distances = torch.linalg.vector_norm(CLEAN.points - points[-1], dim=1)
+    assert WassersteinBall(math.inf).distance(CLEAN, far) == pytest.approx(float(distances.min()), rel=1e-12)
+    assert CouplingBall(math.inf).distance(CLEAN, far) == pytest.approx(5.0 * 3**0.5, rel=1e-12)
+
+
+def test_a_tiny_mass_may_not_grow() -> None:
+    """Tolerances of masses are relative: 1e-12 is not kept by 1e-10."""
+    clean = TokenMeasure(CLEAN.points[:2], torch.tensor([1.0 - 1e-12, 1e-12]).double())
+    grown = PerturbedTokens(clean.points, torch.tensor([1.0 - 1e-10, 1e-10]).double(), torch.arange(2))
+    assert not grown.keeps_masses(clean)
+    assert identity_perturbation(clean).keeps_masses(clean)

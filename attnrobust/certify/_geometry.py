@@ -142,6 +142,11 @@ def _triangle(matrices: Float[Tensor, "h d k"]) -> Float[Tensor, "h r k"]:
     return triangle
 
 
+def bilinear_norm(layer: Attention) -> Float[Tensor, "h"]:
+    """``||B||_2`` of every head from its narrow factors: no d x d matrix."""
+    return spectral_norm(layer.factor * _triangle(layer.w_q) @ _triangle(layer.w_k).transpose(-1, -2))
+
+
 def spectral_norm(matrices: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
     """Spectral norms by full decompositions."""
     norms: Tensor = torch.linalg.matrix_norm(matrices, ord=2)

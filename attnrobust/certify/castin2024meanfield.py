@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnrobust.bounds import Upper, round_up
 from attnrobust.certify._change import OUTWARD
-from attnrobust.certify._geometry import spectral_norm
+from attnrobust.certify._geometry import bilinear_norm, spectral_norm
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.kernel_attention import KernelAttention
@@ -128,7 +128,7 @@ def kernel_constant(attention: KernelAttention, *, order: float = 1.0) -> Upper:
 
 def slopes(attention: Attention, radius: float) -> tuple[Float[Tensor, "h"], Float[Tensor, "h"]]:
     """``a = ||B|| R^2`` and ``a_c = R (||B|| R + |scale w_k b_q|)`` of every head."""
-    bilinear = spectral_norm(attention.bilinear) * radius
+    bilinear = bilinear_norm(attention) * radius
     return bilinear * radius, radius * (bilinear + torch.linalg.vector_norm(attention.key_offset, dim=-1))
 
 

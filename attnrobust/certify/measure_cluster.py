@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnrobust.certify._certify import PreparedBound
 from attnrobust.certify._change import ChangeBound, smallest
-from attnrobust.certify._geometry import HeadNorms, diameter, readouts, spectral_norm
+from attnrobust.certify._geometry import HeadNorms, bilinear_norm, diameter, readouts, spectral_norm
 from attnrobust.certify._reach import visible_tokens
 from attnrobust.certify.measure_method import MeasureMethod, attention_in, refuse_layer, refuse_order
 from attnrobust.certify.measure_question import MeasureQuestion
@@ -63,7 +63,7 @@ class Rows:
         beta = layer.factor * layer.queries(points)[:, rows] @ layer.w_k.transpose(-1, -2)
         away = torch.cdist(weights @ alpha, alpha, compute_mode="donot_use_mm_for_euclid_dist")
         slope = torch.linalg.vector_norm(beta, dim=-1)
-        norm = spectral_norm(layer.bilinear)
+        norm = bilinear_norm(layer)
         own, others = moves[rows][:, None], moves[None, :]
         seen = visible_tokens(layer, n).to(points)
         return cls(

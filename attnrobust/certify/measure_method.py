@@ -13,6 +13,10 @@ from attnrobust.errors import UnsupportedThreatError
 from attnrobust.layers.attention import Attention
 from attnrobust.measure_threat import Copies
 from attnrobust.results import Certificate, CertificationReport, Kind, NotApplicable
+from attnrobust.tokens import MASS_SUM_TOLERANCE
+
+OUTWARD_MASS = 1.0 + 8.0 * MASS_SUM_TOLERANCE
+"""Masses of an input need to sum to 1 only up to that tolerance; every bound is linear in them."""
 
 
 class MeasureMethod(ABC):
@@ -44,7 +48,9 @@ class MeasureMethod(ABC):
         start = time.perf_counter()
         bound = self.prepare(question, seed=seed)
         radius, evaluations = largest_radius(
-            lambda r: bound.usage(r).value, first_guess=bound.first_guess, relative_tolerance=self.relative_tolerance
+            lambda r: bound.usage(r).value * OUTWARD_MASS,
+            first_guess=bound.first_guess,
+            relative_tolerance=self.relative_tolerance,
         )
         failure = bound.failure_probability
         return Certificate(
