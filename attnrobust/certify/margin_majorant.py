@@ -17,7 +17,7 @@ LIMITS = (1e-3, 1e3)  # parameters are kept in this range around their unit
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """Free positive parameters of the inequalities (docs/margin-certificate.md, section 4).
+    """Free positive parameters of the inequalities (docs/margin-certificate.md, section 2).
 
     Args:
         split: tau in units of ``|D| r``: width of the cut of the first-order change of a row.
