@@ -106,7 +106,7 @@ class DisplacementBound(PreparedBound):
         if not forms.finite:
             return Upper(math.inf)
         mixing = self._rows.mixing
-        scales = torch.tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing], dtype=torch.float64)
+        scales = self._rows.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
         value = self._joint(forms, scales, self.budget / reach) * reach
         return Upper(padded(value / self.budget), self._random)
 
