@@ -31,11 +31,16 @@ _PLAIN = {"not_found": "not found"}
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
+MOST_DIGITS = 1e6
+"""From here on numbers are shown with an exponent."""
+
+
 def shown(value: float | None, digits: int = 4) -> str:
     """A number for people: ``digits`` significant digits, a dash where there is none."""
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.{digits}g}"
+    text = f"{value:.{digits}g}"
+    return f"{float(text):.0f}" if "e+" in text and abs(value) < MOST_DIGITS else text
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

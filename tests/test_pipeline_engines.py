@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import deque
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,8 +12,8 @@ import pytest
 
 import attnrobust.pipeline.engines as engines
 from attnrobust.pipeline.config import RunConfig
-from attnrobust.pipeline.engines import WorkerError, _environment, _Pool, _Worker, compute
-from attnrobust.pipeline.work import Workbench
+from attnrobust.pipeline.engines import WorkerError, _environment, _Pool, _Worker, compute, take_next
+from attnrobust.pipeline.work import Workbench, WorkItem
 from attnrobust.rows import Row
 from tests.test_pipeline_run import configured, write_files
 
@@ -28,7 +29,7 @@ class PlayedWorker(_Worker):
     def __init__(self, config: RunConfig) -> None:
         self.connection, self.theirs = Pipe()
         self.bench = Workbench(config)
-        self.ready, self.item, self.deadline = False, None, float("inf")
+        self.ready, self.item, self.source, self.deadline = False, None, None, float("inf")
         threading.Thread(target=self.live, daemon=True).start()
 
     def live(self) -> None:
@@ -143,6 +144,29 @@ def test_leaving_early_ends_the_workers(tmp_path: Path, played: type[PlayedWorke
     time.sleep(0.01)
     generator.close()
     assert played.killed >= 1
+
+
+def test_a_worker_stays_with_its_input() -> None:
+    """So that the tokens of an input are captured by one worker, for all layers and threats."""
+    todo = deque(WorkItem(f"{source}{layer}", source, layer, "t", 0) for source in range(3) for layer in "ab")
+    assert take_next(todo, None, set()).row_id == "0a"
+    assert take_next(todo, None, {0}).row_id == "1a"
+    assert take_next(todo, 1, {0}).row_id == "1b"
+    assert take_next(todo, 1, {0}).row_id == "2a"
+    assert take_next(todo, 0, {2}).row_id == "0b"
+    assert take_next(todo, 0, {2}).row_id == "2b"  # nothing else is left: it helps
+    assert not todo
+
+
+def test_each_input_is_captured_by_one_worker(tmp_path: Path, played: type[PlayedWorker]) -> None:
+    config = configured(write_files(tmp_path), execution={"workers": 2})
+    bench = Workbench(config)
+    pool = _Pool(bench, bench.items(), threading.Event())
+    given: list[tuple[int, int]] = []
+    for _ in pool.rows():
+        given += [(id(worker), worker.item.source) for worker in pool.workers if worker.item is not None]
+    shared = [source for source in range(6) if len({worker for worker, s in given if s == source}) > 1]
+    assert len(shared) <= 1  # the last one at most
 
 
 def test_variables_of_workers_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:

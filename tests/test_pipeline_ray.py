@@ -33,6 +33,13 @@ class Reference:
         self.value, self.never = value, never
 
 
+class PlayedActor:
+    """The methods of one actor."""
+
+    def __init__(self, load: object, row: object) -> None:
+        self.load, self.row = load, row
+
+
 class PlayedRay:
     """As much of Ray as the engine uses; ``plan`` says what happens to the rows of an input, ``starts`` to actors."""
 
@@ -52,7 +59,7 @@ class PlayedRay:
     def actor(self, _: str) -> Any:
         start = self.starts.pop(0) if self.starts else None
         load = SimpleNamespace(remote=lambda: Reference(start, never=start == "no room"))
-        made = SimpleNamespace(load=load, row=SimpleNamespace(remote=self.row))
+        made = PlayedActor(load, SimpleNamespace(remote=self.row))
         self.made.append(made)
         return made
 

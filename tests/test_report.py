@@ -27,7 +27,18 @@ def rows(count: int) -> list[Row]:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(None, "-"), (float("nan"), "-"), (0.0, "0"), (0.123456, "0.1235"), (1e-9, "1e-09")]
+    ("value", "expected"),
+    [
+        (None, "-"),
+        (float("nan"), "-"),
+        (0.0, "0"),
+        (0.123456, "0.1235"),
+        (1e-9, "1e-09"),
+        (12345.6, "12350"),
+        (-12345.6, "-12350"),
+        (1.5e6, "1.5e+06"),
+        (float("inf"), "inf"),
+    ],
 )
 def test_numbers_for_people(value: float | None, expected: str) -> None:
     assert shown(value) == expected

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -23,6 +23,10 @@ ATTEMPTS = 2
 """How often an item is given to a worker; one that ends its worker twice is an error row."""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+WINDOW = 256
+"""How far ahead an item of a certain input is looked for."""
 
 
 class WorkerError(AttnRobustError):
@@ -56,6 +60,23 @@ def compute_here(bench: Workbench, items: Sequence[WorkItem], stop: threading.Ev
             yield bench.row(item)
 
 
+def take_next(todo: deque[WorkItem], last: int | None, others: Collection[int | None]) -> WorkItem:
+    """Take a worker's next item out of the list: the forward pass that captures an input's tokens is made once.
+
+    Args:
+        todo: What is to do; not empty.
+        last: The input that this worker had before; it has the tokens of all layers at hand.
+        others: Inputs that other workers have; they are taken only if nothing else is left.
+    """
+    ahead = range(min(len(todo), WINDOW))
+    place = next((i for i in ahead if todo[i].source == last), None)
+    if place is None:
+        place = next((i for i in ahead if todo[i].source not in others), 0)
+    item = todo[place]
+    del todo[place]
+    return item
+
+
 @contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -83,10 +104,11 @@ class _Worker:
         theirs.close()
         self.ready = False
         self.item: WorkItem | None = None
+        self.source: int | None = None
         self.deadline = float("inf")
 
     def give(self, item: WorkItem, timeout: float | None) -> None:
-        self.item = item
+        self.item, self.source = item, item.source
         self.deadline = float("inf") if timeout is None else time.monotonic() + timeout
         with suppress(OSError):  # a worker that just died is noticed when it is listened to
             self.connection.send(item)
@@ -170,7 +192,8 @@ class _Pool:
     def _feed(self) -> None:
         for worker in self.workers:
             if worker.ready and worker.item is None and self.todo and not self.stop.is_set():
-                worker.give(self.todo.popleft(), self.bench.config.execution.timeout)
+                others = {other.source for other in self.workers if other is not worker}
+                worker.give(take_next(self.todo, worker.source, others), self.bench.config.execution.timeout)
 
     def _collect(self) -> Iterator[Row]:
         """Wait for the next thing to happen to any worker, at most until the next deadline."""

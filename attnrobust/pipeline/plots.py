@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from attnrobust.report import BLUE, GREY, ORANGE, drawable, gap_scatter, plain_ticks
+from attnrobust.report import BLUE, GREY, ORANGE, drawable, gap_scatter, plain_ticks, shown
 from attnrobust.rows import Row
 
 if TYPE_CHECKING:
@@ -55,9 +55,8 @@ def gap_boxes(rows: Sequence[Row]) -> bytes:
         for index, patch in enumerate(boxes["boxes"]):
             patch.set(facecolor=ORANGE if index == 0 else BLUE, alpha=0.75)
         for y, values in enumerate(groups.values(), start=1):
-            axes.annotate(
-                f"{statistics.median(values):.3g}", (1.01, y), xycoords=("axes fraction", "data"), va="center"
-            )
+            median = shown(statistics.median(values), 3)
+            axes.annotate(median, (1.01, y), xycoords=("axes fraction", "data"), va="center")
         axes.set_xscale("log")
         axes.set_ylim(len(groups) + 0.6, 0.4)
         plain_ticks(axes.xaxis)

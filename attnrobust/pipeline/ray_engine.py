@@ -13,7 +13,7 @@ import torch
 
 from attnrobust.errors import AttnRobustError, InputError
 from attnrobust.pipeline.config import RunConfig
-from attnrobust.pipeline.engines import ATTEMPTS, THREAD_VARIABLES, WorkerError
+from attnrobust.pipeline.engines import ATTEMPTS, THREAD_VARIABLES, WorkerError, take_next
 from attnrobust.pipeline.work import Workbench, WorkItem
 from attnrobust.results import Status
 from attnrobust.rows import Row
@@ -113,6 +113,7 @@ class _Cluster:
         self.starting: dict[Any, Any] = {}  # reference to what load() gives, to its actor
         self.running: dict[Any, _Job] = {}  # reference to the row
         self.idle: list[Any] = []
+        self.sources: dict[Any, int] = {}  # actor to the input that it had last
         self.complain_at = time.monotonic() + PATIENCE
         execution, threads = bench.config.execution, bench.config.threads
         variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
@@ -145,7 +146,10 @@ class _Cluster:
             actor = self.actor_class.remote(self.bench.config.model_dump_json())
             self.starting[actor.load.remote()] = actor
         while self.todo and self.idle:
-            actor, item = self.idle.pop(), self.todo.popleft()
+            actor = self.idle.pop()
+            others = {source for other, source in self.sources.items() if other is not actor}
+            item = take_next(self.todo, self.sources.get(actor), others)
+            self.sources[actor] = item.source
             timeout = self.bench.config.execution.timeout
             deadline = float("inf") if timeout is None else time.monotonic() + timeout
             self.running[actor.row.remote(item)] = _Job(actor, item, deadline)
@@ -173,11 +177,15 @@ class _Cluster:
         try:
             row = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
-            self.ray.kill(job.actor)
+            self._end(job.actor)
             yield from self._lost(job.item, error)
         else:
             self.idle.append(job.actor)
             yield row
+
+    def _end(self, actor: Any) -> None:
+        self.sources.pop(actor, None)
+        self.ray.kill(actor)
 
     def _lost(self, item: WorkItem, error: Exception) -> Iterator[Row]:
         """An item whose actor ended: again, or an error row."""
@@ -192,7 +200,7 @@ class _Cluster:
         now = time.monotonic()
         for reference in [reference for reference, job in self.running.items() if now > job.deadline]:
             job = self.running.pop(reference)
-            self.ray.kill(job.actor)
+            self._end(job.actor)
             seconds = self.bench.config.execution.timeout
             yield self.bench.failed(job.item, Status.TIMEOUT, f"took longer than {seconds:g} s")
 
