@@ -10,7 +10,7 @@ JOBS ?= auto
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test lint format docs-check bench clean
+.PHONY: help demo test test-slow lint format docs-check bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +42,10 @@ demo: $(VENV)/demo
 # make test
 test: lint $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# make test-slow  the tests that take longer (marked slow): stronger attacks, more problems, the demo; an hour or more
+test-slow: $(VENV)/test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 # make lint    ruff, mypy, import-linter
 lint: $(VENV)/test
