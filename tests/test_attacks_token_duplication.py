@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnrobust.attacks import AttackBudget, attack, duplication_attack, duplication_effect
 from attnrobust.attacks._expand import CausalOrder, expand_layer
-from attnrobust.attacks.token_duplication import choose_copies
+from attnrobust.attacks.token_duplication import _move, choose_copies
 from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
 from attnrobust.goal import Displacement, Goal, Margin
 from attnrobust.layers.network import Network
@@ -68,6 +68,28 @@ def test_the_first_copy_is_the_best_single_one(name: str, goal: Goal) -> None:
         assert [c.extra for c in by_formula] == [c.extra for c in by_forward]
         for a, b in zip(by_formula, by_forward, strict=True):
             assert a.usage == pytest.approx(b.usage, rel=1e-11)
+
+
+def test_later_copies_are_added_to_the_strongest_choice() -> None:
+    """Greedy by hand: the best second copy beside the best first one, each by a forward pass with masses."""
+    case = case_named("biases")
+    goal = Displacement(0.3)
+    problem = Problem(case.attention, case.tokens, FrobeniusBall(), goal)
+
+    def change(extra: list[int]) -> float:
+        mass = torch.tensor([1.0 + e for e in extra], dtype=torch.float64)
+        moved = case.attention(case.tokens.points, mass / mass.sum()) - problem.clean_output
+        return float(torch.linalg.vector_norm(moved)) / goal.tolerance
+
+    extra = [0] * case.n
+    for _ in range(3):
+        tries = [[e + (i == j) for i, e in enumerate(extra)] for j in range(case.n)]
+        extra = max(tries, key=change)
+    choices, _ = choose_copies(problem, 3)
+    chosen = {choice.extra: choice.usage for choice in choices}
+    assert chosen[tuple(extra)] == pytest.approx(change(extra), rel=1e-11)
+    assert max(sum(e) for e in chosen) == 3
+    assert chosen[tuple(extra)] >= max(choice.usage for choice in choose_copies(problem, 1)[0])
 
 
 def test_strict_and_tied_copies_differ_under_a_causal_mask() -> None:
@@ -130,6 +152,18 @@ def test_fixed_epsilon_and_gain_over_moving() -> None:
     assert_at_most(result.radius, 0.05, rtol=1e-12)
     assert result.moving_radius == moving.usage
     assert result.gain > 1.0
+    assert result.atoms is not None
+    moved = torch.linalg.vector_norm(result.atoms.displacement(case.tokens), dim=1) > 0
+    assert bool(moved.all())  # copies move too
+
+
+def test_the_best_choice_wins() -> None:
+    case = case_named("biases")
+    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(2.0))
+    found = duplication_attack(problem, copies=2, budget=QUICK)
+    choices, _ = choose_copies(problem, 2)
+    moved = [_move(problem, c, epsilon=None, order="tied", seed=0, budget=QUICK)[0].radius for c in choices]
+    assert found.radius == min(moved) < max(moved)
 
 
 def test_only_allowed_tokens_move_but_every_token_is_copied() -> None:
