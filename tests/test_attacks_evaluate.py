@@ -5,7 +5,10 @@ import torch
 from torch import Tensor
 
 from attnrobust.attacks._evaluate import Evaluator, group_key
+from attnrobust.attacks._pullback import PreparedAttention
+from attnrobust.goal import Displacement
 from attnrobust.problem import Problem
+from attnrobust.threat import FrobeniusBall
 from tests.assertions import assert_close, assert_same_bits
 from tests.cases import Case, case_named, goals, problems
 
@@ -125,6 +128,32 @@ def test_chunks_only_cut_memory() -> None:
     for a, b in zip(whole, cut, strict=True):
         assert_close(a, b, rtol=1e-12, atol=1e-14)
     assert tiny.queries.tolist() == [7]
+
+
+def test_batches_of_problems_stay_within_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_named("plain-h8-n12-d8")
+    group = [Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.1 * (i + 1))) for i in range(5)]
+    delta = 0.3 * draw(5, 3, *case.tokens.points.shape)
+    target = torch.zeros(5, 3, dtype=torch.int64)
+    whole = Evaluator(group, memory_bytes=MEMORY)
+    largest: list[int] = []
+    forward = PreparedAttention.forward
+
+    def watched(self: PreparedAttention, x: Tensor) -> object:
+        largest.append(x.shape[0] * x.shape[1])
+        return forward(self, x)
+
+    monkeypatch.setattr(PreparedAttention, "forward", watched)
+    for rows in (2, 7):  # two restarts of one problem; two problems with all their restarts
+        largest.clear()
+        part = Evaluator(group, memory_bytes=rows * whole.bytes_of_a_row)
+        found = (part.shares(delta), *part.shares_and_gradient(delta, target), part.normal_product(delta))
+        assert max(largest) <= rows
+        assert part.queries.tolist() == [9] * 5
+        if rows == 7:  # cut between problems only: the same bits
+            expected = (whole.shares(delta), *whole.shares_and_gradient(delta, target), whole.normal_product(delta))
+            for a, b in zip(found, expected, strict=True):
+                assert_same_bits(a, b)
 
 
 def test_no_gradient_reaches_the_weights() -> None:

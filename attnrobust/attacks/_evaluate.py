@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from attnrobust.attacks._pullback import AttentionTape, PreparedAttention
@@ -119,8 +119,9 @@ class StackedGoal:
 class Evaluator:
     """p problems with one layer, token count, threat and goal shape; evaluates perturbations (p, r, n, d).
 
-    Every matrix product is done per problem with a shape that does not depend on p, and chunks are cut along the
-    restarts r by a rule that does not depend on p either: a problem's numbers do not change with its companions.
+    Every matrix product is done per problem with a shape that does not depend on p. Chunks are cut along the restarts r
+    by a rule that does not depend on p either, and then between problems: a problem's numbers do not change with its
+    companions.
 
     Args:
         problems: Problems of one group (``group_key``).
@@ -148,6 +149,7 @@ class Evaluator:
         self.mass = None if equal else torch.stack([p.clean.mass for p in problems])
         self.goal = StackedGoal.stack([p.resolved for p in problems])
         self.scale, self.domain_radius = scale, domain_radius
+        self._cut: dict[int, list[Evaluator]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +203,11 @@ class Evaluator:
 
     def shares(self, delta: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r c"]:
         """Used share of every budget at moved tokens."""
-        return torch.cat([self._shares(part) for part in delta.split(self.rows_at_once, dim=1)], dim=1)
+        found = []
+        for part, d in self._parts(delta):
+            pieces = d.split(self.rows_at_once, dim=1)
+            found.append(torch.cat([part._shares(x) for x in pieces], dim=1))  # noqa: SLF001 - own class
+        return torch.cat(found)
 
     def usage(self, delta: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r"]:
         """Largest used share; a violation where it is >= 1."""
@@ -211,11 +217,23 @@ class Evaluator:
         self, delta: Float[Tensor, "p r n d"], target: Int[Tensor, "p r"]
     ) -> tuple[Float[Tensor, "p r c"], Float[Tensor, "p r n d"]]:
         """Shares, and the gradient of the share ``target`` with respect to the tokens."""
-        rows = self.rows_at_once
-        parts = [
-            self._shares_and_gradient(d, t) for d, t in zip(delta.split(rows, 1), target.split(rows, 1), strict=True)
-        ]
-        return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts], dim=1)
+        shares, gradients, rows = [], [], self.rows_at_once
+        for (part, d), (_, t) in zip(self._parts(delta), self._parts(target), strict=True):
+            pieces = zip(d.split(rows, dim=1), t.split(rows, dim=1), strict=True)
+            found = [part._shares_and_gradient(x, y) for x, y in pieces]  # noqa: SLF001 - own class
+            shares.append(torch.cat([f[0] for f in found], dim=1))
+            gradients.append(torch.cat([f[1] for f in found], dim=1))
+        return torch.cat(shares), torch.cat(gradients)
+
+    def _parts(self, rows: Shaped[Tensor, "p r ..."]) -> list[tuple["Evaluator", Tensor]]:
+        """The problems cut into groups whose score-sized arrays fit into the memory together, with their rows."""
+        count = len(self.problems)
+        size = max(1, int(self.memory_bytes // (self.bytes_of_a_row * min(self.rows_at_once, max(1, rows.shape[1])))))
+        if size >= count:
+            return [(self, rows)]
+        if size not in self._cut:
+            self._cut[size] = [self.take(index) for index in torch.arange(count, device=self.device).split(size)]
+        return list(zip(self._cut[size], rows.split(size), strict=True))
 
     def _shares(self, delta: Tensor) -> Tensor:
         self._count(delta.shape[1])
@@ -246,9 +264,11 @@ class Evaluator:
 
     def normal_product(self, vectors: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n d"]:
         """``J^T J v`` for the pooled Jacobian at the clean inputs, in units of the (first) budget."""
-        rows = self.rows_at_once
-        moved = self.moves(vectors)
-        return self.moves(torch.cat([self._normal_product(v) for v in moved.split(rows, dim=1)], dim=1))
+        found = []
+        for part, moved in self._parts(self.moves(vectors)):
+            pieces = moved.split(self.rows_at_once, dim=1)
+            found.append(torch.cat([part._normal_product(v) for v in pieces], dim=1))  # noqa: SLF001 - own class
+        return self.moves(torch.cat(found))
 
     def _normal_product(self, vectors: Tensor) -> Tensor:
         self._count(vectors.shape[1])
@@ -277,13 +297,17 @@ class Evaluator:
         return product
 
     @property
-    def rows_at_once(self) -> int:
-        """Restarts of one problem that are evaluated together: score-sized arrays stay within ``memory_bytes``."""
+    def bytes_of_a_row(self) -> int:
+        """Bytes of the score-sized and token-sized arrays that one evaluation needs at once."""
         n = self.points.shape[-2]
         heads = self.network.heads if isinstance(self.network, Attention) else 1
         width = self.points.shape[-1] + self.network.out_width
-        per_row = 8 * WORKING_COPIES * n * (heads * n + width)
-        return max(1, int(self.memory_bytes // per_row))
+        return int(8 * WORKING_COPIES * n * (heads * n + width))
+
+    @property
+    def rows_at_once(self) -> int:
+        """Restarts of one problem that are evaluated together, whatever its companions."""
+        return max(1, int(self.memory_bytes // self.bytes_of_a_row))
 
 
 def group_key(problem: Problem) -> tuple[object, ...]:
