@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.attacks import AttackBudget, attack, duplication_attack, duplication_effect
+from attnrobust.attacks import AttackBudget, attack, duplication_attack, duplication_effect, token_duplication
 from attnrobust.attacks._expand import CausalOrder, expand_layer
 from attnrobust.attacks.token_duplication import _move, choose_copies
 from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
@@ -118,7 +118,8 @@ def test_results_are_verified(name: str, order: CausalOrder) -> None:
             assert result.usage >= 1.0
             atoms = result.atoms
             assert atoms is not None
-            assert case.n < atoms.parent.shape[0] <= case.n + 2
+            assert case.n <= atoms.parent.shape[0] <= case.n + 2
+            assert result.gain >= 1.0
             size = threat.distance(atoms.displacement(case.tokens))
             assert float(size) == pytest.approx(result.radius, rel=1e-12, abs=1e-300)
             assert result.problem != problem.digest
@@ -164,6 +165,20 @@ def test_the_best_choice_wins() -> None:
     choices, _ = choose_copies(problem, 2)
     moved = [_move(problem, c, epsilon=None, order="tied", seed=0, budget=QUICK)[0].radius for c in choices]
     assert found.radius == min(moved) < max(moved)
+
+
+def test_copies_that_hurt_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token twice is the same measure, but the moves cost the root of two times as much."""
+    case = case_named("biases")
+    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.5))
+    twice = token_duplication._Choice(extra=(1,) * case.n, usage=0.0)
+    worse = _move(problem, twice, epsilon=None, order="tied", seed=0, budget=QUICK)[0].radius
+    monkeypatch.setattr(token_duplication, "choose_copies", lambda *_, **__: ((twice,), 0))
+    result = duplication_attack(problem, copies=case.n, budget=QUICK)
+    assert result.radius == result.moving_radius
+    assert result.radius < 0.9 * worse
+    assert result.atoms is not None
+    assert result.atoms.parent.tolist() == list(range(case.n))
 
 
 def test_only_allowed_tokens_move_but_every_token_is_copied() -> None:

@@ -106,8 +106,10 @@ def duplication_attack(
         moving = TokenMoving().run([problem], epsilon=epsilon, seed=seed, budget=budget)[0]
         choices, queries = choose_copies(problem, copies, order=order)
         tried = [_move(problem, choice, epsilon=epsilon, order=order, seed=seed, budget=budget) for choice in choices]
+        # no copy at all is within the budget too; it comes last, so that it wins no tie
+        tried.append((moving, _expanded(problem, (0,) * problem.clean.n, order)))
     best = min(tried, key=lambda t: _rank(t[0], epsilon))
-    spent = queries + sum(t[0].queries for t in tried) + moving.queries
+    spent = queries + sum(t[0].queries for t in tried)
     return _result(problem, best, moving, spent, copies, order, seed, epsilon, time.perf_counter() - start)
 
 
