@@ -5,6 +5,7 @@ Part of ``python -m benchmarks.literature_tightness``.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def largest_anywhere(layer: TokenMap, n: int) -> float:
     best = 0.0
     for scale in SCALES:
         start = scale * torch.randn(STARTS, n, layer.width, generator=generator, dtype=torch.float64)
-        best = max(best, ascend(norms(layer), start, lambda x, r=10.0 * scale: into_ball(x, r), 0.3 * scale))
+        best = max(best, ascend(norms(layer), start, partial(into_ball, radius=10.0 * scale), 0.3 * scale))
     return best
 
 
@@ -100,7 +101,7 @@ def other_rows() -> Iterator[Row]:
         layer = SigmoidAttention(w_q=w[0], w_k=w[1], w_v=w[2], scale=1.0)
         radius = math.sqrt(strength / float(torch.linalg.matrix_norm(w[0, 0] @ w[1, 0].T, 2)))
         start = radius * torch.randn(STARTS, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        largest = ascend(norms(layer), start, lambda x, r=radius: into_ball(x, r), 0.3 * radius)
+        largest = ascend(norms(layer), start, partial(into_ball, radius=radius), 0.3 * radius)
         values.append(sigmoid_constant(layer, radius).value / largest)
     yield "sigmoid attention, measures", "one head, n = 6 equal masses, a = .1, 1, 4", ratios(values), "1.02 - 2.4"
 

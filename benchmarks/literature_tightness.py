@@ -24,6 +24,7 @@ from attnrobust.layers.attention_jacobian import AttentionJacobian
 from attnrobust.layers.lipschitz_lower import finite_lower, mean_field_lower
 from attnrobust.layers.local_norm import diameter_norm_upper, local_norm_upper, softmax_norm_upper
 from attnrobust.layers.softmax import derivative_norm_upper
+from attnrobust.layers.token_map import TokenMap
 from attnrobust.problem import Problem
 from attnrobust.threat import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
@@ -65,7 +66,7 @@ def ascend(value: Callable[[Tensor], Tensor], start: Tensor, project: Callable[[
     return best
 
 
-def norms(layer: Attention, pool: str = "all") -> Callable[[Tensor], Tensor]:
+def norms(layer: TokenMap, pool: str = "all") -> Callable[[Tensor], Tensor]:
     """Spectral norms of the derivative at a batch of inputs, of all rows, the mean or the first row."""
     jacobian = torch.func.vmap(torch.func.jacrev(layer))
 
