@@ -18,6 +18,9 @@ CausalOrder = Literal["tied", "strict"]
 """What a copy means under a causal mask: "tied", all copies of a token share its position and see each other;
 "strict", a copy is an ordinary token inserted behind its parent, seen by later copies and by what follows."""
 
+KEPT_MASS_ROUNDING = 1e-12
+"""Relative rounding of a token's mass where its children's masses are added up."""
+
 DOMAIN_ROUNDING = 1e-12
 """Relative amount by which the norm of an atom on the boundary of the domain may round beyond it."""
 
@@ -61,7 +64,7 @@ class PerturbedTokens:
         """Whether every token's atoms carry exactly its mass (a splitting; a duplication does not)."""
         total = torch.zeros_like(clean.mass).index_add(0, self._parents_of(clean), self.mass)
         # Relative: what a token of tiny mass gains from rounding of the others would not be rounding for it.
-        return bool(((total - clean.mass).abs() <= 2.0 * MASS_SUM_TOLERANCE * clean.mass).all())
+        return bool(((total - clean.mass).abs() <= KEPT_MASS_ROUNDING * clean.mass).all())
 
     def _parents_of(self, clean: TokenMeasure) -> Tensor:
         present = torch.bincount(self.parent, minlength=clean.n)

@@ -1,6 +1,7 @@
 """Exact optimal transport between token measures, with both sides of its value."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,10 @@ Order = Literal[1, 2] | float
 """Order p of W_p: 1, 2 or infinity."""
 
 MASS_ROUNDING = 1e-12
-"""Mass that may cross a distance without counting as transport in W_inf; sums of masses round at about 1e-16."""
+"""Share of a mass that may cross a distance without counting as transport in W_inf (of each atom's for the upper side,
+of the whole for the lower one); sums of masses round at about 1e-16."""
+STEEPEST = 1e6
+"""Ratio of the prices of forbidden moves of light and heavy atoms; more would cost the simplex its accuracy."""
 SIMPLEX_STEPS = 10_000_000
 TINY = 1e-300
 
@@ -126,21 +130,57 @@ def _simplex(first: TokenMeasure, second: TokenMeasure, cost: NDArray[np.float64
 def _bottleneck(first: TokenMeasure, second: TokenMeasure, table: NDArray[np.float64]) -> Transport:
     """Smallest distance t whose forbidden moves (longer than t) need no mass: a search over the distances."""
     levels = np.unique(table)
-    low, high = 0, len(levels) - 1  # at the longest distance nothing is forbidden
-    plan = None
+    high, plan = _search_levels(first, second, table, levels, len(levels) - 1, _forbidden_strictly)
+    low = high
+    if high > 0 and _forbidden_loosely(first, second, table > levels[high - 1])[0]:
+        low, _ = _search_levels(first, second, table, levels, high - 1, _forbidden_loosely)
+    if plan is None:
+        plan = _emd(first, second, table)[0]
+    return Transport(math.inf, Lower(float(levels[low])), Upper(float(levels[high])), torch.from_numpy(plan))
+
+
+def _search_levels(
+    first: TokenMeasure,
+    second: TokenMeasure,
+    table: NDArray[np.float64],
+    levels: NDArray[np.float64],
+    high: int,
+    passes: Callable[[TokenMeasure, TokenMeasure, NDArray[np.bool_]], tuple[bool, NDArray[np.float64]]],
+) -> tuple[int, NDArray[np.float64] | None]:
+    """Index of the smallest level (at most ``high``) beyond which a plan needs no mass; the plan if one was made."""
+    low, plan = 0, None
     while low < high:
         middle = (low + high) // 2
-        candidate, _, crossing = _emd(first, second, (table > levels[middle]).astype(np.float64))
-        if crossing <= MASS_ROUNDING:
+        enough, candidate = passes(first, second, table > levels[middle])
+        if enough:
             high, plan = middle, candidate
         else:
             low = middle + 1
-    if plan is None:
-        plan = _emd(first, second, table)[0]
-    # Mass below the rounding of the plan counts too: every atom is at least as far as the nearest of the others.
-    nearest = max(float(table.min(axis=0).max()), float(table.min(axis=1).max()))
-    value = max(float(levels[high]), nearest)
-    return Transport(math.inf, Lower(value), Upper(value), torch.from_numpy(plan))
+    return high, plan
+
+
+def _forbidden_strictly(
+    first: TokenMeasure, second: TokenMeasure, forbidden: NDArray[np.bool_]
+) -> tuple[bool, NDArray[np.float64]]:
+    """Whether every atom, however light, gets all but its own rounding from allowed moves: for upper sides.
+
+    A mass of 1e-13 may take all the attention, so a tolerance of the whole mass would let it travel for nothing.
+    """
+    a, b = _masses(first, second)
+    lightest = np.minimum.outer(a, b)
+    price = np.minimum(lightest.max() / lightest, STEEPEST)  # rounding is left to the heavy atoms
+    plan = _emd(first, second, forbidden * price)[0]
+    crossing = forbidden * plan
+    kept = (crossing.sum(axis=1) <= MASS_ROUNDING * a).all() and (crossing.sum(axis=0) <= MASS_ROUNDING * b).all()
+    return bool(kept), plan
+
+
+def _forbidden_loosely(
+    first: TokenMeasure, second: TokenMeasure, forbidden: NDArray[np.bool_]
+) -> tuple[bool, NDArray[np.float64]]:
+    """Whether forbidden moves need no more than the rounding of the whole mass: for lower sides."""
+    plan, _, crossing = _emd(first, second, forbidden.astype(np.float64))
+    return crossing <= MASS_ROUNDING, plan
 
 
 def _masses(first: TokenMeasure, second: TokenMeasure) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
