@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -186,6 +187,39 @@ def test_a_full_disk_is_told_and_loses_nothing_that_was_written(
     assert len(RunStore.open(files / "out").rows()) == 6
     assert not list((files / "out").rglob("*.tmp"))
     assert plain(resume(files / "out", shard=NO_SHARD).store.rows()) == reference
+
+
+def test_an_output_that_becomes_read_only_loses_nothing_that_was_written(
+    files: Path, reference: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    stop = threading.Event()
+    run(configured(files), shard=NO_SHARD, stop=stop, watch=stopping_after(4, stop))
+    monkeypatch.setattr(tempfile, "mkstemp", read_only)
+    with pytest.raises(InputError, match=r"cannot write to .*parts: Read-only file system; what was written before is"):
+        resume(files / "out", shard=NO_SHARD)
+    store = RunStore.open(files / "out")
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(InputError, match=r"cannot write to .*out: Read-only file system"), store.writing():
+        pytest.fail("the lock was taken")
+    with pytest.raises(InputError, match=r"cannot read .*manifest\.json: Read-only file system"):
+        RunStore.open(files / "out")
+    monkeypatch.undo()
+    assert len(RunStore.open(files / "out").rows()) == 4
+    assert plain(resume(files / "out", shard=NO_SHARD).store.rows()) == reference
+
+
+def test_a_new_run_on_a_read_only_disk_is_refused_before_any_work(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(Workbench, "row", lambda *_: pytest.fail("a row was computed"))
+    with pytest.raises(InputError, match="Read-only file system; choose another --out"):
+        run(configured(files), shard=NO_SHARD)
+    assert not (files / "out").exists()
 
 
 def test_killed_runs_resume_without_losing_or_doubling(files: Path, reference: list[Row]) -> None:

@@ -96,7 +96,9 @@ class RunStore:
             manifest = Manifest(**values)
         except FileNotFoundError as error:
             raise InputError(f"{directory} holds no run ({MANIFEST} is missing)") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path} is damaged ({type(error).__name__}); run the same configuration into a new directory and copy "
                 f"{PARTS}/ there before you resume it: parts of the same run are taken over"
