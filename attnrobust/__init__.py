@@ -1,10 +1,11 @@
 """Adversarial robustness of attention layers: verified attack radii against sound certified radii, input by input.
 
-The names ``attack``, ``certify`` and ``compare`` of this package are the functions; the modules that hold them are
-reached by ``from attnrobust.certify import ...`` and ``from attnrobust.compare import ...``.
+The names ``attack``, ``certify``, ``compare`` and ``bounds_table`` of this package are the functions; the modules that
+hold them are reached by ``from attnrobust.certify import ...`` and so on.
 """
 
-from attnrobust.attacks import AttackBudget, attack, attack_many
+from attnrobust.attacks import AttackBudget, attack, attack_many, lipschitz_search, token_radii
+from attnrobust.bounds_table import bounds_table
 from attnrobust.certify import certify
 from attnrobust.compare import UnsoundError, compare
 from attnrobust.errors import (
@@ -18,10 +19,16 @@ from attnrobust.errors import (
 )
 from attnrobust.goal import Displacement, Goal, Margin
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.cosine_attention import CosineAttention
 from attnrobust.layers.from_file import from_file
 from attnrobust.layers.from_torch import from_torch
 from attnrobust.layers.from_transformers import from_transformers
+from attnrobust.layers.kernel_attention import KernelAttention
+from attnrobust.layers.l2_attention import L2Attention
+from attnrobust.layers.lipschitznorm_attention import LipschitzNormAttention
 from attnrobust.layers.model import load_model
+from attnrobust.layers.sigmoid_attention import SigmoidAttention
+from attnrobust.measure_threat import Copies, CouplingBall, WassersteinBall
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.results import (
     AttackResult,
@@ -47,12 +54,20 @@ __all__ = [
     "from_transformers",
     "from_file",
     "load_model",
+    "L2Attention",
+    "CosineAttention",
+    "SigmoidAttention",
+    "LipschitzNormAttention",
+    "KernelAttention",
     # what may change
     "Threat",
     "FrobeniusBall",
     "PerTokenBall",
     "AnyToken",
     "parse_threat",
+    "CouplingBall",
+    "WassersteinBall",
+    "Copies",
     # what must stay true
     "Goal",
     "Displacement",
@@ -70,6 +85,10 @@ __all__ = [
     "AttackBudget",
     "AttackResult",
     "Status",
+    # more questions
+    "bounds_table",
+    "lipschitz_search",
+    "token_radii",
     # what can go wrong
     "AttnRobustError",
     "InputError",
