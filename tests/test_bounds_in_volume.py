@@ -30,11 +30,18 @@ from tests.test_other_bounds import LAYERS
 
 pytestmark = pytest.mark.slow
 RANDOM, ASCENDED = 1000, 100
+BLOCKS = 10  # of each
 OTHER = {method.name for _, method in LAYERS}
 OWN_MEASURE = {"conic-margin"}  # seconds a problem; its own tests sample its set
 FOR_ATTENTION = tuple(m for m in ALL_METHODS if m.name not in OTHER | OWN_MEASURE)
-COUNTS = ((RANDOM, False), (ASCENDED, True))
-amounts = pytest.mark.parametrize(("count", "ascend"), COUNTS, ids=["random", "ascent"])
+amounts = pytest.mark.parametrize(
+    ("indices", "ascend"),
+    [
+        pytest.param(range(block * total // BLOCKS, (block + 1) * total // BLOCKS), ascend, id=f"{name}-{block}")
+        for total, ascend, name in ((RANDOM, False, "random"), (ASCENDED, True, "ascent"))
+        for block in range(BLOCKS)
+    ],
+)
 
 
 def random_attention(draw: Draw, index: int, n: int) -> Attention:
@@ -85,10 +92,10 @@ def checked(method: CertificateMethod, problem: Problem, draw: Draw, index: int,
 
 @amounts
 @pytest.mark.parametrize("method", FOR_ATTENTION, ids=lambda method: method.name)
-def test_certificates_of_attention(method: CertificateMethod, count: int, ascend: bool) -> None:
-    done, index = 0, 0
-    while done < count:
-        draw, index = Draw(50_000 + index), index + 1
+def test_certificates_of_attention(method: CertificateMethod, indices: range, ascend: bool) -> None:
+    done = 0
+    for index in indices:
+        draw = Draw(50_000 + index)
         n = draw.integer(1, 7)
         layer = random_attention(draw, index, n)
         points = draw(n, layer.width, scale=10 ** draw.uniform(-0.5, 0.7))
@@ -97,15 +104,15 @@ def test_certificates_of_attention(method: CertificateMethod, count: int, ascend
                 checked(method, problem, draw, index, ascend=ascend)
                 done += 1
                 break
-        assert index < 20 * count
+    assert done == len(indices)
 
 
 @amounts
 @pytest.mark.parametrize(("build", "method"), LAYERS, ids=[method.name for _, method in LAYERS])
 def test_certificates_of_other_layers(
-    build: Callable[..., Attention], method: CertificateMethod, count: int, ascend: bool
+    build: Callable[..., Attention], method: CertificateMethod, indices: range, ascend: bool
 ) -> None:
-    for index in range(count):
+    for index in indices:
         draw, layer = Draw(70_000 + index), build(index)
         n = draw.integer(1, 6)
         points = draw(n, layer.width, scale=10 ** draw.uniform(-1.0, 1.0))
@@ -162,9 +169,9 @@ def in_ball(draw: Draw, n: int, d: int, radius: float) -> Tensor:
 
 
 @amounts
-def test_local_norms(count: int, ascend: bool) -> None:
+def test_local_norms(indices: range, ascend: bool) -> None:
     """At every input, random or on the way of an ascent of the norm, the local bounds hold; with masses the first."""
-    for index in range(count):
+    for index in indices:
         draw = Draw(80_000 + index)
         n, radius = draw.integer(1, 5), 10 ** draw.uniform(-0.5, 0.5)
         layer, mass = random_attention(draw, index, n), random_mass(draw, index, n)
@@ -184,9 +191,9 @@ def test_local_norms(count: int, ascend: bool) -> None:
 
 
 @amounts
-def test_constants_on_balls(count: int, ascend: bool) -> None:
+def test_constants_on_balls(indices: range, ascend: bool) -> None:
     """Castin et al., reported and derived, for tokens (masks too) and for measures in W_1, W_2, W_inf; causal d_2."""
-    for index in range(count):
+    for index in indices:
         draw = Draw(90_000 + index)
         n, radius = draw.integer(1, 5), 10 ** draw.uniform(-0.6, 0.2)
         layer = random_attention(draw, index, n)
@@ -229,10 +236,10 @@ def gauss(x: Tensor, y: Tensor) -> Tensor:
 
 
 @amounts
-def test_constants_of_kernels_and_sigmoids(count: int, ascend: bool) -> None:
+def test_constants_of_kernels_and_sigmoids(indices: range, ascend: bool) -> None:
     """The general kernel -|x - y|^2 on a ball, and sigmoid attention, as maps of measures."""
     build = next(b for b, m in LAYERS if m.name == "sigmoid-ball")
-    for index in range(count):
+    for index in indices:
         draw = Draw(95_000 + index)
         n, radius = draw.integer(1, 5), 10 ** draw.uniform(-0.6, 0.3)
         mass = torch.softmax(draw(n, scale=3.0), dim=0)
@@ -254,8 +261,8 @@ def test_constants_of_kernels_and_sigmoids(count: int, ascend: bool) -> None:
 
 
 @amounts
-def test_softmax_constants(count: int, ascend: bool) -> None:
-    for index in range(count):
+def test_softmax_constants(indices: range, ascend: bool) -> None:
+    for index in indices:
         draw = Draw(99_000 + index)
         scores = draw(draw.integer(1, 12), scale=10 ** draw.uniform(-1, 1.3))
         for _ in range(20 if ascend else 1):

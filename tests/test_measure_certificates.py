@@ -70,16 +70,16 @@ def try_to_break(seed: int, *, measures: int, steps: int) -> int:
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
 def test_no_measure_beats_a_bound(kind: int) -> None:
     """Every kind with two goals; random masses and positions, and gradient ascent of both."""
-    assert try_to_break(len(KINDS) * (kind % 5) + kind, measures=2, steps=6) >= 3
+    assert try_to_break(len(KINDS) * (kind % 5) + kind, measures=1, steps=6) >= 2
     assert try_to_break(len(KINDS) * ((kind + 2) % 5) + kind, measures=1, steps=0) >= 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(20))
+@pytest.mark.parametrize("block", range(100))
 def test_no_measure_beats_a_bound_on_a_thousand_problems(block: int) -> None:
     """1100 random problems, 10 random measures a threat, and gradient ascent of positions and masses on each."""
-    tried = sum(try_to_break(10_000 + 55 * block + i, measures=10, steps=12) for i in range(55))
-    assert tried > 1000
+    tried = sum(try_to_break(10_000 + 11 * block + i, measures=10, steps=12) for i in range(11))
+    assert tried > 100
 
 
 def attacked(seed: int, budget: AttackBudget) -> int:
@@ -281,8 +281,17 @@ def test_copies_that_violate_the_goal_leave_no_radius() -> None:
     assert comparison.certification.best.radius == 0.0
 
 
-@pytest.mark.parametrize("threat", [FrobeniusBall(), FrobeniusBall(tokens=(1,)), PerTokenBall(), PerTokenBall("linf")])
-@pytest.mark.parametrize("name", ["plain-h2-n3-d4", "padding"])
+@pytest.mark.parametrize(
+    ("name", "threat"),
+    [
+        ("padding", FrobeniusBall()),
+        ("plain-h2-n3-d4", FrobeniusBall(tokens=(1,))),
+        ("plain-h2-n3-d4", PerTokenBall("linf")),
+        pytest.param("padding", PerTokenBall(), marks=pytest.mark.slow),
+        pytest.param("masses", FrobeniusBall(), marks=pytest.mark.slow),
+        pytest.param("plain-h2-n3-d4", PerTokenBall(), marks=pytest.mark.slow),
+    ],
+)
 def test_copies_that_move_stay_outside(name: str, threat: FrobeniusBall | PerTokenBall) -> None:
     case = case_named(name)
     pools: tuple[Pool, ...] = ("all", "mean", 1)
@@ -343,7 +352,9 @@ def test_other_threats_layers_and_names_are_refused() -> None:
         compare(ask(), threat=CouplingBall(math.inf), attack="token-moving")
 
 
-@pytest.mark.parametrize("order", [1, 2, math.inf])
+@pytest.mark.parametrize(
+    "order", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(math.inf, marks=pytest.mark.slow)]
+)
 def test_sigmoid_attention_has_no_exponential(order: float) -> None:
     draw = Draw(5)
     layer = SigmoidAttention(w_q=draw(2, 3, 2), w_k=draw(2, 3, 2), w_v=draw(2, 3, 2), w_o=draw(2, 2, 2), shift=0.3)
@@ -369,6 +380,7 @@ def test_attack_and_certificate_answer_the_same_question_and_no_other() -> None:
             join(problem, result, certification, threat=other)
 
 
+@pytest.mark.slow
 def test_the_domain_is_part_of_the_attack() -> None:
     problem = ask()
     declared = split_attack(problem, threat=CouplingBall(2, domain_radius=9.0), budget=FEW)
@@ -388,7 +400,7 @@ def test_a_contradiction_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_duplicated_tokens_are_inside_the_wasserstein_ball_that_holds_them() -> None:
     """One copy at rest is a measure at the distance that transport says; every bound covers it."""
-    for seed in range(4):
+    for seed in range(2):
         problem = problem_or_none(seed * len(KINDS), "plain", "mean")
         assert problem is not None
         n, clean = problem.clean.n, problem.clean
