@@ -139,6 +139,14 @@ def test_fixed_epsilon_stays_inside() -> None:
         assert result.epsilon == 0.05
 
 
+def test_use_of_the_budget_below_one_is_not_a_violation() -> None:
+    case = case_named("biases")
+    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.5))
+    result = split_attack(problem, epsilon=1e-3, tokens=(0,), fractions=(0.5,), budget=QUICK)
+    assert 0.0 < result.usage < 1.0
+    assert result.status is Status.NOT_FOUND
+
+
 def test_one_token_cannot_gain() -> None:
     case = case_named("single-token")
     problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.3))
