@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from attnrobust.attacks import AttackBudget, attack, duplication_attack, duplication_effect, token_duplication
-from attnrobust.attacks._expand import CausalOrder, expand_layer
+from attnrobust.attacks._expand import expand_layer
 from attnrobust.attacks.token_duplication import _move, choose_copies
 from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
 from attnrobust.goal import Displacement, Goal, Margin
 from attnrobust.layers.network import Network
+from attnrobust.measure_threat import CausalOrder
 from attnrobust.problem import Problem
 from attnrobust.results import Status
 from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall
