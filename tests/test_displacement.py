@@ -15,7 +15,7 @@ from attnrobust.results import Kind
 from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall, Threat
 from attnrobust.tokens import TokenMeasure
 from tests.cases import case_named
-from tests.displacement_tools import SMALL_CASES, clean_rows, worst_ratio
+from tests.displacement_tools import SMALL_CASES, clean_rows, dense_forms, form_root, worst_ratio
 
 METHOD = DisplacementCertificate()
 THREATS: tuple[Threat, ...] = (
@@ -60,6 +60,24 @@ def test_displacement_stays_below_the_bound(name: str, pool: Pool) -> None:
         assert worst_ratio(rows, radius, ratio) <= 1.0 + 1e-9
 
 
+@pytest.mark.parametrize("name", ["plain-h2-n3-d4", "biases", "saturated", "concatenated", "narrow-width-1"])
+@pytest.mark.parametrize("pool", ["all", "mean"])
+def test_the_bound_covers_the_sum_of_its_five_parts(name: str, pool: Pool) -> None:
+    """Equation 19 against ascent on the sum itself; were one part forgotten, the sum would pass the bound."""
+    rows = clean_rows(name, pool=pool)
+    bound = DisplacementBound(_problem(name, FrobeniusBall(), Displacement(1.0, pool=pool)), 0)
+    for radius in (0.1, 1.5):
+        forms = dense_forms(rows, radius)
+        inner = rows.mixing * radius
+
+        def total(moves: Tensor, forms: list[Tensor] = forms, inner: float = inner) -> Tensor:
+            parts = zip((1.0, inner, inner, inner, rows.mixing), forms, strict=True)
+            return torch.stack([scale * form_root(form, moves) for scale, form in parts]).sum(dim=0)
+
+        worst = worst_ratio(rows, radius, total)
+        assert 0.9 * bound.usage(radius).value <= worst <= bound.usage(radius).value * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("index", range(len(THREATS)))
 @pytest.mark.parametrize("name", ["plain-h2-n3-d4", "causal-masses", "padding", "saturated"])
 def test_no_attack_inside_the_certified_radius(name: str, index: int) -> None:
@@ -82,6 +100,7 @@ def test_token_scales_keep_their_sum_and_help() -> None:
     """Equation 20 needs sum 1/t_j^2 <= number of movable tokens; the adapted scales beat the enclosing ball."""
     problem = _problem("causal-masses", PerTokenBall(), Displacement(0.01))
     bound = METHOD.prepare(problem, seed=0)
+    assert isinstance(bound, DisplacementBound)
     plain = bound.usage(0.003).value
     for _ in range(3):
         adapted = bound.usage(0.003).value
@@ -101,6 +120,30 @@ def test_one_token_is_exact() -> None:
     assert certificate.radius <= 2.0 / norm * (1 + 1e-9)
     # The query and key parts have no effect here, but the method's higher-order constants do not know that.
     assert certificate.radius >= 0.2 / norm
+
+
+@pytest.mark.parametrize("tolerance", [1e-8, 1e-14, 1e-16])
+def test_output_that_only_curves_far_below_rounding(tolerance: float) -> None:
+    """Row 0 sees keys t, -t, 0 with values L, L, -2L, so it moves by L (2 cosh t - 2) / (2 cosh t + 1), no first order.
+
+    The rows' normaliser rounds to 1 long before that is below the tolerance.
+    """
+    size = 1e3
+    column = torch.tensor([[[1.0], [0.0]]], dtype=torch.float64)
+    mask = torch.zeros(4, 4, dtype=torch.float64)
+    mask[0, 0] = -math.inf
+    layer = Attention(column, column, column.flip(1), scale=1.0, mask=mask)
+    points = torch.tensor([[0.0, 0.0], [1.0, size], [-1.0, size], [0.0, -2.0 * size]], dtype=torch.float64)
+    problem = Problem(layer, TokenMeasure(points), FrobeniusBall(tokens=(0,)), Displacement(tolerance, pool=0))
+    radius = METHOD.certify(problem).radius
+    exact = 4.0 * size * math.sinh(radius / 2.0) ** 2 / (1.0 + 2.0 * math.cosh(radius))
+    assert 0.9 * tolerance <= exact <= tolerance
+
+
+@pytest.mark.parametrize("threat", [FrobeniusBall(), AnyToken()])
+def test_nothing_is_certified_below_the_smallest_radius(threat: Threat) -> None:
+    certificate = METHOD.certify(_problem("biases", threat, Displacement(1e-14)))
+    assert certificate.radius == 0.0
 
 
 def test_probabilistic_where_the_matrix_is_not_built() -> None:

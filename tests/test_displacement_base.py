@@ -305,6 +305,35 @@ def test_one_moving_token_in_closed_form(name: str) -> None:
         assert bool((closed >= 0.4 * general - 1e-9 * general.max()).all())
 
 
+@selected
+@pytest.mark.parametrize("pool", ["all", "mean", 0])
+def test_shrinking_rows_is_allowed_only_where_nothing_cancels(
+    name: str, tokens: tuple[int, ...] | None, pool: str | int
+) -> None:
+    """Equation 3a: factors in (0, 1] on row-heads must not raise the first order, not even from 0."""
+    rows = clean_rows(name, tokens=tokens, pool=pool)
+    assert rows.separate == (rows.layer.w_o is None and (pool != "mean" or rows.n == 1))
+    if not rows.separate:
+        return
+    jacobian = AttentionJacobian(rows.layer, rows.points, rows.mass)
+    matrix = jacobian.linear_map(pool=rows.row_weights, token_scale=rows.moves).dense()
+    moves = torch.linalg.svd(matrix).Vh.reshape(-1, *rows.points.shape) * rows.moves[:, None]
+    exact = ExactRows(rows, moves)
+    factors = torch.rand(exact.first_order.shape[:3], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shrunk = exact.pooled_norm(rows, factors[..., None] * exact.first_order)
+    assert bool((shrunk <= (moves.flatten(1) @ matrix.T).norm(dim=1) * SLACK + _floor(rows)).all())
+
+
+@selected
+def test_stack_factors_have_a_limit_at_radius_zero(name: str, tokens: tuple[int, ...] | None) -> None:
+    """The cap over the squared radius tends to a constant; a sum P / (1 + P) lost to rounding would make it vanish."""
+    majorant = Majorant(clean_rows(name, tokens=tokens))
+    several = majorant.rows.spread.amax(dim=-1) > 1e-6  # where the values are equal only the drift is left: order r
+    limit = majorant.forms(1e-5).multiplier * several
+    for radius in (1e-9, 1e-11):
+        assert bool((majorant.forms(radius).multiplier >= 0.9 * limit).all())
+
+
 def test_values_behind_the_output_projection() -> None:
     """A stack of head vectors changes the output by at most ``mixing`` times its norm, and exactly what w_o says."""
     rows = clean_rows("plain-h3-n8-d6")

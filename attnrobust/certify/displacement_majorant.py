@@ -180,7 +180,8 @@ class Majorant:
         share = torch.sigmoid(self.rows.log_w + log_psi(reach))
         ordered, index = drifted.sort(dim=-1, descending=True)
         share = share.gather(-1, index)
-        left = (1.0 - inverse) - (share.cumsum(dim=-1) - share)  # what the larger ones leave of sum s = P / (1 + P)
+        total = 1.0 - inverse + CANCELLATION  # sum s = P / (1 + P); a P below 1e-16 is lost in the difference
+        left = total - (share.cumsum(dim=-1) - share)  # what the larger ones leave of it
         return (torch.minimum(share, left.clamp_min(0.0)) * ordered).sum(dim=-1) * (1.0 + 1e-10) + 1e-300
 
     def _bent(self, coefficient: Float[Tensor, "h n n"]) -> tuple[Tensor, Tensor]:

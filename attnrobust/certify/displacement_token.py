@@ -60,7 +60,9 @@ class AnyTokenBound(PreparedBound):
             usage = partial(self._usage, index)
             found, _ = largest_radius(usage, first_guess=guess, relative_tolerance=self.tolerance)
             radius = min(radius, found)
-        return radius if 0.0 < radius < math.inf else None
+            if radius == 0.0:  # nothing passes for this token, so nothing passes
+                return None
+        return radius if radius < math.inf else None
 
     def usage(self, radius: float) -> Upper:
         """Upper bound of the used share on the threat's set of this radius; infinite where constants overflow."""
