@@ -146,6 +146,18 @@ def test_gram_eigenvalue_bounds_from_above(n: int) -> None:
     assert bool((found <= exact * n ** (1 / 16) * 1.001).all())
 
 
+def test_gram_eigenvalue_of_coefficients_that_overflow_is_infinite() -> None:
+    """Finite coefficients whose products with the Gram entries are not: a decomposition would raise."""
+    gram, c = torch.eye(4, dtype=torch.float64).mul(1e4)[None], torch.tensor([[1e305, 1.0, 1.0, 0.0]]).double()
+    assert math.isinf(float(gram_eigenvalue(gram, c)))
+
+
+def test_radius_far_beyond_the_exponents_has_an_infinite_bound() -> None:
+    problem = random_problem(14, PerTokenBall("linf"))
+    bound = MarginBound(problem, seed=0)
+    assert bound.usage(radius_of(problem, 3.0)).value == math.inf
+
+
 # ---- clean rows and constants ----------------------------------------------------------------------------------------
 
 

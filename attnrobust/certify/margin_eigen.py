@@ -80,6 +80,8 @@ def gram_eigenvalue(gram: Float[Tensor, "*b n n"], coefficient: Float[Tensor, "*
     finite = torch.isfinite(coefficient).all(-1)
     root = torch.where(finite[..., None], coefficient, 0.0).sqrt()
     b = gram * root[..., :, None] * root[..., None, :]
+    finite = finite & torch.isfinite(b).all(-1).all(-1)  # a decomposition of infinite entries raises
+    b = torch.where(finite[..., None, None], b, 0.0)
     if gram.shape[-1] <= DECOMPOSE_LIMIT:
         value = torch.linalg.eigvalsh(b)[..., -1].clamp_min(0.0)
     else:
