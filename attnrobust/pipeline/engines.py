@@ -216,6 +216,7 @@ class _Pool:
             return
         if isinstance(message, Row):
             worker.take()
+            self._feed()  # before the row is handed on: the worker does not wait while it is written
             yield message
         elif message is None:
             worker.ready, self.failed_starts = True, 0
