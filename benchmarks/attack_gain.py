@@ -62,7 +62,7 @@ def optimum(problem: Problem) -> Values:
 SUITES: dict[str, Callable[[Problem], Values]] = {"gain": gain, "optimum": optimum}
 
 
-def run(suite: str, out: Path, *, seconds: float) -> int:
+def run(suite: str, out: Path, *, seconds: float, tokens: int) -> int:
     """Measure what is not in the results yet; the number of cases that are left when the time is used up."""
     out.mkdir(parents=True, exist_ok=True)
     path, start = out / f"{suite}.jsonl", time.perf_counter()
@@ -73,7 +73,7 @@ def run(suite: str, out: Path, *, seconds: float) -> int:
         for number, (layer, goal, passage) in enumerate(todo):
             if time.perf_counter() - start > seconds:
                 return len(todo) - number
-            problem = problem_of(Case(f"minilm{layer}", TOKENS, passage, "frobenius", goal))
+            problem = problem_of(Case(f"minilm{layer}", tokens, passage, "frobenius", goal))
             row = {"layer": layer, "goal": goal, "passage": passage} | SUITES[suite](problem)
             stream.write(json.dumps(row) + "\n")
             stream.flush()
@@ -146,10 +146,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--suite", choices=tuple(SUITES), action="append", help="default all")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="wall time of each suite")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of an input (a folder holds one length)")
     parser.add_argument("--no-page", action="store_true", help="leave docs/attacks.md as it is")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    left = sum(run(suite, options.out, seconds=options.seconds) for suite in options.suite or SUITES)
+    left = sum(
+        run(suite, options.out, seconds=options.seconds, tokens=options.tokens) for suite in options.suite or SUITES
+    )
     if not options.no_page:
         write_page(options.out)
     if left:
