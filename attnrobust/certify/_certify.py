@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 from attnrobust.bounds import Upper
 from attnrobust.certify.radius import largest_radius
@@ -66,22 +66,54 @@ class CertificateMethod(ABC):
             A certificate; its radius is a lower bound of the true robust radius (0 if nothing could be certified).
         """
         start = time.perf_counter()
-        bound = self.prepare(problem, seed=seed)
-        radius, evaluations = largest_radius(
-            lambda r: bound.usage(r).value, first_guess=bound.first_guess, relative_tolerance=self.relative_tolerance
+        return searched_certificate(
+            self, self.prepare(problem, seed=seed), digest=problem.digest, kind=self.kind, start=start
         )
-        failure = bound.failure_probability
-        return Certificate(
-            problem=problem.digest,
-            method=self.name,
-            kind=Kind.PROBABILISTIC if failure > 0 else self.kind,
-            failure_probability=failure,
-            radius=radius,
-            region=self.region,
-            reference=self.reference,
-            seconds=time.perf_counter() - start,
-            evaluations=evaluations,
-        )
+
+
+@runtime_checkable
+class Described(Protocol):
+    """What a certificate tells of its method."""
+
+    name: ClassVar[str]
+    reference: ClassVar[str]
+    region: ClassVar[str]
+    relative_tolerance: ClassVar[float]
+
+
+def searched_certificate(
+    method: Described, bound: PreparedBound, *, digest: str, kind: Kind, start: float, outward: float = 1.0
+) -> Certificate:
+    """Certificate with the largest radius of a prepared bound (safe end of the search).
+
+    Args:
+        method: Tells name, reference, region and tolerance of the search.
+        bound: The bound at the clean input.
+        digest: Question that the certificate answers.
+        kind: Kind of the claim if no random event is relied on.
+        start: ``time.perf_counter()`` before the bound was prepared.
+        outward: Factor >= 1 on every used share, for a rounding that the bound does not know.
+
+    Returns:
+        A certificate; its radius is a lower bound of the true robust radius (0 if nothing could be certified).
+    """
+    radius, evaluations = largest_radius(
+        lambda r: bound.usage(r).value * outward,
+        first_guess=bound.first_guess,
+        relative_tolerance=method.relative_tolerance,
+    )
+    failure = bound.failure_probability
+    return Certificate(
+        problem=digest,
+        method=method.name,
+        kind=Kind.PROBABILISTIC if failure > 0 else kind,
+        failure_probability=failure,
+        radius=radius,
+        region=method.region,
+        reference=method.reference,
+        seconds=time.perf_counter() - start,
+        evaluations=evaluations,
+    )
 
 
 def certify_with(problem: Problem, methods: Sequence[CertificateMethod], *, seed: int = 0) -> CertificationReport:
