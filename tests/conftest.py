@@ -22,6 +22,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.cases import Case, cases
+from tests.stress import Tally
 
 torch.set_num_threads(1)  # the tests run in several processes; the results then do not depend on the machine's cores
 settings.register_profile(
@@ -50,6 +51,14 @@ def case(request: pytest.FixtureRequest) -> Case:
     chosen = request.param
     assert isinstance(chosen, Case)
     return chosen
+
+
+@pytest.fixture(scope="module")
+def tally() -> Iterator[Tally]:
+    """What attacks reached of the bounds of one module's tests, printed after them (``pytest -s`` shows it)."""
+    tally = Tally()
+    yield tally
+    print(f"\n{tally}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

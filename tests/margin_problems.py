@@ -10,22 +10,7 @@ from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.threat import FrobeniusBall, Threat
 from attnrobust.tokens import TokenMeasure
-
-
-class Draw:
-    """A seeded stream of numbers."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
-
-    def between(self, low: float, high: float) -> float:
-        return float(low + (high - low) * torch.rand(1, generator=self.generator))
-
-    def integer(self, low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (1,), generator=self.generator))
+from tests.stress import Draw
 
 
 def random_layer(draw: Draw, *, seed: int, n: int, d: int) -> Attention:
@@ -71,18 +56,3 @@ def random_problem(seed: int, threat: Threat | None = None) -> Problem:
     bias = -(readout @ pooled)
     bias[0] += draw.between(0.05, 2.0) * (0.1 + float(readout.std() * pooled.norm()))
     return Problem(layer, clean, threat or FrobeniusBall(), Margin(weight=readout, bias=bias, pool=pool, label=0))
-
-
-def boundary_moves(problem: Problem, radius: float, count: int, draw: Draw) -> Tensor:
-    """Moves on the boundary of the set, a quarter of them concentrated on one token."""
-    x = problem.clean.points
-    moves = draw.normal(count, *x.shape)
-    for row in range(count // 4):
-        keep = torch.zeros(x.shape[0], 1, dtype=x.dtype)
-        keep[draw.integer(0, x.shape[0] - 1)] = 1.0
-        moves[row] *= keep
-    moves = moves * problem.threat.movable(x.shape[0])[:, None]
-    moves[moves.flatten(1).norm(dim=1) == 0] = (
-        problem.threat.movable(x.shape[0])[:, None].to(x.dtype).expand_as(x).clone()
-    )
-    return problem.threat.project(1e6 * moves, radius)

@@ -28,7 +28,8 @@ from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.threat import FrobeniusBall, PerTokenBall
 from attnrobust.tokens import TokenMeasure
-from tests.margin_problems import Draw, boundary_moves, random_problem
+from tests.margin_problems import random_problem
+from tests.stress import Draw, boundary_moves
 
 SEEDS = range(8)
 

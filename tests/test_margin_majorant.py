@@ -21,7 +21,8 @@ from attnrobust.certify.margin_scalar import psi
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.threat import FrobeniusBall, PerTokenBall, Threat
-from tests.margin_problems import Draw, boundary_moves, random_problem
+from tests.margin_problems import random_problem
+from tests.stress import Draw, boundary_moves
 
 ROUNDING = 1e-9  # share of the compared terms; they are sums of a few thousand products
 

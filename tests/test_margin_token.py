@@ -11,7 +11,8 @@ from attnrobust.certify.margin_token import MarginTokenCertificate, TokenBound
 from attnrobust.certify.margin_token_class import TokenClassBound, TokenParameters
 from attnrobust.problem import Problem
 from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall
-from tests.margin_problems import Draw, random_problem
+from tests.margin_problems import random_problem
+from tests.stress import Draw
 
 ROUNDING = 1e-9
 
