@@ -3,12 +3,14 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 from attnrobust.bounds import Upper
 from attnrobust.certify.radius import largest_radius
 from attnrobust.problem import Problem
 from attnrobust.results import Certificate, CertificationReport, Kind, NotApplicable
+
+Question_contra = TypeVar("Question_contra", contravariant=True)
 
 
 class PreparedBound(ABC):
@@ -118,13 +120,33 @@ def searched_certificate(
 
 def certify_with(problem: Problem, methods: Sequence[CertificateMethod], *, seed: int = 0) -> CertificationReport:
     """Run several methods on one problem; the ones that refuse are listed with their reason."""
+    return answered(problem, methods, digest=problem.digest, seed=seed)
+
+
+@runtime_checkable
+class Answering(Protocol[Question_contra]):
+    """A method that answers questions of one kind, or says why it does not."""
+
+    name: ClassVar[str]
+
+    def refuses(self, question: Question_contra, /) -> str | None:
+        """Why this method does not speak about the question exactly; None if it does."""
+
+    def certify(self, question: Question_contra, /, *, seed: int) -> Certificate:
+        """Largest radius that this method certifies."""
+
+
+def answered(
+    question: Question_contra, methods: Sequence[Answering[Question_contra]], *, digest: str, seed: int
+) -> CertificationReport:
+    """Run several methods on one question with this digest; the ones that refuse are listed with their reason."""
     start = time.perf_counter()
     done: list[Certificate] = []
     skipped: list[NotApplicable] = []
     for method in methods:
-        reason = method.refuses(problem)
+        reason = method.refuses(question)
         if reason is None:
-            done.append(method.certify(problem, seed=seed))
+            done.append(method.certify(question, seed=seed))
         else:
             skipped.append(NotApplicable(method=method.name, reason=reason))
-    return CertificationReport(problem.digest, tuple(done), tuple(skipped), time.perf_counter() - start)
+    return CertificationReport(digest, tuple(done), tuple(skipped), time.perf_counter() - start)

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from attnrobust.certify._certify import PreparedBound, searched_certificate
+from attnrobust.certify._certify import PreparedBound, answered, searched_certificate
 from attnrobust.certify.measure_question import MeasureQuestion
 from attnrobust.errors import UnsupportedThreatError
 from attnrobust.layers.attention import Attention
 from attnrobust.measure_threat import Copies
-from attnrobust.results import Certificate, CertificationReport, Kind, NotApplicable
+from attnrobust.results import Certificate, CertificationReport, Kind
 from attnrobust.tokens import MASS_SUM_TOLERANCE
 
 OUTWARD_MASS = 1.0 + 8.0 * MASS_SUM_TOLERANCE
@@ -59,19 +59,11 @@ def certify_question(
     Raises:
         UnsupportedThreatError: None of them applies; the message holds every reason.
     """
-    start = time.perf_counter()
-    done: list[Certificate] = []
-    skipped: list[NotApplicable] = []
-    for method in methods:
-        reason = method.refuses(question)
-        if reason is None:
-            done.append(method.certify(question, seed=seed))
-        else:
-            skipped.append(NotApplicable(method=method.name, reason=reason))
-    if not done:
-        reasons = "; ".join(f"{s.method}: {s.reason}" for s in skipped)
+    report = answered(question, methods, digest=question.digest, seed=seed)
+    if not report.certificates:
+        reasons = "; ".join(f"{s.method}: {s.reason}" for s in report.skipped)
         raise UnsupportedThreatError(f"no certificate speaks about {question.threat.key!r} here: {reasons}")
-    return CertificationReport(question.digest, tuple(done), tuple(skipped), time.perf_counter() - start)
+    return report
 
 
 def order_of(question: MeasureQuestion) -> float:
