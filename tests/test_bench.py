@@ -21,6 +21,7 @@ from attnrobust.pipeline.run import run
 from attnrobust.pipeline.runstore import RunStore
 from attnrobust.results import Status
 from attnrobust.rows import Row
+from tests.layer_files import write_layer
 from tests.test_cli import Run, Said, said_by
 
 
@@ -46,10 +47,7 @@ def more_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    w_q, w_k, w_v = random.normal(size=(3, 2, 4, 3))
-    np.savez(tmp_path / "layer.npz", w_q=w_q, w_k=w_k, w_v=w_v)
-    np.savez(tmp_path / "x.npz", x2=random.normal(size=(2, 4)), x3=random.normal(size=(3, 4)))
+    write_layer(tmp_path, np.random.default_rng(0), x2=2, x3=3)
     return tmp_path
 
 

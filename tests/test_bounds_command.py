@@ -28,6 +28,7 @@ from attnrobust.layers.sigmoid_attention import SigmoidAttention
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.threat import PerTokenBall
 from attnrobust.tokens import TokenMeasure
+from tests.layer_files import write_layer
 
 ROUNDING = 1e-9
 
@@ -214,10 +215,7 @@ def test_what_cannot_be_used_is_refused(options: dict[str, object], words: str) 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    w_q, w_k, w_v = random.normal(size=(3, 2, 4, 3))
-    np.savez(tmp_path / "layer.npz", w_q=w_q, w_k=w_k, w_v=w_v)
-    np.savez(tmp_path / "x.npz", a=random.normal(size=(2, 4)), b=random.normal(size=(3, 4)))
+    write_layer(tmp_path, np.random.default_rng(0), a=2, b=3)
     return tmp_path
 
 

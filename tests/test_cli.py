@@ -18,6 +18,7 @@ from attnrobust.cli import ExitCode, run
 from attnrobust.cli.exits import exit_code, guarded
 from attnrobust.rows import Row
 from attnrobust.store import read_parquet, row_from_dict
+from tests.layer_files import write_layer
 from tests.test_compare import found, report
 
 
@@ -63,10 +64,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Run:
 def files(tmp_path: Path) -> Path:
     """A layer with two heads, three inputs and a readout."""
     random = np.random.default_rng(0)
-    w_q, w_k, w_v = random.normal(size=(3, 2, 4, 3))
-    np.savez(tmp_path / "layer.npz", w_q=w_q, w_k=w_k, w_v=w_v)
-    x1, x2, x10 = (random.normal(size=(n, 4)) for n in (1, 2, 10))
-    np.savez(tmp_path / "x.npz", x1=x1, x2=x2, x10=x10)
+    write_layer(tmp_path, random, x1=1, x2=2, x10=10)
     np.savez(tmp_path / "readout.npz", weight=random.normal(size=(3, 6)), bias=np.zeros(3))
     return tmp_path
 

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 
 from attnrobust.cli import ExitCode, run
+from tests.layer_files import write_layer
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """A layer with two heads and one input of three tokens."""
-    random = np.random.default_rng(0)
-    w_q, w_k, w_v = random.normal(size=(3, 2, 4, 3)) * 0.5
-    np.savez(tmp_path / "layer.npz", w_q=w_q, w_k=w_k, w_v=w_v)
-    np.savez(tmp_path / "x.npz", x3=random.normal(size=(3, 4)))
+    write_layer(tmp_path, np.random.default_rng(0), scale=0.5, x3=3)
     return tmp_path
 
 

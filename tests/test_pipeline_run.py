@@ -26,16 +26,13 @@ from attnrobust.pipeline.runstore import MANIFEST, PARTS, RunStore
 from attnrobust.pipeline.work import Workbench
 from attnrobust.results import Status
 from attnrobust.rows import Row
+from tests.layer_files import write_layer
 
 NO_SHARD = Shard()
 
 
 def write_files(tmp_path: Path) -> Path:
-    random = np.random.default_rng(0)
-    w_q, w_k, w_v = random.normal(size=(3, 2, 4, 3))
-    np.savez(tmp_path / "layer.npz", w_q=w_q, w_k=w_k, w_v=w_v)
-    x = [random.normal(size=(n, 4)) for n in (1, 2, 3, 3, 5)]
-    np.savez(tmp_path / "x.npz", x1=x[0], x2=x[1], x3=x[2], x4=x[3], x5=x[4], x10=x[1])
+    write_layer(tmp_path, np.random.default_rng(0), x1=1, x2=2, x3=3, x4=3, x5=5, x10="x2")
     return tmp_path
 
 
