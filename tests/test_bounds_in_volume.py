@@ -6,7 +6,6 @@ Run with ``-m slow``; the fast tests of each bound are beside it, those of measu
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -137,20 +136,20 @@ def spectral(jacobian: Tensor, mass: Tensor | None = None) -> Tensor:
     return norm
 
 
-def norm_at(layer: TokenMap, mass: Tensor | None, weights: Tensor | None, x: Tensor) -> Tensor:
-    """Norm of the derivative at tokens x of these masses, in l2 or in W_2."""
-    return spectral(dense(layer, x, mass), weights)
+def norm_at(layer: TokenMap, mass: Tensor | None, x: Tensor) -> Tensor:
+    """Norm of the derivative at tokens x: in W_2 with masses, in l2 without."""
+    return spectral(dense(layer, x, mass), mass)
 
 
 Seen = Callable[[Tensor, float], None]
 
 
-def climb(value: Callable[[Tensor], Tensor], start: Tensor, radius: float, *, steps: int, seen: Seen) -> None:
-    """Ascend a value over tokens in a ball; ``seen`` gets every iterate."""
-    x = start
+def climb(layer: TokenMap, mass: Tensor | None, start: Tensor, radius: float, *, ascend: bool, seen: Seen) -> None:
+    """Ascend the norm of the derivative over tokens in a ball; ``seen`` gets every iterate."""
+    x, steps = start, 12 if ascend else 0
     for step in range(steps + 1):
         x = x.detach().requires_grad_(steps > 0)
-        now = value(x)
+        now = norm_at(layer, mass, x)
         seen(x.detach(), float(now.detach()))
         if step == steps:
             return
@@ -184,10 +183,7 @@ def test_local_norms(indices: range, ascend: bool) -> None:
                 assert norm <= softmax_norm_upper(jacobian).value + slack
                 assert norm <= diameter_norm_upper(jacobian).value + slack
 
-        climb(
-            partial(norm_at, layer, mass, mass),
-            in_ball(draw, n, layer.width, radius), radius, steps=12 if ascend else 0, seen=seen,
-        )  # fmt: skip
+        climb(layer, mass, in_ball(draw, n, layer.width, radius), radius, ascend=ascend, seen=seen)
 
 
 @amounts
@@ -203,8 +199,8 @@ def test_constants_on_balls(indices: range, ascend: bool) -> None:
         def moved(x: Tensor, norm: float, bounds: list[float] = tokens) -> None:
             assert norm <= min(bounds) * (1 + 1e-10)
 
-        start, steps = in_ball(draw, n, layer.width, radius), 12 if ascend else 0
-        climb(partial(norm_at, layer, None, None), start, radius, steps=steps, seen=moved)
+        start = in_ball(draw, n, layer.width, radius)
+        climb(layer, None, start, radius, ascend=ascend, seen=moved)
         if layer.mask is not None:
             continue
         if layer.causal:
@@ -227,7 +223,7 @@ def test_constants_on_balls(indices: range, ascend: bool) -> None:
                 assert largest <= mean_field_constant(layer, radius, order=math.inf, form=form).value * (1 + 1e-10)
                 assert first <= mean_field_constant(layer, radius, order=1.0, form=form).value * (1 + 1e-10)
 
-        climb(partial(norm_at, layer, mass, mass), start, radius, steps=steps, seen=split)
+        climb(layer, mass, start, radius, ascend=ascend, seen=split)
 
 
 def gauss(x: Tensor, y: Tensor) -> Tensor:
@@ -254,10 +250,7 @@ def test_constants_of_kernels_and_sigmoids(indices: range, ascend: bool) -> None
             def seen(x: Tensor, norm: float, bound: float = bound.value) -> None:
                 assert norm <= bound * (1 + 1e-10)
 
-            climb(
-                partial(norm_at, network, mass, mass),
-                in_ball(draw, n, network.width, radius), radius, steps=12 if ascend else 0, seen=seen,
-            )  # fmt: skip
+            climb(network, mass, in_ball(draw, n, network.width, radius), radius, ascend=ascend, seen=seen)
 
 
 @amounts
