@@ -2,7 +2,8 @@
 
 import logging
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from textwrap import shorten
 from typing import Any
 
@@ -166,6 +167,19 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON and Parquet, in the order of the fields."""
         return asdict(self) | {"tokens": list(self.tokens), "token_moves": list(self.token_moves)}
+
+
+def without_times(rows: Iterable[Row]) -> list[Row]:
+    """Rows without their seconds: equal for two runs with the same inputs and options."""
+    return [
+        replace(
+            row,
+            seconds_certify=None,
+            seconds_attack=None,
+            certificates={name: replace(entry, seconds=0.0) for name, entry in row.certificates.items()},
+        )
+        for row in rows
+    ]
 
 
 def evaluate_row(task: RowTask, options: RowOptions = RowOptions()) -> Row:

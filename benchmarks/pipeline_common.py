@@ -3,12 +3,10 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from attnrobust.demo import demo_sentences
 from attnrobust.pipeline.config import RunConfig, make_config
-from attnrobust.rows import Row
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("encoder.layer.0.attention", "encoder.layer.2.attention", "encoder.layer.5.attention")
@@ -59,16 +57,3 @@ def command(config: RunConfig) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "attnrobust", "run", str(path), "-q"],
         cwd=ROOT, env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-
-
-def without_times(rows: list[Row]) -> list[Row]:
-    """Rows without their seconds, which no two runs share."""
-    return [
-        replace(
-            row,
-            seconds_certify=None,
-            seconds_attack=None,
-            certificates={name: replace(entry, seconds=0.0) for name, entry in row.certificates.items()},
-        )
-        for row in rows
-    ]

@@ -18,7 +18,8 @@ from os import killpg
 from pathlib import Path
 
 from attnrobust.pipeline.runstore import MANIFEST, RunStore
-from benchmarks.pipeline_common import LAYERS, command, configured, without_times
+from attnrobust.rows import without_times
+from benchmarks.pipeline_common import LAYERS, command, configured
 
 ORPHANS_END_WITHIN = 60.0
 

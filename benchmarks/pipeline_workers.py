@@ -15,8 +15,8 @@ from pathlib import Path
 
 from attnrobust.pipeline.plan import Shard
 from attnrobust.pipeline.run import run
-from attnrobust.rows import Row
-from benchmarks.pipeline_common import LAYERS, ONE_THREAD, configured, without_times
+from attnrobust.rows import Row, without_times
+from benchmarks.pipeline_common import LAYERS, ONE_THREAD, configured
 
 
 def timed(place: Path, *, texts: int, workers: int, name: str) -> tuple[float, float, list[Row]]:

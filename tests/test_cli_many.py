@@ -13,9 +13,10 @@ import yaml
 
 from attnrobust.cli import ExitCode
 from attnrobust.pipeline.runstore import RunStore
+from attnrobust.rows import without_times
 from attnrobust.store import row_from_dict
 from tests.test_cli import Run, Said, said_by
-from tests.test_pipeline_run import configured, plain, write_files
+from tests.test_pipeline_run import configured, write_files
 
 
 @pytest.fixture
@@ -118,12 +119,12 @@ def test_interruption_finishes_the_row_and_says_how_to_go_on(config: Path) -> No
 def test_the_order_of_shards_does_not_matter(cli: Run, config: Path) -> None:
     out = config.parent / "out"
     cli("run", config, "-q")
-    whole = plain(RunStore.open(out).rows())
+    whole = without_times(RunStore.open(out).rows())
     for part in RunStore.open(out).parts():
         part.unlink()
     for shard in ("2/3", "3/3", "1/3"):
         cli("run", config, "-q", "--shard", shard)
-    assert plain(RunStore.open(out).rows()) == whole
+    assert without_times(RunStore.open(out).rows()) == whole
 
 
 def test_launchers_are_heard(cli: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

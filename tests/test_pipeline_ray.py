@@ -16,8 +16,8 @@ from attnrobust.pipeline.plan import Shard
 from attnrobust.pipeline.ray_engine import _Cluster
 from attnrobust.pipeline.run import run
 from attnrobust.pipeline.work import Workbench, WorkItem
-from attnrobust.rows import Row
-from tests.test_pipeline_run import configured, plain, write_files
+from attnrobust.rows import Row, without_times
+from tests.test_pipeline_run import configured, write_files
 
 # ---- a played cluster ------------------------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ def test_two_actors_give_the_same_rows_even_if_one_is_killed(tmp_path: Path, mon
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     monkeypatch.setenv("RAY_ADDRESS", ray_engine.LOCAL)
     files = write_files(tmp_path)
-    reference = plain(run(configured(files, "reference"), shard=Shard()).store.rows())
+    reference = without_times(run(configured(files, "reference"), shard=Shard()).store.rows())
     config = configured(files, execution={"engine": "ray", "workers": 2})
     killed: list[int] = []
 
@@ -250,7 +250,7 @@ def test_two_actors_give_the_same_rows_even_if_one_is_killed(tmp_path: Path, mon
         outcome = run(config, shard=Shard(), watch=kill_one)
         assert len(killed) == 1
         assert outcome.remaining == 0
-        assert plain(outcome.store.rows()) == reference
+        assert without_times(outcome.store.rows()) == reference
 
         stopped = configured(files, "stopped", execution={"engine": "ray", "workers": 1})
         outcome = run(stopped, shard=Shard(), stop=stop, watch=stop_at_once)

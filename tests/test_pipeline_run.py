@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from attnrobust.pipeline.run import resume, run
 from attnrobust.pipeline.runstore import MANIFEST, PARTS, RunStore
 from attnrobust.pipeline.work import Workbench
 from attnrobust.results import Status
-from attnrobust.rows import Row
+from attnrobust.rows import Row, without_times
 from tests.layer_files import write_layer
 
 NO_SHARD = Shard()
@@ -55,24 +54,11 @@ def configured(files: Path, out: str = "out", **changes: Any) -> RunConfig:
     return make_config(values | changes)
 
 
-def plain(rows: list[Row]) -> list[Row]:
-    """Rows without their times, which no two runs share."""
-    return [
-        replace(
-            row,
-            seconds_certify=None,
-            seconds_attack=None,
-            certificates={name: replace(entry, seconds=0.0) for name, entry in row.certificates.items()},
-        )
-        for row in rows
-    ]
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """The rows of an undisturbed run; other directories hold the same files, so they have the same rows."""
     files = write_files(tmp_path_factory.mktemp("reference"))
-    return plain(run(configured(files), shard=NO_SHARD).store.rows())
+    return without_times(run(configured(files), shard=NO_SHARD).store.rows())
 
 
 def stopping_after(count: int, stop: threading.Event) -> Callable[[Iterator[Row], int], Iterator[Row]]:
@@ -149,7 +135,7 @@ def test_stopping_keeps_what_is_done_and_resume_does_the_rest(files: Path, refer
     assert (outcome.computed, outcome.remaining) == (4, 8)
     outcome = resume(files / "out", shard=NO_SHARD)
     assert (outcome.computed, outcome.remaining) == (8, 0)
-    assert plain(outcome.store.rows()) == reference
+    assert without_times(outcome.store.rows()) == reference
 
 
 def test_an_exception_on_the_way_keeps_what_is_done(files: Path, reference: list[Row]) -> None:
@@ -162,7 +148,7 @@ def test_an_exception_on_the_way_keeps_what_is_done(files: Path, reference: list
     with pytest.raises(KeyboardInterrupt):
         run(configured(files), shard=NO_SHARD, watch=explode)
     assert len(RunStore.open(files / "out").rows()) == 5
-    assert plain(resume(files / "out", shard=NO_SHARD).store.rows()) == reference
+    assert without_times(resume(files / "out", shard=NO_SHARD).store.rows()) == reference
 
 
 def test_a_full_disk_is_told_and_loses_nothing_that_was_written(
@@ -183,7 +169,7 @@ def test_a_full_disk_is_told_and_loses_nothing_that_was_written(
     monkeypatch.undo()
     assert len(RunStore.open(files / "out").rows()) == 6
     assert not list((files / "out").rglob("*.tmp"))
-    assert plain(resume(files / "out", shard=NO_SHARD).store.rows()) == reference
+    assert without_times(resume(files / "out", shard=NO_SHARD).store.rows()) == reference
 
 
 def test_an_output_that_becomes_read_only_loses_nothing_that_was_written(
@@ -205,7 +191,7 @@ def test_an_output_that_becomes_read_only_loses_nothing_that_was_written(
         RunStore.open(files / "out")
     monkeypatch.undo()
     assert len(RunStore.open(files / "out").rows()) == 4
-    assert plain(resume(files / "out", shard=NO_SHARD).store.rows()) == reference
+    assert without_times(resume(files / "out", shard=NO_SHARD).store.rows()) == reference
 
 
 def test_a_new_run_on_a_read_only_disk_is_refused_before_any_work(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +223,7 @@ def test_killed_runs_resume_without_losing_or_doubling(files: Path, reference: l
     assert outcome.computed == 12 - before
     ids = [i for part in outcome.store.parts() for i in _ids(part)]
     assert len(ids) == len(set(ids)) == 12
-    assert plain(outcome.store.rows()) == reference
+    assert without_times(outcome.store.rows()) == reference
 
 
 def _ids(part: Path) -> list[str]:
@@ -297,7 +283,7 @@ def test_a_truncated_manifest_is_told_with_a_cure_that_works(files: Path, refere
     (files / "out" / PARTS).rename(files / "new" / PARTS)
     outcome = resume(files / "new", shard=NO_SHARD)
     assert outcome.computed == 0
-    assert plain(outcome.store.rows()) == reference
+    assert without_times(outcome.store.rows()) == reference
 
 
 def test_an_edited_manifest_is_refused(files: Path) -> None:
@@ -328,7 +314,7 @@ def test_a_damaged_part_is_named_and_can_be_computed_again(files: Path, referenc
     victim.unlink()
     outcome = resume(files / "out", shard=NO_SHARD)
     assert outcome.computed == 3
-    assert plain(outcome.store.rows()) == reference
+    assert without_times(outcome.store.rows()) == reference
 
 
 def test_parts_of_another_run_are_refused(files: Path) -> None:
@@ -343,7 +329,7 @@ def test_a_row_in_two_parts_counts_once(files: Path, reference: list[Row]) -> No
     """Two shards that overlapped, or a part that was copied."""
     store = run(configured(files), shard=NO_SHARD).store
     (files / "out" / PARTS / "again.parquet").write_bytes(store.parts()[0].read_bytes())
-    assert plain(store.rows()) == reference
+    assert without_times(store.rows()) == reference
 
 
 def test_two_writers_of_one_shard_are_refused(files: Path) -> None:
@@ -358,7 +344,7 @@ def test_two_writers_of_one_shard_are_refused(files: Path) -> None:
 def test_shards_together_are_the_run(files: Path, reference: list[Row]) -> None:
     counts = [run(configured(files), shard=Shard(i, 5)).computed for i in (3, 0, 2, 4, 1)]
     assert sorted(counts) == [2, 2, 2, 3, 3]
-    assert plain(RunStore.open(files / "out").rows()) == reference
+    assert without_times(RunStore.open(files / "out").rows()) == reference
 
 
 @pytest.mark.parametrize(("text", "expected"), [("1/1", Shard()), ("2/3", Shard(1, 3))])
@@ -403,6 +389,6 @@ def test_worker_processes_give_the_same_rows_even_if_one_is_killed(files: Path, 
     config = configured(files, execution={"workers": 2})
     outcome = run(config, shard=NO_SHARD, watch=kill_one)
     assert outcome.remaining == 0
-    assert plain(outcome.store.rows()) == reference
+    assert without_times(outcome.store.rows()) == reference
     assert active_children() == []
     assert all(row.status is not Status.ERROR for row in outcome.store.rows())
