@@ -74,10 +74,15 @@ def compare(
         chosen = DEFAULT_ATTACK if attack is None else attack
         result = run_attack(problem, method=chosen, seed=seed, budget=budget or AttackBudget())
         return join(problem, result, certification)
+    require_own_attack(attack, threat)
+    return join(problem, attack_measures(problem, threat, seed=seed, budget=budget), certification, threat=threat)
+
+
+def require_own_attack(attack: str | None, threat: MeasureThreat | Copies) -> None:
+    """Refuse the name of an attack that does not search this threat on measures; None stands for its own."""
     own = DUPLICATION if isinstance(threat, Copies) else SPLITTING
     if attack not in (None, own):
         raise InputError(f"attack {attack!r} does not search {threat.key!r}; leave the attack out, or name {own!r}")
-    return join(problem, attack_measures(problem, threat, seed=seed, budget=budget), certification, threat=threat)
 
 
 def attack_measures(

@@ -43,6 +43,18 @@ def test_compare_takes_copies(capsys: pytest.CaptureFixture[str], files: Path) -
     assert again["problem"] != row["problem"]
 
 
+def test_an_attack_that_does_not_search_the_threat_is_refused(capsys: pytest.CaptureFixture[str], files: Path) -> None:
+    common = ["attack", str(files / "layer.npz"), "--tokens", str(files / "x.npz"), "--tolerance", "3", "-q"]
+    assert run([*common, "--threat", "coupling:inf", "--method", "foolbox:DDN"]) == ExitCode.USAGE
+    assert "name 'mass-splitting'" in capsys.readouterr().err
+    assert run([*common, "--threat", "copies:1", "--method", "mass-splitting"]) == ExitCode.USAGE
+    assert "name 'token-duplication'" in capsys.readouterr().err
+    (row,) = rows_of(
+        capsys, files, "attack", "--threat", "copies:1", "--tolerance", "3", "--method", "token-duplication"
+    )
+    assert row["attack"] == "token-duplication"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

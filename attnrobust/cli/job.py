@@ -12,6 +12,7 @@ from attnrobust.attacks import attack_named
 from attnrobust.certify import measure_method_named, method_named
 from attnrobust.cli.exits import ExitCode, exit_code, say
 from attnrobust.cli.progress import tracked
+from attnrobust.compare import DEFAULT_ATTACK, require_own_attack
 from attnrobust.errors import InputError
 from attnrobust.goal import Goal
 from attnrobust.inputs import make_goal, make_tasks, parse_device, read_inputs
@@ -95,7 +96,7 @@ def run_job(job: Job, *, inputs: tuple[str, ...] | None = None) -> ExitCode:
         AttnRobustError: Options or files that cannot be used.
     """
     measures = _measures(job.threat)
-    options, goal = _row_options(job, measures=measures is not None), _goal(job)
+    options, goal = _row_options(job, measures), _goal(job)
     # Of a threat on measures the tokens that may move are all of them; copies move by a shared budget.
     threat, device = parse_threat("frobenius" if measures else job.threat), parse_device(job.device)
     if job.out is not None:
@@ -120,15 +121,17 @@ def _measures(text: str) -> MeasureThreat | Copies | None:
     return parse_copies(text)
 
 
-def _row_options(job: Job, *, measures: bool = False) -> RowOptions:
+def _row_options(job: Job, measures: MeasureThreat | Copies | None) -> RowOptions:
     methods = None
     if job.methods is not None:
         methods = tuple(name.strip() for name in job.methods.split(",") if name.strip())
         if not methods:
             raise InputError("--methods names no certificate; leave it out to run all")
         for name in methods:
-            (measure_method_named if measures else method_named)(name)
-    if job.attack is not None:
+            (method_named if measures is None else measure_method_named)(name)
+    if measures is not None and job.attack != DEFAULT_ATTACK:  # the default stands for the threat's own attack
+        require_own_attack(job.attack, measures)
+    elif job.attack is not None:
         attack_named(job.attack)
     if job.fail_under is not None and not job.fail_under >= 0:
         raise InputError(f"--fail-under must be a number >= 0; got {job.fail_under}")
