@@ -1,4 +1,4 @@
-"""What the stress tests of the certificates share: random numbers, moves on a boundary, ascent, the largest ratio."""
+"""What the tests that attack bounds share: random numbers, moves on a boundary, ascent, the largest ratio."""
 
 import math
 from collections import Counter
@@ -51,11 +51,10 @@ def largest_usage(problem: Problem, radius: float, draw: Draw, *, steps: int, co
     movable = problem.threat.movable(n)[:, None]
     size = radius * problem.threat.frobenius_factor(n, d)
     jumps = (torch.arange(count) % 2 == 0)[:, None, None]
-    mass = None if problem.mass is None else problem.mass.expand(count, -1)
     move, worst = boundary_moves(problem, radius, count, draw), -math.inf
     for step in range(steps):
         move = move.clone().requires_grad_(True)
-        used = problem.resolved.usage(problem.network(problem.clean.points + move, mass))
+        used = problem.usage(move)
         assert torch.isfinite(used).all()
         worst = max(worst, float(used.detach().max()))
         slope = torch.autograd.grad(used.sum(), move)[0] * movable

@@ -22,9 +22,9 @@ from attnrobust.layers.local_norm import diameter_norm_upper, local_norm_upper, 
 from attnrobust.layers.softmax import derivative_norm_upper
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.tokens import TokenMeasure
+from tests import stress
 from tests.cases import Case, goals, threats
 from tests.measure_problems import Draw
-from tests.test_literature_bounds import largest_usage
 from tests.test_other_bounds import LAYERS
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,7 @@ def checked(method: CertificateMethod, problem: Problem, draw: Draw, index: int,
     size = (bound.first_guess or 1.0) * 10 ** draw.uniform(-1.0, 1.0)
     claimed = bound.usage(size).value
     if ascend:
-        found = largest_usage(problem, size, starts=4, steps=20, seed=index)
+        found = stress.largest_usage(problem, size, stress.Draw(index), count=4, steps=20)
     else:
         delta = problem.threat.project(100.0 * size * draw(16, *problem.clean.points.shape), size)
         delta = delta * torch.logspace(-2, 0, 16, dtype=torch.float64)[:, None, None]

@@ -25,6 +25,7 @@ from attnrobust.results import Kind
 from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.cases import Case, case_named, cases, goals, problems, threats
+from tests.stress import Draw, largest_usage
 
 METHODS: tuple[CertificateMethod, ...] = (
     CastinReported(),
@@ -43,29 +44,13 @@ def method(request: pytest.FixtureRequest) -> CertificateMethod:
     return chosen
 
 
-def largest_usage(problem: Problem, size: float, *, starts: int = 8, steps: int = 40, seed: int = 0) -> float:
-    """Largest use of the budget found on the set of a size: projected ascent, every iterate counted."""
-    generator = torch.Generator().manual_seed(seed)
-    threat, shape = problem.threat, problem.clean.points.shape
-    delta = threat.project(1e3 * size * torch.randn(starts, *shape, generator=generator, dtype=torch.float64), size)
-    best = 0.0
-    for step in range(steps):
-        delta = delta.detach().requires_grad_()
-        usage = problem.usage(delta)
-        best = max(best, float(usage.detach().max()))
-        (gradient,) = torch.autograd.grad(usage.sum(), delta)
-        length = size * (1.0 if step % 10 == 0 else 0.3)
-        delta = threat.project(delta.detach() + length * threat.steepest(gradient), size)
-    return best
-
-
 def test_above_everything_found_on_the_set(case: Case) -> None:
     """Each method at three sizes, from nearly linear to far outside of it, on every threat and goal of the case."""
     for index, problem in list(enumerate(problems(case)))[case.n % 3 :: 3]:
         prepared = [method.prepare(problem, seed=0) for method in METHODS]
         scale = prepared[-1].first_guess or 1.0
         for size in (0.1 * scale, scale, 10.0 * scale):
-            found = largest_usage(problem, size, seed=index, starts=4, steps=16)
+            found = largest_usage(problem, size, Draw(index), count=4, steps=16)
             for method, bound in zip(METHODS, prepared, strict=True):
                 claimed = bound.usage(size).value
                 # A constant layer claims 0 and moves by its own rounding.

@@ -27,7 +27,7 @@ from attnrobust.problem import Problem
 from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall, Threat
 from attnrobust.tokens import TokenMeasure
 from tests.cases import case_named
-from tests.test_literature_bounds import largest_usage
+from tests.stress import Draw, largest_usage
 
 Build = Callable[..., Any]
 
@@ -91,7 +91,7 @@ def test_above_everything_found(build: Build, method: CertificateMethod, seed: i
             problem = _problem(layer, points, threats[(index + seed) % 4], goal, mass)
             bound = method.prepare(problem, seed=0)
             for size in (0.01, 0.3, 3.0):
-                assert largest_usage(problem, size, starts=4, steps=15) <= bound.usage(size).value
+                assert largest_usage(problem, size, Draw(0), count=4, steps=15) <= bound.usage(size).value
 
 
 @pairs
@@ -242,7 +242,7 @@ def test_lipschitznorm_where_values_dominate(threat: Threat) -> None:
     layer = LipschitzNormAttention(w_q=1e-6 * w_q, w_k=1e-6 * w_k, w_v=w_v)
     points = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     problem = _problem(layer, points, threat, Displacement(1.0))
-    found = largest_usage(problem, 0.1)
+    found = largest_usage(problem, 0.1, Draw(0), steps=40)
     bound = LipschitzNormGlobal().prepare(problem, seed=0).usage(0.1).value
     assert found <= bound <= 3.6 * found
 
