@@ -295,7 +295,7 @@ def test_trust_region_bounds_are_upper_and_agree(seed: int) -> None:
     best = max(float(quadratic.gradient @ x + 0.5 * x @ matrix @ x) for x in inside)
     assert best <= exact.value * (1.0 + 1e-9)
     assert exact.value <= best * 1.001
-    guess = approximate(quadratic, radius, torch.ones(70, dtype=torch.float64), steps=35)
+    guess = approximate(quadratic, radius, torch.ones(1, 70, dtype=torch.float64), steps=35)
     for found in (
         factorised_bound(quadratic, radius, guess),
         iterated_bound(quadratic, radius, guess, failure_probability=1e-9, seed=seed),

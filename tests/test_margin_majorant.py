@@ -16,7 +16,7 @@ from attnrobust.certify.margin import MarginBound
 from attnrobust.certify.margin_constants import Budget, Constants, constants
 from attnrobust.certify.margin_eigen import spread_eigenvalue
 from attnrobust.certify.margin_form import ClassRows, Majorant
-from attnrobust.certify.margin_majorant import Parameters, balanced, initial_parameters, majorant, pieces
+from attnrobust.certify.margin_majorant import Parameters, balanced, initial_parameters, majorant, pieces, references
 from attnrobust.certify.margin_scalar import psi
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
@@ -45,7 +45,7 @@ def majorants(problem: Problem, radius: float, seed: int) -> list[tuple[int, Maj
         cls = holder.rows
         piece = pieces(cls, const, cls.first_norm)
         start = initial_parameters(cls)
-        moved = balanced(cls, const, piece, start, boundary_moves(problem, radius, 3, Draw(seed)))
+        moved = balanced(cls, const, piece, start, references(cls, boundary_moves(problem, radius, 3, Draw(seed))))
         draw = Draw(seed + 7)  # references may have any sign
         random = replace(
             moved, reference=draw.normal(*moved.reference.shape), value=0.5 * draw.normal(*moved.value.shape)
@@ -210,8 +210,8 @@ def test_every_step_holds_and_the_form_is_their_sum(name: str, seed: int) -> Non
             drop = float(problem.resolved.changes(problem.network(problem.clean.points + move, problem.mass))[0])
             assert float((cls.pooling * steps.drop).sum()) == pytest.approx(drop, rel=1e-8, abs=1e-9)
             form = majorant(cls, const, pieces(cls, const, cls.first_norm), par)
-            value = form.constant + float((form.gradient * move).sum() + 0.5 * (move * form.apply(move)).sum())
-            assert value == pytest.approx(steps.total, abs=ROUNDING * (steps.size + form.constant))
+            value = float(form.at(move))
+            assert value == pytest.approx(steps.total, abs=ROUNDING * (steps.size + float(form.constant)))
 
 
 def collapse(problem: Problem, cls: ClassRows, draw: Draw, *, length: float) -> Tensor:

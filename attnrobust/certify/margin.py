@@ -7,7 +7,7 @@ import torch
 from attnrobust.bounds import Upper
 from attnrobust.certify._certify import CertificateMethod, PreparedBound
 from attnrobust.certify.margin_class import ClassBound
-from attnrobust.certify.margin_constants import Budget, constants, geometry
+from attnrobust.certify.margin_constants import Budget, Constants, constants, geometry
 from attnrobust.certify.margin_form import class_rows
 from attnrobust.certify.margin_rows import clean_rows
 from attnrobust.layers.attention import Attention
@@ -17,6 +17,7 @@ from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall
 
 FAILURE_PROBABILITY = 1e-9  # of the whole certificate: a union bound over every random start
 EVALUATIONS = 100  # random starts that the union bound pays for; later ones say nothing
+START = 0.6  # of the radius that the first order alone would give
 EXPONENT_CAP = 650.0  # logit changes beyond say nothing useful and would overflow
 
 
@@ -68,21 +69,25 @@ class MarginBound(PreparedBound):
 
     @property
     def first_guess(self) -> float | None:
-        guesses = [
-            0.6 * budget / float(self.problem.threat.dual_norm(c.rows.gradient))
-            for budget, c in zip(self.budgets, self.classes, strict=True)
-            if float(self.problem.threat.dual_norm(c.rows.gradient)) > 0.0
-        ]
+        guesses = []
+        for budget, cls in zip(self.budgets, self.classes, strict=True):
+            slope = float(self.problem.threat.dual_norm(cls.rows.gradient))
+            if slope > 0.0:
+                guesses.append(cls.settle(self._constants, budget, START * budget / slope))
         return min(guesses, default=None)
 
-    def usage(self, radius: float) -> Upper:
-        threat, rows = self.problem.threat, self.rows
-        n, d = rows.points.shape
+    def _constants(self, radius: float) -> Constants | None:
+        """Constants of the threat's set of this radius; None where they overflow."""
+        threat, (n, d) = self.problem.threat, self.rows.points.shape
         budget = Budget(
             frobenius=radius * threat.frobenius_factor(n, d), token=radius * threat.token_factor(n, d), epsilon=radius
         )
-        const = constants(rows, self.geometry, budget)
-        if not bool((const.limit < EXPONENT_CAP).all()):
+        const = constants(self.rows, self.geometry, budget)
+        return const if bool((const.limit < EXPONENT_CAP).all()) else None
+
+    def usage(self, radius: float) -> Upper:
+        const = self._constants(radius)
+        if const is None:
             return Upper(torch.inf)
         worst = 0.0
         for class_budget, cls in zip(self.budgets, self.classes, strict=True):

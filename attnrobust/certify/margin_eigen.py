@@ -12,7 +12,11 @@ OUTWARD = 1.0 + 1e-10
 
 
 def spread_eigenvalue(
-    coefficient: Float[Tensor, "*b n"], weight: Float[Tensor, "*b n"], movable: Float[Tensor, "n"]
+    coefficient: Float[Tensor, "*b n"],
+    weight: Float[Tensor, "*b n"],
+    movable: Float[Tensor, "n"],
+    *,
+    bisections: int = BISECTIONS,
 ) -> Float[Tensor, "*b"]:
     """Upper bound of the largest eigenvalue of ``Z = sum_j a_j (e_j - w)_T (e_j - w)_T^T``, a >= 0, sum of w = 1.
 
@@ -26,6 +30,7 @@ def spread_eigenvalue(
         coefficient: a, any leading dimensions; infinite entries give infinity.
         weight: w, same shape.
         movable: 1 where the token may move, else 0.
+        bisections: Steps towards the eigenvalue; every number of them gives an upper bound.
 
     References:
         Derived; docs/margin-certificate.md, lemma 7.
@@ -44,12 +49,31 @@ def spread_eigenvalue(
     low = trace / movable.sum().clamp_min(1.0)
     if a.shape[-1] > 1:
         low = torch.maximum(low, a.topk(2, dim=-1).values[..., 1])
-    for _ in range(BISECTIONS):
+    for _ in range(bisections):
         middle = low.sqrt() * high.sqrt()
         above = _definite(middle, a=a, w=w, fixed=fixed, missing=missing)
         high, low = torch.where(above, middle, high), torch.where(above, low, middle)
     value = (high.sqrt() + pad) ** 2 * OUTWARD
     return torch.where(finite & torch.isfinite(value), value, torch.inf)
+
+
+def spread_slope(
+    coefficient: Float[Tensor, "*b n"],
+    weight: Float[Tensor, "*b n"],
+    movable: Float[Tensor, "n"],
+    value: Float[Tensor, "*b"],
+) -> Float[Tensor, "*b n"]:
+    """Approximate derivative of ``spread_eigenvalue`` in a: ``((e_j - w)_T.y)^2`` of its eigenvector y (no bound).
+
+    With x the eigenvalue, y_j ~ ``(w_j (1 + sum w a / (x - a)) / (sum w^2 / (x - a)) - a_j) / (x - a_j)``.
+    """
+    a, w = coefficient * movable, weight * movable
+    inverse = 1.0 / (value[..., None] - a)
+    cross, second = (w * a * inverse).sum(-1, keepdim=True), (w * w * inverse).sum(-1, keepdim=True)
+    y = (w * (1.0 + cross) / second - a) * inverse * movable
+    y = (y / torch.linalg.vector_norm(y, dim=-1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)
+    slope: Tensor = (y - (w * y).sum(-1, keepdim=True)).square()
+    return slope
 
 
 def _definite(x: Tensor, *, a: Tensor, w: Tensor, fixed: Tensor, missing: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from attnrobust.certify.margin_rows import CleanRows
 
+LARGEST = 1e130  # coefficients beyond (or NaN) say nothing, and their squares would overflow
+
 
 @dataclass(frozen=True, eq=False)
 class ClassRows:
@@ -144,7 +146,7 @@ class Majorant:
     bilinear: Float[Tensor, "h n"]
     tokens: Float[Tensor, "n n"]
     gradient: Float[Tensor, "n d"]
-    constant: float
+    constant: Float[Tensor, ""]
 
     @property
     def size(self) -> int:
@@ -165,6 +167,16 @@ class Majorant:
         query = pooled @ piece.key + self.bilinear[..., None] * (piece.query @ self._key_gram)
         key = pooled.mT @ piece.query
         return spread_back(cls, x, t, query=query, key=key) + (self.tokens @ delta) * rows.movable[:, None]
+
+    @property
+    def finite(self) -> bool:
+        """Whether nothing overflowed, also not in products with moves."""
+        parts = (self.square, self.mixed, self.value, self.centre, self.first, self.bilinear, self.tokens)
+        return all(float(part.abs().amax()) < LARGEST for part in (*parts, self.gradient, self.constant))
+
+    def at(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
+        """``constant + gradient.Delta + Delta M Delta / 2``."""
+        return self.constant + (delta * (self.gradient + 0.5 * self.apply(delta))).sum((-2, -1))
 
     def flat(self, vector: Float[Tensor, "*b N"]) -> Float[Tensor, "*b N"]:
         """``apply`` on flattened moves."""

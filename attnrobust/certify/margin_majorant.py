@@ -1,4 +1,4 @@
-"""Coefficients of the quadratic majorant: every free parameter is sound, a balance at a point makes them sharp."""
+"""Coefficients of the quadratic majorant: every free parameter is sound, a balance at moves makes them sharp."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.margin_constants import Constants
-from attnrobust.certify.margin_eigen import spread_eigenvalue
+from attnrobust.certify.margin_eigen import spread_eigenvalue, spread_slope
 from attnrobust.certify.margin_form import ClassRows, Majorant, Moments, moments, spread_back
 
 TINY = 1e-100
 LARGEST_MASS = 0.5  # of a row's remainder at the reference moves, as a share of its bound
+ROUGH = 3  # bisections of an eigenvalue that only chooses a parameter
 LIMITS = (1e-3, 1e3)  # parameters are kept in this range around their unit
 
 
@@ -76,8 +77,17 @@ def _mass_curve(cls: ClassRows, const: Constants, par: Parameters, unit: Tensor)
     return shifted * effect, effect
 
 
+def _spread(coefficient: Tensor, weight: Tensor, movable: Tensor) -> Tensor:
+    """``spread_eigenvalue`` with its derivative."""
+    value = spread_eigenvalue(coefficient.detach(), weight, movable)
+    if not coefficient.requires_grad:
+        return value
+    slope = spread_slope(coefficient.detach(), weight, movable, value)
+    return value + (slope * (coefficient - coefficient.detach())).sum(-1)
+
+
 def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -> Majorant:
-    """The quadratic majorant of Theorem 1 of docs/margin-certificate.md for these parameters."""
+    """The quadratic majorant of Theorem 1 of docs/margin-certificate.md, differentiable in the parameters."""
     rows, pi = cls.rows, cls.pooling
     weight = rows.weight
     tau = par.split * piece.unit
@@ -87,7 +97,7 @@ def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -
     eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
     square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
     rest = torch.where(positive, curve * (1.0 + 1.0 / eps), -curve * (1.0 / eps - 1.0))
-    energy = const.budget.frobenius**2 * spread_eigenvalue(rest, weight, rows.movable)
+    energy = const.budget.frobenius**2 * _spread(rest, weight, rows.movable)
     kept = weight - piece.shift
     s1 = par.query_value * cls.value_norm
     value = piece.slope / pair + (const.spread / s1)[..., None] * kept
@@ -110,10 +120,44 @@ def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -
         centre=centre,
         first=first,
         gradient=cls.gradient - moved.combined(first * offset) - spread_back(cls, shifted, linear),
-        constant=0.5 * float((first * offset**2).sum() + (value * theta**2).sum() - (centre * mean**2).sum()),
+        constant=0.5 * ((first * offset**2).sum() + (value * theta**2).sum() - (centre * mean**2).sum()),
         bilinear=pi * (energy + const.spread * s1 + const.share * par.query_mean) * rows.movable,
         tokens=torch.einsum("hij,hil->jl", outer, moved.weighted_advantage),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """What the balance needs of reference moves; no parameter and no radius changes it.
+
+    Args:
+        x: ``l_j.Delta``.
+        t: ``gamma.delta_j``.
+        query: ``|A^T delta_i|^2``.
+        gram: ``delta_i.delta_j``.
+    """
+
+    x: Float[Tensor, "b h n n"]
+    t: Float[Tensor, "b h n"]
+    query: Float[Tensor, "b h n"]
+    gram: Float[Tensor, "b n n"]
+
+    def scaled(self, size: float) -> "References":
+        """Those of ``size * Delta``."""
+        return References(size * self.x, size * self.t, size**2 * self.query, size**2 * self.gram)
+
+    def followed_by(self, other: "References", *, keep: int) -> "References":
+        """The last ``keep`` moves of both."""
+        pairs = ((self.x, other.x), (self.t, other.t), (self.query, other.query), (self.gram, other.gram))
+        return References(*(torch.cat([old, new])[-keep:] for old, new in pairs))
+
+
+def references(cls: ClassRows, points: Float[Tensor, "b n d"]) -> References:
+    """Evaluate reference moves."""
+    found: Moments = moments(cls, points)
+    layer = cls.rows.layer
+    gram = layer.factor**2 * layer.w_k.mT @ layer.w_k
+    return References(found.x, found.t, ((found.query @ gram) * found.query).sum(-1), points @ points.mT)
 
 
 def balanced(
@@ -121,37 +165,36 @@ def balanced(
     const: Constants,
     piece: Pieces,
     par: Parameters,
-    points: Float[Tensor, "b n d"],
+    found: References,
     *,
     smooth: float = 0.1,
     step: float = 0.5,
 ) -> Parameters:
-    """Parameters that make each inequality nearly tight on average over reference points (any choice is sound).
+    """Parameters that make each inequality nearly tight on average over reference moves (any choice is sound).
 
     Args:
         cls: The functional's rows.
         const: Constants of the set.
         piece: Parameter-free coefficients.
         par: Parameters so far.
-        points: Reference moves, typically the maximisers of the last bound.
+        found: Reference moves, typically the maximisers of the last bounds.
         smooth: Share of each form's mean that is added, so that no parameter collapses.
         step: How far to go from the parameters so far (0) to the balance (1); logarithms move for positive ones.
     """
     rows = cls.rows
-    moved = cls.revalued(_value_reference(cls, const, par))
-    found: Moments = moments(moved, points)
+    weighted = cls.revalued(_value_reference(cls, const, par)).weighted_advantage
 
     def mean(value: Tensor, dims: tuple[int, ...]) -> Tensor:
         average = value.mean(0)
         return average + smooth * average.mean(dims, keepdim=True) + TINY
 
-    x2, t = mean(found.x**2, (1, 2)), found.t.mean(0)
+    x2, t = mean(found.x.square(), (1, 2)), found.t.mean(0)
     t2 = (found.t - t).square().mean(0) + smooth * found.t.square().mean((0, 2))[:, None] + TINY
-    average = found.d.mean(0)
-    variance = (found.d - average).square().mean(0) + smooth * found.d.square().mean((0, 2))[:, None] + TINY
-    gram = rows.layer.factor**2 * rows.layer.w_k.mT @ rows.layer.w_k
-    query = mean(((found.query @ gram) * found.query).sum(-1), (1,))
-    mixed = mean(((moved.weighted_advantage @ points[:, None]) ** 2).sum(-1), (1,))
+    first = (weighted * found.x).sum(-1) - (rows.weight @ found.t[..., None])[..., 0]
+    average = first.mean(0)
+    variance = (first - average).square().mean(0) + smooth * first.square().mean((0, 2))[:, None] + TINY
+    query = mean(found.query, (1,))
+    mixed = mean(((weighted @ found.gram[:, None]) * weighted).sum(-1).clamp_min(0.0), (1,))
     pair = (t2[:, None, :] / x2).sqrt() / cls.value_norm[..., None]
     e = par.pair * cls.value_norm[..., None]
     curve, effect = _mass_curve(cls, const, par, piece.unit)
@@ -161,7 +204,7 @@ def balanced(
     split = (0.5 * const.share * variance / (mass * (1.0 - ratio))).sqrt() / piece.unit
     reference = average / piece.unit + 2.0 * split * ratio
     curve = (curve + e * piece.slope).abs()
-    energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.movable)
+    energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.movable, bisections=ROUGH)
     eps = (energy * query / (curve * x2).sum(-1).clamp_min(TINY)).sqrt()[..., None].expand_as(x2)
     s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / cls.value_norm
     s2 = (mixed / query).sqrt()

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 CELLS = 24  # cells per interval; the suprema are then about 1 % too large
-CHUNK_NUMBERS = 4_000_000  # float64 numbers per temporary
+CHUNK_NUMBERS = 500_000  # float64 numbers per temporary: a block stays in the cache
 SERIES = 1e-3  # below, psi comes from its series: the difference would cancel
 SWITCH = 30.0  # above, e^-u (1 + u) is below one unit in the last place times 100 and log psi needs no cancellation
 LARGEST_LOG = 600.0  # exponentials beyond are reported as infinite

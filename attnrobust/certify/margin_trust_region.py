@@ -14,6 +14,8 @@ from attnrobust.linear_map import largest_eigenvalue_upper
 DECOMPOSE_LIMIT = 320  # an eigenvalue decomposition takes milliseconds up to here
 CHOLESKY_LIMIT = 2000
 BLOCK_STEPS = 16
+START = 1e-9  # of Newton's method above the largest eigenvalue, as a share of the largest number in the problem
+NEWTON_STEPS = 40  # of the multiplier; quadratic convergence needs about 6
 MAX_RAISES = 80  # of the multiplier by 1 % each until the factorisation succeeds
 OUTWARD = 1e-9  # outward share of a bound: rounding of products and factorisations
 TINY = 1e-300
@@ -43,36 +45,55 @@ class Maximiser:
     Args:
         points: Near-maximisers (b, N) of norm at most the radius (two in the hard case).
         multiplier: Approximate optimal multiplier.
-        top: Approximate leading eigenvector.
         value: Approximate optimal value.
     """
 
     points: Float[Tensor, "b N"]
     multiplier: float
-    top: Float[Tensor, "N"]
     value: float
 
 
-def approximate(problem: Quadratic, radius: float, start: Tensor, *, steps: int = BLOCK_STEPS) -> Maximiser:
-    """Solve the trust region in a block Krylov space of G and a start vector (a guess of the leading eigenvector)."""
+def approximate(
+    problem: Quadratic, radius: float, starts: Float[Tensor, "b N"], *, steps: int = BLOCK_STEPS, settled: float = 0.0
+) -> Maximiser:
+    """Solve the trust region in a block Krylov space of G and start vectors.
+
+    Args:
+        problem: The quadratic.
+        radius: Of the ball.
+        starts: Guesses of maximisers.
+        steps: Products with the block at most.
+        settled: Relative growth of the value by one product that ends the search.
+    """
     size = problem.gradient.numel()
-    block = torch.stack([problem.gradient, start], dim=1)
-    basis, _ = torch.linalg.qr(block)
-    images = problem.product(basis.T).T
-    pieces, products = [basis], [images]
-    while 2 * len(pieces) + 2 <= min(2 * steps, size):
-        found = torch.cat(pieces, dim=1)
-        fresh = products[-1] - found @ (found.T @ products[-1])
+    found = torch.linalg.qr(torch.cat([problem.gradient[None], starts]).T[:, :size]).Q
+    images = fresh = problem.product(found.T).T
+    width, (values, vectors, value) = found.shape[1], _projected(found, images, problem, radius)
+    for _ in range(min(steps, size // width) - 1):
+        scale = float(torch.linalg.vector_norm(fresh)) + TINY
         fresh = fresh - found @ (found.T @ fresh)
-        if float(torch.linalg.vector_norm(fresh)) <= 1e-10 * float(torch.linalg.vector_norm(products[-1]) + TINY):
+        fresh = fresh - found @ (found.T @ fresh)
+        if float(torch.linalg.vector_norm(fresh)) <= 1e-10 * scale:
             break
-        fresh, _ = torch.linalg.qr(fresh)
-        pieces.append(fresh)
-        products.append(problem.product(fresh.T).T)
-    basis, images = torch.cat(pieces, dim=1), torch.cat(products, dim=1)
-    small = basis.T @ images
+        fresh = torch.linalg.qr(fresh).Q
+        found = torch.cat([found, fresh], dim=1)
+        fresh = problem.product(fresh.T).T
+        images = torch.cat([images, fresh], dim=1)
+        last = value
+        values, vectors, value = _projected(found, images, problem, radius)
+        if value <= (1.0 + settled) * last:
+            break
+    return _small_solution(values, found @ vectors, problem, radius)
+
+
+def _projected(found: Tensor, images: Tensor, problem: Quadratic, radius: float) -> tuple[Tensor, Tensor, float]:
+    """Eigenvalues and eigenvectors of the form in a subspace, and the largest value there without the constant."""
+    small = found.T @ images
     values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
-    return _small_solution(values, basis @ vectors, problem, radius)
+    g = vectors.T @ (found.T @ problem.gradient)
+    multiplier = _multiplier(values, g, radius)
+    value = 0.5 * float(g @ (g / (multiplier - values).clamp_min(TINY))) + 0.5 * multiplier * radius**2
+    return values, vectors, value
 
 
 def _small_solution(values: Tensor, vectors: Tensor, problem: Quadratic, radius: float) -> Maximiser:
@@ -86,26 +107,29 @@ def _small_solution(values: Tensor, vectors: Tensor, problem: Quadratic, radius:
         fill = torch.zeros_like(x)
         fill[-1] = missing
         points = [x + fill, x - fill]
-    value = 0.5 * float(g @ (g / (multiplier - values).clamp_min(TINY))) + 0.5 * multiplier * radius**2
-    value += problem.constant
-    return Maximiser(torch.stack(points) @ vectors.T, multiplier, vectors[:, -1], value)
+    value = 0.5 * float(g @ x) + 0.5 * multiplier * radius**2 + problem.constant
+    return Maximiser(torch.stack(points) @ vectors.T, multiplier, value)
 
 
 def _multiplier(values: Tensor, g: Tensor, radius: float) -> float:
-    """Smallest l >= max(0, largest eigenvalue) with ``|(l - values)^{-1} g| <= radius`` (bisection)."""
-    top = float(values[-1])
-    scale = max(abs(top), float(values.abs().amax()))
-    low = max(top, 0.0) + 1e-9 * scale + 1e-200
-    high = low + float(torch.linalg.vector_norm(g)) / radius
-    if float(((g / (low - values)) ** 2).sum()) <= radius**2:
-        return low
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        if float(((g / (middle - values)) ** 2).sum()) > radius**2:
-            low = middle
-        else:
-            high = middle
-    return high
+    """Smallest l >= max(0, largest eigenvalue) with ``|(l - values)^{-1} g| <= radius``.
+
+    Newton's method on ``1 / |(l - values)^{-1} g| = 1 / radius``, concave in l, rises to the root from below.
+    """
+    linear = float(torch.linalg.vector_norm(g)) / radius
+    unit = max(float(values.abs().amax()), linear)
+    if unit <= TINY:
+        return TINY
+    eigenvalues, terms = (values / unit).cpu().numpy(), (g / (unit * radius)).square().cpu().numpy()
+    low = max(float(eigenvalues[-1]), 0.0) + START
+    high = low + linear / unit
+    for _ in range(NEWTON_STEPS):
+        gap = low - eigenvalues
+        square = float((terms / gap**2).sum())
+        if not square > 1.0 + 1e-12:
+            return low * unit
+        low = min(low + square / float((terms / gap**3).sum()) * (square**0.5 - 1.0), high)
+    return high * unit
 
 
 def decomposed_bound(problem: Quadratic, radius: float) -> tuple[Upper, Maximiser]:

@@ -1,0 +1,103 @@
+"""Descent in the majorant's parameters: right slopes, lower bounds, and a guess near the certified radius."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnrobust.certify.margin import MarginBound, MarginCertificate
+from attnrobust.certify.margin_constants import Budget, Constants, constants
+from attnrobust.certify.margin_descent import Descent, detached
+from attnrobust.certify.margin_eigen import spread_eigenvalue, spread_slope
+from attnrobust.certify.margin_majorant import majorant, pieces
+from attnrobust.problem import Problem
+from attnrobust.threat import FrobeniusBall, PerTokenBall
+from tests.margin_problems import random_problem
+from tests.stress import Draw, boundary_moves
+
+
+def small_problem(seed: int, *, linf: bool = False) -> Problem:
+    return random_problem(7000 + seed, PerTokenBall("linf") if linf else FrobeniusBall())
+
+
+def constants_of(bound: MarginBound, problem: Problem, radius: float) -> Constants:
+    n, d = problem.clean.points.shape
+    threat = problem.threat
+    budget = Budget(
+        frobenius=radius * threat.frobenius_factor(n, d), token=radius * threat.token_factor(n, d), epsilon=radius
+    )
+    return constants(bound.rows, bound.geometry, budget)
+
+
+def dense_eigenvalue(a: Tensor, w: Tensor, movable: Tensor) -> Tensor:
+    spread = (torch.eye(w.shape[-1], dtype=w.dtype) - w[..., None, :]) * movable
+    form = torch.einsum("...j,...jk,...jl->...kl", a, spread, spread)
+    return torch.linalg.eigvalsh(form)[..., -1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slope_of_the_spread_eigenvalue(seed: int) -> None:
+    draw = Draw(seed)
+    w = torch.softmax(2.0 * draw.normal(3, 6), dim=-1)
+    movable = torch.ones(6, dtype=torch.float64)
+    movable[seed % 3] = 0.0 if seed % 2 else 1.0
+    a = draw.normal(3, 6).abs().requires_grad_(True)
+    (expected,) = torch.autograd.grad(dense_eigenvalue(a, w, movable).sum(), a)
+    value = spread_eigenvalue(a.detach(), w, movable, bisections=60)
+    assert torch.allclose(spread_slope(a.detach(), w, movable, value), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slope_of_the_majorant_agrees_with_differences(seed: int) -> None:
+    problem = small_problem(seed)
+    bound = MarginBound(problem, seed=0)
+    cls = bound.classes[0].rows
+    radius = 0.1 * float(problem.clean.points.norm())
+    const = constants_of(bound, problem, radius)
+    piece = pieces(cls, const, cls.first_norm)
+    move = boundary_moves(problem, radius, 1, Draw(seed))
+    search = Descent(bound.classes[0].parameters, bound.classes[0].scale, steps=1, rate=0.1)
+    majorant(cls, const, piece, search.parameters()).at(move).sum().backward()
+    for name, raw in search.raw.items():
+        slope, step = raw.grad, 3e-2
+        assert slope is not None
+        direction = slope.sign()
+        ends = []
+        for sign in (1.0, -1.0):
+            kept = raw.data.clone()
+            raw.data += sign * step * direction
+            ends.append(float(majorant(cls, const, piece, detached(search.parameters())).at(move)))
+            raw.data = kept
+        # Bisections leave 0.3 % of the eigenvalue's term, which a difference of two values feels.
+        expected = float((slope * direction).sum())
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(expected, rel=0.1, abs=1e-9), name
+
+
+@pytest.mark.parametrize("linf", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_descent_lowers_the_bound(seed: int, linf: bool) -> None:
+    problem = small_problem(seed, linf=linf)
+    bound = MarginBound(problem, seed=0)
+    holder = bound.classes[0]
+    const = constants_of(bound, problem, 0.3 * float(problem.clean.points.norm()))
+    state = holder._state(const)
+    holder._balance(state, rounds=5, patience=5)
+    before = state.value
+    holder._descend(state, steps=30, rate=0.06)
+    assert state.value < before * (1.0 - 1e-3)
+
+
+def test_first_guess_is_near_the_certified_radius() -> None:
+    for seed in range(3):
+        problem = small_problem(seed)
+        guess = MarginCertificate().prepare(problem, seed=0).first_guess
+        radius = MarginCertificate().certify(problem, seed=0).radius
+        assert guess == pytest.approx(radius, rel=0.05)
+
+
+def test_a_start_where_constants_overflow_still_finds_a_radius() -> None:
+    problem = small_problem(1)
+    bound = MarginBound(problem, seed=0)
+    holder = bound.classes[0]
+    radius = holder.settle(lambda r: bound._constants(r) if r < 0.2 else None, bound.budgets[0], 5.0)
+    assert 0.0 < radius < 5.0
+    assert holder.settled
