@@ -43,10 +43,8 @@ $ for suite in {suites}; do python -m benchmarks.tightness run --suite $suite --
 $ python -m benchmarks.tightness_page --out results
 ```
 
-on two cores, one thread, with much other work running beside it: seconds are wall time of the best certificate with its
-whole radius search, several times what a quiet machine needs. Process time of one radius there: `displacement` at 10 %
-on MiniLM layer 2 .6 s (n = 16), 2.5 s (n = 64); `margin-majorant` 1.4 s (one head, d = 16, n = 16), 2.8 to 7 s (MiniLM,
-n = 16), 13 s (layer 2, n = 64). Memory is the peak of the process; about 500 MiB are the model and its library.
+Seconds are process time of the best certificate with its whole radius search, on one thread. Memory is the peak of the
+process; about 500 MiB are the model and its library.
 
 ![Median gap of every certificate against tolerance and number of tokens](tightness.png)
 """

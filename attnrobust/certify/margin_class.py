@@ -44,7 +44,7 @@ SETTLED = 2e-3  # growth of an approximate value by one more product that ends i
 DENSE_LIMIT = 64  # size up to which an eigenvalue decomposition is also the fastest approximation
 STEP, LARGEST_STEP, SMALLEST_STEP = 0.5, 0.8, 0.05  # from the best parameters so far towards the balance
 LONGER, SHORTER = 1.25, 0.6  # steps after a better value, after a worse one
-MEMORY, MEMORY_NUMBERS = 20, 30_000_000  # reference moves that the balance averages over: fewer, and it oscillates
+MEMORY, MEMORY_NUMBERS = 20, 12_000_000  # reference moves that the balance averages over: fewer, and it oscillates
 FLOOR = 0.5  # share of the mean that is added to the first weights
 SMOOTH = 0.1  # share of the budget below which a coordinate's weight does not fall
 
