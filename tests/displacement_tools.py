@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnrobust.certify.displacement_base import CleanRows
-from attnrobust.certify.displacement_bilinear import QueryKeyForm, ValueLogitForm
+from attnrobust.certify.displacement_bilinear import QueryKeyForm, value_logit_form
 from attnrobust.certify.displacement_majorant import Majorant
 from attnrobust.certify.displacement_operator import JointProduct
 from attnrobust.goal import pool_weights
@@ -58,6 +58,28 @@ class ExactRows:
         return per_head.flatten(1).norm(dim=1)
 
 
+def partition_of(rows: CleanRows, exact: ExactRows) -> tuple[Tensor, Tensor]:
+    """``w_j psi(u_j)`` and ``1 + P``."""
+    u = exact.u.clamp_max(600.0)
+    series = u.square() * (0.5 + u / 6.0 + u**2 / 24.0)
+    psi = rows.w * torch.where(u.abs() < 1e-3, series, torch.expm1(u) - u)
+    return psi, 1.0 + psi.sum(dim=-1, keepdim=True)
+
+
+def curved_part(rows: CleanRows, exact: ExactRows) -> Tensor:
+    """``E[psi vh] / (1 + P)``, with ``vh - a`` where a does not shrink."""
+    psi, partition = partition_of(rows, exact)
+    share = psi / partition
+    curved = torch.einsum("bhij,hijv->bhiv", share, exact.deviation)
+    return curved if rows.separate else curved - share.sum(dim=-1, keepdim=True) * exact.first_order
+
+
+def moved_values(rows: CleanRows, exact: ExactRows) -> Tensor:
+    """``E[(e^u - 1) gamma] / (1 + P)``."""
+    partition = partition_of(rows, exact)[1]
+    return (rows.w * torch.expm1(exact.u.clamp_max(600.0)) / partition) @ exact.gamma
+
+
 def starts(rows: CleanRows, radius: float, *, count: int = 16, seed: int = 0) -> Tensor:
     """Moves on the sphere, half of them concentrated on one token."""
     n, d = rows.points.shape
@@ -97,14 +119,17 @@ def worst_ratio(
     return worst
 
 
-def joint_product(rows: CleanRows) -> JointProduct:
-    """The certificate's product with deterministic eigenvalues."""
-    return JointProduct(rows, Majorant(rows), ValueLogitForm(rows, 0, 1e-9, 300), QueryKeyForm(rows))
+def joint_product(rows: CleanRows, radius: float | None = None) -> JointProduct:
+    """The certificate's product with deterministic eigenvalues; without radius, values are paired by the weights."""
+    majorant = Majorant(rows)
+    pair = value_logit_form(rows, seed=0)
+    pair = pair if radius is None else pair.grown(majorant.forms(radius).paired)
+    return JointProduct(rows, majorant, pair, QueryKeyForm(rows))
 
 
 def dense_forms(rows: CleanRows, radius: float) -> list[Tensor]:
     """The symmetric matrices of the five forms at one radius."""
-    product, (n, d) = joint_product(rows), rows.points.shape
+    product, (n, d) = joint_product(rows, radius), rows.points.shape
     forms = product.majorant.forms(radius)
     unit = torch.eye(n * d, dtype=torch.float64).reshape(-1, n, d)
     return [

@@ -7,6 +7,7 @@ import torch
 
 from attnrobust.certify.displacement_scalar import (
     cumulant_modulus,
+    growing_weight,
     log_phi,
     log_psi,
     phi_negative,
@@ -59,8 +60,29 @@ def test_saturating_weight_covers_every_logit(log_w: float, reach: float) -> Non
     assert float(bound) <= coarse * max(float(quotient.max()), math.exp(log_w)), "the cells are too coarse to be useful"
 
 
+@pytest.mark.parametrize("log_w", [0.0, -1e-3, -1.0, -7.0, -200.0, -460.0])
+@pytest.mark.parametrize("reach", [0.0, 1e-4, 0.5, 3.0, 30.0, 470.0])
+def test_growing_weight_covers_every_logit(log_w: float, reach: float) -> None:
+    """The least normaliser that a logit u of a token of weight w allows is ``max(1 + w psi(u), w e^u)``."""
+    bound = growing_weight(torch.tensor([log_w], dtype=torch.float64), torch.tensor([reach], dtype=torch.float64))
+    assert float(bound) >= math.exp(log_w)
+    u = torch.linspace(-1.0, 1.0, 8001, dtype=torch.float64) * reach
+    u = u[u.abs() > 0]
+    if len(u) == 0:
+        assert float(bound) == pytest.approx(math.exp(log_w), rel=1e-12)
+        return
+    rise = torch.where(u > 0, u + torch.log1p(-torch.exp(-u.abs())), torch.log(-torch.expm1(-u.abs())))
+    normaliser = torch.maximum(torch.nn.functional.softplus(log_w + log_psi(u.abs())), log_w + u)
+    normaliser = torch.where(u > 0, normaliser, torch.zeros_like(u))  # 1 + P >= 1
+    quotient = (log_w + rise - normaliser - u.abs().log()).exp()
+    assert float(bound) >= float(quotient.max()) * (1 - 1e-12)
+    coarse = 2.0 if reach <= 30.0 else 15.0
+    assert float(bound) <= coarse * max(float(quotient.max()), math.exp(log_w)), "the cells are too coarse to be useful"
+
+
 def test_saturating_weight_of_a_masked_token_is_zero() -> None:
     masked = torch.tensor([-math.inf], dtype=torch.float64)
+    assert float(growing_weight(masked, torch.tensor([50.0], dtype=torch.float64))) == 0.0
     assert float(saturating_weight(masked, torch.tensor([50.0], dtype=torch.float64))) == 0.0
 
 

@@ -67,7 +67,7 @@ def test_rows_take_over_only_what_does_not_depend_on_the_moving_tokens() -> None
     first, alone = clean_rows("biases", tokens=(0,)), clean_rows("biases", tokens=(1,))
     quantities = (
         "logit_reach",
-        "drift",
+        "average_reach",
         "gram",
         "contrast",
         "value_reach",

@@ -255,9 +255,9 @@ class CleanRows:
         return reach
 
     @cached_property
-    def drift(self) -> Float[Tensor, "h n n"]:
-        """``sup |gamma_j - a|`` over moves of norm 1, a the first-order change of the row (eq. 8)."""
-        return self.value_norms[:, None, None] * self.contrast + self.first_order_reach[..., None]
+    def average_reach(self) -> Float[Tensor, "h n"]:
+        """``sup |a|`` over moves of norm 1, ``a = E gamma + E[l vh]`` the first-order change of the row (eq. 8)."""
+        return self.value_norms[:, None] * self.weight_energy[..., 0].sqrt() + self.first_order_reach
 
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:

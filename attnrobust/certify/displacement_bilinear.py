@@ -8,97 +8,69 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.displacement_base import CleanRows, stack_weights
-from attnrobust.linear_map import largest_eigenvalue_upper
 
 POWER_STEPS = 8  # only balances two factors; any value is sound
 ESTIMATE_STREAM = 0x5EED_0000  # estimates draw from another stream: a matrix must not depend on its own start vector
-BALANCE_SEED = 2**40
-REACH_TOLERANCE = 0.03  # relative accuracy of the per-head norms; they enter under a square root
 
 
 @dataclass(frozen=True, eq=False)
 class ValueLogitForm:
-    """``||stack E[l gamma]||^2 <= |D|^2 X(D)``, X a sum over heads of two squared linear images (eq. 17).
+    """``||stack sum_j p_j |l_j| |gamma_j||| <= |D| (sum_h |X_h D|^2)^{1/2}``, X_h two squared linear images (eq. 17).
 
     Args:
         rows: The clean rows.
-        seed: Seed of random start vectors.
-        failure_probability: Of every eigenvalue bound (one per head).
-        dense_limit: Size up to which eigenvalues are computed without randomness.
+        paired: The coefficients p.
+        balance: Per head the weight of the logits against the values in X_h; any positive number is sound.
     """
 
     rows: CleanRows
-    seed: int
-    failure_probability: float
-    dense_limit: int
+    paired: Float[Tensor, "h n n"]
+    balance: Float[Tensor, "h"]
 
-    def _logit_part(self, head: int, moves: Tensor) -> Tensor:
-        rows, w = self.rows, self.rows.w[head]
-        alpha = moves @ rows.layer.w_q[head]
-        raw = rows.slopes[head] @ moves.T + alpha @ rows.keys[head].T
-        centred = raw - (w * raw).sum(dim=-1, keepdim=True)
-        centred = centred * w.square() * stack_weights(rows)[:, None]
-        centred = centred - w * centred.sum(dim=-1, keepdim=True)
-        pulled = centred.T @ rows.slopes[head] + (centred @ rows.keys[head]) @ rows.layer.w_q[head].T
-        return pulled * rows.moves[:, None]
-
-    def _value_part(self, head: int, moves: Tensor) -> Tensor:
-        w_v = self.rows.w_v[head]
-        return (moves @ w_v) @ w_v.T * self.rows.moves[:, None]
-
-    @cached_property
-    def _balance(self) -> Float[Tensor, "h"]:
-        """Per head: value norm over logit norm, estimated; any positive number is sound."""
-        rows = self.rows
-        generator = torch.Generator().manual_seed(self.seed ^ ESTIMATE_STREAM)
-        start = torch.randn(rows.points.shape, generator=generator, dtype=torch.float64).to(rows.points)
-        ratios = []
-        for head in range(rows.layer.heads):
-            vector, length = start, start.new_tensor(1.0)
-            for _ in range(POWER_STEPS):
-                vector = self._logit_part(head, vector / torch.linalg.vector_norm(vector).clamp_min(1e-300))
-                length = torch.linalg.vector_norm(vector)
-            ratios.append(rows.value_norms[head] / length.sqrt().clamp_min(1e-150))
-        return torch.stack(ratios).clamp(1e-12, 1e12)
-
-    def _head_form(self, head: int, moves: Tensor) -> Tensor:
-        balance = self._balance[head]
-        return 0.5 * (balance * self._logit_part(head, moves) + self._value_part(head, moves) / balance)
-
-    @cached_property
-    def reach(self) -> tuple[list[float], float]:
-        """Per head ``sup x_h`` over moves of norm 1, and the failure probability of all of them together."""
-        rows = self.rows
-        out, failure = [], 0.0
-        for head in range(rows.layer.heads):
-
-            def product(flat: Tensor, head: int = head) -> Tensor:
-                moves = flat.reshape(rows.points.shape) * rows.moves[:, None]  # masked on both sides: symmetric
-                return self._head_form(head, moves).reshape(-1)
-
-            bounds = largest_eigenvalue_upper(
-                product, rows.points.numel(), failure_probability=self.failure_probability,
-                seed=self.seed + head, tol=REACH_TOLERANCE, dense_limit=self.dense_limit, device=rows.points.device,
-            )  # fmt: skip
-            out.append(max(bounds.upper.value, 0.0))
-            failure += bounds.upper.failure_probability
-        return out, failure
-
-    @cached_property
-    def _reach_vector(self) -> Float[Tensor, "h"]:
-        return self._balance.new_tensor(self.reach[0])
+    def grown(self, paired: Float[Tensor, "h n n"]) -> "ValueLogitForm":
+        """The same with other coefficients; the balance follows their energy."""
+        reach = self.rows.logit_reach.square()
+        energies = [((weight * self.rows.moves).square() * reach).sum(dim=(1, 2)) for weight in (self.paired, paired)]
+        ratio = (energies[0].clamp_min(1e-200) / energies[1].clamp_min(1e-200)).sqrt()
+        return ValueLogitForm(self.rows, paired, (self.balance * ratio).nan_to_num(1.0).clamp(1e-12, 1e12))
 
     @cached_property
     def logit_weight(self) -> Float[Tensor, "h n n"]:
-        """Coefficients of l_j^2 in X."""
-        head = (0.5 * self._reach_vector * self._balance)[:, None, None]
-        return head * self.rows.w.square() * stack_weights(self.rows)[:, None]
+        """Coefficients of l_j^2 in X_h."""
+        weight: Tensor = 0.5 * self.balance[:, None, None] * self.paired.square() * stack_weights(self.rows)[:, None]
+        return weight
 
     @cached_property
     def value_weight(self) -> Float[Tensor, "h"]:
-        """Coefficients of |gamma|^2 in X."""
-        weight: Tensor = 0.5 * self._reach_vector / self._balance
+        """Coefficients of |gamma|^2 in X_h."""
+        weight: Tensor = 0.5 / self.balance
         return weight
+
+
+def value_logit_form(rows: CleanRows, *, seed: int) -> ValueLogitForm:
+    """The form at the clean weights, with a balance that is estimated: value norm over logit norm."""
+    generator = torch.Generator().manual_seed(seed ^ ESTIMATE_STREAM)
+    start = torch.randn(rows.points.shape, generator=generator, dtype=torch.float64).to(rows.points)
+    ratios = []
+    for head in range(rows.layer.heads):
+        vector, length = start, start.new_tensor(1.0)
+        for _ in range(POWER_STEPS):
+            vector = _logit_part(rows, head, vector / torch.linalg.vector_norm(vector).clamp_min(1e-300))
+            length = torch.linalg.vector_norm(vector)
+        ratios.append(rows.value_norms[head] / length.sqrt().clamp_min(1e-150))
+    return ValueLogitForm(rows, rows.w, torch.stack(ratios).clamp(1e-12, 1e12))
+
+
+def _logit_part(rows: CleanRows, head: int, moves: Tensor) -> Tensor:
+    """Half the gradient of ``sum_i rho_i sum_j w_ij^2 l_ij^2`` of one head."""
+    w = rows.w[head]
+    alpha = moves @ rows.layer.w_q[head]
+    raw = rows.slopes[head] @ moves.T + alpha @ rows.keys[head].T
+    centred = raw - (w * raw).sum(dim=-1, keepdim=True)
+    centred = centred * w.square() * stack_weights(rows)[:, None]
+    centred = centred - w * centred.sum(dim=-1, keepdim=True)
+    pulled = centred.T @ rows.slopes[head] + (centred @ rows.keys[head]) @ rows.layer.w_q[head].T
+    return pulled * rows.moves[:, None]
 
 
 @dataclass(frozen=True, eq=False)

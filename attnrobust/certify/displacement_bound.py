@@ -11,7 +11,7 @@ from torch import Tensor
 from attnrobust.bounds import Upper
 from attnrobust.certify._certify import PreparedBound
 from attnrobust.certify.displacement_base import CleanRows
-from attnrobust.certify.displacement_bilinear import ESTIMATE_STREAM, QueryKeyForm, ValueLogitForm
+from attnrobust.certify.displacement_bilinear import ESTIMATE_STREAM, QueryKeyForm, value_logit_form
 from attnrobust.certify.displacement_majorant import LogitForms, Majorant, padded
 from attnrobust.certify.displacement_operator import JointProduct
 from attnrobust.layers.attention import Attention
@@ -58,9 +58,8 @@ class DisplacementBound(PreparedBound):
         self._majorant = Majorant(self._rows)
         self._calls = 0
         self._random = 0.0
-        self._value_form = ValueLogitForm(self._rows, self._next_seed(self._rows.layer.heads), FAILURE, DENSE_LIMIT)
-        self._random += self._value_form.reach[1]
-        self._product = JointProduct(self._rows, self._majorant, self._value_form, QueryKeyForm(self._rows))
+        pair = value_logit_form(self._rows, seed=self._next_seed())
+        self._product = JointProduct(self._rows, self._majorant, pair, QueryKeyForm(self._rows))
         factor = self.problem.threat.frobenius_factor(clean.n, clean.width)
         self._scale = factor
         # Token scales t with sum over movable tokens of 1/t_j^2 = their number; they only adapt for per-token balls.
@@ -72,9 +71,9 @@ class DisplacementBound(PreparedBound):
         """The clean rows."""
         return self._rows
 
-    def _next_seed(self, count: int = 1) -> int:
-        self._calls += count
-        return self.seed * 1_000_003 + self._calls - count
+    def _next_seed(self) -> int:
+        self._calls += 1
+        return self.seed * 1_000_003 + self._calls - 1
 
     def _first_order(self) -> tuple[float, list[Float[Tensor, "n d"]]]:
         """A rough norm of J for the first guess (any value is sound) and the direction where it is reached."""
@@ -105,6 +104,7 @@ class DisplacementBound(PreparedBound):
         forms = self._majorant.forms(reach)
         if not forms.finite:
             return Upper(math.inf)
+        self._product = self._product.with_values(self._product.value_form.grown(forms.paired))
         mixing = self._rows.mixing
         scales = self._rows.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
         value = self._joint(forms, scales, self.budget / reach) * reach

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnrobust.certify.displacement_base import CANCELLATION, GRAM_LIMIT, CleanRows
 from attnrobust.certify.displacement_scalar import (
     cumulant_modulus,
+    growing_weight,
     log_phi,
     log_psi,
     phi_negative,
@@ -23,24 +24,27 @@ SINE_COSINE = 2.0 / (3.0 * math.sqrt(3.0))  # sup of sin(x) cos(x)^2 and of sin(
 
 @dataclass(frozen=True, eq=False)
 class LogitForms:
-    """``|(quadratic part)_g| <= l^T (N_g + diag(extra_g)) l`` on the ball, with N_g present where ``exact_g``.
+    """``|(curved part)_g| <= l^T (exact_g N_g + diag(extra_g)) l`` plus what has two factors q, on the ball.
 
     Args:
-        exact: Whether row-head g uses the modulus of its cumulant (1) or its triangle inequality (0), (h, n).
+        exact: Coefficient of the cumulant's modulus, 0 where the triangle inequality is used, (h, n).
         extra: Diagonal coefficients of l_j^2, (h, n, n).
         multiplier: Factor of row-head g in the stacked form, (h, n).
         query: Coefficients of ``|A^T delta_i|^2`` in the form of everything with two factors q or q and gamma, (h, n).
+        paired: What ``|w_j (e^{u_j} - 1)| / (1 + P)`` is at most, per ``|u_j|``, (h, n, n).
     """
 
     exact: Float[Tensor, "h n"]
     extra: Float[Tensor, "h n n"]
     multiplier: Float[Tensor, "h n"]
     query: Float[Tensor, "h n"]
+    paired: Float[Tensor, "h n n"]
 
     @property
     def finite(self) -> bool:
         """Whether nothing overflowed."""
-        return all(bool(torch.isfinite(part).all()) for part in (self.extra, self.multiplier, self.query))
+        parts = (self.exact, self.extra, self.multiplier, self.query, self.paired)
+        return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +104,7 @@ class Majorant:
         rows = self.rows
         if self.small:
             root = coefficient[:, self._own_only].sqrt()
-            matrix = root[..., :, None] * self.gram * root[..., None, :]
-            scale = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(1e-280)
-            power = matrix / scale[..., None, None]
-            power = power @ power
-            power = power @ power
-            reach: Tensor = scale * torch.linalg.matrix_norm(power).pow(0.25) * (1.0 + 1e-10)
+            reach = power_reach(root[..., :, None] * self.gram * root[..., None, :])
             if rows.single is None:
                 return reach
             other = rows.slope_norms.square() * (coefficient * rows.contrast.square()).sum(dim=-1) * (1.0 + 1e-10)
@@ -143,37 +142,46 @@ class Majorant:
         """Coefficients valid for every move of Frobenius norm <= radius."""
         rows = self.rows
         reach = self.reach(radius)
-        upper = saturating_weight(rows.log_w, reach)
         inverse = self._inverse_partition(reach, radius)
-        lower = rows.w * phi_negative(reach) * inverse
-        drift = radius * self._drift(upper)
-        drifted = rows.spread + drift
+        upper = saturating_weight(rows.log_w, reach)
+        paired = growing_weight(rows.log_w, reach)
+        drift = radius * self._drift()
+        exact, extra, largest = self._curved(upper, rows.w * phi_negative(reach) * inverse, drift)
         slack = (radius * rows.bilinear_norms[:, None] / rows.logit_reach.amax(dim=-1).clamp_min(1e-300)).clamp(
             1e-9, 1.0
         )
-        rest = upper * (drift + slack[..., None] * drifted)
-        triangle = 0.5 * (upper * rows.spread + rest)
-        reach_triangle = self.diagonal_reach(triangle)
-        if self.small:
-            excess = 0.5 * (torch.maximum(upper - rows.w, rows.w - lower) * rows.spread + rest)
-            reach_exact = self._modulus_reach + self.diagonal_reach(excess)
-            exact = (reach_exact < reach_triangle).to(triangle)
-            extra = torch.where(exact[..., None] > 0, excess, triangle)
-            largest = torch.where(exact > 0, reach_exact, reach_triangle)
-        else:
-            exact, extra, largest = torch.zeros_like(reach_triangle), triangle, reach_triangle
-        largest = torch.minimum(largest, self._cap(reach, inverse, drifted) / radius**2)
-        bent = self._bent(0.5 * (1.0 + 1.0 / slack)[..., None] * upper * drifted)
-        return LogitForms(exact, extra, stack_multiplier(rows, largest), self._query_weight(bent, radius))
+        first, second = self._bent(exact, extra)
+        bent = ((1.0 + 1.0 / slack).sqrt() * first, (1.0 + 1.0 / slack).sqrt() * second)
+        largest = (1.0 + slack) * largest
+        largest = torch.minimum(largest, self._cap(reach, inverse, rows.spread + drift) / radius**2)
+        return LogitForms(
+            exact=(1.0 + slack) * exact,
+            extra=(1.0 + slack)[..., None] * extra,
+            multiplier=stack_multiplier(rows, largest),
+            query=self._query_weight(bent, self._crossed(paired), radius),
+            paired=paired,
+        )
 
-    def _drift(self, upper: Tensor) -> Float[Tensor, "h n n"]:
-        """What psi averages beside vh_j: ``|gamma_j - a|``, or ``|gamma_j|`` where a may shrink (eq. 3a, 8)."""
+    def _drift(self) -> Float[Tensor, "h n 1"]:
+        """What psi averages beside vh_j, per unit of the move: ``|a|``, or 0 where a may shrink (eq. 3, 3a, 8)."""
+        reach = self.rows.average_reach[..., None]
+        return torch.zeros_like(reach) if self.rows.separate else reach
+
+    def _curved(self, upper: Tensor, lower: Tensor, drift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``|curved part| <= u^T (exact N + diag(extra)) u`` and its supremum over l for moves of norm 1 (eq. 12)."""
         rows = self.rows
-        if not rows.separate:
-            return rows.drift
-        plain = (rows.value_norms[:, None] * rows.moves)[:, None, :].expand_as(rows.drift)
-        better = (upper * plain).sum(dim=-1) <= (upper * rows.drift).sum(dim=-1)
-        return torch.where(better[..., None], plain, rows.drift)
+        triangle = 0.5 * upper * (rows.spread + drift)
+        reach_triangle = self.diagonal_reach(triangle)
+        if not self.small:
+            return torch.zeros_like(reach_triangle), triangle, reach_triangle
+        size = (rows.w * rows.spread).sum(dim=-1, keepdim=True).clamp_min(1e-300)
+        centre = (0.5 * ((upper + lower) * rows.spread).sum(dim=-1, keepdim=True) / size).clamp(0.0, 1.0)
+        excess = torch.maximum(upper - centre * rows.w, centre * rows.w - lower) * rows.spread + upper * drift
+        reach_exact = centre[..., 0] * self._modulus_reach + self.diagonal_reach(0.5 * excess)
+        chosen = reach_exact < reach_triangle
+        exact = torch.where(chosen, centre[..., 0], torch.zeros_like(reach_exact))
+        extra = torch.where(chosen[..., None], 0.5 * excess, triangle)
+        return exact, extra, torch.where(chosen, reach_exact, reach_triangle)
 
     def _cap(self, reach: Tensor, inverse: Tensor, drifted: Tensor) -> Float[Tensor, "h n"]:
         """Upper bound of ``|sum_j s_j (vh_j + ..)|``, ``s_j = w_j psi(u_j) / (1 + P)``, on the whole ball (eq. 13a)."""
@@ -184,24 +192,59 @@ class Majorant:
         left = total - (share.cumsum(dim=-1) - share)  # what the larger ones leave of it
         return (torch.minimum(share, left.clamp_min(0.0)) * ordered).sum(dim=-1) * (1.0 + 1e-10) + 1e-300
 
-    def _bent(self, coefficient: Float[Tensor, "h n n"]) -> tuple[Tensor, Tensor]:
-        """``sum_j coefficient_j |delta_j - dbar|^2 <= |D|^2 (a t^{1/2} + b (1 - t)^{1/2})^2``, t the share of token i.
+    def _bent(self, exact: Float[Tensor, "h n"], extra: Float[Tensor, "h n n"]) -> tuple[Tensor, Tensor]:
+        """``q^T (exact N + diag(extra)) q <= |A^T delta_i|^2 |D|^2 (a t^{1/2} + b (1 - t)^{1/2})^2``, t the share of i.
 
         Returns a and b, (h, n) each (eq. 16).
         """
         rows = self.rows
-        other = ~torch.eye(rows.n, dtype=torch.bool, device=coefficient.device)
-        first = (coefficient * rows.own_contrast.square()).sum(dim=-1).sqrt()
-        energy = (rows.w.square() * rows.moves * other).sum(dim=-1).sqrt()
-        second = (coefficient * rows.moves * other).amax(dim=-1).sqrt() + coefficient.sum(dim=-1).sqrt() * energy
-        return first, second
+        other = ~torch.eye(rows.n, dtype=torch.bool, device=extra.device)
+        if not self.small:
+            first = (extra * rows.own_contrast.square()).sum(dim=-1).sqrt()
+            energy = (rows.w.square() * rows.moves * other).sum(dim=-1).sqrt()
+            second = (extra * rows.moves * other).amax(dim=-1).sqrt() + extra.sum(dim=-1).sqrt() * energy
+            return first, second
+        firsts, seconds = [], []
+        for head in range(rows.layer.heads):  # head by head to bound the memory
+            matrix = exact[head, :, None, None] * self.modulus[head] + torch.diag_embed(extra[head])
+            matrix, rounding = self._centred(matrix, head)
+            own = torch.diagonal(torch.diagonal(matrix, dim1=-2, dim2=-1))
+            firsts.append((own.clamp_min(0.0) + rounding).sqrt())
+            rest = matrix * other[:, :, None] * other[:, None, :]
+            seconds.append((power_reach(rest) + rounding).sqrt())
+        return torch.stack(firsts), torch.stack(seconds)
 
-    def _query_weight(self, bent: tuple[Tensor, Tensor], radius: float) -> Float[Tensor, "h n"]:
-        """Coefficients z: ``||stack (quartic + E[q gamma])|| <= (sum_g z_g |A^T delta_i|^2)^{1/2}`` (eq. 15, 16)."""
+    def _centred(self, matrix: Float[Tensor, "n n n"], head: int) -> tuple[Tensor, Tensor]:
+        """``C^T M C`` over the movable tokens with ``C = I - 1 w^T`` for every row, and a bound of its rounding."""
+        w, moves = self.rows.w[head], self.rows.moves
+        sums = matrix.sum(dim=-1)
+        mixed = sums[..., :, None] * w[..., None, :]
+        inner = matrix - mixed - mixed.transpose(-1, -2)
+        inner = inner + sums.sum(dim=-1)[..., None, None] * w[..., :, None] * w[..., None, :]
+        size = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(dim=-1)
+        return inner * moves * moves[:, None], CANCELLATION * self.rows.n * size
+
+    def _crossed(self, paired: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
+        """``sup (sum_j paired_j^2 |delta_j - dbar|^2)^{1/2}`` over moves of norm 1 (eq. 15)."""
+        rows = self.rows
+        if self.small:
+            parts = []
+            for head, weights in enumerate(paired):
+                matrix, rounding = self._centred(torch.diag_embed(weights.square()), head)
+                parts.append((power_reach(matrix) + rounding).sqrt())
+            return torch.stack(parts)
+        shift = torch.linalg.vector_norm(paired, dim=-1) * rows.weight_energy[..., 0].sqrt()
+        reach: Tensor = (paired * rows.moves).amax(dim=-1) + shift
+        return reach
+
+    def _query_weight(
+        self, bent: tuple[Tensor, Tensor], crossed: Float[Tensor, "h n"], radius: float
+    ) -> Float[Tensor, "h n"]:
+        """Coefficients z: ``||stack (quartic + cubic)|| <= (sum_g z_g |A^T delta_i|^2)^{1/2}`` (eq. 15, 16)."""
         rows = self.rows
         first, second = bent
         norms = rows.bilinear_norms[:, None] * rows.moves
-        cubic = radius**2 * rows.value_norms[:, None] * rows.w.amax(dim=-1) * rows.moves
+        cubic = radius**2 * rows.value_norms[:, None] * crossed * rows.moves
         quartic = radius**3 * norms * (first.square() + SINE_COSINE * (2.0 * first * second + second.square()))
         if rows.row_weights is None:
             return (quartic + cubic).square()
@@ -214,6 +257,16 @@ class Majorant:
         cubic = cubic * rows.row_weights.sqrt()
         ratio = (cubic.amax(dim=-1) / quartic.amax(dim=-1).clamp_min(1e-150)).clamp(1e-9, 1e9)[:, None]
         return (1.0 + ratio) * quartic.square() + (1.0 + 1.0 / ratio) * cubic.square()
+
+
+def power_reach(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
+    """``||M^4||_F^{1/4}``: at least the largest eigenvalue of a positive semidefinite M, at most n^{1/8} times it."""
+    scale = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(1e-280)
+    power = matrix / scale[..., None, None]
+    power = power @ power
+    power = power @ power
+    reach: Tensor = scale * torch.linalg.matrix_norm(power).pow(0.25) * (1.0 + 1e-10)
+    return reach
 
 
 def stack_multiplier(rows: CleanRows, largest: Float[Tensor, "h n"]) -> Float[Tensor, "h n"]:

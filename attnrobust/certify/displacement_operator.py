@@ -1,6 +1,6 @@
 """Displacement certificate: one product with the joint form, ``sum_k c_k (squared linear image k)``, in one pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from attnrobust.certify.displacement_base import CleanRows
 from attnrobust.certify.displacement_bilinear import QueryKeyForm, ValueLogitForm
 from attnrobust.certify.displacement_majorant import LogitForms, Majorant
+
+KEPT = ("_into", "_widths", "_queries", "_plain_values", "_value_gram", "_projections")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,12 @@ class JointProduct:
     majorant: Majorant
     value_form: ValueLogitForm
     key_form: QueryKeyForm
+
+    def with_values(self, form: ValueLogitForm) -> "JointProduct":
+        """The same with another value-logit form, keeping what does not depend on it."""
+        out = replace(self, value_form=form)
+        out.__dict__.update({name: self.__dict__[name] for name in KEPT if name in self.__dict__})
+        return out
 
     @cached_property
     def _into(self) -> Float[Tensor, "d m"]:
@@ -59,6 +67,34 @@ class JointProduct:
         inner = self.rows.inner
         return inner @ inner.transpose(-1, -2)
 
+    @cached_property
+    def _projections(self) -> Float[Tensor, "h m m"]:
+        """``W^T W`` of ``W = [W_q, W_k, W_v]``: what a back-projected move is in the projections of its own head."""
+        layer = self.rows.layer
+        stacked = torch.cat([layer.w_q, layer.w_k, layer.w_v], dim=-1)
+        return stacked.transpose(-1, -2) @ stacked
+
+    def _change(self, dq: Tensor, dk: Tensor) -> Float[Tensor, "h n n"]:
+        """The centred logit change l of projected moves."""
+        change = dq @ self.rows.keys.transpose(-1, -2) + self._queries @ dk.transpose(-1, -2)
+        centred: Tensor = change - torch.linalg.vecdot(self.rows.w, change, dim=-1)[..., None]
+        return centred
+
+    def _pair(self, change: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+        """X_h of one head (eq. 17) at a move with this logit and value change, before it is projected back."""
+        gamma = dv @ self._value_gram * self.value_form.value_weight[:, None, None]
+        return self.value_form.logit_weight * change, gamma
+
+    def _pair_squared(self, change: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``X_h^2`` before it is projected back, and ``sum_h |X_h D|^2``."""
+        layer, (paired, gamma) = self.rows.layer, self._pair(change, dv)
+        paired = paired - self.rows.w * paired.sum(dim=-1, keepdim=True)
+        inner = torch.cat([paired @ self.rows.keys, paired.transpose(-1, -2) @ self._queries, gamma], dim=-1)
+        inner = inner * self.rows.moves[:, None]
+        image = inner @ self._projections
+        dq, dk, dv = image.split([layer.key_width, layer.key_width, layer.value_width], dim=-1)
+        return *self._pair(self._change(dq, dk), dv), (inner * image).sum()
+
     def apply(
         self, moves: Float[Tensor, "n d"], forms: LogitForms, factors: Float[Tensor, "5"]
     ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "5"]]:
@@ -74,22 +110,19 @@ class JointProduct:
         heads = layer.heads
         parts = ((moves * mask) @ self._into).split(self._widths, dim=-1)
         dq, dk, dv, left, right = (_to_heads(part, heads) for part in parts)
-        change = dq @ rows.keys.transpose(-1, -2) + self._queries @ dk.transpose(-1, -2)
-        change = change - torch.linalg.vecdot(w, change, dim=-1)[..., None]
-
+        change = self._change(dq, dk)
         output = self._pool(layer.combine(w @ dv + (w * change) @ self._plain_values))
         back = self._unpool(output)
         image = forms.extra * change
         if self.majorant.small:
             image = image + forms.exact[..., None] * (self.majorant.modulus @ change[..., None])[..., 0]
         image = forms.multiplier[..., None] * image
-        paired = self.value_form.logit_weight * change
+        paired, gamma, pair_value = self._pair_squared(change, dv)
         query = left * self.key_form.query_weight[..., None]
         key = right * self.key_form.key_weight[:, None, None]
         bent = left * forms.query[..., None] * self.rows.bilinear_factors[1][:, None]
-        gamma = dv @ self._value_gram * self.value_form.value_weight[:, None, None]
         values = torch.stack([
-            output.square().sum(), (image * change).sum(), (paired * change).sum() + (gamma * dv).sum(),
+            output.square().sum(), (image * change).sum(), pair_value,
             (query * left).sum() + (key * right).sum(), (bent * left).sum(),
         ])  # fmt: skip
 

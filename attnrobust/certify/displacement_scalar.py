@@ -1,5 +1,7 @@
 """Displacement certificate: scalar functions of the softmax remainder and absolute values of third cumulants."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -47,9 +49,37 @@ def saturating_weight(log_w: Float[Tensor, "*s"], reach: Float[Tensor, "*s"]) ->
     On a cell a <= u <= b the quotient is at most ``w phi(b) / (1 + w psi(a))`` and at most ``2 s(b) / a^2`` with
     ``s = w psi / (1 + w psi)``; negative u are covered because psi(-|u|) <= psi(|u|).
     """
+    return _blockwise(_saturating_block, log_w, reach)
+
+
+def growing_weight(log_w: Float[Tensor, "*s"], reach: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """Upper bound of ``sup over |u| <= reach of w |e^u - 1| / (|u| (1 + P))``, at least w (docs eq. 5a).
+
+    On a cell 0 <= a <= u <= b the quotient is at most ``w (e^b - 1) / (b (1 + w psi(a)))``, and at most 1/a because
+    ``w e^u <= E e^u = 1 + P``; for negative u it is at most w.
+    """
+    return _blockwise(_growing_block, log_w, reach)
+
+
+def _blockwise(function: Callable[[Tensor, Tensor], Tensor], log_w: Tensor, reach: Tensor) -> Tensor:
     flat, rest = log_w.reshape(-1), reach.expand_as(log_w).reshape(-1)
     blocks = zip(flat.split(BLOCK), rest.split(BLOCK), strict=True)
-    return torch.cat([_saturating_block(*block) for block in blocks]).reshape(log_w.shape)
+    return torch.cat([function(*block) for block in blocks]).reshape(log_w.shape)
+
+
+def _growing_block(log_w: Float[Tensor, "m"], reach: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
+    best = log_w.exp()
+    left, before = torch.zeros_like(reach), torch.zeros_like(reach)  # before: log(1 + w psi(left))
+    cells = CELLS if float(reach.max()) > SHORT else CELLS // 3
+    for cell in range(1, cells + 1):
+        right = reach * (cell / cells) ** 1.5
+        rate = right + torch.log(-torch.expm1(-right) / right.clamp_min(1e-300))  # log((e^u - 1) / u), -inf at 0
+        grown = torch.exp(log_w + rate - before)
+        if cell > 1:
+            grown = torch.minimum(grown, 1.0 / left.clamp_min(1e-300))
+        best = torch.maximum(best, grown)
+        left, before = right, torch.nn.functional.softplus(log_w + log_psi(right))
+    return torch.where(torch.isneginf(log_w), torch.zeros_like(best), best)
 
 
 def _saturating_block(log_w: Float[Tensor, "m"], reach: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
