@@ -1,16 +1,21 @@
 """One moving token: the bound holds pointwise for every token, capped or not (Theorem 2)."""
 
+import decimal
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from attnrobust.certify.margin import MarginCertificate
+from attnrobust.certify.margin_logistic import logistic_change, steepest_turn
 from attnrobust.certify.margin_token import MarginTokenCertificate, TokenBound
-from attnrobust.certify.margin_token_class import TokenClassBound, TokenParameters
+from attnrobust.certify.margin_token_class import TokenClassBound
+from attnrobust.certify.margin_token_descent import SHARES, SIGNED, named
+from attnrobust.certify.margin_token_foreign import PROOF_NODES, foreign_constant, foreign_start
 from attnrobust.problem import Problem
-from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall
+from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall, TokenNorm
 from tests.margin_problems import random_problem
 from tests.stress import Draw
 
@@ -22,20 +27,27 @@ def any_token(seed: int) -> Problem:
     return Problem(problem.network, problem.clean, AnyToken(), problem.goal)
 
 
+def perturbed(draw: Draw, name: str, value: Tensor) -> Tensor:
+    """Another legal value of a parameter: references and curves of any sign, positive ones over two decades."""
+    if name in SIGNED:
+        return value + 10 ** draw.between(-2.0, 0.5) * draw.normal(*value.shape)
+    if name in SHARES:
+        return (value + 0.4 * draw.normal(*value.shape)).clamp(0.0, 1.0)
+    return value * 10 ** (0.5 * draw.normal(*value.shape))
+
+
 def majorants(bound: TokenClassBound, radius: float, draw: Draw) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(constant (l,), gradient (l, d), matrix (l, d, d)) for shares 0, 0.5, 1 and balanced parameters."""
+    """(constant (l,), gradient (l, d), matrix (l, d, d)) for first, chosen and random parameters."""
     found = bound._set(radius, bound.tokens)
     if found is None:
         return []
+    first = bound._start(found)
+    bound._refined(radius, bound.tokens)
+    chosen = bound._take(found)
     out = []
-    par: TokenParameters = bound.parameters
-    for share in (0.0, 0.5, 1.0):
-        foreign, row, identity, cap, change, constant = bound._parts(found, par)
-        core = foreign + (1.0 - share) * row + share * cap
-        matrix = bound._dense(found.group, core, (1.0 - share) * identity)
-        out.append((share * constant, bound.gradient + share * change, matrix))
-        moves = draw.normal(3, *bound.gradient.shape)
-        par = bound._balanced(found, par, radius * moves / moves.norm(dim=-1, keepdim=True))
+    for par in (first, chosen, *(named(chosen, partial(perturbed, draw)) for _ in range(3))):
+        matrix, gradient, constant = bound._majorant(found, par)
+        out.append((constant, gradient, matrix))
     return out
 
 
@@ -91,23 +103,24 @@ def test_bound_holds_pointwise_on_many_problems(seed: int) -> None:
 @pytest.mark.parametrize("seed", [1, 8])
 def test_any_token_is_the_worst_token(seed: int) -> None:
     problem = any_token(seed)
-    method = MarginTokenCertificate()
+    radius = 0.3 * float(problem.clean.points.norm()) / problem.clean.n**0.5
     every = [
-        method.certify(Problem(problem.network, problem.clean, FrobeniusBall((i,)), problem.goal)).radius
+        TokenBound(Problem(problem.network, problem.clean, FrobeniusBall((i,)), problem.goal)).usage(radius).value
         for i in range(problem.clean.n)
     ]
-    assert method.certify(problem).radius == pytest.approx(min(every), rel=0.05)
+    assert TokenBound(problem).usage(radius).value == pytest.approx(max(every), rel=0.02)
 
 
 def test_norms_of_one_token_are_nested() -> None:
     problem = random_problem(8, FrobeniusBall())
-    method = MarginTokenCertificate()
-    radius = {
-        norm: method.certify(Problem(problem.network, problem.clean, PerTokenBall(norm, (0,)), problem.goal)).radius
-        for norm in ("l2", "linf", "l1")
+    radius = 0.3 * float(problem.clean.points.norm()) / problem.clean.n**0.5
+    norms: list[tuple[TokenNorm, float]] = [("l2", radius), ("l1", radius), ("linf", radius / problem.clean.width**0.5)]
+    usage = {
+        norm: TokenBound(Problem(problem.network, problem.clean, PerTokenBall(norm, (0,)), problem.goal)).usage(r).value
+        for norm, r in norms
     }
-    assert radius["l1"] == pytest.approx(radius["l2"], rel=1e-2)
-    assert radius["linf"] == pytest.approx(radius["l2"] / problem.clean.width**0.5, rel=1e-2)
+    assert usage["l1"] == pytest.approx(usage["l2"], rel=1e-6)
+    assert usage["linf"] == pytest.approx(usage["l2"], rel=1e-6)
 
 
 def test_both_margin_methods_refuse_each_others_threats() -> None:
@@ -115,3 +128,59 @@ def test_both_margin_methods_refuse_each_others_threats() -> None:
     assert MarginCertificate().refuses(problem) is not None
     assert MarginTokenCertificate().refuses(problem) is None
     assert MarginTokenCertificate().refuses(random_problem(8, FrobeniusBall())) is not None
+
+
+def test_logistic_change_keeps_its_digits() -> None:
+    draw = Draw(3)
+    logit, shift = 40.0 * draw.normal(400), 10 ** (2.0 * draw.normal(400)).clamp(-8.0, 1.5) * draw.normal(400).sign()
+    exact = [long_change(float(x), float(a)) for x, a in zip(logit, shift, strict=True)]
+    found = logistic_change(logit, shift)
+    assert torch.allclose(found, torch.tensor(exact, dtype=torch.float64), rtol=1e-13, atol=0.0)
+
+
+def long_change(logit: float, shift: float) -> float:
+    """``sigma(x + a) - sigma(x)`` with many digits."""
+    with decimal.localcontext(prec=120):
+        x, a = decimal.Decimal(logit), decimal.Decimal(shift)
+        return float(1 / (1 + (-x - a).exp()) - 1 / (1 + (-x).exp()))
+
+
+def test_steepest_turn() -> None:
+    draw = Draw(4)
+    logit, limit = 4.0 * draw.normal(300), 10 ** (0.6 * draw.normal(300))
+    p = torch.sigmoid(logit[:, None] + limit[:, None] * torch.linspace(-1.0, 1.0, 501, dtype=torch.float64))
+    turn = (p * (1.0 - p) * (1.0 - 2.0 * p)).abs().amax(-1)
+    assert bool((steepest_turn(logit, limit) >= turn).all())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_quadratic_above_a_foreign_row(seed: int) -> None:
+    """Theorem 2: no (a, t) of the box lies above it, and some point lies just below it."""
+    problem = any_token(seed)
+    draw = Draw(seed)
+    bound = TokenBound(problem).classes[0]
+    scale = float(problem.clean.points.norm()) / problem.clean.n**0.5
+    for share in (0.1, 1.0, 4.0):
+        found = bound._set(share * scale, bound.tokens)
+        if found is None:
+            continue
+        rows = found.foreign
+        par = named(foreign_start(rows), partial(perturbed, draw))
+        constant = foreign_constant(rows, par, nodes=PROOF_NODES) / rows.size
+        grid = torch.linspace(-1.0, 1.0, 101, dtype=torch.float64)
+        a, t = grid[:, None], grid[None, :]
+        x, v, reach, lift, size = (
+            q[..., None, None] for q in (rows.logit, rows.value, rows.reach, rows.lift, rows.size)
+        )
+        p, moved = torch.sigmoid(x), torch.sigmoid(x + a * reach)
+        row = (logistic_change(x, a * reach) * v - moved * t * lift) / size
+        tilt, curve, lean, mixed, spread = (
+            q[..., None, None] for q in (par.tilt, par.curve, par.lean, par.mixed, par.spread)
+        )
+        linear = (p * torch.sigmoid(-x) * v * reach * a - p * lift * t) / size + tilt * a + lean * t
+        above = row - linear - 0.5 * curve * a**2 - mixed * a * t - 0.5 * spread * t**2
+        largest = above.flatten(-2).amax(-1)
+        weight = 1.0 + par.curve.abs() + par.tilt.abs() + par.lean.abs() + par.mixed.abs() + par.spread
+        assert float(((largest - constant) / weight).amax()) <= 1e-13
+        loose = torch.where(rows.reach < 6.0, (constant - largest) / weight, 0.0)  # beyond, nodes lie far apart
+        assert float(loose.amax()) <= 0.01

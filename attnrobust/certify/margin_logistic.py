@@ -6,6 +6,7 @@ from torch import Tensor
 
 NODES = 40
 FOURTH = 0.13  # |sigma''''| <= 0.13 everywhere; |g''| <= FOURTH / 6 (docs/margin-certificate.md, lemma 11)
+SECOND = 0.0963  # sup |sigma''| = 1 / (6 sqrt 3) = 0.09623
 NEAR = 1e-2  # below, g comes from two terms of its series
 PAD = 1e-10  # absolute rounding of g: differences of numbers <= 1 divided by NEAR^2
 
@@ -42,3 +43,19 @@ def remainder_range(
     g = torch.where(shift.abs() < NEAR, second + shift * third / 3.0, far)
     pad = (limit / NODES) ** 2 / 8.0 * FOURTH / 6.0 + NEAR**2 * FOURTH / 12.0 + PAD
     return g.amax(-1) + pad, g.amin(-1) - pad
+
+
+def logistic_change(logit: Float[Tensor, "*#s"], shift: Float[Tensor, "*#s"]) -> Float[Tensor, "..."]:
+    """``sigma(x + a) - sigma(x) = sigma(x + a) sigma(-x) (1 - e^-a)``, which does not cancel; mirrored for a < 0."""
+    rise = torch.sigmoid(logit + shift) * torch.sigmoid(-logit) * -torch.expm1(-shift.clamp_min(0.0))
+    fall = torch.sigmoid(logit) * torch.sigmoid(-logit - shift) * torch.expm1(shift.clamp_max(0.0))
+    return torch.where(shift > 0, rise, fall)
+
+
+def steepest_turn(logit: Float[Tensor, "*s"], limit: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """Upper bound of ``|sigma''|`` over ``[x - limit, x + limit]``.
+
+    ``|sigma''| = sigma' |1 - 2 sigma|`` is at most sigma', which falls away from 0, and at most 1 / (6 sqrt 3).
+    """
+    nearest = (logit.abs() - limit).clamp_min(0.0)
+    return (torch.sigmoid(nearest) * torch.sigmoid(-nearest)).clamp_max(SECOND)

@@ -1,5 +1,7 @@
 """Trust regions of many small matrices at once: approximate while parameters are searched, then certified."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,19 +20,41 @@ def many_approximate(
     if matrix.shape[-1] <= DECOMPOSE_LIMIT:
         values, vectors = torch.linalg.eigh(matrix)
         return _solve(values, vectors, gradient, radius)
-    basis = _krylov_basis(matrix, gradient)
-    values, small = torch.linalg.eigh(basis.mT @ matrix @ basis)
-    return _solve(values, basis @ small, gradient, radius)
+    return many_iterated(lambda block: matrix @ block, gradient, radius)
 
 
-def _krylov_basis(matrix: Tensor, gradient: Tensor) -> Float[Tensor, "*b l d m"]:
-    """Orthonormal basis of a block Krylov space of the gradient and a fixed pseudo-random vector."""
-    start = torch.cos(torch.arange(1, matrix.shape[-1] + 1, dtype=matrix.dtype, device=matrix.device) ** 2)
-    block = torch.stack([gradient, start.expand_as(gradient)], dim=-1)
+def many_iterated(
+    product: Callable[[Tensor], Tensor],
+    gradient: Float[Tensor, "*b l d"],
+    radius: float,
+    *,
+    second: Float[Tensor, "p *b l d"] | None = None,
+    steps: int = KRYLOV_STEPS,
+) -> tuple[Float[Tensor, "*b l"], Float[Tensor, "p *b l d"], Float[Tensor, "*b l"]]:
+    """The same for matrices that are only known by their products with blocks (l, d, columns).
+
+    Args:
+        product: ``M @ block``.
+        gradient: G.
+        radius: The ball.
+        second: Near-maximisers of a similar problem: where the search starts, next to G.
+        steps: Products with a block.
+    """
+    if second is None:
+        start = torch.cos(torch.arange(1, gradient.shape[-1] + 1, dtype=gradient.dtype, device=gradient.device) ** 2)
+        second = start.expand_as(gradient)[None]
+    basis = _krylov_basis(product, torch.stack([gradient, *second], dim=-1), steps)
+    small = basis.mT @ product(basis)
+    values, vectors = torch.linalg.eigh(0.5 * (small + small.mT))
+    return _solve(values, basis @ vectors, gradient, radius)
+
+
+def _krylov_basis(product: Callable[[Tensor], Tensor], block: Tensor, steps: int) -> Float[Tensor, "*b l d m"]:
+    """Orthonormal basis of a block Krylov space."""
     parts = [torch.linalg.qr(block).Q]
-    for _ in range(KRYLOV_STEPS - 1):
+    for _ in range(steps - 1):
         found = torch.cat(parts, dim=-1)
-        fresh = matrix @ parts[-1]
+        fresh = product(parts[-1])
         for _ in range(2):
             fresh = fresh - found @ (found.mT @ fresh)
         parts.append(torch.linalg.qr(fresh).Q)

@@ -135,7 +135,7 @@ def _curve(group: TokenClass, const: OwnConstants, par: OwnParameters) -> _Curve
 
 def own_core(
     group: TokenClass, const: OwnConstants, par: OwnParameters
-) -> tuple[Float[Tensor, "h l m m"], Float[Tensor, "l"]]:
+) -> tuple[Float[Tensor, "h l m m"], Float[Tensor, "h l"]]:
     """The own row's majorant without its pooling weight: ``y N y`` per head plus a multiple of ``|delta|^2``."""
     token, layer = group.token, group.cls.rows.layer
     k, radius, length = layer.key_width, const.radius, group.cls.value_norm
@@ -164,35 +164,4 @@ def own_core(
     mixed = layer.factor * weighted[..., None, None] * torch.eye(k, dtype=core.dtype, device=core.device)
     core[..., :k, k : 2 * k] += mixed
     core[..., k : 2 * k, :k] += mixed
-    return core, (mean / par.query_mean).sum(0)
-
-
-def own_balanced(
-    group: TokenClass, const: OwnConstants, par: OwnParameters, y: Float[Tensor, "b h l m"]
-) -> OwnParameters:
-    """Balance each inequality at reference moves (any choice is sound)."""
-    token, cls, radius = group.token, group.cls, const.radius
-    layer = cls.rows.layer
-    k = layer.key_width
-    x2 = (token.direction @ y[..., : 2 * k, None])[..., 0].square().mean(0)
-    x2 = x2 + 0.02 * x2.mean(-1, keepdim=True) + TINY
-    t2 = y[..., -1].square().mean(0) + 0.02 * (radius * cls.value_norm) ** 2
-    d2 = (y * group.own_gradient).sum(-1).square().mean(0) + 0.02 * (radius * group.own_gradient_norm) ** 2
-    gram = layer.factor**2 * layer.w_k.mT @ layer.w_k
-    query = y[..., k : 2 * k]
-    query2 = ((query @ gram) * query).sum(-1).mean(0) + 0.02 * (radius * cls.rows.norm[:, None]) ** 2 + TINY
-    found = _curve(group, const, par)
-    size = found.curve.abs()
-    split = (0.5 * const.share * d2 / (found.effect * x2).sum(-1).clamp_min(TINY)).sqrt()
-    eps = (radius**2 * (size * token.own**2).sum(-1) * query2 / (size * x2).sum(-1).clamp_min(TINY)).sqrt()
-
-    def join(old: Tensor, new: Tensor, low: float = 1e-3, high: float = 1e3) -> Tensor:
-        return (old * new.clamp(1e-3, 1e3)).sqrt().clamp(low, high)
-
-    return OwnParameters(
-        split=join(par.split, split / (radius * group.own_gradient_norm), 0.02, 2.0),
-        pair=join(par.pair, (t2 / x2[:, token.place, token.tokens]).sqrt() / cls.value_norm),
-        bilinear=join(par.bilinear, eps, 0.02, 2.0),
-        query_value=join(par.query_value, (t2 / query2).sqrt() / cls.value_norm),
-        query_mean=join(par.query_mean, (radius**2 / query2).sqrt()),
-    )
+    return core, mean / par.query_mean
