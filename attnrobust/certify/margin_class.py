@@ -194,22 +194,24 @@ class ClassBound:
     def _descend(self, state: "_State", *, steps: int, rate: float) -> None:
         """Follow the slope of the bound in its parameters."""
         start = (self.parameters, self.scale) if state.best is None else (state.best[2], state.best[3].scale)
-        budget = state.const.budget
-        per_token = isinstance(self.threat, PerTokenBall)
         search = Descent(start[0], start[1], steps=steps, rate=rate)
         for _ in search:
             par, scale = search.parameters(), search.scale()
             solution, _ = self._evaluate(state, detached(par), scale.detach())
             if solution is None:
                 return
-            region = ellipsoid(self.threat, budget, scale.detach())
-            moves = self._moves(solution.points, region)
-            value = majorant(self.rows, state.const, state.piece, par).at(moves).mean()
-            if per_token:  # the constraint's share of the dual value
-                square = scale.square()
-                spent = (square * moves[:, self.index].square()).sum((-2, -1)).mean()
-                value = value + 0.5 * solution.multiplier * (budget.epsilon**2 * square.sum() - spent)
-            search.step(value)
+            search.step(self._saddle(state, par, scale, solution))
+
+    def _saddle(self, state: "_State", par: Parameters, scale: Tensor, solution: Maximiser) -> Tensor:
+        """The dual function at fixed maximisers: it has the slope of the bound in the parameters and the scale."""
+        budget = state.const.budget
+        moves = self._moves(solution.points, ellipsoid(self.threat, budget, scale.detach()))
+        value = majorant(self.rows, state.const, state.piece, par).at(moves).mean()
+        if not isinstance(self.threat, PerTokenBall):
+            return value
+        square = scale.square()
+        spent = (square * moves[:, self.index].square()).sum((-2, -1)).mean()
+        return value + 0.5 * solution.multiplier * (budget.epsilon**2 * square.sum() - spent)
 
     def _evaluate(self, state: "_State", par: Parameters, scale: Tensor) -> tuple[Maximiser | None, float]:
         """Solve the trust region of these parameters; the relative progress over the best so far (at most 1).
