@@ -26,7 +26,7 @@ from attnrobust.certify.margin_token_own import (
     OwnParameters,
     largest_average,
     own_constants,
-    own_core,
+    own_form,
     own_start,
 )
 from attnrobust.certify.margin_token_rows import TokenClass, TokenRows
@@ -228,12 +228,13 @@ class TokenClassBound:
         """The majorant in the coordinates y: core, multiple of ``|delta|^2``, linear part beyond G, constant."""
         pi, share = found.group.own_pooling, par.capped
         core, linear, constant = foreign_form(found.foreign, par.foreign, nodes=nodes)
-        row, identity = own_core(found.group, found.own, par.own)
+        row = own_form(found.group, found.own, par.own)
         cap, cap_linear, cap_constant = self._cap(found, par)
         part, kept = pi * share, pi * (1.0 - share)
-        core = core + kept[..., None, None] * row + part[..., None, None] * cap
-        linear = linear + part[..., None] * cap_linear
-        return core, (kept * identity).sum(0), linear, constant + (part * cap_constant).sum(0)
+        core = core + kept[..., None, None] * row.core + part[..., None, None] * cap
+        linear = linear + kept[..., None] * row.linear + part[..., None] * cap_linear
+        constant = constant + (kept * row.constant + part * cap_constant).sum(0)
+        return core, (kept * row.identity).sum(0), linear, constant
 
     def _cap(self, found: _Set, par: TokenParameters) -> tuple[Tensor, Tensor, Tensor]:
         """Quadratic, linear part beyond the first-order drop and constant of the own row's range."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SIGNED = ("tilt", "curve", "lean", "mixed")  # parameters of either sign
+SIGNED = ("tilt", "curve", "lean", "mixed", "reference", "value")  # parameters of either sign
 SHARES = ("capped",)  # in [0, 1]; the others are positive and move in their logarithm
 LIMITS = (1e-6, 1e4)
 NARROW = {"split": (0.01, 4.0), "bilinear": (0.01, 4.0), "cap_split": (0.01, 1.0)}

@@ -96,9 +96,11 @@ def largest_average(group: TokenClass, const: OwnConstants) -> Float[Tensor, "h 
 
 @dataclass(frozen=True, eq=False)
 class OwnParameters:
-    """Free positive parameters of the own row (h, l); see ``Parameters``."""
+    """Free parameters of the own row (h, l), positive but for the references; see ``Parameters``."""
 
     split: Float[Tensor, "h l"]
+    reference: Float[Tensor, "h l"]
+    value: Float[Tensor, "h l"]
     pair: Float[Tensor, "h l"]
     bilinear: Float[Tensor, "h l"]
     query_value: Float[Tensor, "h l"]
@@ -107,61 +109,73 @@ class OwnParameters:
 
 def own_start(like: Float[Tensor, "h l"]) -> OwnParameters:
     """Parameters that are reasonable everywhere."""
-    one = torch.ones_like(like)
-    return OwnParameters(0.4 * one, one, 0.3 * one, 2.0 * one, 2.0 * one)
+    one, zero = torch.ones_like(like), torch.zeros_like(like)
+    return OwnParameters(0.4 * one, zero, zero, one, 0.3 * one, 2.0 * one, 2.0 * one)
 
 
 @dataclass(frozen=True, eq=False)
-class _Curve:
-    """Coefficients of u_j^2 / 2, their slope in tau, the shift of -E[ut] and kp after it."""
+class OwnForm:
+    """The own row's majorant without its pooling weight; axes (h, l).
 
-    curve: Tensor
-    effect: Tensor
-    shift: Tensor
-    slope: Tensor
+    Args:
+        core: Quadratic part in the coordinates y.
+        identity: Multiple of ``|delta|^2``.
+        linear: Linear part beyond the first order, in the coordinates y.
+        constant: Its constant.
+    """
 
-
-def _curve(group: TokenClass, const: OwnConstants, par: OwnParameters) -> _Curve:
-    token = group.token
-    tau = par.split * const.radius * group.own_gradient_norm
-    shifted = group.advantage + tau[..., None]
-    effect = torch.where(shifted > 0, const.saturating, const.curvature)
-    curve = shifted * effect
-    shift = torch.minimum(token.self_weight, 0.5 * (const.slope_same - const.slope).clamp_min(0.0))
-    slope = torch.maximum(const.slope + shift, const.slope_same - shift)
-    curve[:, token.place, token.tokens] += par.pair * group.cls.value_norm * slope
-    return _Curve(curve, effect, shift, slope)
+    core: Float[Tensor, "h l m m"]
+    identity: Float[Tensor, "h l"]
+    linear: Float[Tensor, "h l m"]
+    constant: Float[Tensor, "h l"]
 
 
-def own_core(
-    group: TokenClass, const: OwnConstants, par: OwnParameters
-) -> tuple[Float[Tensor, "h l m m"], Float[Tensor, "h l"]]:
-    """The own row's majorant without its pooling weight: ``y N y`` per head plus a multiple of ``|delta|^2``."""
+def own_form(group: TokenClass, const: OwnConstants, par: OwnParameters) -> OwnForm:
+    """Theorem 1 for a row that only its own token moves."""
     token, layer = group.token, group.cls.rows.layer
     k, radius, length = layer.key_width, const.radius, group.cls.value_norm
-    found = _curve(group, const, par)
-    positive = found.curve > 0
-    eps = par.bilinear[..., None].expand_as(found.curve)
+    unit = radius * group.own_gradient_norm
+    theta, omega = par.value * radius * length, par.reference * unit
+    mine = (slice(None), token.place, token.tokens)
+    shift = torch.minimum(token.self_weight, 0.5 * (const.slope_same - const.slope).clamp_min(0.0))
+    slope = torch.maximum(const.slope + shift, const.slope_same - shift)
+    own, toward = token.own[mine], token.direction[mine]
+    kept, weight = token.self_weight - shift, token.self_weight
+
+    mass = group.advantage + (par.split * unit - omega)[..., None]
+    mass = mass - theta[..., None] * group.at_self
+    curve = mass * torch.where(mass > 0, const.saturating, const.curvature)
+    curve = curve + (par.pair * length * slope)[..., None] * group.at_self
+    positive = curve > 0
+    eps = par.bilinear[..., None].expand_as(curve)
     eps = torch.where(positive, eps, eps.clamp_max(1.0))
-    square = torch.where(positive, found.curve * (1.0 + eps), found.curve * (1.0 - eps))
-    rest = torch.where(positive, found.curve * (1.0 + 1.0 / eps), -found.curve * (1.0 / eps - 1.0))
-    self_own = token.own[:, token.place, token.tokens].abs()
-    kept = token.self_weight - found.shift
-    s1 = par.query_value * length
-    weighted = token.self_weight * group.advantage[:, token.place, token.tokens]
+    square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
+    rest = torch.where(positive, curve * (1.0 + 1.0 / eps), -curve * (1.0 / eps - 1.0))
+
+    # E[q v'] = w_l v'_l delta A delta with v' centred; d' = d - w_l theta x_l.
+    weighted = weight * (group.advantage[mine] - theta * (1.0 - weight))
     mean = const.share * weighted.abs()
+    first = const.share / (2.0 * par.split * unit)
+    change = torch.cat([(weight * theta)[..., None] * toward, torch.zeros_like(theta)[..., None]], dim=-1)
+    gradient = group.own_gradient - change
+    s1 = par.query_value * length
+    value = slope / (par.pair * length) + kept * own.abs() * radius / s1
     core = square.new_zeros(*square.shape[:2], 2 * k + 1, 2 * k + 1)
     core[..., : 2 * k, : 2 * k] = (token.direction * square[..., None]).mT @ token.direction
-    cross = kept[..., None] * token.direction[:, token.place, token.tokens]
-    core[..., : 2 * k, -1] -= cross
-    core[..., -1, : 2 * k] -= cross
-    core[..., -1, -1] += found.slope / (par.pair * length) + kept * self_own * radius / s1
-    first = const.share / (2.0 * par.split * radius * group.own_gradient_norm)
-    core += first[..., None, None] * group.own_gradient[..., :, None] * group.own_gradient[..., None, :]
-    bilinear = radius**2 * (rest * token.own**2).sum(-1) + kept * self_own * radius * s1 + mean * par.query_mean
+    core[..., : 2 * k, -1] -= kept[..., None] * toward
+    core[..., -1, : 2 * k] -= kept[..., None] * toward
+    core[..., -1, -1] += value
+    core = core + first[..., None, None] * gradient[..., :, None] * gradient[..., None, :]
+    bilinear = radius**2 * (rest * token.own**2).sum(-1) + kept * own.abs() * radius * s1 + mean * par.query_mean
     gram = layer.factor**2 * layer.w_k.mT @ layer.w_k
     core[..., k : 2 * k, k : 2 * k] += bilinear[..., None, None] * gram[:, None]
     mixed = layer.factor * weighted[..., None, None] * torch.eye(k, dtype=core.dtype, device=core.device)
     core[..., :k, k : 2 * k] += mixed
     core[..., k : 2 * k, :k] += mixed
-    return core, mean / par.query_mean
+    pull = torch.cat([(shift * theta)[..., None] * toward, (value * theta)[..., None]], dim=-1)
+    return OwnForm(
+        core=core,
+        identity=mean / par.query_mean,
+        linear=-pull - (first * omega)[..., None] * gradient,
+        constant=0.5 * (value * theta**2 + first * omega**2),
+    )

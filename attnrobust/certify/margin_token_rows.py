@@ -125,6 +125,11 @@ class TokenClass:
         return self.cls.advantage[:, self.token.tokens]
 
     @cached_property
+    def at_self(self) -> Float[Tensor, "l n"]:
+        """1 where j = l."""
+        return torch.nn.functional.one_hot(self.token.tokens, self.cls.rows.n).to(self.cls.advantage)
+
+    @cached_property
     def rest_advantage(self) -> Float[Tensor, "h n l"]:
         """``vhat_il = (mean of z over the other tokens) - z_l``.
 
