@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnrobust.certify.displacement import DisplacementBound, DisplacementCertificate
+from attnrobust.certify.displacement_majorant import Majorant, power_reach
 from attnrobust.certify.registry import ALL_METHODS
 from attnrobust.goal import Displacement, Goal, Margin, Pool
 from attnrobust.layers.attention import Attention
@@ -167,3 +168,42 @@ def test_refusals_and_registration() -> None:
     assert "margin" in str(METHOD.refuses(_problem("biases", FrobeniusBall(), readout)))
     assert METHOD.refuses(_problem("biases", FrobeniusBall(), Displacement(0.1))) is None
     assert any(isinstance(method, DisplacementCertificate) for method in ALL_METHODS)
+
+
+@pytest.mark.parametrize(
+    ("size", "gap", "share"), [(1e6, 720.0, 0.05), (1e6, 760.0, 0.9), (1e9, 710.0, 0.5), (1e11, 700.0, 0.5)]
+)
+def test_hidden_tokens_of_a_fixed_row_grow_back(size: float, gap: float, share: float) -> None:
+    """Weights near e^{-gap} times small squared slopes underflow, but a move of ``gap * size`` makes them 1/2."""
+    unit = 1e-12 / size
+    into = torch.eye(3, dtype=torch.float64)[:, None, :, None]  # query, key and value read one coordinate each
+    layer = Attention(w_q=unit * into[0], w_k=into[1] / size, w_v=unit * into[2], scale=1.0)
+    x = torch.zeros(4, 3, dtype=torch.float64)
+    x[0, 0], x[3, 0] = 1.0 / unit, share / unit
+    x[1:3, 1], x[1:3, 2] = -gap * size, 1.0 / unit
+    threat, direction = FrobeniusBall(tokens=(1, 2)), torch.zeros_like(x)
+    direction[1:3, 1] = 0.5**0.5
+    problem = Problem(layer, TokenMeasure(x), threat, Displacement(1.0))
+    bound = DisplacementBound(problem, 0)
+    majorant, tested = Majorant(bound.rows), 0
+    for reached in (gap - 5.0, gap, gap + 3.0):
+        radius = reached * size
+        usage = bound.usage(radius).value
+        tested += usage < math.inf
+        for move in (radius * direction, radius * direction * (2.0**0.5 * torch.eye(4, dtype=x.dtype)[1][:, None])):
+            assert float(problem.usage(move[None])) <= usage
+            weight = layer.weights(x + move)[0, 0, 0::3].sum()  # of the fixed tokens: their logits hardly change
+            inverse = float(majorant._inverse_partition(majorant.reach(radius), radius)[0, 0, 0])
+            assert inverse <= float(weight) * (1.0 + 1e-9)
+    assert tested == 3
+
+
+@pytest.mark.parametrize("size", [1e-322, 1e-300, 1e-285, 1.0, 1e150])
+def test_power_reach_at_every_scale(size: float) -> None:
+    root = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = root @ root.T
+    largest = float(torch.linalg.eigvalsh(matrix)[-1])
+    reach = float(power_reach(size * matrix))
+    assert 0.99 * largest * size <= reach <= 1.3 * largest * size + 1e-322
+    assert size < 1e-300 or reach >= largest * size
+    assert float(power_reach(torch.diag(torch.tensor([-1e-17, 1e-17], dtype=torch.float64)))) < 2e-17

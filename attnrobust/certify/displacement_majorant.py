@@ -19,6 +19,7 @@ from attnrobust.certify.displacement_scalar import (
     saturating_weight,
 )
 
+TINY = 600.0  # minus the log of weights whose products may underflow
 SINE_COSINE = 2.0 / (3.0 * math.sqrt(3.0))  # sup of sin(x) cos(x)^2 and of sin(x)^2 cos(x)
 
 
@@ -132,8 +133,10 @@ class Majorant:
         """Lower bound of ``1 / (1 + P)`` on the ball (eq. 10): P through the variance or term by term."""
         rows = self.rows
         bilinear = radius**2 * rows.bilinear_norms[:, None] * rows.w.amax(dim=-1).sqrt() * rows.moves
-        deviation = (radius * self._variance_reach.sqrt() + bilinear).square()
         visible = reach.masked_fill(torch.isneginf(rows.log_w), 0.0)  # a weight that underflows may still grow back
+        # Such a token's w_j U_j^2, with a weight large enough that no product underflows.
+        tiny = torch.exp(rows.log_w.clamp_min(-TINY - 100.0)) * (rows.log_w < -TINY) * visible.square()
+        deviation = (radius * self._variance_reach.sqrt() + bilinear).square() + tiny.sum(dim=-1)
         by_variance = 0.5 * deviation * torch.exp(log_phi(visible.amax(dim=-1)))
         by_term = torch.exp(rows.log_w + log_psi(visible)).sum(dim=-1)
         return 1.0 / (1.0 + torch.minimum(by_variance, by_term))[..., None]
@@ -261,7 +264,7 @@ class Majorant:
 
 def power_reach(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
     """``||M^4||_F^{1/4}``: at least the largest eigenvalue of a positive semidefinite M, at most n^{1/8} times it."""
-    scale = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1).clamp_min(1e-280)
+    scale = matrix.abs().amax(dim=(-2, -1)).clamp_min(1e-300)  # eighth powers of what is far below it would vanish
     power = matrix / scale[..., None, None]
     power = power @ power
     power = power @ power
