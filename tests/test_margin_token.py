@@ -2,6 +2,9 @@
 
 import decimal
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +18,7 @@ from attnrobust.certify.margin_token_class import TokenClassBound
 from attnrobust.certify.margin_token_descent import SHARES, SIGNED, named
 from attnrobust.certify.margin_token_foreign import PROOF_NODES, foreign_constant, foreign_start
 from attnrobust.certify.margin_token_own import own_form, own_start
+from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall, TokenNorm
 from tests.margin_problems import random_problem
@@ -122,6 +126,23 @@ def test_norms_of_one_token_are_nested() -> None:
     }
     assert usage["l1"] == pytest.approx(usage["l2"], rel=1e-6)
     assert usage["linf"] == pytest.approx(usage["l2"], rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_changes_nothing(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    expected = TokenBound(any_token(8)).usage(0.1).value
+    with mode():
+        assert TokenBound(any_token(8)).usage(0.1).value == expected
+
+
+def test_layers_that_require_gradients() -> None:
+    problem = any_token(8)
+    layer = problem.network
+    assert isinstance(layer, Attention)
+    expected = TokenBound(problem).usage(0.1).value
+    trained = replace(layer, w_q=layer.w_q.clone().requires_grad_(True), w_v=layer.w_v.clone().requires_grad_(True))
+    again = Problem(trained, problem.clean, problem.threat, problem.goal)
+    assert TokenBound(again).usage(0.1).value == pytest.approx(expected, rel=1e-12)
 
 
 def test_both_margin_methods_refuse_each_others_threats() -> None:

@@ -49,6 +49,8 @@ class MarginTokenCertificate(CertificateMethod):
 class TokenBound(PreparedBound):
     """All classes and all tokens that may be the moving one."""
 
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def __init__(self, problem: Problem) -> None:
         threat, (n, d) = problem.threat, problem.clean.points.shape
         self.rows = clean_rows(problem, everywhere=True)
@@ -66,6 +68,8 @@ class TokenBound(PreparedBound):
         slope = max(c.largest_gradient / b for c, b in zip(self.classes, self.budgets, strict=True))
         return 0.6 / (slope * self.factor) if slope > 0.0 else None
 
+    @torch.inference_mode(mode=False)  # the search of the parameters differentiates, whatever mode the caller is in
+    @torch.no_grad()
     def usage(self, radius: float) -> Upper:
         length = radius * self.factor
         if length * self.longest > EXPONENT_CAP:

@@ -161,17 +161,19 @@ class TokenClassBound:
         search = TokenDescent(keep, steps=steps, rate=rate)
         points: Tensor | None = None
         for _ in search:
-            par: TokenParameters = search.parameters()
-            core, identity, linear, constant = self._form(found, par, nodes=SEARCH_NODES)
+            with torch.enable_grad():
+                par: TokenParameters = search.parameters()
+                core, identity, linear, constant = self._form(found, par, nodes=SEARCH_NODES)
             value, points = self._maximised(found, core.detach(), identity.detach(), linear.detach(), points)
             value = value + constant.detach()
             better = value < best
             best = torch.where(better, value, best)
             keep = combined(keep, par, partial(_replaced, better))
-            y = torch.einsum("bld,hda->bhla", points, found.group.basis)
-            image = (core @ y[..., None])[..., 0]
-            along = (y * (linear + 0.5 * image)).sum((1, 3)) + 0.5 * identity * points.square().sum(-1)
-            search.step((constant + along.mean(0)).sum())
+            with torch.enable_grad():
+                y = torch.einsum("bld,hda->bhla", points, found.group.basis)
+                image = (core @ y[..., None])[..., 0]
+                along = (y * (linear + 0.5 * image)).sum((1, 3)) + 0.5 * identity * points.square().sum(-1)
+                search.step((constant + along.mean(0)).sum())
         self._store(tokens, keep, radius)
         return self._certified(found, keep)
 
