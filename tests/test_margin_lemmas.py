@@ -14,7 +14,15 @@ from attnrobust.certify.margin_form import moments
 from attnrobust.certify.margin_logistic import remainder_range
 from attnrobust.certify.margin_majorant import initial_parameters, majorant, pieces
 from attnrobust.certify.margin_rows import direction_gram, own_block
-from attnrobust.certify.margin_scalar import log_phi, log_psi, phi_negative, psi, saturating_coefficient, weighted_phi
+from attnrobust.certify.margin_scalar import (
+    largest_remainder,
+    log_phi,
+    log_psi,
+    phi_negative,
+    psi,
+    saturating_coefficient,
+    weighted_phi,
+)
 from attnrobust.certify.margin_small import many_approximate, many_certified
 from attnrobust.certify.margin_trust_region import (
     Quadratic,
@@ -92,6 +100,27 @@ def test_hidden_tokens_have_zero_coefficients() -> None:
         curve, ramp = saturating_coefficient(hidden, torch.tensor([limit]).double())
         assert float(curve) == 0.0
         assert float(ramp) == 0.0
+
+
+def test_largest_remainder_of_centred_changes() -> None:
+    draw = Draw(5)
+    for spread in (0.0, 1.0, 8.0):
+        weight = torch.softmax(spread * draw.normal(40, 5), dim=-1)
+        limit = 4.0 * draw.normal(40, 5).abs()
+        bound = largest_remainder(weight, limit)
+        best = torch.zeros(40, dtype=torch.float64)
+        for _ in range(300):
+            u = limit * (draw.normal(40, 5).sign() if draw.between(0.0, 1.0) < 0.7 else draw.normal(40, 5).clamp(-1, 1))
+            up, down = (weight * u.clamp_min(0.0)).sum(-1), (weight * (-u).clamp_min(0.0)).sum(-1)
+            least = torch.minimum(up, down)  # the larger side shrinks until the mean is 0
+            factor = torch.where(u > 0.0, (least / up)[:, None], (least / down)[:, None]).nan_to_num(0.0)
+            best = torch.maximum(best, (weight * psi(u * factor)).sum(-1))
+        assert bool((best <= bound).all())
+        assert float((best / bound).amax()) > 0.9
+    equal = torch.full((1, 4), 0.25, dtype=torch.float64)
+    assert float(largest_remainder(equal, 12.0 * equal)) == pytest.approx(math.cosh(3.0) - 1.0, rel=1e-9)
+    huge = largest_remainder(equal, torch.full((1, 4), 640.0, dtype=torch.float64))
+    assert torch.isfinite(huge).all()
 
 
 def test_logistic_remainder_range() -> None:

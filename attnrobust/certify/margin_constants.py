@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnrobust.certify.margin_eigen import gram_eigenvalue, spread_eigenvalue
 from attnrobust.certify.margin_rows import GRAM_LIMIT, CleanRows, direction_gram, own_block
-from attnrobust.certify.margin_scalar import phi_negative, psi, saturating_coefficient, weighted_phi
+from attnrobust.certify.margin_scalar import largest_remainder, phi_negative, psi, saturating_coefficient, weighted_phi
 from attnrobust.threat import PerTokenBall, Threat
 
 ANGLES = 24  # cells of the share of the budget that the query token takes
@@ -197,7 +197,7 @@ def _remainder_mass(
         spread = torch.where(rows.movable > 0, spread, 0.0)
         return 0.5 * r * r * (linear.sqrt() + rho * norm * spread.sqrt()) ** 2
 
-    by_range = torch.expm1(limit.amax(-1))
+    by_range = largest_remainder(rows.weight, limit)
     remainder = torch.minimum(quadratic(weighted_phi(rows.log_weight, limit)), by_range) * (1.0 + 1e-10)
     ratio = torch.where(torch.isinf(remainder), torch.ones_like(remainder), remainder / (1.0 + remainder))
     share = torch.minimum(ratio * (1.0 + 1e-12), quadratic(saturating)).clamp_max(1.0)

@@ -13,6 +13,7 @@ CHUNK_NUMBERS = 500_000  # float64 numbers per temporary: a block stays in the c
 SERIES = 1e-3  # below, psi comes from its series: the difference would cancel
 SWITCH = 30.0  # above, e^-u (1 + u) is below one unit in the last place times 100 and log psi needs no cancellation
 LARGEST_LOG = 600.0  # exponentials beyond are reported as infinite
+MULTIPLIER_STEPS = 20  # bisections of a multiplier; every value gives a bound
 LOG2 = 0.6931471805599453
 OUTWARD = 1.0 + 1e-12  # covers the rounding of these formulas
 
@@ -135,3 +136,30 @@ def weighted_phi(log_weight: Float[Tensor, "*s"], limit: Float[Tensor, "*s"]) ->
     """``w phi(limit)``; infinite where it exceeds e^600."""
     log_value = log_weight + log_phi(limit)  # -inf for hidden tokens, whose exponential is 0
     return torch.where(log_value > LARGEST_LOG, torch.inf, log_value.clamp_max(LARGEST_LOG).exp() * OUTWARD)
+
+
+def largest_remainder(weight: Float[Tensor, "*b n"], limit: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
+    """Upper bound of ``E psi(u)`` over all u with ``|u_j| <= limit_j`` and ``E u = 0``.
+
+    ``E psi(u) = E[psi(u) - l u] <= sum_j w_j max(psi(U_j) - l U_j, psi(-U_j) + l U_j)`` for every l; bisection on the
+    slope of the right side, convex in l, chooses one.
+
+    Args:
+        weight: w, sum 1.
+        limit: U, at most 650.
+
+    References:
+        Derived; docs/margin-certificate.md, lemma 4.
+    """
+    high_end, low_end = psi(limit), psi(-limit)
+    low = torch.zeros_like(limit[..., :1])
+    high = ((high_end - low_end) / (2.0 * limit.clamp_min(SERIES))).amax(-1, keepdim=True)
+    for _ in range(MULTIPLIER_STEPS):
+        middle = 0.5 * (low + high)
+        first = high_end - middle * limit > low_end + middle * limit
+        falling = (weight * limit * torch.where(first, -1.0, 1.0)).sum(-1, keepdim=True) < 0.0
+        low, high = torch.where(falling, middle, low), torch.where(falling, high, middle)
+    value = (weight * torch.maximum(high_end - high * limit, low_end + high * limit)).sum(-1)
+    # The differences cancel; the sum of the absolute terms times a few roundings covers it.
+    size = (weight * (high_end + low_end + 2.0 * high * limit)).sum(-1)
+    return value + 1e-14 * size
