@@ -1,13 +1,16 @@
 """Descent in the majorant's parameters: right slopes, lower bounds, and a guess near the certified radius."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from attnrobust.certify.margin import MarginBound, MarginCertificate
-from attnrobust.certify.margin_constants import Budget, Constants, constants
+from attnrobust.certify.margin_constants import Constants
 from attnrobust.certify.margin_descent import Descent, detached
 from attnrobust.certify.margin_eigen import spread_eigenvalue, spread_slope
+from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.threat import FrobeniusBall, PerTokenBall
 from tests.margin_problems import random_problem
@@ -18,13 +21,10 @@ def small_problem(seed: int, *, linf: bool = False) -> Problem:
     return random_problem(7000 + seed, PerTokenBall("linf") if linf else FrobeniusBall())
 
 
-def constants_of(bound: MarginBound, problem: Problem, radius: float) -> Constants:
-    n, d = problem.clean.points.shape
-    threat = problem.threat
-    budget = Budget(
-        frobenius=radius * threat.frobenius_factor(n, d), token=radius * threat.token_factor(n, d), epsilon=radius
-    )
-    return constants(bound.rows, bound.geometry, budget)
+def constants_of(bound: MarginBound, radius: float) -> Constants:
+    """Constants of the largest of this radius, a third of it, a ninth of it, .. where nothing overflows."""
+    const = bound._constants(radius)
+    return const if const is not None else constants_of(bound, radius / 3.0)
 
 
 def dense_eigenvalue(a: Tensor, w: Tensor, movable: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def test_slope_of_the_bound_agrees_with_differences(seed: int, linf: bool) -> No
     problem = small_problem(seed, linf=linf)
     bound = MarginBound(problem, seed=0)
     holder = bound.classes[0]
-    state = holder._state(constants_of(bound, problem, 0.1 * float(problem.clean.points.norm())))
+    state = holder._state(constants_of(bound, 0.1 * float(problem.clean.points.norm())))
     search = Descent(holder.parameters, holder.scale, steps=1, rate=0.1)
     solution, _ = holder._evaluate(state, detached(search.parameters()), search.scale().detach())
     assert solution is not None
@@ -79,7 +79,7 @@ def test_descent_lowers_the_bound(seed: int, linf: bool) -> None:
     problem = small_problem(seed, linf=linf)
     bound = MarginBound(problem, seed=0)
     holder = bound.classes[0]
-    const = constants_of(bound, problem, 0.3 * float(problem.clean.points.norm()))
+    const = constants_of(bound, 0.3 * float(problem.clean.points.norm()))
     state = holder._state(const)
     holder._balance(state, rounds=5, patience=5)
     before = state.value
@@ -102,3 +102,19 @@ def test_a_start_where_constants_overflow_still_finds_a_radius() -> None:
     radius = holder.settle(lambda r: bound._constants(r) if r < 0.2 else None, bound.budgets[0], 5.0)
     assert 0.0 < radius < 5.0
     assert holder.settled
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_radius_does_not_depend_on_the_gradient_mode_of_the_caller(mode: type) -> None:
+    expected = MarginCertificate().certify(small_problem(0), seed=0).radius
+    with mode():
+        assert MarginCertificate().certify(small_problem(0), seed=0).radius == expected
+
+
+def test_weights_that_require_gradients_are_fine() -> None:
+    problem = small_problem(0)
+    layer = problem.network
+    assert isinstance(layer, Attention)
+    expected = MarginCertificate().certify(problem, seed=0).radius
+    traced = replace(layer, w_q=layer.w_q.clone().requires_grad_(True))
+    assert MarginCertificate().certify(replace(problem, network=traced), seed=0).radius == expected

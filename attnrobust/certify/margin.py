@@ -51,6 +51,8 @@ class MarginCertificate(CertificateMethod):
 class MarginBound(PreparedBound):
     """The majorant of every class at one problem, warm-started from radius to radius."""
 
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def __init__(self, problem: Problem, *, seed: int) -> None:
         self.problem, self.seed = problem, seed
         self.rows = clean_rows(problem)
@@ -59,7 +61,8 @@ class MarginBound(PreparedBound):
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before
         self.budgets = goal.budgets.tolist()
         self.classes = [
-            ClassBound(class_rows(self.rows, goal.weights, f), problem.threat, seed=seed) for f in goal.functionals
+            ClassBound(class_rows(self.rows, goal.weights.clone(), f), problem.threat, seed=seed)
+            for f in goal.functionals
         ]
         self.starts = 0
 
@@ -68,6 +71,8 @@ class MarginBound(PreparedBound):
         return FAILURE_PROBABILITY * self.starts / EVALUATIONS
 
     @property
+    @torch.inference_mode(mode=False)  # the descent in the parameters differentiates, whatever mode the caller is in
+    @torch.no_grad()
     def first_guess(self) -> float | None:
         guesses = []
         for budget, cls in zip(self.budgets, self.classes, strict=True):
@@ -85,6 +90,8 @@ class MarginBound(PreparedBound):
         const = constants(self.rows, self.geometry, budget)
         return const if bool((const.limit < EXPONENT_CAP).all()) else None
 
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def usage(self, radius: float) -> Upper:
         const = self._constants(radius)
         if const is None:

@@ -196,11 +196,11 @@ class ClassBound:
         start = (self.parameters, self.scale) if state.best is None else (state.best[2], state.best[3].scale)
         search = Descent(start[0], start[1], steps=steps, rate=rate)
         for _ in search:
-            par, scale = search.parameters(), search.scale()
-            solution, _ = self._evaluate(state, detached(par), scale.detach())
+            solution, _ = self._evaluate(state, detached(search.parameters()), search.scale().detach())
             if solution is None:
                 return
-            search.step(self._saddle(state, par, scale, solution))
+            with torch.enable_grad():
+                search.step(self._saddle(state, search.parameters(), search.scale(), solution))
 
     def _saddle(self, state: "_State", par: Parameters, scale: Tensor, solution: Maximiser) -> Tensor:
         """The dual function at fixed maximisers: it has the slope of the bound in the parameters and the scale."""

@@ -146,7 +146,7 @@ def largest_remainder(weight: Float[Tensor, "*b n"], limit: Float[Tensor, "*b n"
 
     Args:
         weight: w, sum 1.
-        limit: U, at most 650.
+        limit: U; beyond 700 the bound is infinite.
 
     References:
         Derived; docs/margin-certificate.md, lemma 4.
@@ -162,4 +162,5 @@ def largest_remainder(weight: Float[Tensor, "*b n"], limit: Float[Tensor, "*b n"
     value = (weight * torch.maximum(high_end - high * limit, low_end + high * limit)).sum(-1)
     # The differences cancel; the sum of the absolute terms times a few roundings covers it.
     size = (weight * (high_end + low_end + 2.0 * high * limit)).sum(-1)
-    return value + 1e-14 * size
+    value = value + 1e-14 * size
+    return torch.where(torch.isfinite(value), value, torch.inf)
