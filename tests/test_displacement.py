@@ -207,3 +207,23 @@ def test_power_reach_at_every_scale(size: float) -> None:
     assert 0.99 * largest * size <= reach <= 1.3 * largest * size + 1e-322
     assert size < 1e-300 or reach >= largest * size
     assert float(power_reach(torch.diag(torch.tensor([-1e-17, 1e-17], dtype=torch.float64)))) < 2e-17
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("key", [0.0, 1.0])
+def test_a_huge_token_that_the_row_does_not_see_changes_nothing(causal: bool, key: float) -> None:
+    """Values and keys are shifted by one of their own size, not by a mean that the huge one takes over."""
+    into = torch.eye(3, dtype=torch.float64)[:, None, :, None]  # query, key and value read one coordinate each
+    x = torch.tensor([[1.0, 0.5 * key, 1e3], [1.0, 0.4 * key, -1e3], [0.0, key, 700.0]], dtype=torch.float64)
+    hidden = torch.zeros(3, 3, dtype=torch.float64)
+    hidden[:2, 2] = hidden[2, :2] = -math.inf
+    layer = Attention(
+        w_q=into[0], w_k=into[1], w_v=1e-3 * into[2], mask=None if causal else hidden, causal=causal, scale=1.0
+    )
+    radii = []
+    for size in (1.0, 1e17, 1e20):
+        points = torch.cat([x[:2], size * x[2:]])
+        problem = Problem(layer, TokenMeasure(points), FrobeniusBall(tokens=(0,)), Displacement(0.1, pool=1))
+        radii.append(METHOD.certify(problem).radius)
+        assert _ascend(problem, radii[-1]) <= 1.0
+    assert radii == pytest.approx([radii[0]] * 3, rel=2e-3)  # the search's tolerance is 1e-3

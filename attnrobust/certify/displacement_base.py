@@ -112,20 +112,18 @@ class CleanRows:
 
     @cached_property
     def values(self) -> Float[Tensor, "h n v"]:
-        """Values without bias, centred over the tokens (any common shift cancels)."""
-        values: Tensor = torch.einsum("nd,hdv->hnv", self.points, self.w_v)
-        return values - values.mean(dim=1, keepdim=True)
+        """Values without bias, shifted (any common shift cancels in every row)."""
+        return without_common_part(torch.einsum("nd,hdv->hnv", self.points, self.w_v))
 
     @cached_property
     def averages(self) -> Float[Tensor, "h n v"]:
-        """Row averages of the centred values."""
+        """Row averages of the shifted values."""
         return self.w @ self.values
 
     @cached_property
     def keys(self) -> Float[Tensor, "h n k"]:
-        """Keys times the score factor, centred over the tokens (a common shift cancels in every row)."""
-        keys = self.layer.factor * torch.einsum("nd,hdk->hnk", self.points, self.layer.w_k)
-        return keys - keys.mean(dim=1, keepdim=True)
+        """Keys times the score factor, shifted (a common shift cancels in every row)."""
+        return without_common_part(self.layer.factor * torch.einsum("nd,hdk->hnk", self.points, self.layer.w_k))
 
     @cached_property
     def slopes(self) -> Float[Tensor, "h n d"]:
@@ -258,6 +256,16 @@ class CleanRows:
     def average_reach(self) -> Float[Tensor, "h n"]:
         """``sup |a|`` over moves of norm 1, ``a = E gamma + E[l vh]`` the first-order change of the row (eq. 8)."""
         return self.value_norms[:, None] * self.weight_energy[..., 0].sqrt() + self.first_order_reach
+
+
+def without_common_part(vectors: Float[Tensor, "h n v"]) -> Float[Tensor, "h n v"]:
+    """The vectors minus the shortest one of their head.
+
+    Every difference is accurate to the size of its own vector; a mean would carry the rounding of one huge token, that
+    a row may not even see, into all of them.
+    """
+    shortest = torch.linalg.vector_norm(vectors, dim=-1).argmin(dim=1)
+    return vectors - vectors[torch.arange(len(vectors), device=vectors.device), shortest][:, None]
 
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:

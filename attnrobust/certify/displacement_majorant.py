@@ -150,9 +150,8 @@ class Majorant:
         paired = growing_weight(rows.log_w, reach)
         drift = radius * self._drift()
         exact, extra, largest = self._curved(upper, rows.w * phi_negative(reach) * inverse, drift)
-        slack = (radius * rows.bilinear_norms[:, None] / rows.logit_reach.amax(dim=-1).clamp_min(1e-300)).clamp(
-            1e-9, 1.0
-        )
+        linear = rows.logit_reach.masked_fill(torch.isneginf(rows.log_w), 0.0).amax(dim=-1)
+        slack = (radius * rows.bilinear_norms[:, None] / linear.clamp_min(1e-300)).clamp(1e-9, 1.0)
         first, second = self._bent(exact, extra)
         bent = ((1.0 + 1.0 / slack).sqrt() * first, (1.0 + 1.0 / slack).sqrt() * second)
         largest = (1.0 + slack) * largest

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.displacement_base import CleanRows
+from attnrobust.certify.displacement_base import CleanRows, without_common_part
 from attnrobust.certify.displacement_bilinear import QueryKeyForm, ValueLogitForm
 from attnrobust.certify.displacement_majorant import LogitForms, Majorant
 
@@ -58,8 +58,7 @@ class JointProduct:
 
     @cached_property
     def _plain_values(self) -> Float[Tensor, "h n v"]:
-        values = torch.einsum("nd,hdv->hnv", self.rows.points, self.rows.layer.w_v)
-        return values - values.mean(dim=1, keepdim=True)
+        return without_common_part(torch.einsum("nd,hdv->hnv", self.rows.points, self.rows.layer.w_v))
 
     @cached_property
     def _value_gram(self) -> Float[Tensor, "h v v"]:
