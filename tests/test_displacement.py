@@ -227,3 +227,12 @@ def test_a_huge_token_that_the_row_does_not_see_changes_nothing(causal: bool, ke
         radii.append(METHOD.certify(problem).radius)
         assert _ascend(problem, radii[-1]) <= 1.0
     assert radii == pytest.approx([radii[0]] * 3, rel=2e-3)  # the search's tolerance is 1e-3
+
+
+def test_a_radius_where_everything_overflows_spoils_no_later_one() -> None:
+    """The products' balance starts from the clean weights every time; a product that overflows says infinity."""
+    problem = _problem("biases", FrobeniusBall(), Displacement(1.0))
+    fresh, used = DisplacementBound(problem, 0), DisplacementBound(problem, 0)
+    for exponent in (1.0, 2.0, 5.0, 12.0):
+        assert used.usage(10.0**exponent).value > 1.0
+    assert used.usage(0.01).value == pytest.approx(fresh.usage(0.01).value, rel=0.02)

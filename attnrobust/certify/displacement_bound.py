@@ -14,6 +14,7 @@ from attnrobust.certify.displacement_base import CleanRows
 from attnrobust.certify.displacement_bilinear import ESTIMATE_STREAM, QueryKeyForm, value_logit_form
 from attnrobust.certify.displacement_majorant import LogitForms, Majorant, padded
 from attnrobust.certify.displacement_operator import JointProduct
+from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.attention_jacobian import AttentionJacobian
 from attnrobust.linear_map import EigenvalueBounds, LinearMap, largest_eigenvalue_upper
@@ -58,8 +59,8 @@ class DisplacementBound(PreparedBound):
         self._majorant = Majorant(self._rows)
         self._calls = 0
         self._random = 0.0
-        pair = value_logit_form(self._rows, seed=self._next_seed())
-        self._product = JointProduct(self._rows, self._majorant, pair, QueryKeyForm(self._rows))
+        self._clean_pair = value_logit_form(self._rows, seed=self._next_seed())
+        self._product = JointProduct(self._rows, self._majorant, self._clean_pair, QueryKeyForm(self._rows))
         factor = self.problem.threat.frobenius_factor(clean.n, clean.width)
         self._scale = factor
         # Token scales t with sum over movable tokens of 1/t_j^2 = their number; they only adapt for per-token balls.
@@ -104,7 +105,7 @@ class DisplacementBound(PreparedBound):
         forms = self._majorant.forms(reach)
         if not forms.finite:
             return Upper(math.inf)
-        self._product = self._product.with_values(self._product.value_form.grown(forms.paired))
+        self._product = self._product.with_values(self._clean_pair.grown(forms.paired))
         mixing = self._rows.mixing
         scales = self._rows.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
         value = self._joint(forms, scales, self.budget / reach) * reach
@@ -125,7 +126,10 @@ class DisplacementBound(PreparedBound):
             if number and (least > limit or best <= least * (1.0 + SETTLED)) and not per_token:
                 break
             tokens, factors = self._tokens, scales.square() / shares
-            bounds = self._bounded(forms, factors)
+            try:
+                bounds = self._bounded(forms, factors)
+            except InputError:  # a product left float64 in another direction
+                return best
             self._random += bounds.upper.failure_probability
             best = min(best, math.sqrt(max(bounds.upper.value, 0.0) * float(shares.sum())))
             vector = self._embedded(bounds.vector)
