@@ -12,15 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.certify.margin import MarginBound
+from attnrobust.certify.margin import MarginBound, MarginCertificate
 from attnrobust.certify.margin_constants import Budget, Constants, constants
 from attnrobust.certify.margin_eigen import spread_eigenvalue
 from attnrobust.certify.margin_form import ClassRows, Majorant
 from attnrobust.certify.margin_majorant import Parameters, balanced, initial_parameters, majorant, pieces, references
 from attnrobust.certify.margin_scalar import psi
+from attnrobust.certify.margin_token import MarginTokenCertificate
+from attnrobust.goal import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.threat import FrobeniusBall, PerTokenBall, Threat
+from attnrobust.tokens import TokenMeasure
 from tests.margin_problems import random_problem
 from tests.stress import Draw, boundary_moves
 
@@ -253,3 +256,25 @@ def test_majorant_touches_the_drop_where_the_values_become_equal(seed: int) -> N
     near = problem.threat.project(move + 0.2 * scale * draw.normal(40, *move.shape), radius)
     over, size = excess(problem, 0, form, torch.cat([near, boundary_moves(problem, radius, 40, draw)]))
     assert bool((over <= ROUNDING * size).all())
+
+
+@pytest.mark.parametrize("tokens", [(0,), (0, 1)])
+@pytest.mark.parametrize("key", [0.0, 1.0])
+def test_a_huge_token_that_the_row_does_not_see_enlarges_nothing(tokens: tuple[int, ...], key: float) -> None:
+    """Values and keys are shifted by one of their own size; a mean would round the small ones away."""
+    into = torch.eye(3, dtype=torch.float64)[:, None, :, None]  # query, key and value read one coordinate each
+    x = torch.tensor([[1.0, 0.5 * key, 1e3], [1.0, 0.4 * key, -1e3], [0.0, key, 700.0]], dtype=torch.float64)
+    layer = Attention(w_q=into[0], w_k=into[1], w_v=1e-3 * into[2], causal=True, scale=1.0)
+    goal = Margin(
+        weight=torch.tensor([[1.0], [-1.0]], dtype=torch.float64),
+        bias=torch.tensor([0.3, 0.0], dtype=torch.float64),
+        pool=1,
+        label=0,
+    )
+    methods = [MarginCertificate(), *([MarginTokenCertificate()] if len(tokens) == 1 else [])]
+    for method in methods:
+        radii = []
+        for size in (1.0, 1e6, 1e17, 1e20):
+            clean = TokenMeasure(torch.cat([x[:2], size * x[2:]]))
+            radii.append(method.certify(Problem(layer, clean, FrobeniusBall(tokens=tokens), goal)).radius)
+        assert max(radii) <= 1.01 * radii[0]

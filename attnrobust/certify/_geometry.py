@@ -158,3 +158,13 @@ def diameter(points: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
     largest: Tensor = distances.amax(dim=(-2, -1))
     return largest
+
+
+def without_common_part(vectors: Float[Tensor, "h n v"]) -> Float[Tensor, "h n v"]:
+    """The vectors minus the shortest one of their head.
+
+    Every difference is accurate to the size of its own vector; a mean would carry the rounding of one huge token, that
+    a row may not even see, into all of them.
+    """
+    shortest = torch.linalg.vector_norm(vectors, dim=-1).argmin(dim=1)
+    return vectors - vectors[torch.arange(len(vectors), device=vectors.device), shortest][:, None]

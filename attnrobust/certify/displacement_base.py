@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attnrobust.certify._geometry import without_common_part
 from attnrobust.layers.attention import Attention
 
 SHARED = (
@@ -256,16 +257,6 @@ class CleanRows:
     def average_reach(self) -> Float[Tensor, "h n"]:
         """``sup |a|`` over moves of norm 1, ``a = E gamma + E[l vh]`` the first-order change of the row (eq. 8)."""
         return self.value_norms[:, None] * self.weight_energy[..., 0].sqrt() + self.first_order_reach
-
-
-def without_common_part(vectors: Float[Tensor, "h n v"]) -> Float[Tensor, "h n v"]:
-    """The vectors minus the shortest one of their head.
-
-    Every difference is accurate to the size of its own vector; a mean would carry the rounding of one huge token, that
-    a row may not even see, into all of them.
-    """
-    shortest = torch.linalg.vector_norm(vectors, dim=-1).argmin(dim=1)
-    return vectors - vectors[torch.arange(len(vectors), device=vectors.device), shortest][:, None]
 
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from attnrobust.threat import PerTokenBall
 FAILURE = 1e-10  # of one eigenvalue bound; a radius needs about 30 of them
 DENSE_LIMIT = 300  # n d up to which every eigenvalue is computed without randomness
 POWER_STEPS = 8  # of the first guess
-GUESS_SEED = 2**41  # apart from the seeds of the bounds: what is bounded must not depend on a bound's start vector
 ROUNDS = 4  # rebalancing rounds of the joint bound
 TOKEN_ROUNDS = 5  # the same where token scales adapt too
 SETTLED = 2e-3  # relative distance to the least that any shares can give on the directions seen

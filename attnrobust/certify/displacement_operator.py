@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.displacement_base import CleanRows, without_common_part
+from attnrobust.certify._geometry import without_common_part
+from attnrobust.certify.displacement_base import CleanRows
 from attnrobust.certify.displacement_bilinear import QueryKeyForm, ValueLogitForm
 from attnrobust.certify.displacement_majorant import LogitForms, Majorant
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.certify._geometry import without_common_part
 from attnrobust.certify.margin_rows import CleanRows
 
 LARGEST = 1e130  # coefficients beyond (or NaN) say nothing, and their squares would overflow
@@ -73,10 +74,15 @@ class ClassRows:
 def class_rows(rows: CleanRows, pooling: Float[Tensor, "n"], functional: Float[Tensor, "e"]) -> ClassRows:
     """Specialise the clean rows to one functional of the pooled output."""
     gamma = rows.layer.value_output @ functional
-    z = torch.einsum("nd,hd->hn", rows.points, gamma)
-    z = z - z.mean(dim=-1, keepdim=True)  # the value bias and the mean cancel in v
+    z = token_values(rows, gamma)
     advantage = (rows.weight @ z[..., None]) - z[:, None, :]
     return ClassRows(rows=rows, pooling=pooling, gamma=gamma, advantage=advantage)
+
+
+def token_values(rows: CleanRows, gamma: Float[Tensor, "h d"]) -> Float[Tensor, "h n"]:
+    """Z of every token up to a common shift of its head, which cancels in v as the value bias does."""
+    z = torch.einsum("nd,hd->hn", rows.points, gamma)
+    return without_common_part(z[..., None])[..., 0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attnrobust.certify._geometry import without_common_part
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 
@@ -31,7 +32,7 @@ class CleanRows:
         weight: w.
         log_weight: log w; -inf where a token is hidden.
         beta: beta_i.
-        alpha: alpha_j minus the head's plain mean (the mean cancels in l_j).
+        alpha: alpha_j minus the head's shortest one (a common part cancels in l_j).
         alpha_mean: ``sum_j w_ij alpha_j``.
         own: delta_i-coordinate of ``e_j - w``: [i = j] - w_ii, 0 where i may not move.
         rest: ``||(e_j - w) on the other movable tokens||``.
@@ -88,7 +89,7 @@ def clean_rows(problem: Problem, *, everywhere: bool = False) -> CleanRows:
     queries, keys = layer.factor * layer.queries(x), layer.factor * layer.keys(x)
     beta = torch.einsum("hnk,hdk->hnd", queries, layer.w_k)
     alpha = torch.einsum("hnk,hdk->hnd", keys, layer.w_q)
-    alpha = alpha - alpha.mean(dim=1, keepdim=True)
+    alpha = without_common_part(alpha)
     eye = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
     own = (eye - weight.diagonal(dim1=1, dim2=2)[..., None]) * movable[:, None]
     norms = [_norms(matrix) for matrix in _small_bilinear(layer)]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.certify.margin_form import ClassRows
+from attnrobust.certify.margin_form import ClassRows, token_values
 from attnrobust.certify.margin_rows import CleanRows
 
 
@@ -136,7 +136,7 @@ class TokenClass:
         It is ``v / (1 - w)``; for the heaviest token of a row, whose 1 - w may be tiny, a masked mean.
         """
         rows, tokens = self.cls.rows, self.token.tokens
-        z = torch.einsum("nd,hd->hn", rows.points - rows.points.mean(0), self.cls.gamma)
+        z = token_values(rows, self.cls.gamma)
         top = rows.log_weight.argmax(-1, keepdim=True)
         masked = rows.log_weight.scatter(-1, top, -torch.inf)
         alone = torch.isneginf(masked).all(-1, keepdim=True)
