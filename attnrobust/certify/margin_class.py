@@ -41,6 +41,7 @@ SETTLE = ((5, 0), (4, 0), (3, 0), (0, 24), (0, 16))  # balances and steps while 
 SHRINK = 0.3  # of the radius where a bound overflows
 GROWTH = 1.4  # exponent of a bound in the radius where nothing is known yet
 SETTLED = 2e-3  # growth of an approximate value by one more product that ends its search
+SHARP = 1e-5  # the same for the best parameters
 DENSE_LIMIT = 64  # size up to which an eigenvalue decomposition is also the fastest approximation
 STEP, LARGEST_STEP, SMALLEST_STEP = 0.5, 0.8, 0.05  # from the best parameters so far towards the balance
 LONGER, SHORTER = 1.25, 0.6  # steps after a better value, after a worse one
@@ -129,6 +130,7 @@ class ClassBound:
             state = self._state(const)
             self._balance(state, rounds=rounds, patience=rounds)
             self._descend(state, steps=steps, rate=RATE)
+            self._sharpen(state)
             radius = self._towards(seen, radius, state.value / budget)
             self._keep(state)
         self.settled = bool(seen)
@@ -158,6 +160,7 @@ class ClassBound:
             self._descend(state, steps=STEPS, rate=RATE)
         if state.best is None:
             return Upper(math.inf)
+        self._sharpen(state)
         self._keep(state)
         quadratic, solution, _, region = state.best
         return self._certified(quadratic, solution, region, failure_probability)
@@ -212,6 +215,14 @@ class ClassBound:
         square = scale.square()
         spent = (square * moves[:, self.index].square()).sum((-2, -1)).mean()
         return value + 0.5 * solution.multiplier * (budget.epsilon**2 * square.sum() - spent)
+
+    def _sharpen(self, state: "_State") -> None:
+        """Solve the best trust region again, more accurately: its value and multiplier came from few products."""
+        if state.best is None or state.best[0].gradient.numel() <= DENSE_LIMIT:
+            return
+        quadratic, solution, par, region = state.best
+        solution = approximate(quadratic, region.radius, solution.points[:1], settled=SHARP)
+        state.best = (quadratic, solution, par, region)
 
     def _evaluate(self, state: "_State", par: Parameters, scale: Tensor) -> tuple[Maximiser | None, float]:
         """Solve the trust region of these parameters; the relative progress over the best so far (at most 1).
