@@ -24,7 +24,8 @@ EXPONENT_CAP = 650.0  # logit changes beyond say nothing useful and would overfl
 class MarginCertificate(CertificateMethod):
     """Quadratic majorant of the drop of each margin, maximised by one trust region over all tokens, heads and rows.
 
-    ``drop(D) <= G.D + D M(r) D / 2`` on the whole set, G the exact gradient; M(r) tends to minus the Hessian as r -> 0.
+    ``drop(D) <= c + G'.D + D M(r) D / 2`` on the whole set. With references 0, c = 0 and G' is minus the gradient of the
+    margin; M(r) then tends to minus its Hessian as r -> 0.
     """
 
     name: ClassVar[str] = "margin-majorant"
@@ -60,9 +61,9 @@ class MarginBound(PreparedBound):
         goal = problem.resolved
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before
         self.budgets = goal.budgets.tolist()
+        weights = goal.weights.clone()  # made in inference mode, they could not enter a slope
         self.classes = [
-            ClassBound(class_rows(self.rows, goal.weights.clone(), f), problem.threat, seed=seed)
-            for f in goal.functionals
+            ClassBound(class_rows(self.rows, weights, f), problem.threat, seed=seed) for f in goal.functionals
         ]
         self.starts = 0
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnrobust.certify.margin_descent import CosineAdam
+
 SIGNED = ("tilt", "curve", "lean", "mixed", "reference", "value")  # parameters of either sign
 SHARES = ("capped",)  # in [0, 1]; the others are positive and move in their logarithm
 LIMITS = (1e-6, 1e4)
 NARROW = {"split": (0.01, 4.0), "bilinear": (0.01, 4.0), "cap_split": (0.01, 1.0)}
 SHARE_RATE = 0.3  # rate of a share, in units of the others'
-BETAS = (0.8, 0.99)  # of Adam: short memories, a search has some tens of steps
 LAST_RATE = 0.03  # share of the first rate that the last step keeps
 
 
@@ -26,7 +27,7 @@ def combined(first: Any, second: Any, rule: Callable[[Tensor, Tensor], Tensor]) 
     )
 
 
-class TokenDescent:
+class TokenDescent(CosineAdam):
     """Adam on every tensor of a record of parameters; the tokens are independent problems.
 
     ``min over parameters of max over delta``: by Danskin's theorem the slope of the maximum is that of the majorant at
@@ -34,30 +35,18 @@ class TokenDescent:
     """
 
     def __init__(self, start: Any, *, steps: int, rate: float) -> None:
-        self.steps, self.rate = steps, rate
         self.raw = named(start, _raw)
         shares = [raw for name, raw in _leaves(self.raw) if name in SHARES]
         others = [raw for name, raw in _leaves(self.raw) if name not in SHARES]
-        self.optimiser = torch.optim.Adam([{"params": others}, {"params": shares}], lr=rate, betas=BETAS)
+        super().__init__([(others, 1.0), (shares, SHARE_RATE)], steps=steps, rate=rate, last=LAST_RATE)
 
     def parameters(self) -> Any:
         """The present parameters, differentiable."""
         return named(self.raw, lambda name, raw: raw if name in (*SIGNED, *SHARES) else raw.exp())
 
-    def __iter__(self) -> Iterator[int]:
-        """Steps, with a rate that falls like a cosine."""
-        for step in range(self.steps):
-            share = 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
-            rate = self.rate * (LAST_RATE + (1.0 - LAST_RATE) * share)
-            for group, factor in zip(self.optimiser.param_groups, (1.0, SHARE_RATE), strict=True):
-                group["lr"] = factor * rate
-            yield step
-
     def step(self, value: Tensor) -> None:
-        """One step down the slope of ``value``."""
-        self.optimiser.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call,unused-ignore]
-        self.optimiser.step()
+        """One step down the slope of ``value``; parameters stay in their ranges."""
+        super().step(value)
         with torch.no_grad():
             for name, raw in _leaves(self.raw):
                 if name in SHARES:
