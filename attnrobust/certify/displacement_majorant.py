@@ -77,7 +77,7 @@ class Majorant:
 
     @cached_property
     def _modulus_reach(self) -> Float[Tensor, "h n"]:
-        """``sup l^T N_g l`` over moves of norm 1; in rows other than an only moving token's, that of the cumulant (13b)."""
+        """``sup l^T N_g l`` over moves of norm 1; where one other token moves, of the cumulant (13b)."""
         parts, chosen = [], self._own_only
         for modulus, gram in zip(self.modulus[:, chosen], self.gram, strict=True):
             root = psd_root(modulus)

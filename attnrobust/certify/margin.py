@@ -24,8 +24,8 @@ EXPONENT_CAP = 650.0  # logit changes beyond say nothing useful and would overfl
 class MarginCertificate(CertificateMethod):
     """Quadratic majorant of the drop of each margin, maximised by one trust region over all tokens, heads and rows.
 
-    ``drop(D) <= c + G'.D + D M(r) D / 2`` on the whole set. With references 0, c = 0 and G' is minus the gradient of the
-    margin; M(r) then tends to minus its Hessian as r -> 0.
+    ``drop(D) <= c + G'.D + D M(r) D / 2`` on the whole set. With references 0, c = 0 and G' is minus the gradient
+    of the margin; M(r) then tends to minus its Hessian as r -> 0.
     """
 
     name: ClassVar[str] = "margin-majorant"
