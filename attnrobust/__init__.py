@@ -4,10 +4,9 @@ The names ``attack``, ``certify``, ``compare`` and ``bounds_table`` of this pack
 hold them are reached by ``from attnrobust.certify import ...`` and so on.
 """
 
-from attnrobust.attacks import AttackBudget, attack, attack_many, lipschitz_search, token_radii
-from attnrobust.bounds_table import bounds_table
+from attnrobust.attacks import AttackBudget, attack, attack_many, token_radii
 from attnrobust.certify import certify
-from attnrobust.compare import UnsoundError, compare
+from attnrobust.comparison import UnsoundError, compare
 from attnrobust.errors import (
     AlreadyViolatedError,
     AttnRobustError,
@@ -17,18 +16,19 @@ from attnrobust.errors import (
     UnsupportedModelError,
     UnsupportedThreatError,
 )
-from attnrobust.goal import Displacement, Goal, Margin
+from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.layers.attention import Attention
-from attnrobust.layers.cosine_attention import CosineAttention
-from attnrobust.layers.from_file import from_file
-from attnrobust.layers.from_torch import from_torch
-from attnrobust.layers.from_transformers import from_transformers
-from attnrobust.layers.kernel_attention import KernelAttention
-from attnrobust.layers.l2_attention import L2Attention
-from attnrobust.layers.lipschitznorm_attention import LipschitzNormAttention
-from attnrobust.layers.model import load_model
-from attnrobust.layers.sigmoid_attention import SigmoidAttention
-from attnrobust.measure_threat import Copies, CouplingBall, WassersteinBall
+from attnrobust.layers.variants.cosine import CosineAttention
+from attnrobust.layers.variants.kernel import KernelAttention
+from attnrobust.layers.variants.l2 import L2Attention
+from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention
+from attnrobust.layers.variants.sigmoid import SigmoidAttention
+from attnrobust.lipschitz.search import lipschitz_search
+from attnrobust.lipschitz.table import bounds_table
+from attnrobust.models.from_file import from_file
+from attnrobust.models.from_torch import from_torch
+from attnrobust.models.from_transformers import from_transformers
+from attnrobust.models.model import load_model
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.results import (
     AttackResult,
@@ -39,7 +39,8 @@ from attnrobust.results import (
     NotApplicable,
     Status,
 )
-from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall, Threat, parse_threat
+from attnrobust.threats.measures import Copies, CouplingBall, WassersteinBall
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat, parse_threat
 from attnrobust.tokens import TokenMeasure
 
 __version__ = "0.1.0.dev0"

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import InputError
-from attnrobust.goal import Goal, ResolvedGoal
+from attnrobust.goals import Goal, ResolvedGoal
 from attnrobust.layers.token_map import TokenMap
-from attnrobust.threat import Threat
+from attnrobust.threats.moves import Threat
 from attnrobust.tokens import TokenMeasure
 
 __all__ = ["Problem", "TokenMap"]

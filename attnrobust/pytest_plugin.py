@@ -50,9 +50,9 @@ class CertifiedAssertion:
         """
         __tracebackhide__ = True
         from attnrobust.certify import certify
-        from attnrobust.inputs import parse_tolerance
         from attnrobust.problem import Problem
-        from attnrobust.threat import parse_threat
+        from attnrobust.runs.inputs import parse_tolerance
+        from attnrobust.threats.moves import parse_threat
         from attnrobust.tokens import TokenMeasure
 
         clean = x if isinstance(x, TokenMeasure) else TokenMeasure(x)
@@ -75,7 +75,7 @@ def _network(layer: "TokenMap | nn.Module") -> "TokenMap":
 
     if not isinstance(layer, nn.Module):
         return layer
-    from attnrobust.layers.listing import adapter_for, find_layer, list_layers
+    from attnrobust.models.listing import adapter_for, find_layer, list_layers
 
     adapter = adapter_for(layer)
     if adapter is not None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from attnrobust.attacks import AttackBudget, attack, duplication_attack, split_attack
-from attnrobust.measure_threat import CouplingBall
 from attnrobust.problem import Problem
+from attnrobust.threats.measures import CouplingBall
 from benchmarks.tightness import LAYERS, Case, problem_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "attacks.md"

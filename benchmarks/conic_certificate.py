@@ -10,10 +10,10 @@ import torch
 
 from attnrobust.attacks import attack
 from attnrobust.certify import certify
-from attnrobust.goal import Margin
+from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threat import FrobeniusBall
+from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 
 METHODS = ("margin-majorant", "conic-margin")

@@ -10,22 +10,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attnrobust.bounds_table import Quantity, bounds_table
-from attnrobust.certify.castin2024meanfield import kernel_constant
-from attnrobust.certify.castin2024smooth import ball_constant, large_radius_limit
-from attnrobust.certify.dasoulas2021lipschitz import joint_constant
-from attnrobust.certify.kim2021lipschitz import reported_constant
-from attnrobust.certify.sigmoid_ball import mean_field_constant as sigmoid_constant
-from attnrobust.layers.attention_jacobian import AttentionJacobian
-from attnrobust.layers.cosine_attention import CosineAttention
-from attnrobust.layers.kernel_attention import KernelAttention, KernelConstants
-from attnrobust.layers.l2_attention import L2Attention
-from attnrobust.layers.lipschitz_lower import closed_form_lower
-from attnrobust.layers.lipschitznorm_attention import LipschitzNormAttention
-from attnrobust.layers.local_norm import local_norm_upper
-from attnrobust.layers.sigmoid_attention import SigmoidAttention
+from attnrobust.certify.closed_form.castin2024_mean_field import kernel_constant
+from attnrobust.certify.closed_form.castin2024_smooth import ball_constant, large_radius_limit
+from attnrobust.certify.closed_form.dasoulas2021_lipschitznorm import joint_constant
+from attnrobust.certify.closed_form.kim2021_l2 import reported_constant
+from attnrobust.certify.closed_form.sigmoid_ball import mean_field_constant as sigmoid_constant
+from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.layers.token_map import TokenMap
-from attnrobust.threat import PerTokenBall
+from attnrobust.layers.variants.cosine import CosineAttention
+from attnrobust.layers.variants.kernel import KernelAttention, KernelConstants
+from attnrobust.layers.variants.l2 import L2Attention
+from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention
+from attnrobust.layers.variants.sigmoid import SigmoidAttention
+from attnrobust.lipschitz.at_an_input import local_norm_upper
+from attnrobust.lipschitz.eigenvector_inputs import closed_form_lower
+from attnrobust.lipschitz.table import Quantity, bounds_table
+from attnrobust.threats.moves import PerTokenBall
 from benchmarks.literature_tightness import (
     STARTS,
     Row,

@@ -11,22 +11,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attnrobust.certify.castin2024meanfield import masked_constant, mean_field_constant
-from attnrobust.certify.castin2024smooth import ball_constant
-from attnrobust.certify.displacement import DisplacementCertificate
-from attnrobust.certify.havens2024local import HavensLocal
-from attnrobust.certify.rigorous_local import RigorousLocal
-from attnrobust.certify.singla2020second import SinglaCurvature
-from attnrobust.certify.spread import SpreadLipschitz
-from attnrobust.goal import Displacement
+from attnrobust.certify.closed_form.castin2024_mean_field import masked_constant, mean_field_constant
+from attnrobust.certify.closed_form.castin2024_smooth import ball_constant
+from attnrobust.certify.closed_form.havens2024_local import HavensLocal
+from attnrobust.certify.closed_form.singla2020_curvature import SinglaCurvature
+from attnrobust.certify.closed_form.spread_lipschitz import SpreadLipschitz
+from attnrobust.certify.displacement.method import DisplacementCertificate
+from attnrobust.certify.rigorous.local import RigorousLocal
+from attnrobust.goals import Displacement
 from attnrobust.layers.attention import Attention
-from attnrobust.layers.attention_jacobian import AttentionJacobian
-from attnrobust.layers.lipschitz_lower import finite_lower, mean_field_lower
-from attnrobust.layers.local_norm import diameter_norm_upper, local_norm_upper, softmax_norm_upper
-from attnrobust.layers.softmax import derivative_norm_upper
+from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.layers.token_map import TokenMap
+from attnrobust.lipschitz.at_an_input import diameter_norm_upper, local_norm_upper, softmax_norm_upper
+from attnrobust.lipschitz.eigenvector_inputs import finite_lower, mean_field_lower
+from attnrobust.numerics.softmax import derivative_norm_upper
 from attnrobust.problem import Problem
-from attnrobust.threat import FrobeniusBall
+from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 
 Row = tuple[str, str, str, str]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from attnrobust.demo import demo_sentences
-from attnrobust.pipeline.config import RunConfig, make_config
+from attnrobust.runs.config import RunConfig, make_config
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("encoder.layer.0.attention", "encoder.layer.2.attention", "encoder.layer.5.attention")

@@ -17,8 +17,8 @@ from collections import Counter
 from os import killpg
 from pathlib import Path
 
-from attnrobust.pipeline.runstore import MANIFEST, RunStore
-from attnrobust.rows import without_times
+from attnrobust.runs.rows import without_times
+from attnrobust.runs.store import MANIFEST, RunStore
 from benchmarks.pipeline_common import LAYERS, command, configured
 
 ORPHANS_END_WITHIN = 60.0

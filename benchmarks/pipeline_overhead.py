@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attnrobust.pipeline.run
-import attnrobust.pipeline.work
-import attnrobust.rows
+import attnrobust.runs.rows
+import attnrobust.runs.run
+import attnrobust.runs.work
 from attnrobust.attacks import DEFAULT_BUDGET
-from attnrobust.layers.model import ModuleModel
-from attnrobust.pipeline.plan import Shard
-from attnrobust.pipeline.runstore import RunStore
+from attnrobust.models.model import ModuleModel
+from attnrobust.runs.plan import Shard
+from attnrobust.runs.store import RunStore
 from benchmarks.pipeline_common import LAYERS, configured
 
 
@@ -48,9 +48,9 @@ def main() -> None:
     options = parser.parse_args()
     texts = -(-options.rows // len(LAYERS))
     work, capture, parts, loading = Clock(), Clock(), Clock(), Clock()
-    attnrobust.rows.certify = work.around(attnrobust.rows.certify)
-    attnrobust.rows.run_attack = work.around(attnrobust.rows.run_attack)
-    attnrobust.pipeline.work.load_model = loading.around(attnrobust.pipeline.work.load_model)
+    attnrobust.runs.rows.certify = work.around(attnrobust.runs.rows.certify)
+    attnrobust.runs.rows.run_attack = work.around(attnrobust.runs.rows.run_attack)
+    attnrobust.runs.work.load_model = loading.around(attnrobust.runs.work.load_model)
     ModuleModel.capture_layers = capture.around(ModuleModel.capture_layers)  # type: ignore[method-assign]
     RunStore.append = parts.around(RunStore.append)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as place:
@@ -58,7 +58,7 @@ def main() -> None:
             Path(place), texts=texts, out="out", part_rows=64, restarts=options.restarts, steps=options.steps
         )
         start = time.process_time()
-        outcome = attnrobust.pipeline.run.run(config, shard=Shard())
+        outcome = attnrobust.runs.run.run(config, shard=Shard())
         total = time.process_time() - start
         rows = outcome.store.rows()
     assert outcome.computed == len(rows) == texts * len(LAYERS)

@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from attnrobust.pipeline.plan import Shard
-from attnrobust.pipeline.run import run
-from attnrobust.rows import Row, without_times
+from attnrobust.runs.plan import Shard
+from attnrobust.runs.rows import Row, without_times
+from attnrobust.runs.run import run
 from benchmarks.pipeline_common import LAYERS, ONE_THREAD, configured
 
 

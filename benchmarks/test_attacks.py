@@ -15,13 +15,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from attnrobust.attacks import AttackBudget
-from attnrobust.attacks._attack import Search
-from attnrobust.attacks._evaluate import Evaluator, search_threat
-from attnrobust.attacks.drivers.foolbox_library import Misclassification, QueryModel, attacks
-from attnrobust.attacks.drivers.projected_gradient import Start, search_rows
-from attnrobust.goal import Margin
+from attnrobust.attacks.foolbox.library import Misclassification, QueryModel, attacks
+from attnrobust.attacks.method import Search
+from attnrobust.attacks.search.evaluate import Evaluator, search_threat
+from attnrobust.attacks.search.projected_gradient import Start, search_rows
+from attnrobust.goals import Margin
 from attnrobust.problem import Problem
-from attnrobust.threat import FrobeniusBall
+from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 from tests.pretrained import minilm_layer
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from attnrobust.layers.attention_jacobian import AttentionJacobian
-from attnrobust.linear_map import largest_singular_value_lower, largest_singular_value_upper
+from attnrobust.layers.jacobian import AttentionJacobian
+from attnrobust.numerics.linear_map import largest_singular_value_lower, largest_singular_value_upper
 from tests.pretrained import minilm_layer
 
 

@@ -22,8 +22,8 @@ import torch
 
 import attnrobust as ar
 from attnrobust.certify import ALL_METHODS
-from attnrobust.layers.model import Model, load_model
-from attnrobust.threat import parse_threat
+from attnrobust.models.model import Model, load_model
+from attnrobust.threats.moves import parse_threat
 
 PASSAGES = Path(__file__).with_name("passages.txt")
 LAYERS = range(6)

@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 from attnrobust.demo import demo_sentences
-from attnrobust.pipeline.config import make_config
-from attnrobust.pipeline.html import write_report
-from attnrobust.pipeline.run import run
+from attnrobust.reports.page import write_report
+from attnrobust.runs.config import make_config
+from attnrobust.runs.run import run
 
 
 def main(model: str = "minilm", texts: str | None = None, output: str | None = None) -> None:

@@ -8,12 +8,12 @@ import math
 import torch
 
 from attnrobust.attacks import AttackBudget, attack
-from attnrobust.attacks.carrier import CarrierModel, to_carrier
-from attnrobust.attacks.foolbox_attacks import MassSplittingAttack, TokenDuplicationAttack, TokenMovingAttack
-from attnrobust.goal import Margin
+from attnrobust.attacks.foolbox.attacks import MassSplittingAttack, TokenDuplicationAttack, TokenMovingAttack
+from attnrobust.attacks.foolbox.carrier import CarrierModel, to_carrier
+from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threat import FrobeniusBall
+from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 
 

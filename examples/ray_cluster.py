@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from attnrobust.pipeline.config import make_config
-from attnrobust.pipeline.run import run
+from attnrobust.runs.config import make_config
+from attnrobust.runs.run import run
 
 
 def main() -> None:

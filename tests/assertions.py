@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnrobust.errors import AttnRobustError
-from attnrobust.threat import Threat
+from attnrobust.threats.moves import Threat
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, rtol: float, atol: float = 0.0, what: str = "values") -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrobust.goal import Displacement, Goal, Margin
+from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
 from attnrobust.tokens import TokenMeasure
 
 

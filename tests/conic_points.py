@@ -3,9 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from attnrobust.certify.conic_margin import Assembly
-from attnrobust.certify.conic_program import Cone, ConicProgram
-from attnrobust.certify.conic_relaxation import Block
+from attnrobust.certify.conic.margin_program import Assembly
+from attnrobust.certify.conic.program import Cone, ConicProgram
+from attnrobust.certify.conic.relaxation import Block
 
 Array = NDArray[np.float64]
 

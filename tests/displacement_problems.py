@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from attnrobust.goal import Displacement, Pool
+from attnrobust.goals import Displacement, Pool
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall, Threat, TokenNorm
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat, TokenNorm
 from attnrobust.tokens import TokenMeasure
 from tests.stress import Draw
 

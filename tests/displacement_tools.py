@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnrobust.certify.displacement_base import CleanRows
-from attnrobust.certify.displacement_bilinear import QueryKeyForm, value_logit_form
-from attnrobust.certify.displacement_majorant import Majorant
-from attnrobust.certify.displacement_operator import JointProduct
-from attnrobust.goal import pool_weights
-from attnrobust.threat import FrobeniusBall
+from attnrobust.certify.displacement.base import CleanRows
+from attnrobust.certify.displacement.bilinear import QueryKeyForm, value_logit_form
+from attnrobust.certify.displacement.joint_form import JointProduct
+from attnrobust.certify.displacement.remainder import Majorant
+from attnrobust.goals import pool_weights
+from attnrobust.threats.moves import FrobeniusBall
 from tests.cases import Case, case_named
 
 SMALL_CASES = (

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from attnrobust.goal import Margin, Pool, pool_weights
+from attnrobust.goals import Margin, Pool, pool_weights
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threat import FrobeniusBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, Threat
 from attnrobust.tokens import TokenMeasure
 from tests.stress import Draw
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnrobust.attacks._expand import expand_layer, goal_row
-from attnrobust.attacks._measure_goal import MeasureReader
+from attnrobust.attacks.measures.expand import expand_layer, goal_row
+from attnrobust.attacks.measures.goal import MeasureReader
 from attnrobust.certify import ALL_MEASURE_METHODS, MeasureMethod, MeasureQuestion
-from attnrobust.certify._certify import PreparedBound
-from attnrobust.goal import Displacement, Goal, Margin, Pool
+from attnrobust.certify.method import PreparedBound
+from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.layers.attention import Attention
-from attnrobust.measure_threat import CouplingBall, MeasureThreat, PerturbedTokens, WassersteinBall
 from attnrobust.problem import Problem
-from attnrobust.threat import FrobeniusBall
+from attnrobust.threats.measures import CouplingBall, MeasureThreat, PerturbedTokens, WassersteinBall
+from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 
 ORDERS = (1, 2, math.inf)

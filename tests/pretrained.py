@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnrobust.layers.attention import Attention
-from attnrobust.layers.from_transformers import from_transformers
+from attnrobust.models.from_transformers import from_transformers
 
 TEXT = (
     "The committee met on a rainy Tuesday to decide whether the old bridge should be repaired or torn down. Most of "

@@ -12,10 +12,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnrobust.goal import Displacement, Goal, Margin, Pool
+from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
 from attnrobust.tokens import TokenMeasure
 
 Shape = Literal["all", "subset", "one", "per-token", "per-token-subset", "any", "any-subset"]

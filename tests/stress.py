@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attnrobust.certify._certify import PreparedBound
+from attnrobust.certify.method import PreparedBound
 from attnrobust.problem import Problem
 
 

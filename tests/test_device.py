@@ -9,9 +9,9 @@ from _pytest.mark import ParameterSet
 from attnrobust.attacks import ALL_ATTACKS, AttackBudget, AttackMethod
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import ALL_METHODS, CertificateMethod
-from attnrobust.inputs import on_device
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
+from attnrobust.runs.inputs import on_device
 from tests.cases import cases, problems
 from tests.played_gpu import GPU, MixedDevicesError, played_gpu
 

@@ -56,9 +56,9 @@ def test_nothing_public_is_left_out_of_all() -> None:
 
 
 def test_functions_win_over_the_modules_of_their_name() -> None:
-    for module in ("attnrobust.certify.radius", "attnrobust.compare", "attnrobust.attacks.registry"):
+    for module in ("attnrobust.certify.radius", "attnrobust.comparison", "attnrobust.attacks.registry"):
         importlib.import_module(module)
-    for function in (attnrobust.attack, attnrobust.certify, attnrobust.compare):
+    for function in (attnrobust.attack, attnrobust.certify, attnrobust.comparison):
         assert inspect.isfunction(function)
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 import torch
 
 from attnrobust.errors import AlreadyViolatedError, InputError
-from attnrobust.goal import Displacement, Margin
+from attnrobust.goals import Displacement, Margin
 from attnrobust.problem import Problem, TokenMap
-from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_close, assert_same_bits, refused
 from tests.cases import Case, case_named, cases, goals, problems, threats

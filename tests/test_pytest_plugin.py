@@ -11,7 +11,7 @@ from torch import nn
 from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.pytest_plugin import CertifiedAssertion
 from attnrobust.tokens import TokenMeasure
-from tests.test_compare import linear_problem
+from tests.test_comparison import linear_problem
 
 assert_certified = CertifiedAssertion()
 

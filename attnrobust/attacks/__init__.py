@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-from attnrobust.attacks._attack import AttackBudget, AttackMethod, checked_epsilon, run_many
-from attnrobust.attacks._derivative import derivative_norm
-from attnrobust.attacks.drivers.foolbox_names import FOOLBOX_ATTACKS, FoolboxEntry, foolbox_names
-from attnrobust.attacks.lipschitz_search import LipschitzResult, lipschitz_search
+from attnrobust.attacks.foolbox.names import FOOLBOX_ATTACKS, FoolboxEntry, foolbox_names
 from attnrobust.attacks.mass_splitting import split_attack
-from attnrobust.attacks.measure_result import MeasureAttackResult
+from attnrobust.attacks.measures.result import MeasureAttackResult
+from attnrobust.attacks.method import AttackBudget, AttackMethod, checked_epsilon, run_many
 from attnrobust.attacks.registry import ALL_ATTACKS, attack_named
 from attnrobust.attacks.token_duplication import duplication_attack, duplication_effect
-from attnrobust.attacks.weakest import token_radii
+from attnrobust.attacks.token_radii import token_radii
 from attnrobust.errors import InputError
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult
@@ -21,16 +19,13 @@ __all__ = [
     "AttackBudget",
     "AttackMethod",
     "FoolboxEntry",
-    "LipschitzResult",
     "MeasureAttackResult",
     "attack",
     "attack_many",
     "attack_named",
-    "derivative_norm",
     "duplication_attack",
     "duplication_effect",
     "foolbox_names",
-    "lipschitz_search",
     "split_attack",
     "token_radii",
 ]

@@ -9,27 +9,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.attacks._attack import (
+from attnrobust.attacks.measures.expand import expanded_problem, goal_row
+from attnrobust.attacks.measures.goal import MeasureReader, query_sensitivity
+from attnrobust.attacks.measures.masses import refine_masses
+from attnrobust.attacks.measures.result import MeasureAttackResult, measure_digest
+from attnrobust.attacks.measures.split_starts import far_starts, kicked_starts, near_starts
+from attnrobust.attacks.method import (
     AttackBudget,
     Search,
     checked_epsilon,
     input_seed,
     shrink_to_boundary,
 )
-from attnrobust.attacks._evaluate import Evaluator, into_ball
-from attnrobust.attacks._expand import expanded_problem, goal_row
-from attnrobust.attacks._geometry import Geometry, SumBall
-from attnrobust.attacks._masses import refine_masses
-from attnrobust.attacks._measure_goal import MeasureReader, query_sensitivity
-from attnrobust.attacks._split_starts import far_starts, kicked_starts, near_starts
-from attnrobust.attacks.drivers.projected_gradient import search_rows
-from attnrobust.attacks.measure_result import MeasureAttackResult, measure_digest
+from attnrobust.attacks.search.evaluate import Evaluator, into_ball
+from attnrobust.attacks.search.geometry import Geometry, SumBall
+from attnrobust.attacks.search.projected_gradient import search_rows
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.errors import InputError, UnsupportedThreatError
-from attnrobust.measure_threat import CouplingBall, MeasureThreat, PerturbedTokens
 from attnrobust.problem import Problem
 from attnrobust.results import Status
-from attnrobust.threat import FrobeniusBall, PerTokenBall
+from attnrobust.threats.measures import CouplingBall, MeasureThreat, PerturbedTokens
+from attnrobust.threats.moves import FrobeniusBall, PerTokenBall
 
 NAME = "mass-splitting"
 NEAR_FRACTIONS = (0.5, 0.1)

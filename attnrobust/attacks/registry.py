@@ -1,8 +1,8 @@
 """Every attack by name."""
 
-from attnrobust.attacks._attack import AttackMethod
-from attnrobust.attacks.drivers.foolbox import foolbox_attack
-from attnrobust.attacks.drivers.foolbox_names import PREFIX, foolbox_names
+from attnrobust.attacks.foolbox.driver import foolbox_attack
+from attnrobust.attacks.foolbox.names import PREFIX, foolbox_names
+from attnrobust.attacks.method import AttackMethod
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.errors import UnknownNameError
 

@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.attacks._attack import AttackBudget, checked_epsilon
-from attnrobust.attacks._expand import expanded_problem, goal_row
-from attnrobust.attacks.measure_result import MeasureAttackResult, measure_digest
+from attnrobust.attacks.measures.expand import expanded_problem, goal_row
+from attnrobust.attacks.measures.result import MeasureAttackResult, measure_digest
+from attnrobust.attacks.method import AttackBudget, checked_epsilon
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
 from attnrobust.layers.attention import Attention
-from attnrobust.measure_threat import CausalOrder, Copies, PerturbedTokens
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
-from attnrobust.threat import FrobeniusBall, PerTokenBall
+from attnrobust.threats.measures import CausalOrder, Copies, PerturbedTokens
+from attnrobust.threats.moves import FrobeniusBall, PerTokenBall
 
 NAME = "token-duplication"
 MOVED = 3

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.attacks._attack import AttackMethod, Search
-from attnrobust.attacks._evaluate import Evaluator
-from attnrobust.attacks.drivers.projected_gradient import Finish, Start, search_rows
-from attnrobust.attacks.drivers.singular_direction import margin_gradients, random_directions, singular_directions
-from attnrobust.threat import AnyToken, FrobeniusBall
+from attnrobust.attacks.method import AttackMethod, Search
+from attnrobust.attacks.search.directions import margin_gradients, random_directions, singular_directions
+from attnrobust.attacks.search.evaluate import Evaluator
+from attnrobust.attacks.search.projected_gradient import Finish, Start, search_rows
+from attnrobust.threats.moves import AnyToken, FrobeniusBall
 
 MIN_BRANCHES = 8
 """Tokens of "any one token" that are searched at least: the first ones in the order of their first-order radius."""

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
-from attnrobust.certify._certify import CertificateMethod, PreparedBound, certify_with
-from attnrobust.certify.measure_copies import WorstCopies, worst_copies
-from attnrobust.certify.measure_method import MeasureMethod, certify_question
-from attnrobust.certify.measure_question import MeasureQuestion
-from attnrobust.certify.measure_registry import ALL_MEASURE_METHODS, measure_method_named
+from attnrobust.certify.measures.copies import WorstCopies, worst_copies
+from attnrobust.certify.measures.method import MeasureMethod, certify_question
+from attnrobust.certify.measures.question import MeasureQuestion
+from attnrobust.certify.measures.registry import ALL_MEASURE_METHODS, measure_method_named
+from attnrobust.certify.method import CertificateMethod, PreparedBound, certify_with
 from attnrobust.certify.registry import ALL_METHODS, method_named
-from attnrobust.measure_threat import Copies, MeasureThreat
 from attnrobust.problem import Problem
 from attnrobust.results import CertificationReport
+from attnrobust.threats.measures import Copies, MeasureThreat
 
 __all__ = [
     "ALL_MEASURE_METHODS",

@@ -1,19 +1,19 @@
 """Every certificate by name, and the default selection."""
 
-from attnrobust.certify._certify import CertificateMethod
-from attnrobust.certify.castin2024smooth import CastinDerived, CastinReported
-from attnrobust.certify.conic import ConicMargin
-from attnrobust.certify.dasoulas2021lipschitz import LipschitzNormGlobal
-from attnrobust.certify.displacement import DisplacementCertificate
-from attnrobust.certify.havens2024local import HavensLocal
-from attnrobust.certify.kim2021lipschitz import KimL2
-from attnrobust.certify.margin import MarginCertificate
-from attnrobust.certify.margin_token import MarginTokenCertificate
-from attnrobust.certify.qi2023lipsformer import CosineLipschitz
-from attnrobust.certify.rigorous_local import RigorousLocal
-from attnrobust.certify.sigmoid_ball import SigmoidBall
-from attnrobust.certify.singla2020second import SinglaCurvature
-from attnrobust.certify.spread import SpreadLipschitz
+from attnrobust.certify.closed_form.castin2024_smooth import CastinDerived, CastinReported
+from attnrobust.certify.closed_form.cosine_lipschitz import CosineLipschitz
+from attnrobust.certify.closed_form.dasoulas2021_lipschitznorm import LipschitzNormGlobal
+from attnrobust.certify.closed_form.havens2024_local import HavensLocal
+from attnrobust.certify.closed_form.kim2021_l2 import KimL2
+from attnrobust.certify.closed_form.sigmoid_ball import SigmoidBall
+from attnrobust.certify.closed_form.singla2020_curvature import SinglaCurvature
+from attnrobust.certify.closed_form.spread_lipschitz import SpreadLipschitz
+from attnrobust.certify.conic.method import ConicMargin
+from attnrobust.certify.displacement.method import DisplacementCertificate
+from attnrobust.certify.margin.all_tokens.method import MarginCertificate
+from attnrobust.certify.margin.one_token.method import MarginTokenCertificate
+from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.rigorous.local import RigorousLocal
 from attnrobust.errors import UnknownNameError
 
 ALL_METHODS: tuple[CertificateMethod, ...] = (

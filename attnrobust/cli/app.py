@@ -12,13 +12,13 @@ import typer
 from attnrobust import __version__
 from attnrobust.cli.bench import benching
 from attnrobust.cli.bounds import bounding
+from attnrobust.cli.compare import Job, print_json, print_layers, run_job
 from attnrobust.cli.exits import ExitCode, guarded
-from attnrobust.cli.job import Job, print_json, print_layers, run_job
-from attnrobust.cli.many import many
+from attnrobust.cli.runs import many
 from attnrobust.cli.scan import scanning
-from attnrobust.compare import DEFAULT_ATTACK
+from attnrobust.comparison import DEFAULT_ATTACK
 from attnrobust.demo import DEMO_LAYER, DEMO_MODEL, DEMO_TOLERANCE, demo_sentences
-from attnrobust.layers.model import load_model
+from attnrobust.models.model import load_model
 
 app = typer.Typer(
     name="attnrobust",

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from attnrobust.cli.compare import console, print_json
 from attnrobust.cli.exits import ExitCode, exit_code, say
 from attnrobust.cli.interrupt import stopping
-from attnrobust.cli.job import console, print_json
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
-from attnrobust.report import shown
+from attnrobust.reports.tables import shown
 
 if TYPE_CHECKING:
-    from attnrobust.pipeline.bench import AttackScore, Benchmark
+    from attnrobust.runs.bench import AttackScore, Benchmark
 
 benching = typer.Typer()
 
@@ -59,8 +59,8 @@ def bench(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
     """Let attacks compete on the same inputs: success, smallest radii, local optimality, queries, seconds."""
-    from attnrobust.pipeline.bench import bench as run_bench
-    from attnrobust.pipeline.config import load_config
+    from attnrobust.runs.bench import bench as run_bench
+    from attnrobust.runs.config import load_config
 
     at = None if epsilons is None else parse_epsilons(epsilons)
     names = [name.strip() for name in attacks.split(",") if name.strip()]

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from attnrobust.cli.compare import console, print_json
 from attnrobust.cli.exits import ExitCode
-from attnrobust.cli.job import console, print_json
 from attnrobust.errors import InputError
-from attnrobust.inputs import on_device, parse_device, read_inputs
-from attnrobust.layers.model import load_model
-from attnrobust.report import shown
-from attnrobust.threat import parse_threat
+from attnrobust.models.model import load_model
+from attnrobust.reports.tables import shown
+from attnrobust.runs.inputs import on_device, parse_device, read_inputs
+from attnrobust.threats.moves import parse_threat
 
 if TYPE_CHECKING:
-    from attnrobust.bounds_table import BoundsTable
+    from attnrobust.lipschitz.table import BoundsTable
     from attnrobust.tokens import TokenMeasure
 
 bounding = typer.Typer()
@@ -45,7 +45,7 @@ def bounds(
     json: Annotated[bool, typer.Option("--json", help="One JSON object an input on stdout.")] = False,
 ) -> int:
     """Every Lipschitz bound of a layer: value, region, conditions, kind, and its ratio to the best lower bound."""
-    from attnrobust.bounds_table import bounds_table
+    from attnrobust.lipschitz.table import bounds_table
 
     if (texts is not None or tokens is not None) and n is not None:
         raise InputError("the inputs say how many tokens there are; leave --n out")
@@ -72,7 +72,7 @@ def bounds(
 
 
 def _moved(measure: "TokenMeasure", device: str) -> "TokenMeasure":
-    from attnrobust.goal import Displacement
+    from attnrobust.goals import Displacement
 
     return on_device(measure, Displacement(1.0), device)[0]
 

@@ -11,7 +11,7 @@ import typer
 
 from attnrobust.errors import AttnRobustError, SoundnessError
 from attnrobust.results import Status
-from attnrobust.rows import Row
+from attnrobust.runs.rows import Row
 
 _CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

@@ -4,8 +4,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from attnrobust.report import shown
-from attnrobust.rows import Row
+from attnrobust.reports.tables import shown
+from attnrobust.runs.rows import Row
 
 
 def tracked(rows: Iterable[Row], total: int, *, quiet: bool = False) -> Iterator[Row]:

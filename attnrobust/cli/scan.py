@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from attnrobust.cli.compare import console, print_json
 from attnrobust.cli.exits import ExitCode, exit_code, say
 from attnrobust.cli.interrupt import stopping
-from attnrobust.cli.job import console, print_json
 from attnrobust.cli.progress import tracked
-from attnrobust.layers.model import load_model
-from attnrobust.report import shown
+from attnrobust.models.model import load_model
+from attnrobust.reports.tables import shown
 
 if TYPE_CHECKING:
-    from attnrobust.pipeline.scan import Scan
+    from attnrobust.runs.scan import Scan
 
 scanning = typer.Typer()
 
@@ -40,10 +40,10 @@ def scan(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> int:
     """Run every supported attention layer and rank layers, heads and tokens by vulnerability."""
-    from attnrobust.pipeline.config import load_config
-    from attnrobust.pipeline.run import run
-    from attnrobust.pipeline.scan import outermost, rank
-    from attnrobust.pipeline.work import Workbench
+    from attnrobust.runs.config import load_config
+    from attnrobust.runs.run import run
+    from attnrobust.runs.scan import outermost, rank
+    from attnrobust.runs.work import Workbench
 
     layers = [layer.name for layer in outermost(load_model(model).layers())]
     certificates = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]

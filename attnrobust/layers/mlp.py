@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnrobust.errors import UnknownNameError
-from attnrobust.layers._heads import Specification, adopt_weights, require_shapes
+from attnrobust.layers.heads import Specification, adopt_weights, require_shapes
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity"]
 

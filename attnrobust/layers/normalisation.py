@@ -7,10 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnrobust.bounds import Upper, round_up
-from attnrobust.errors import UnsupportedModelError
-from attnrobust.layers._heads import Specification, adopt_number, adopt_weights, require_shapes
-from attnrobust.layers.adapters import own_float64, refuse
+from attnrobust.layers.heads import Specification, adopt_number, adopt_weights, require_shapes
+from attnrobust.numerics.sides import Upper, round_up
 
 
 class _Normalisation(Specification):
@@ -84,23 +82,3 @@ class RMSNorm(_Normalisation):
     def __call__(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
         out = nn.functional.rms_norm(x, (self.width,), self.weight, self.eps)
         return out if self.bias is None else out + self.bias
-
-
-def normalisation_from_torch(module: nn.Module) -> LayerNorm | RMSNorm:
-    """Read an ``nn.LayerNorm`` or ``nn.RMSNorm`` over the last axis; the class must be exactly one of the two.
-
-    Raises:
-        UnsupportedModelError: Another class, or a norm over several axes.
-    """
-    if type(module) is not nn.LayerNorm and type(module) is not nn.RMSNorm:
-        raise UnsupportedModelError(f"{type(module).__name__} is not exactly torch.nn.LayerNorm or torch.nn.RMSNorm")
-    if len(module.normalized_shape) != 1:
-        raise refuse(module, f"normalises over {len(module.normalized_shape)} axes; only one token's is modelled")
-    given: Tensor | None = module.weight
-    weight = torch.ones(module.normalized_shape, dtype=torch.float64) if given is None else own_float64(given)
-    if isinstance(module, nn.RMSNorm):
-        # Where no eps is given torch takes the machine epsilon of the input's type, in use that of the weights.
-        default = torch.finfo(torch.get_default_dtype() if given is None else given.dtype).eps
-        return RMSNorm(weight=weight, eps=default if module.eps is None else module.eps)
-    bias: Tensor | None = module.bias
-    return LayerNorm(weight=weight, bias=None if bias is None else own_float64(bias), eps=module.eps)

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnrobust.errors import InputError
-from attnrobust.layers._heads import HeadSpecification
-from attnrobust.layers.cosine_attention import CosineAttention, cosine_attention
-from attnrobust.layers.l2_attention import L2Attention, l2_attention
-from attnrobust.layers.lipschitznorm_attention import LipschitzNormAttention, lipschitznorm_attention
-from attnrobust.layers.sigmoid_attention import SigmoidAttention, sigmoid_attention
+from attnrobust.layers.heads import HeadSpecification
+from attnrobust.layers.variants.cosine import CosineAttention, cosine_attention
+from attnrobust.layers.variants.l2 import L2Attention, l2_attention
+from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention, lipschitznorm_attention
+from attnrobust.layers.variants.sigmoid import SigmoidAttention, sigmoid_attention
 
 
 class TrainableAttention(nn.Module, ABC):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.threat import AnyToken, FrobeniusBall, PerTokenBall, Threat, parse_threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat, parse_threat
 from tests.assertions import assert_at_most, assert_close, assert_in_set, assert_same_bits
 
 N, D = 5, 3

@@ -1,1 +1,0 @@
-"""How an attack searches: starting directions, gradient descent on the radius, other libraries' attacks."""

@@ -1,0 +1,1 @@
+"""foolbox both ways: its attacks as drivers here, and ours as foolbox attacks."""

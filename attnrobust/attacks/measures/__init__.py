@@ -1,0 +1,1 @@
+"""Attacks on token measures: atoms, masses and the goals read from them."""

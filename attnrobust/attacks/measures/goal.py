@@ -1,0 +1,70 @@
+"""Goals read from measures, and how strongly every token's own query reacts."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attnrobust.attacks.measures.expand import expanded_problem
+from attnrobust.attacks.search.pullback import PreparedAttention
+from attnrobust.layers.attention import Attention
+from attnrobust.numerics.transport import wasserstein
+from attnrobust.problem import Problem
+from attnrobust.tokens import TokenMeasure
+
+
+class MeasureReader:
+    """The goal of a problem, read from atoms with given parents and masses at any positions.
+
+    A displacement of all rows is ``sqrt(n) W_2(F(clean), F(atoms))`` by exact transport, its lower side; other goals
+    read the atoms' mass-weighted mean, or the first atom of their row.
+
+    Args:
+        problem: The question about the clean input.
+        mass: Mass of each atom.
+        parent: Parent of each atom.
+    """
+
+    def __init__(self, problem: Problem, mass: Float[Tensor, "m"], parent: Int[Tensor, "m"]) -> None:
+        self._expanded = expanded_problem(problem, parent, mass, row_scale=(mass * problem.clean.n).sqrt())
+        self._mass, self._budget = mass, problem.resolved.budgets[0] / problem.clean.n**0.5
+        whole = problem.resolved.weights is None
+        self._clean = TokenMeasure(problem.clean_output, problem.clean.mass) if whole else None
+
+    def usage(self, points: Float[Tensor, "k m d"]) -> Float[Tensor, "k"]:
+        """Used budget at each of k placements of the atoms; a violation where it is >= 1."""
+        mass = None if self._expanded.mass is None else self._mass.expand(points.shape[0], -1)
+        output = self._expanded.network(points, mass)
+        if self._clean is None:
+            return self._expanded.resolved.usage(output)
+        finite = torch.isfinite(output).flatten(1).all(dim=1).tolist()
+        moved = [self._distance(rows) if good else math.nan for rows, good in zip(output, finite, strict=True)]
+        distances: Tensor = torch.tensor(moved, dtype=torch.float64).to(output)
+        shares: Tensor = distances / self._budget
+        return shares
+
+    def _distance(self, rows: Tensor) -> float:
+        assert self._clean is not None  # noqa: S101 - only called for displacements of all rows; narrows the type
+        return wasserstein(self._clean, TokenMeasure(rows, self._mass), order=2).lower.value
+
+
+def query_sensitivity(problem: Problem) -> Float[Tensor, "n"]:
+    """Largest singular value of every token's own-query block ``Q_i``, from below (a few power iterations).
+
+    To first order a zero-mean splitting of token i changes the outputs of its children by ``Q_i`` times their moves and
+    nothing else; splitting beats moving where ``max_i |Q_i|`` exceeds the norm of the Jacobian at the token masses.
+    """
+    if type(problem.network) is not Attention:
+        length: Tensor = torch.linalg.vector_norm(problem.clean.points, dim=-1)
+        return length
+    mass = None if problem.mass is None else problem.mass[None]
+    tape = PreparedAttention(problem.network, problem.clean.n, mass).forward(problem.clean.points[None, None])
+    vector = torch.ones_like(problem.clean.points)[None, None]
+    size = vector.new_zeros(problem.clean.n)
+    for _ in range(8):
+        vector = vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp_min(1e-300)
+        image = tape.query_pushforward(vector)
+        size = torch.linalg.vector_norm(image, dim=-1)[0, 0]
+        vector = tape.query_pullback(image)
+    return size

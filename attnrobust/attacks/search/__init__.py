@@ -1,0 +1,1 @@
+"""How an attack searches: batched values and gradients, starting directions, descent on the radius."""

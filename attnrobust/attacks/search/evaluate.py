@@ -1,0 +1,343 @@
+"""Batched value and closed-form gradient of the used budget for several problems on one layer."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from attnrobust.attacks.search.pullback import AttentionTape, PreparedAttention
+from attnrobust.goals import ResolvedGoal
+from attnrobust.layers.attention import Attention
+from attnrobust.problem import Problem
+from attnrobust.threats.moves import FrobeniusBall, Threat
+
+TINY = 1e-300
+WORKING_COPIES = 5
+"""Score-sized arrays alive at once in one value-and-gradient call (scores, weights, two gradients, one temporary)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledGoal(ResolvedGoal):
+    """A displacement of all rows in which each row has its own factor.
+
+    Args:
+        row_scale: Factors (n,); ``clean`` has them applied already.
+    """
+
+    row_scale: Float[Tensor, "n"] = field(kw_only=True)
+
+    def pooled(self, output: Float[Tensor, "*b n e"]) -> Float[Tensor, "*b n e"]:
+        """Every row times its factor."""
+        return output * self.row_scale[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class StackedGoal:
+    """The resolved goals of p problems of one shape, stacked.
+
+    Args:
+        weights: Row weights (p, n), or None where every row counts.
+        functionals: (p, c, e), or None for displacements.
+        budgets: (p, c).
+        clean: Pooled clean outputs (p, n, e) or (p, e).
+        row_scale: Factors on the rows of a displacement (p, n), or None where every row counts alike.
+    """
+
+    weights: Float[Tensor, "p n"] | None
+    functionals: Float[Tensor, "p c e"] | None
+    budgets: Float[Tensor, "p c"]
+    clean: Float[Tensor, "p ..."]
+    row_scale: Float[Tensor, "p n"] | None = None
+
+    @classmethod
+    def stack(cls, goals: Sequence[ResolvedGoal]) -> "StackedGoal":
+        """Stack goals of equal shape."""
+        first = goals[0]
+        return cls(
+            weights=None if first.weights is None else torch.stack([_present(g.weights) for g in goals]),
+            functionals=None if first.functionals is None else torch.stack([_present(g.functionals) for g in goals]),
+            budgets=torch.stack([g.budgets for g in goals]),
+            clean=torch.stack([g.clean for g in goals]),
+            row_scale=torch.stack([g.row_scale for g in goals if isinstance(g, ScaledGoal)])
+            if isinstance(first, ScaledGoal)
+            else None,
+        )
+
+    def take(self, index: Int[Tensor, "q"]) -> "StackedGoal":
+        """The goals of some of the problems."""
+        return StackedGoal(
+            weights=None if self.weights is None else self.weights[index],
+            functionals=None if self.functionals is None else self.functionals[index],
+            budgets=self.budgets[index],
+            clean=self.clean[index],
+            row_scale=None if self.row_scale is None else self.row_scale[index],
+        )
+
+    def pool(self, output: Float[Tensor, "p r n e"]) -> Float[Tensor, "p r ..."]:
+        """The part of outputs (or of their derivatives) that counts."""
+        if self.row_scale is not None:
+            return output * self.row_scale[:, None, :, None]
+        if self.weights is None:
+            return output
+        return torch.matmul(self.weights[:, None, None, :], output).squeeze(-2)
+
+    def unpool(self, cotangent: Float[Tensor, "p r ..."]) -> Float[Tensor, "p r n e"]:
+        """Adjoint of ``pool``."""
+        if self.row_scale is not None:
+            return cotangent * self.row_scale[:, None, :, None]
+        if self.weights is None:
+            return cotangent
+        return self.weights[:, None, :, None] * cotangent[:, :, None, :]
+
+    def shares(self, output: Float[Tensor, "p r n e"]) -> Float[Tensor, "p r c"]:
+        """Used share of every budget."""
+        difference = self.pool(output) - self.clean[:, None]
+        if self.functionals is None:
+            drops: Tensor = torch.linalg.vector_norm(difference.flatten(2), dim=-1, keepdim=True)
+        else:
+            drops = -torch.matmul(difference, self.functionals.mT)
+        return drops / self.budgets[:, None]
+
+    def shares_and_cotangent(
+        self, output: Float[Tensor, "p r n e"], target: Int[Tensor, "p r"]
+    ) -> tuple[Float[Tensor, "p r c"], Float[Tensor, "p r n e"]]:
+        """Shares, and the derivative of the share ``target`` with respect to the output."""
+        shares = self.shares(output)
+        if self.functionals is None:
+            difference = self.pool(output) - self.clean[:, None]
+            scale = self.budgets[:, None] ** 2 * shares  # = budget * norm of the difference
+            scale = torch.where(scale > 0, scale, math.inf).reshape(*scale.shape[:2], *(1,) * (difference.ndim - 2))
+            return shares, self.unpool(difference / scale)
+        rows = torch.arange(target.shape[0], device=target.device)[:, None]
+        return shares, self.unpool(-self.functionals[rows, target] / self.budgets[rows, target][..., None])
+
+
+class Evaluator:
+    """p problems with one layer, token count, threat and goal shape; evaluates perturbations (p, r, n, d).
+
+    Every matrix product is done per problem with a shape that does not depend on p. Chunks are cut along the restarts r
+    by a rule that does not depend on p either, and then between problems: a problem's numbers do not change with its
+    companions.
+
+    Args:
+        problems: Problems of one group (``group_key``).
+        memory_bytes: Bytes that the score-sized arrays of one call may take.
+        scale: Token moves are the search's variables times these factors (p, n); None means 1.
+        domain_radius: Moved tokens are put back into the ball of this radius (nearest point); None means all of space.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        *,
+        memory_bytes: int,
+        scale: Float[Tensor, "p n"] | None = None,
+        domain_radius: float | None = None,
+    ) -> None:
+        self.problems = tuple(problems)
+        self.index = torch.arange(len(problems))
+        self.queries = torch.zeros(len(problems), dtype=torch.int64)
+        """Forward evaluations of each of the ORIGINAL problems; shared with the evaluators that ``take`` makes."""
+        self.memory_bytes = memory_bytes
+        self.network = problems[0].network
+        self.points = torch.stack([p.clean.points for p in problems])
+        equal = all(p.mass is None for p in problems)
+        self.mass = None if equal else torch.stack([p.clean.mass for p in problems])
+        self.goal = StackedGoal.stack([p.resolved for p in problems])
+        self.scale, self.domain_radius = scale, domain_radius
+        self._cut: dict[int, list[Evaluator]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens live."""
+        return self.points.device
+
+    @cached_property
+    def prepared(self) -> PreparedAttention | None:
+        """Fused weights of an attention layer; None for any other network (then autograd is used)."""
+        if type(self.network) is not Attention:
+            return None
+        return PreparedAttention(self.network, self.points.shape[-2], self.mass)
+
+    def take(self, index: Int[Tensor, "q"]) -> "Evaluator":
+        """The evaluator of some of the problems; it counts into the same record."""
+        scale = None if self.scale is None else self.scale[index]
+        problems = [self.problems[i] for i in index.tolist()]
+        chosen = Evaluator(problems, memory_bytes=self.memory_bytes, scale=scale, domain_radius=self.domain_radius)
+        chosen.index, chosen.queries = self.index[index.cpu()], self.queries
+        return chosen
+
+    def _count(self, rows: int) -> None:
+        self.queries[self.index] += rows
+
+    @property
+    def movable(self) -> Bool[Tensor, "p n"]:
+        """Which tokens of each problem may move."""
+        n = self.points.shape[-2]
+        return torch.stack([p.threat.movable(n) for p in self.problems]).to(self.device)
+
+    def moves(self, variables: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n d"]:
+        """Token moves of search variables; the factor is its own adjoint."""
+        return variables if self.scale is None else variables * self.scale[:, None, :, None]
+
+    def place(self, variables: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n d"]:
+        """Where the tokens are: moved, and put back into the domain."""
+        return into_ball(self.points[:, None] + self.moves(variables), self.domain_radius)
+
+    def _pull(self, variables: Tensor, gradient: Tensor) -> Tensor:
+        """Adjoint of the derivative of ``place``: outside of the ball it shrinks, and only tangential parts pass."""
+        if self.domain_radius is not None:
+            free = self.points[:, None] + self.moves(variables)
+            length = torch.linalg.vector_norm(free, dim=-1, keepdim=True)
+            normal = free / length.clamp_min(TINY)
+            tangential = gradient - (gradient * normal).sum(dim=-1, keepdim=True) * normal
+            outside = length > self.domain_radius
+            gradient = torch.where(outside, tangential * (self.domain_radius / length.clamp_min(TINY)), gradient)
+        return self.moves(gradient)
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def shares(self, delta: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r c"]:
+        """Used share of every budget at moved tokens."""
+        found = []
+        for part, d in self._parts(delta):
+            pieces = d.split(self.rows_at_once, dim=1)
+            found.append(torch.cat([part._shares(x) for x in pieces], dim=1))  # noqa: SLF001 - own class
+        return torch.cat(found)
+
+    def usage(self, delta: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r"]:
+        """Largest used share; a violation where it is >= 1."""
+        return self.shares(delta).amax(dim=-1)
+
+    def shares_and_gradient(
+        self, delta: Float[Tensor, "p r n d"], target: Int[Tensor, "p r"]
+    ) -> tuple[Float[Tensor, "p r c"], Float[Tensor, "p r n d"]]:
+        """Shares, and the gradient of the share ``target`` with respect to the tokens."""
+        shares, gradients, rows = [], [], self.rows_at_once
+        for (part, d), (_, t) in zip(self._parts(delta), self._parts(target), strict=True):
+            pieces = zip(d.split(rows, dim=1), t.split(rows, dim=1), strict=True)
+            found = [part._shares_and_gradient(x, y) for x, y in pieces]  # noqa: SLF001 - own class
+            shares.append(torch.cat([f[0] for f in found], dim=1))
+            gradients.append(torch.cat([f[1] for f in found], dim=1))
+        return torch.cat(shares), torch.cat(gradients)
+
+    def _parts(self, rows: Shaped[Tensor, "p r ..."]) -> list[tuple["Evaluator", Tensor]]:
+        """The problems cut into groups whose score-sized arrays fit into the memory together, with their rows."""
+        count = len(self.problems)
+        size = max(1, int(self.memory_bytes // (self.bytes_of_a_row * min(self.rows_at_once, max(1, rows.shape[1])))))
+        if size >= count:
+            return [(self, rows)]
+        if size not in self._cut:
+            self._cut[size] = [self.take(index) for index in torch.arange(count, device=self.device).split(size)]
+        return list(zip(self._cut[size], rows.split(size), strict=True))
+
+    def _shares(self, delta: Tensor) -> Tensor:
+        self._count(delta.shape[1])
+        x = self.place(delta)
+        if self.prepared is not None:
+            return self.goal.shares(self.prepared.forward(x).output)
+        return self.goal.shares(torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])]))
+
+    def _shares_and_gradient(self, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        self._count(delta.shape[1])
+        x = self.place(delta)
+        if self.prepared is not None:
+            tape = self.prepared.forward(x)
+            shares, cotangent = self.goal.shares_and_cotangent(tape.output, target)
+            return shares, self._pull(delta, tape.pullback(cotangent))
+        x.requires_grad_(True)
+        with torch.enable_grad():
+            output = torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])])
+        shares, cotangent = self.goal.shares_and_cotangent(output.detach(), target)
+        (gradient,) = torch.autograd.grad(output, x, cotangent)
+        return shares, self._pull(delta, gradient)
+
+    def _plain(self, index: int, x: Tensor) -> Tensor:
+        mass = None if self.mass is None else self.mass[index].expand(x.shape[0], -1)
+        return self.network(x, mass)
+
+    # ---- linearisation at the clean inputs -------------------------------------------------------------------------
+
+    def normal_product(self, vectors: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n d"]:
+        """``J^T J v`` for the pooled Jacobian at the clean inputs, in units of the (first) budget."""
+        found = []
+        for part, moved in self._parts(self.moves(vectors)):
+            pieces = moved.split(self.rows_at_once, dim=1)
+            found.append(torch.cat([part._normal_product(v) for v in pieces], dim=1))  # noqa: SLF001 - own class
+        return self.moves(torch.cat(found))
+
+    def _normal_product(self, vectors: Tensor) -> Tensor:
+        self._count(vectors.shape[1])
+        scale = (self.goal.budgets[:, :1] ** 2)[..., None, None]
+        if self.prepared is not None:
+            tape = self._clean_tape
+            image = self.goal.pool(tape.pushforward(vectors))
+            return tape.pullback(self.goal.unpool(image)) / scale
+        return torch.stack([self._plain_normal_product(i, v) for i, v in enumerate(vectors)]) / scale
+
+    @cached_property
+    def _clean_tape(self) -> AttentionTape:
+        assert self.prepared is not None  # noqa: S101 - only called for attention layers; narrows the type
+        return self.prepared.forward(self.points[:, None])
+
+    def _plain_normal_product(self, index: int, vectors: Tensor) -> Tensor:
+        x = self.points[index].expand_as(vectors).clone().requires_grad_(True)
+        goal = self.goal.take(torch.tensor([index], device=x.device))
+        with torch.enable_grad():
+            image = goal.pool(self._plain(index, x)[None])[0]
+            dual = torch.zeros_like(image, requires_grad=True)
+            (pulled,) = torch.autograd.grad(image, x, dual, create_graph=True)
+            # The pullback is linear in its cotangent: differentiating it along v gives J v.
+            (pushed,) = torch.autograd.grad(pulled, dual, vectors, retain_graph=True)
+            (product,) = torch.autograd.grad(image, x, pushed)
+        return product
+
+    @property
+    def bytes_of_a_row(self) -> int:
+        """Bytes of the score-sized and token-sized arrays that one evaluation needs at once."""
+        n = self.points.shape[-2]
+        heads = self.network.heads if isinstance(self.network, Attention) else 1
+        width = self.points.shape[-1] + self.network.out_width
+        return int(8 * WORKING_COPIES * n * (heads * n + width))
+
+    @property
+    def rows_at_once(self) -> int:
+        """Restarts of one problem that are evaluated together, whatever its companions."""
+        return max(1, int(self.memory_bytes // self.bytes_of_a_row))
+
+
+def group_key(problem: Problem) -> tuple[object, ...]:
+    """Problems with equal keys can be attacked together; token subsets of a Frobenius ball may differ."""
+    goal = problem.resolved
+    return (
+        problem.network.digest,
+        problem.clean.n,
+        search_threat(problem),
+        problem.mass is None,
+        goal.weights is None,
+        goal.functionals is None,
+        isinstance(goal, ScaledGoal),
+        goal.budgets.shape[0],
+    )
+
+
+def search_threat(problem: Problem) -> Threat:
+    """The threat whose geometry the search uses; its rows are masked by the tokens that may move."""
+    return FrobeniusBall() if isinstance(problem.threat, FrobeniusBall) else problem.threat
+
+
+def into_ball(points: Float[Tensor, "*b d"], radius: float | None) -> Float[Tensor, "*b d"]:
+    """Nearest points of the ball of this radius around 0; points inside are unchanged."""
+    if radius is None:
+        return points
+    length = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
+    return points * torch.where(length > radius, radius / length.clamp_min(TINY), 1.0)
+
+
+def _present(value: Tensor | None) -> Tensor:
+    assert value is not None  # noqa: S101 - group_key separates problems with and without it; narrows the type
+    return value

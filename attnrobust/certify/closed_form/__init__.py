@@ -1,0 +1,1 @@
+"""Certificates by a closed formula, most of them from the literature; one file each."""

@@ -1,0 +1,75 @@
+"""LipschitzNorm attention is Lipschitz on all of space (Dasoulas, Scaman, Virmaux 2021; sharper constant derived)."""
+
+import math
+
+import torch
+
+from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
+from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
+from attnrobust.certify.shared.reach import Reach
+from attnrobust.errors import InputError
+from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention
+from attnrobust.numerics.sides import Upper, round_up
+from attnrobust.problem import Problem
+
+
+class LipschitzNormGlobal(CertificateMethod):
+    """Lipschitz bound of attention with normalised scores, without any bound on the tokens.
+
+    One head, ``e_n = min(e, sqrt(n))``: in Frobenius norms ``Lip <= ||w_o|| (e_n ||w_v|| + ||w_q|| + ||w_k|| + s)``, s
+    the sum of the two largest of ``||w_q||, ||w_k||, ||w_v||``. Other threats and pooled outputs through their
+    Frobenius norms.
+    """
+
+    name = "dasoulas2021-lipschitznorm"
+    reference = (
+        "derived (docs/certificates-literature.md, section 15), after Dasoulas, Scaman, Virmaux, Lipschitz "
+        "normalization for self-attention layers, ICML 2021"
+    )
+    region = "all of space"
+
+    def refuses(self, problem: Problem) -> str | None:
+        if not isinstance(problem.network, LipschitzNormAttention):
+            return f"it speaks about LipschitzNorm attention, not {type(problem.network).__name__}"
+        return None
+
+    def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
+        layer = problem.network
+        if not isinstance(layer, LipschitzNormAttention):
+            raise TypeError("ask refuses() first")
+        eye = torch.eye(layer.value_width, dtype=torch.float64, device=layer.device).expand(layer.heads, -1, -1)
+        norms = torch.stack([spectral_norm(w) for w in (layer.w_q, layer.w_k, layer.w_v)])
+        heads = min(math.e, math.sqrt(problem.clean.n)) * norms[2] + norms[0] + norms[1]
+        heads = heads + norms.sum(dim=0) - norms.amin(dim=0)
+        weights = problem.resolved.weights
+        pooled = 1.0 if weights is None else float(torch.linalg.vector_norm(weights))
+        slope = pooled * Reach.of(problem).frobenius
+        views = head_norms(layer, eye, problem.resolved)
+        slopes = smallest([slope * view.total(view.norms * heads) for view in views])
+        return ChangeBound(problem, lambda size: slopes * size)
+
+
+def joint_constant(n: int, *, form: str = "derived") -> Upper:
+    """Frobenius Lipschitz constant of one head in (Q, K, V) jointly, n queries and keys.
+
+    "derived": ``max over pairs`` of the section's coefficients, at most ``sqrt(5 + (1 + min(e, sqrt(n)))^2) <= 4.34``;
+    "reported": ``e^{sqrt(3)} + 2 sqrt(6) = 10.55``.
+
+    Args:
+        n: Token count, >= 1.
+        form: "derived" or "reported".
+
+    Raises:
+        InputError: Another form, or no tokens.
+
+    References:
+        Dasoulas, Scaman, Virmaux 2021 (form reported from the paper); docs/certificates-literature.md, section 15.
+    """
+    if form not in ("derived", "reported") or n < 1:
+        raise InputError("give n >= 1 tokens and form 'derived' or 'reported'")
+    if form == "reported":
+        return Upper(round_up(math.exp(math.sqrt(3.0)) + 2.0 * math.sqrt(6.0), relative=OUTWARD))
+    values = min(math.e, math.sqrt(n))
+    pairs = ((2.0, 2.0, values), (2.0, 1.0, values + 1.0))
+    return Upper(round_up(max(math.hypot(*pair) for pair in pairs), relative=OUTWARD))

@@ -1,0 +1,1 @@
+"""Margin certificate ``conic-margin`` of small layers by a conic program."""

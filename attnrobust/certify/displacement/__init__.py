@@ -1,0 +1,1 @@
+"""Displacement certificate: exact first order, proved second-order remainder."""

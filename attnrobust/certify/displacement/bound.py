@@ -1,0 +1,196 @@
+"""Displacement certificate: the bound at one problem, first order exact, one joint eigenvalue bound."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.certify.displacement.base import CleanRows
+from attnrobust.certify.displacement.bilinear import ESTIMATE_STREAM, QueryKeyForm, value_logit_form
+from attnrobust.certify.displacement.joint_form import JointProduct
+from attnrobust.certify.displacement.remainder import LogitForms, Majorant, padded
+from attnrobust.certify.method import PreparedBound
+from attnrobust.errors import InputError
+from attnrobust.layers.attention import Attention
+from attnrobust.layers.jacobian import AttentionJacobian
+from attnrobust.numerics.linear_map import EigenvalueBounds, LinearMap, largest_eigenvalue_upper
+from attnrobust.numerics.sides import Upper
+from attnrobust.problem import Problem
+from attnrobust.threats.moves import PerTokenBall
+
+FAILURE = 1e-10  # of one eigenvalue bound; a radius needs about 30 of them
+DENSE_LIMIT = 300  # n d up to which every eigenvalue is computed without randomness
+POWER_STEPS = 8  # of the first guess
+ROUNDS = 4  # rebalancing rounds of the joint bound
+TOKEN_ROUNDS = 5  # the same where token scales adapt too
+SETTLED = 2e-3  # relative distance to the least that any shares can give on the directions seen
+REMEMBERED = 4  # directions that choose the shares
+FLOOR = 1e-4  # smallest share
+BALANCE_STEPS = 150  # of the shares' small concave problem; any shares are sound
+
+
+@dataclass(eq=False)
+class DisplacementBound(PreparedBound):
+    """``||pooled(X0 + D) - pooled(X0)|| <= ||J D|| + mixing sum_k |L_k D|`` on the ball (eq. 4).
+
+    Args:
+        problem: The question.
+        seed: Seed of random start vectors.
+        like: Clean rows of the same layer and input with other movable tokens, whose work is taken over.
+    """
+
+    problem: Problem
+    seed: int
+    like: CleanRows | None = None
+
+    def __post_init__(self) -> None:
+        layer, clean = self.problem.network, self.problem.clean
+        assert isinstance(layer, Attention)  # noqa: S101 - `refuses` was asked first; narrows the type
+        movable = self.problem.threat.movable(clean.n)
+        weights = self.problem.resolved.weights
+        rows = CleanRows(layer, clean.points, self.problem.mass, weights, movable)
+        self._rows = rows if self.like is None else rows.taking_over(self.like)
+        jacobian = AttentionJacobian(layer, clean.points, self.problem.mass)
+        self._jacobian: LinearMap = jacobian.linear_map(pool=weights, token_scale=self._rows.moves)
+        self._majorant = Majorant(self._rows)
+        self._calls = 0
+        self._random = 0.0
+        self._clean_pair = value_logit_form(self._rows, seed=self._next_seed())
+        self._product = JointProduct(self._rows, self._majorant, self._clean_pair, QueryKeyForm(self._rows))
+        factor = self.problem.threat.frobenius_factor(clean.n, clean.width)
+        self._scale = factor
+        # Token scales t with sum over movable tokens of 1/t_j^2 = their number; they only adapt for per-token balls.
+        self._tokens = torch.ones_like(clean.points[:, :1])
+        self._first, self._seen = self._first_order()
+
+    @property
+    def rows(self) -> CleanRows:
+        """The clean rows."""
+        return self._rows
+
+    def _next_seed(self) -> int:
+        self._calls += 1
+        return self.seed * 1_000_003 + self._calls - 1
+
+    def _first_order(self) -> tuple[float, list[Float[Tensor, "n d"]]]:
+        """A rough norm of J for the first guess (any value is sound) and the direction where it is reached."""
+        generator = torch.Generator().manual_seed(self.seed ^ ESTIMATE_STREAM)
+        vector = torch.randn(self._rows.points.shape, generator=generator, dtype=torch.float64).to(self._rows.points)
+        norm = 0.0
+        for _ in range(POWER_STEPS):
+            vector = self._jacobian.rmatvec(self._jacobian.matvec(vector / max(norm, 1e-300) if norm else vector))
+            norm = float(torch.linalg.vector_norm(vector))
+        return max(math.sqrt(norm), 1e-150), [vector / max(norm, 1e-300)]
+
+    @property
+    def failure_probability(self) -> float:
+        return self._random
+
+    @property
+    def first_guess(self) -> float | None:
+        return 0.7 * self.budget / (self._first * self._scale)
+
+    @cached_property
+    def budget(self) -> float:
+        """Allowed displacement."""
+        return float(self.problem.resolved.budgets[0])
+
+    def usage(self, radius: float) -> Upper:
+        """Upper bound of the used share on the threat's set of this radius; infinite where constants overflow."""
+        reach = radius * self._scale
+        forms = self._majorant.forms(reach)
+        if not forms.finite:
+            return Upper(math.inf)
+        self._product = self._product.with_values(self._clean_pair.grown(forms.paired))
+        mixing = self._rows.mixing
+        scales = self._rows.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
+        value = self._joint(forms, scales, self.budget / reach) * reach
+        return Upper(padded(value / self.budget), self._random)
+
+    def _joint(self, forms: LogitForms, scales: Float[Tensor, "5"], limit: float) -> float:
+        """Upper bound of ``sup over |D| = 1 of sum_k scales_k X_k(D)^{1/2}``: Cauchy-Schwarz with shares (eq. 19).
+
+        Stops early once the bound is seen to stay above ``limit`` whatever the shares.
+        """
+        best = math.inf
+        per_token = isinstance(self.problem.threat, PerTokenBall)
+        for number in range(TOKEN_ROUNDS if per_token else ROUNDS):
+            parts = self._parts(forms, scales)
+            if not bool(torch.isfinite(parts).all()):  # a product left float64: this radius is not covered
+                return best
+            shares, least = balanced_shares(parts)
+            if number and (least > limit or best <= least * (1.0 + SETTLED)) and not per_token:
+                break
+            tokens, factors = self._tokens, scales.square() / shares
+            try:
+                bounds = self._bounded(forms, factors)
+            except InputError:  # a product left float64 in another direction
+                return best
+            self._random += bounds.upper.failure_probability
+            best = min(best, math.sqrt(max(bounds.upper.value, 0.0) * float(shares.sum())))
+            vector = self._embedded(bounds.vector)
+            self._seen = [vector, *self._seen[: REMEMBERED - 1]]
+            if per_token:
+                self._tokens = self._rescaled(tokens, vector)
+        return best
+
+    def _parts(self, forms: LogitForms, scales: Float[Tensor, "5"]) -> Float[Tensor, "s 5"]:
+        """``scales_k^2 X_k`` of the directions that were worst so far; they only choose the shares."""
+        parts = []
+        for vector in self._seen:
+            move = self._tokens * vector
+            parts.append(self._product.apply(move, forms, scales.square())[1].clamp_min(0.0) * scales.square())
+        return torch.stack(parts)
+
+    def _bounded(self, forms: LogitForms, factors: Float[Tensor, "5"]) -> EigenvalueBounds:
+        """The largest eigenvalue of the joint form with these factors."""
+        tokens = self._tokens
+
+        def product(flat: Tensor) -> Tensor:
+            image = self._product.apply(tokens * self._embedded(flat), forms, factors)[0]
+            return (tokens * image)[self._rows.movable].reshape(-1)
+
+        size = int(self._rows.movable.sum()) * self._rows.points.shape[1]
+        return largest_eigenvalue_upper(
+            product, size, failure_probability=FAILURE, seed=self._next_seed(), tol=2e-3,
+            dense_limit=DENSE_LIMIT, device=self._rows.points.device,
+        )  # fmt: skip
+
+    def _embedded(self, flat: Float[Tensor, "N"]) -> Float[Tensor, "n d"]:
+        """A vector over the movable tokens as a move of all."""
+        moves = torch.zeros_like(self._rows.points)
+        moves[self._rows.movable] = flat.reshape(-1, moves.shape[1])
+        return moves
+
+    def _rescaled(self, tokens: Float[Tensor, "n 1"], vector: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
+        """Token scales that move the maximiser towards equal token moves, normalised (eq. 20)."""
+        moves = self._rows.moves[:, None]
+        count = float(moves.sum())
+        share = moves * (vector.square().sum(dim=1, keepdim=True) * count + 0.05)
+        wanted = moves * (tokens.reciprocal().square() * share).sqrt()
+        inverse = moves * (wanted * count / float(wanted.sum())).clamp_min(1e-6)
+        inverse = inverse * count / float(inverse.sum())  # after the clamp: the sum is what eq. 20 relies on
+        return torch.where(moves > 0, inverse.rsqrt(), torch.ones_like(tokens))
+
+
+def balanced_shares(parts: Float[Tensor, "s k"]) -> tuple[Float[Tensor, "k"], float]:
+    """Shares theta (sum about 1) that minimise ``max_s sum_k parts_sk / theta_k``, and the root of a lower bound.
+
+    For weights p on the rows, ``min_theta sum_k (p parts)_k / theta_k = (sum_k (p parts)_k^{1/2})^2`` by
+    Cauchy-Schwarz, concave in p; exponentiated gradient steps raise it.
+    """
+    scaled = parts / parts.max().clamp_min(1e-300)
+    weights = torch.full_like(scaled[:, 0], 1.0 / scaled.shape[0])
+    best, value = weights, -1.0
+    for step in range(BALANCE_STEPS if scaled.shape[0] > 1 else 1):
+        roots = (weights @ scaled).clamp_min(1e-30).sqrt()
+        total = float(roots.sum())
+        if total > value:
+            best, value = weights, total
+        gradient = total * (scaled / roots).sum(dim=1)
+        weights = torch.softmax(weights.clamp_min(1e-30).log() + 2.0 / (1.0 + 0.1 * step) * gradient / total**2, dim=0)
+    roots = (best @ scaled).clamp_min(0.0).sqrt()
+    return (roots / roots.sum().clamp_min(1e-300)).clamp_min(FLOOR), float(parts.max().sqrt()) * value

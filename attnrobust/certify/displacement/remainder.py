@@ -1,0 +1,283 @@
+"""Displacement certificate: the remainder's coefficients at one radius (docs section 4)."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.certify.displacement.base import CANCELLATION, GRAM_LIMIT, CleanRows
+from attnrobust.certify.displacement.scalar import (
+    cumulant_modulus,
+    growing_weight,
+    log_phi,
+    log_psi,
+    phi_negative,
+    psd_root,
+    saturating_weight,
+)
+
+TINY = 600.0  # minus the log of weights whose products may underflow
+SINE_COSINE = 2.0 / (3.0 * math.sqrt(3.0))  # sup of sin(x) cos(x)^2 and of sin(x)^2 cos(x)
+
+
+@dataclass(frozen=True, eq=False)
+class LogitForms:
+    """``|(curved part)_g| <= l^T (exact_g N_g + diag(extra_g)) l`` plus what has two factors q, on the ball.
+
+    Args:
+        exact: Coefficient of the cumulant's modulus, 0 where the triangle inequality is used, (h, n).
+        extra: Diagonal coefficients of l_j^2, (h, n, n).
+        multiplier: Factor of row-head g in the stacked form, (h, n).
+        query: Coefficients of ``|A^T delta_i|^2`` in the form of everything with two factors q or q and gamma, (h, n).
+        paired: What ``|w_j (e^{u_j} - 1)| / (1 + P)`` is at most, per ``|u_j|``, (h, n, n).
+    """
+
+    exact: Float[Tensor, "h n"]
+    extra: Float[Tensor, "h n n"]
+    multiplier: Float[Tensor, "h n"]
+    query: Float[Tensor, "h n"]
+    paired: Float[Tensor, "h n n"]
+
+    @property
+    def finite(self) -> bool:
+        """Whether nothing overflowed."""
+        parts = (self.exact, self.extra, self.multiplier, self.query, self.paired)
+        return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Majorant:
+    """Builds ``LogitForms`` for any radius (Frobenius norm of the move)."""
+
+    rows: CleanRows
+
+    @property
+    def small(self) -> bool:
+        """Whether the (h, n, n, n) arrays are used."""
+        return self.rows.n <= GRAM_LIMIT
+
+    @cached_property
+    def _own_only(self) -> slice:
+        """The rows whose logit change has more than one direction: all, or the row of the only moving token."""
+        token = self.rows.single
+        return slice(None) if token is None else slice(token, token + 1)
+
+    @cached_property
+    def modulus(self) -> Float[Tensor, "h n n n"]:
+        """N_g: half the modulus of the third cumulant, head by head to bound the memory."""
+        rows = self.rows
+        parts = [
+            0.5 * cumulant_modulus(w, values[None] - average[:, None])
+            for w, values, average in zip(rows.w, rows.values, rows.averages, strict=True)
+        ]
+        return torch.stack(parts)
+
+    @cached_property
+    def _modulus_reach(self) -> Float[Tensor, "h n"]:
+        """``sup l^T N_g l`` over moves of norm 1; where one other token moves, of the cumulant (13b)."""
+        parts, chosen = [], self._own_only
+        for modulus, gram in zip(self.modulus[:, chosen], self.gram, strict=True):
+            root = psd_root(modulus)
+            parts.append(torch.linalg.eigvalsh(root @ gram @ root)[..., -1].clamp_min(0.0) * (1.0 + 1e-10))
+        return self._with_single(
+            torch.stack(parts), 0.5 * self.rows.w * (1.0 - 2.0 * self.rows.w).abs() * self.rows.spread
+        )
+
+    @cached_property
+    def gram(self) -> Float[Tensor, "h m n n"]:
+        """Gram matrices of the rows that need one."""
+        return self.rows.gram_of(self._own_only)
+
+    def _with_single(self, own: Float[Tensor, "h m"], other: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
+        """``own`` in its rows; elsewhere ``y^2 other_j`` of the only moving token j, where ``|y| <= |b|`` (eq. 13b)."""
+        token = self.rows.single
+        if token is None:
+            return own
+        out = self.rows.slope_norms.square() * other[..., token] * (1.0 + 1e-10)
+        out[:, self._own_only] = own
+        return out
+
+    def diagonal_reach(self, coefficient: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
+        """Upper bound of ``sup sum_j coefficient_j l_j^2`` over moves of norm 1 (eq. 13)."""
+        rows = self.rows
+        if self.small:
+            root = coefficient[:, self._own_only].sqrt()
+            reach = power_reach(root[..., :, None] * self.gram * root[..., None, :])
+            if rows.single is None:
+                return reach
+            other = rows.slope_norms.square() * (coefficient * rows.contrast.square()).sum(dim=-1) * (1.0 + 1e-10)
+            other[:, self._own_only] = reach
+            return other
+        largest = (coefficient * rows.moves).amax(dim=-1).sqrt()
+        key = largest + coefficient.sum(dim=-1).sqrt() * rows.weight_energy[..., 0].sqrt()
+        rotated, mean = rows.centred_keys
+        distance = torch.cdist(mean, rotated, compute_mode="donot_use_mm_for_euclid_dist").square()
+        query = (coefficient * distance).sum(dim=-1).sqrt() * rows.moves
+        return (rows.slope_norms * key + query).square() * (1.0 + 1e-10)
+
+    @cached_property
+    def _variance_reach(self) -> Float[Tensor, "h n"]:
+        return self.diagonal_reach(self.rows.w)
+
+    def reach(self, radius: float) -> Float[Tensor, "h n n"]:
+        """``U_j >= sup |l_j + q_j|`` on the ball of this radius (eq. 6)."""
+        rows = self.rows
+        own = rows.own_contrast.abs()
+        product = 0.5 * (own + rows.contrast) * rows.moves[:, None] * rows.bilinear_norms[:, None, None]
+        return radius * rows.logit_reach + radius**2 * product
+
+    def _inverse_partition(self, reach: Tensor, radius: float) -> Float[Tensor, "h n 1"]:
+        """Lower bound of ``1 / (1 + P)`` on the ball (eq. 10): P through the variance or term by term."""
+        rows = self.rows
+        bilinear = radius**2 * rows.bilinear_norms[:, None] * rows.w.amax(dim=-1).sqrt() * rows.moves
+        visible = reach.masked_fill(torch.isneginf(rows.log_w), 0.0)  # a weight that underflows may still grow back
+        # Such a token's w_j U_j^2, with a weight large enough that no product underflows.
+        tiny = torch.exp(rows.log_w.clamp_min(-TINY - 100.0)) * (rows.log_w < -TINY) * visible.square()
+        deviation = (radius * self._variance_reach.sqrt() + bilinear).square() + tiny.sum(dim=-1)
+        by_variance = 0.5 * deviation * torch.exp(log_phi(visible.amax(dim=-1)))
+        by_term = torch.exp(rows.log_w + log_psi(visible)).sum(dim=-1)
+        return 1.0 / (1.0 + torch.minimum(by_variance, by_term))[..., None]
+
+    def forms(self, radius: float) -> LogitForms:
+        """Coefficients valid for every move of Frobenius norm <= radius."""
+        rows = self.rows
+        reach = self.reach(radius)
+        inverse = self._inverse_partition(reach, radius)
+        upper = saturating_weight(rows.log_w, reach)
+        paired = growing_weight(rows.log_w, reach)
+        drift = radius * self._drift()
+        exact, extra, largest = self._curved(upper, rows.w * phi_negative(reach) * inverse, drift)
+        linear = rows.logit_reach.masked_fill(torch.isneginf(rows.log_w), 0.0).amax(dim=-1)
+        slack = (radius * rows.bilinear_norms[:, None] / linear.clamp_min(1e-300)).clamp(1e-9, 1.0)
+        first, second = self._bent(exact, extra)
+        bent = ((1.0 + 1.0 / slack).sqrt() * first, (1.0 + 1.0 / slack).sqrt() * second)
+        largest = (1.0 + slack) * largest
+        largest = torch.minimum(largest, self._cap(reach, inverse, rows.spread + drift) / radius**2)
+        return LogitForms(
+            exact=(1.0 + slack) * exact,
+            extra=(1.0 + slack)[..., None] * extra,
+            multiplier=stack_multiplier(rows, largest),
+            query=self._query_weight(bent, self._crossed(paired), radius),
+            paired=paired,
+        )
+
+    def _drift(self) -> Float[Tensor, "h n 1"]:
+        """What psi averages beside vh_j, per unit of the move: ``|a|``, or 0 where a may shrink (eq. 3, 3a, 8)."""
+        reach = self.rows.average_reach[..., None]
+        return torch.zeros_like(reach) if self.rows.separate else reach
+
+    def _curved(self, upper: Tensor, lower: Tensor, drift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``|curved part| <= u^T (exact N + diag(extra)) u`` and its supremum over l for moves of norm 1 (eq. 12)."""
+        rows = self.rows
+        triangle = 0.5 * upper * (rows.spread + drift)
+        reach_triangle = self.diagonal_reach(triangle)
+        if not self.small:
+            return torch.zeros_like(reach_triangle), triangle, reach_triangle
+        size = (rows.w * rows.spread).sum(dim=-1, keepdim=True).clamp_min(1e-300)
+        centre = (0.5 * ((upper + lower) * rows.spread).sum(dim=-1, keepdim=True) / size).clamp(0.0, 1.0)
+        excess = torch.maximum(upper - centre * rows.w, centre * rows.w - lower) * rows.spread + upper * drift
+        reach_exact = centre[..., 0] * self._modulus_reach + self.diagonal_reach(0.5 * excess)
+        chosen = reach_exact < reach_triangle
+        exact = torch.where(chosen, centre[..., 0], torch.zeros_like(reach_exact))
+        extra = torch.where(chosen[..., None], 0.5 * excess, triangle)
+        return exact, extra, torch.where(chosen, reach_exact, reach_triangle)
+
+    def _cap(self, reach: Tensor, inverse: Tensor, drifted: Tensor) -> Float[Tensor, "h n"]:
+        """Upper bound of ``|sum_j s_j (vh_j + ..)|``, ``s_j = w_j psi(u_j) / (1 + P)``, on the whole ball (eq. 13a)."""
+        share = torch.sigmoid(self.rows.log_w + log_psi(reach))
+        ordered, index = drifted.sort(dim=-1, descending=True)
+        share = share.gather(-1, index)
+        total = 1.0 - inverse + CANCELLATION  # sum s = P / (1 + P); a P below 1e-16 is lost in the difference
+        left = total - (share.cumsum(dim=-1) - share)  # what the larger ones leave of it
+        return (torch.minimum(share, left.clamp_min(0.0)) * ordered).sum(dim=-1) * (1.0 + 1e-10) + 1e-300
+
+    def _bent(self, exact: Float[Tensor, "h n"], extra: Float[Tensor, "h n n"]) -> tuple[Tensor, Tensor]:
+        """``q^T (exact N + diag(extra)) q <= |A^T delta_i|^2 |D|^2 (a t^{1/2} + b (1 - t)^{1/2})^2``, t the share of i.
+
+        Returns a and b, (h, n) each (eq. 16).
+        """
+        rows = self.rows
+        other = ~torch.eye(rows.n, dtype=torch.bool, device=extra.device)
+        if not self.small:
+            first = (extra * rows.own_contrast.square()).sum(dim=-1).sqrt()
+            energy = (rows.w.square() * rows.moves * other).sum(dim=-1).sqrt()
+            second = (extra * rows.moves * other).amax(dim=-1).sqrt() + extra.sum(dim=-1).sqrt() * energy
+            return first, second
+        firsts, seconds = [], []
+        for head in range(rows.layer.heads):  # head by head to bound the memory
+            matrix = exact[head, :, None, None] * self.modulus[head] + torch.diag_embed(extra[head])
+            matrix, rounding = self._centred(matrix, head)
+            own = torch.diagonal(torch.diagonal(matrix, dim1=-2, dim2=-1))
+            firsts.append((own.clamp_min(0.0) + rounding).sqrt())
+            rest = matrix * other[:, :, None] * other[:, None, :]
+            seconds.append((power_reach(rest) + rounding).sqrt())
+        return torch.stack(firsts), torch.stack(seconds)
+
+    def _centred(self, matrix: Float[Tensor, "n n n"], head: int) -> tuple[Tensor, Tensor]:
+        """``C^T M C`` over the movable tokens with ``C = I - 1 w^T`` for every row, and a bound of its rounding."""
+        w, moves = self.rows.w[head], self.rows.moves
+        sums = matrix.sum(dim=-1)
+        mixed = sums[..., :, None] * w[..., None, :]
+        inner = matrix - mixed - mixed.transpose(-1, -2)
+        inner = inner + sums.sum(dim=-1)[..., None, None] * w[..., :, None] * w[..., None, :]
+        size = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(dim=-1)
+        return inner * moves * moves[:, None], CANCELLATION * self.rows.n * size
+
+    def _crossed(self, paired: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
+        """``sup (sum_j paired_j^2 |delta_j - dbar|^2)^{1/2}`` over moves of norm 1 (eq. 15)."""
+        rows = self.rows
+        if self.small:
+            parts = []
+            for head, weights in enumerate(paired):
+                matrix, rounding = self._centred(torch.diag_embed(weights.square()), head)
+                parts.append((power_reach(matrix) + rounding).sqrt())
+            return torch.stack(parts)
+        shift = torch.linalg.vector_norm(paired, dim=-1) * rows.weight_energy[..., 0].sqrt()
+        reach: Tensor = (paired * rows.moves).amax(dim=-1) + shift
+        return reach
+
+    def _query_weight(
+        self, bent: tuple[Tensor, Tensor], crossed: Float[Tensor, "h n"], radius: float
+    ) -> Float[Tensor, "h n"]:
+        """Coefficients z: ``||stack (quartic + cubic)|| <= (sum_g z_g |A^T delta_i|^2)^{1/2}`` (eq. 15, 16)."""
+        rows = self.rows
+        first, second = bent
+        norms = rows.bilinear_norms[:, None] * rows.moves
+        cubic = radius**2 * rows.value_norms[:, None] * crossed * rows.moves
+        quartic = radius**3 * norms * (first.square() + SINE_COSINE * (2.0 * first * second + second.square()))
+        if rows.row_weights is None:
+            return (quartic + cubic).square()
+        pooled = radius**3 * norms * (first.square() + second.square()) * rows.row_weights
+        quartic = torch.where(
+            (pooled.amax(dim=-1) < (quartic * rows.row_weights.sqrt()).amax(dim=-1))[:, None],
+            pooled,
+            quartic * rows.row_weights.sqrt(),
+        )
+        cubic = cubic * rows.row_weights.sqrt()
+        ratio = (cubic.amax(dim=-1) / quartic.amax(dim=-1).clamp_min(1e-150)).clamp(1e-9, 1e9)[:, None]
+        return (1.0 + ratio) * quartic.square() + (1.0 + 1.0 / ratio) * cubic.square()
+
+
+def power_reach(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
+    """``||M^4||_F^{1/4}``: at least the largest eigenvalue of a positive semidefinite M, at most n^{1/8} times it."""
+    scale = matrix.abs().amax(dim=(-2, -1)).clamp_min(1e-300)  # eighth powers of what is far below it would vanish
+    power = matrix / scale[..., None, None]
+    power = power @ power
+    power = power @ power
+    reach: Tensor = scale * torch.linalg.matrix_norm(power).pow(0.25) * (1.0 + 1e-10)
+    return reach
+
+
+def stack_multiplier(rows: CleanRows, largest: Float[Tensor, "h n"]) -> Float[Tensor, "h n"]:
+    """Factors m_g with ``||stack x||^2 <= |D|^2 sum_g m_g x_g`` when ``x_g <= largest_g |D|^2`` (eq. 11)."""
+    if rows.row_weights is None:
+        return largest
+    return (rows.row_weights * largest).sum(dim=1, keepdim=True) * rows.row_weights
+
+
+def padded(value: float) -> float:
+    """Outward move that covers the rounding of sums of up to 1e6 terms."""
+    return value * (1.0 + CANCELLATION * 1e3)

@@ -1,0 +1,1 @@
+"""Margin certificates: a proved quadratic majorant of the drop and its trust region."""

@@ -1,0 +1,1 @@
+"""Margin certificate ``margin-majorant``: all movable tokens together."""

@@ -1,0 +1,223 @@
+"""Coefficients of the quadratic majorant: every free parameter is sound, a balance at moves makes them sharp."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.certify.margin.all_tokens.constants import Constants
+from attnrobust.certify.margin.quadratic_form import ClassRows, Majorant, Moments, moments, spread_back
+from attnrobust.numerics.eigenvalues import spread_eigenvalue, spread_slope
+
+TINY = 1e-100
+LARGEST_MASS = 0.5  # of a row's remainder at the reference moves, as a share of its bound
+ROUGH = 3  # bisections of an eigenvalue that only chooses a parameter
+LIMITS = (1e-3, 1e3)  # parameters are kept in this range around their unit
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """Free positive parameters of the inequalities (docs/margin-certificate.md, section 2).
+
+    Args:
+        split: tau in units of ``|D| r``: width of the cut of the first-order change of a row.
+        reference: e in the same units: first-order change around which the cut is taken.
+        value: theta_j in units of ``|gamma| r``: value change around which t_j is bounded.
+        pair: e_j in units of ``|gamma|``: balance of ``|u||t|``.
+        bilinear: eps_j: balance of x against q in ``u = x + q``.
+        query_value: s1 in units of ``|gamma|``: balance of E[qt].
+        query_mean: s2: balance of p E[qv].
+    """
+
+    split: Float[Tensor, "h n"]
+    reference: Float[Tensor, "h n"]
+    value: Float[Tensor, "h n"]
+    pair: Float[Tensor, "h n n"]
+    bilinear: Float[Tensor, "h n n"]
+    query_value: Float[Tensor, "h n"]
+    query_mean: Float[Tensor, "h n"]
+
+
+def initial_parameters(cls: ClassRows) -> Parameters:
+    """Parameters that are reasonable everywhere."""
+    row = cls.rows.weight.new_ones(cls.rows.weight.shape[:2])
+    pair = torch.ones_like(cls.rows.weight)
+    return Parameters(0.4 * row, 0.0 * row, 0.0 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row)
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Intermediate coefficients that the majorant and the balance share."""
+
+    shift: Tensor  # part of -E[ut] that joins the remainder
+    slope: Tensor  # kp after the shift
+    unit: Tensor  # |D| r
+
+
+def pieces(cls: ClassRows, const: Constants, first_norm: Float[Tensor, "h n"]) -> Pieces:
+    """Parameter-free coefficients."""
+    weight = cls.rows.weight
+    shift = torch.minimum(weight, 0.5 * (const.slope_same - const.slope).clamp_min(0.0))
+    slope = torch.maximum(const.slope + shift, const.slope_same - shift)
+    unit = (first_norm * const.budget.frobenius).clamp_min(TINY)
+    return Pieces(shift=shift, slope=slope, unit=unit)
+
+
+def _value_reference(cls: ClassRows, const: Constants, par: Parameters) -> Float[Tensor, "h n"]:
+    """theta_j."""
+    return par.value * cls.value_norm * const.budget.frobenius
+
+
+def _mass_curve(cls: ClassRows, const: Constants, par: Parameters, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficient of u_j^2 / 2 that bounds ``p_j (v_j - theta_j + tau - e)``, and its slope in tau."""
+    cut = (par.split - par.reference) * unit
+    shifted = cls.advantage - _value_reference(cls, const, par)[:, None] + cut[..., None]
+    effect = torch.where(shifted > 0, const.saturating, const.curvature)
+    return shifted * effect, effect
+
+
+def _spread(coefficient: Tensor, weight: Tensor, movable: Tensor) -> Tensor:
+    """``spread_eigenvalue`` with its derivative."""
+    value = spread_eigenvalue(coefficient.detach(), weight, movable)
+    if not coefficient.requires_grad:
+        return value
+    slope = spread_slope(coefficient.detach(), weight, movable, value)
+    return value + (slope * (coefficient - coefficient.detach())).sum(-1)
+
+
+def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -> Majorant:
+    """The quadratic majorant of Theorem 1 of docs/margin-certificate.md, differentiable in the parameters."""
+    rows, pi = cls.rows, cls.pooling
+    weight = rows.weight
+    tau = par.split * piece.unit
+    pair = par.pair * cls.value_norm[..., None]
+    curve = _mass_curve(cls, const, par, piece.unit)[0] + pair * piece.slope
+    positive = curve > 0
+    eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
+    square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
+    rest = torch.where(positive, curve * (1.0 + 1.0 / eps), -curve * (1.0 / eps - 1.0))
+    energy = const.budget.frobenius**2 * _spread(rest, weight, rows.movable)
+    kept = weight - piece.shift
+    s1 = par.query_value * cls.value_norm
+    value = piece.slope / pair + (const.spread / s1)[..., None] * kept
+    whole = (piece.shift == 0).all(-1)
+    theta = _value_reference(cls, const, par)
+    moved = cls.revalued(theta)
+    advantage = pi[:, None] * moved.weighted_advantage
+    outer = (const.share / par.query_mean)[..., None] * advantage
+    first = pi * const.share / (2.0 * tau)
+    value = torch.einsum("i,hij->hj", pi, value)
+    centre = torch.where(whole, pi * const.spread / s1, 0.0)
+    offset, mean = par.reference * piece.unit, (weight @ theta[..., None])[..., 0]
+    shifted = pi[:, None] * piece.shift * theta[:, None]
+    linear = value * theta - (weight.mT @ (centre * mean)[..., None])[..., 0]
+    return Majorant(
+        cls=moved,
+        square=pi[:, None] * square,
+        mixed=pi[:, None] * kept,
+        value=value,
+        centre=centre,
+        first=first,
+        gradient=cls.gradient - moved.combined(first * offset) - spread_back(cls, shifted, linear),
+        constant=0.5 * ((first * offset**2).sum() + (value * theta**2).sum() - (centre * mean**2).sum()),
+        bilinear=pi * (energy + const.spread * s1 + const.share * par.query_mean) * rows.movable,
+        tokens=torch.einsum("hij,hil->jl", outer, moved.weighted_advantage),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """What the balance needs of reference moves; no parameter and no radius changes it.
+
+    Args:
+        x: ``l_j.Delta``.
+        t: ``gamma.delta_j``.
+        query: ``|A^T delta_i|^2``.
+        gram: ``delta_i.delta_j``.
+    """
+
+    x: Float[Tensor, "b h n n"]
+    t: Float[Tensor, "b h n"]
+    query: Float[Tensor, "b h n"]
+    gram: Float[Tensor, "b n n"]
+
+    def scaled(self, size: float) -> "References":
+        """Those of ``size * Delta``."""
+        return References(size * self.x, size * self.t, size**2 * self.query, size**2 * self.gram)
+
+    def followed_by(self, other: "References", *, keep: int) -> "References":
+        """The last ``keep`` moves of both."""
+        pairs = ((self.x, other.x), (self.t, other.t), (self.query, other.query), (self.gram, other.gram))
+        return References(*(torch.cat([old, new])[-keep:] for old, new in pairs))
+
+
+def references(cls: ClassRows, points: Float[Tensor, "b n d"]) -> References:
+    """Evaluate reference moves."""
+    found: Moments = moments(cls, points)
+    layer = cls.rows.layer
+    gram = layer.factor**2 * layer.w_k.mT @ layer.w_k
+    return References(found.x, found.t, ((found.query @ gram) * found.query).sum(-1), points @ points.mT)
+
+
+def balanced(
+    cls: ClassRows,
+    const: Constants,
+    piece: Pieces,
+    par: Parameters,
+    found: References,
+    *,
+    smooth: float = 0.1,
+    step: float = 0.5,
+) -> Parameters:
+    """Parameters that make each inequality nearly tight on average over reference moves (any choice is sound).
+
+    Args:
+        cls: The functional's rows.
+        const: Constants of the set.
+        piece: Parameter-free coefficients.
+        par: Parameters so far.
+        found: Reference moves, typically the maximisers of the last bounds.
+        smooth: Share of each form's mean that is added, so that no parameter collapses.
+        step: How far to go from the parameters so far (0) to the balance (1); logarithms move for positive ones.
+    """
+    rows = cls.rows
+    weighted = cls.revalued(_value_reference(cls, const, par)).weighted_advantage
+
+    def mean(value: Tensor, dims: tuple[int, ...]) -> Tensor:
+        average = value.mean(0)
+        return average + smooth * average.mean(dims, keepdim=True) + TINY
+
+    x2, t = mean(found.x.square(), (1, 2)), found.t.mean(0)
+    t2 = (found.t - t).square().mean(0) + smooth * found.t.square().mean((0, 2))[:, None] + TINY
+    first = (weighted * found.x).sum(-1) - (rows.weight @ found.t[..., None])[..., 0]
+    average = first.mean(0)
+    variance = (first - average).square().mean(0) + smooth * first.square().mean((0, 2))[:, None] + TINY
+    query = mean(found.query, (1,))
+    mixed = mean(((weighted @ found.gram[:, None]) * weighted).sum(-1).clamp_min(0.0), (1,))
+    pair = (t2[:, None, :] / x2).sqrt() / cls.value_norm[..., None]
+    e = par.pair * cls.value_norm[..., None]
+    curve, effect = _mass_curve(cls, const, par, piece.unit)
+    mass = (effect * x2).sum(-1).clamp_min(TINY)
+    # Stationary point of ``(tau - e) m / 2 + pbar mean (d - e)^2 / (4 tau)`` in tau and e, m the mass.
+    ratio = (0.5 * mass / const.share.clamp_min(TINY)).clamp_max(LARGEST_MASS)
+    split = (0.5 * const.share * variance / (mass * (1.0 - ratio))).sqrt() / piece.unit
+    reference = average / piece.unit + 2.0 * split * ratio
+    curve = (curve + e * piece.slope).abs()
+    energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.movable, bisections=ROUGH)
+    eps = (energy * query / (curve * x2).sum(-1).clamp_min(TINY)).sqrt()[..., None].expand_as(x2)
+    s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / cls.value_norm
+    s2 = (mixed / query).sqrt()
+
+    def join(old: Tensor, new: Tensor) -> Tensor:
+        return old.log().lerp(new.clamp(*LIMITS).log(), step).exp().clamp(*LIMITS)
+
+    return Parameters(
+        split=join(par.split, split).clamp(0.02, 2.0),
+        reference=(1.0 - step) * par.reference + step * reference,
+        value=(1.0 - step) * par.value + step * t / (cls.value_norm * const.budget.frobenius),
+        pair=join(par.pair, pair),
+        bilinear=join(par.bilinear, eps).clamp(0.02, 2.0),
+        query_value=join(par.query_value, s1),
+        query_mean=join(par.query_mean, s2),
+    )

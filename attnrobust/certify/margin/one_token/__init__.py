@@ -1,0 +1,1 @@
+"""Margin certificate ``margin-one-token``: one token moves."""

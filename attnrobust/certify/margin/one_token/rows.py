@@ -1,0 +1,166 @@
+"""Clean quantities of a few candidate moving tokens, in the coordinates in which their softmax rows move."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attnrobust.certify.margin.quadratic_form import ClassRows, token_values
+from attnrobust.certify.margin.rows import CleanRows
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows as functions of one moving token l; axes (h, l, j) for its own row, (h, i, l) for all other rows.
+
+    A move delta enters head h only through ``y = (delta w_k, delta w_q, delta.gamma)`` (2k + 1 numbers): the logit
+    change of foreign row i is ``a_i = s q_i.(delta w_k)``, that of the own row (its linear part)
+    ``l_j.delta = own_j s q_l.(delta w_k) + s (k_j - mean k).(delta w_q)``.
+
+    Args:
+        rows: Clean rows of the whole input, every token movable.
+        tokens: The candidates l.
+    """
+
+    rows: CleanRows
+    tokens: Int[Tensor, "l"]
+
+    @cached_property
+    def place(self) -> Int[Tensor, "l"]:
+        """0, 1, ...: pairs with ``tokens`` to pick the own entry."""
+        return torch.arange(self.tokens.numel(), device=self.tokens.device)
+
+    @cached_property
+    def own(self) -> Float[Tensor, "h l n"]:
+        """``[j = l] - w_l``: by how much ``delta_j - dbar`` is a multiple of delta."""
+        out = -self.self_weight[..., None].expand_as(self.log_weight).clone()
+        out[:, self.place, self.tokens] += 1.0
+        return out
+
+    @cached_property
+    def log_weight(self) -> Float[Tensor, "h l n"]:
+        """Logarithm of the own row's weights."""
+        return self.rows.log_weight[:, self.tokens]
+
+    @cached_property
+    def weight(self) -> Float[Tensor, "h l n"]:
+        """The own row's weights."""
+        return self.rows.weight[:, self.tokens]
+
+    @cached_property
+    def self_weight(self) -> Float[Tensor, "h l"]:
+        """w_ll."""
+        return self.rows.weight[:, self.tokens, self.tokens]
+
+    @cached_property
+    def direction(self) -> Float[Tensor, "h l n y"]:
+        """l_j in the coordinates (delta w_k, delta w_q)."""
+        rows = self.rows
+        key = self.own[..., None] * rows.queries[:, self.tokens, None, :]
+        mean = (self.weight @ rows.keys)[:, :, None, :]
+        return torch.cat([key, (rows.keys[:, None] - mean).expand(*key.shape)], dim=-1)
+
+    @cached_property
+    def triangle(self) -> Float[Tensor, "h r y"]:
+        """R of ``[w_k w_q] = Q R``: ``|l_j| = |R y_j|``."""
+        layer = self.rows.layer
+        found: Tensor = torch.linalg.qr(torch.cat([layer.w_k, layer.w_q], dim=-1), mode="r").R
+        return found
+
+    @cached_property
+    def norm(self) -> Float[Tensor, "h l n"]:
+        """Upper bound of ``|l_j|``."""
+        image = self.direction @ self.triangle.mT[:, None]
+        length: Tensor = torch.linalg.vector_norm(image, dim=-1)
+        return length * (1.0 + 1e-10) + 1e-14
+
+    @cached_property
+    def log_complement(self) -> Float[Tensor, "h n l"]:
+        """``log(1 - w_il)``, exact to rounding also near w = 1, where it is the sum of the other weights."""
+        log_weight = self.rows.log_weight
+        top = log_weight.argmax(-1, keepdim=True)
+        others = torch.logsumexp(log_weight.scatter(-1, top, -torch.inf), dim=-1, keepdim=True)
+        plain = torch.log1p(-log_weight[..., self.tokens].exp().clamp_max(0.75))
+        return torch.where(top == self.tokens, others, plain)
+
+    @cached_property
+    def logit(self) -> Float[Tensor, "h n l"]:
+        """``log w_il - log(1 - w_il)``."""
+        return self.rows.log_weight[..., self.tokens] - self.log_complement
+
+    @cached_property
+    def slope(self) -> Float[Tensor, "h n l"]:
+        """``w_il (1 - w_il)``."""
+        return (self.rows.log_weight[..., self.tokens] + self.log_complement).exp()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenClass:
+    """One functional at the candidate tokens.
+
+    Args:
+        token: Class-independent quantities.
+        cls: The functional's rows.
+    """
+
+    token: TokenRows
+    cls: ClassRows
+
+    @cached_property
+    def pooling(self) -> Float[Tensor, "n l"]:
+        """pi_i for foreign rows, 0 for the token's own row."""
+        keep = torch.arange(self.cls.rows.n, device=self.token.tokens.device)[:, None] != self.token.tokens
+        return self.cls.pooling[:, None] * keep
+
+    @cached_property
+    def own_pooling(self) -> Float[Tensor, "l"]:
+        """pi_l."""
+        return self.cls.pooling[self.token.tokens]
+
+    @cached_property
+    def advantage(self) -> Float[Tensor, "h l n"]:
+        """Advantages v of the own row."""
+        return self.cls.advantage[:, self.token.tokens]
+
+    @cached_property
+    def at_self(self) -> Float[Tensor, "l n"]:
+        """1 where j = l."""
+        return torch.nn.functional.one_hot(self.token.tokens, self.cls.rows.n).to(self.cls.advantage)
+
+    @cached_property
+    def rest_advantage(self) -> Float[Tensor, "h n l"]:
+        """``vhat_il = (mean of z over the other tokens) - z_l``.
+
+        It is ``v / (1 - w)``; for the heaviest token of a row, whose 1 - w may be tiny, a masked mean.
+        """
+        rows, tokens = self.cls.rows, self.token.tokens
+        z = token_values(rows, self.cls.gamma)
+        top = rows.log_weight.argmax(-1, keepdim=True)
+        masked = rows.log_weight.scatter(-1, top, -torch.inf)
+        alone = torch.isneginf(masked).all(-1, keepdim=True)
+        mean = torch.softmax(masked.masked_fill(alone, 0.0), dim=-1) @ z[..., None]
+        best = (mean - z[:, None, :][..., tokens]).masked_fill(alone, 0.0)
+        plain = self.cls.advantage[..., tokens] / (1.0 - rows.weight[..., tokens].clamp_max(0.75))
+        return torch.where(top == tokens, best, plain)
+
+    @cached_property
+    def basis(self) -> Float[Tensor, "h d m"]:
+        """Columns ``[w_k, w_q, gamma]``: y = delta basis."""
+        layer = self.cls.rows.layer
+        return torch.cat([layer.w_k, layer.w_q, self.cls.gamma[..., None]], dim=-1)
+
+    @cached_property
+    def own_gradient(self) -> Float[Tensor, "h l m"]:
+        """D of the own row, ``sum_j w_j v_j l_j - w_l gamma``, in the coordinates y."""
+        weighted = self.token.weight * self.advantage
+        logits = (weighted[..., None, :] @ self.token.direction)[..., 0, :]
+        return torch.cat([logits, -self.token.self_weight[..., None]], dim=-1)
+
+    @cached_property
+    def own_gradient_norm(self) -> Float[Tensor, "h l"]:
+        """``|D|``, kept away from 0; only the unit of a parameter."""
+        dense = torch.einsum("hla,hda->hld", self.own_gradient, self.basis)
+        length: Tensor = torch.linalg.vector_norm(dense, dim=-1)
+        return length.clamp_min(1e-100)

@@ -1,0 +1,195 @@
+"""The quadratic majorant of the drop as a matrix-free symmetric operator on token moves."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.certify.margin.rows import CleanRows
+from attnrobust.certify.shared.head_sizes import without_common_part
+
+LARGEST = 1e130  # coefficients beyond (or NaN) say nothing, and their squares would overflow
+
+
+@dataclass(frozen=True, eq=False)
+class ClassRows:
+    """What one margin functional adds to the clean rows.
+
+    Args:
+        rows: Shared clean quantities.
+        pooling: Row weights pi.
+        gamma: ``w_v w_o c`` per head: value change ``t_j = gamma.delta_j``.
+        advantage: ``v_j = E z - z_j``; its mean under w is 0.
+    """
+
+    rows: CleanRows
+    pooling: Float[Tensor, "n"]
+    gamma: Float[Tensor, "h d"]
+    advantage: Float[Tensor, "h n n"]
+
+    @cached_property
+    def weighted_advantage(self) -> Float[Tensor, "h n n"]:
+        """``w_j v_j``."""
+        return self.rows.weight * self.advantage
+
+    @cached_property
+    def value_norm(self) -> Float[Tensor, "h 1"]:
+        """``|gamma|``, kept away from 0 for divisions in parameters."""
+        norm: Tensor = torch.linalg.vector_norm(self.gamma, dim=-1, keepdim=True)
+        return norm.clamp_min(1e-100)
+
+    @cached_property
+    def first_norm(self) -> Float[Tensor, "h n"]:
+        """``|D_i|`` on the movable tokens; only the unit of a parameter, so its rounding does not matter.
+
+        ``D_i = -w_i (x) gamma + (w v)_i (x) beta_i + e_i (x) sum_j w_j v_j alpha_j``.
+        """
+        rows = self.rows
+        wv, w, m = self.weighted_advantage, rows.weight, rows.movable
+        gamma, beta = self.gamma[:, None], rows.beta
+        cross = (gamma * beta).sum(-1)
+        plain = (w**2 @ m) * (gamma**2).sum(-1) - 2.0 * ((w * wv) @ m) * cross + (wv**2 @ m) * (beta**2).sum(-1)
+        block = -w.diagonal(dim1=1, dim2=2)[..., None] * gamma + wv.diagonal(dim1=1, dim2=2)[..., None] * beta
+        change = ((block + wv @ rows.alpha) ** 2).sum(-1) - (block**2).sum(-1)
+        return (plain + change * m).clamp_min(0.0).sqrt()
+
+    @cached_property
+    def gradient(self) -> Float[Tensor, "n d"]:
+        """``G = sum_hi pi_i D_hi``: minus the gradient of the margin, on movable tokens."""
+        return self.combined(self.pooling.expand(self.weighted_advantage.shape[:2]))
+
+    def combined(self, factor: Float[Tensor, "h n"]) -> Float[Tensor, "n d"]:
+        """``sum_hi factor_hi D_hi``, on movable tokens."""
+        value = -(self.rows.weight.mT @ factor[..., None])[..., 0]
+        return spread_back(self, factor[..., None] * self.weighted_advantage, value)
+
+    def revalued(self, change: Float[Tensor, "h n"]) -> "ClassRows":
+        """The rows if value j were larger by ``change_j``: v_j becomes ``v_j - change_j + mean_w change``."""
+        mean = self.rows.weight @ change[..., None]
+        return replace(self, advantage=self.advantage + mean - change[:, None])
+
+
+def class_rows(rows: CleanRows, pooling: Float[Tensor, "n"], functional: Float[Tensor, "e"]) -> ClassRows:
+    """Specialise the clean rows to one functional of the pooled output."""
+    gamma = rows.layer.value_output @ functional
+    z = token_values(rows, gamma)
+    advantage = (rows.weight @ z[..., None]) - z[:, None, :]
+    return ClassRows(rows=rows, pooling=pooling, gamma=gamma, advantage=advantage)
+
+
+def token_values(rows: CleanRows, gamma: Float[Tensor, "h d"]) -> Float[Tensor, "h n"]:
+    """Z of every token up to a common shift of its head, which cancels in v as the value bias does."""
+    z = torch.einsum("nd,hd->hn", rows.points, gamma)
+    return without_common_part(z[..., None])[..., 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """The linear pieces of one (batch of) token moves."""
+
+    x: Float[Tensor, "*b h n n"]  # l_j.Delta
+    t: Float[Tensor, "*b h n"]  # gamma.delta_j
+    d: Float[Tensor, "*b h n"]  # D.Delta
+    query: Float[Tensor, "*b h n k"]  # delta_i w_q
+    key: Float[Tensor, "*b h n k"]  # delta_j w_k
+
+
+def moments(cls: ClassRows, delta: Float[Tensor, "*b n d"]) -> Moments:
+    """Evaluate the linear pieces; delta must vanish on tokens that may not move."""
+    rows, layer = cls.rows, cls.rows.layer
+    both = (delta @ rows.projection).unflatten(-1, (-1, 2 * layer.key_width)).transpose(-3, -2)
+    query, key = both[..., : layer.key_width], both[..., layer.key_width :]
+    raw = rows.queries @ key.mT + query @ rows.keys.mT
+    x = raw - (rows.weight * raw).sum(-1, keepdim=True)
+    t = (delta @ cls.gamma.T).mT
+    d = (cls.weighted_advantage * x).sum(-1) - (rows.weight @ t[..., None])[..., 0]
+    return Moments(x=x, t=t, d=d, query=query, key=key)
+
+
+def spread_back(
+    cls: ClassRows, x: Tensor, t: Tensor, *, query: Tensor | None = None, key: Tensor | None = None
+) -> Float[Tensor, "*b n d"]:
+    """Adjoint of ``moments`` for cotangents of (x, t, query, key), restricted to the movable tokens."""
+    rows = cls.rows
+    raw = x - rows.weight * x.sum(-1, keepdim=True)
+    to_query, to_key = raw @ rows.keys, raw.mT @ rows.queries
+    if query is not None:
+        to_query = to_query + query
+    if key is not None:
+        to_key = to_key + key
+    both = torch.cat([to_query, to_key], dim=-1).transpose(-3, -2).flatten(-2)
+    return (both @ rows.projection.T + t.mT @ cls.gamma) * rows.movable[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Majorant:
+    """``Delta^T M Delta``; pooling weights are inside every coefficient.
+
+    ``sum c x^2 - 2 sum b x t + sum e_j t_j^2 - sum m (E t)^2 + 2 sum pi E[qv] + sum g d^2 + sum a |A^T delta_i|^2
+    + sum_ll' S_ll' delta_l.delta_l'``.
+
+    Args:
+        cls: The functional's rows.
+        square: c, coefficient of x_j^2.
+        mixed: b.
+        value: e summed over rows.
+        centre: m, coefficient of ``-(E t)^2`` per row.
+        first: g, coefficient of d^2.
+        bilinear: a, coefficient of ``|A^T delta_i|^2``.
+        tokens: S, coefficient of ``|sum_j w_j v_j delta_j|^2`` summed over heads and rows.
+        gradient: Linear part of the whole bound ``constant + gradient.Delta + Delta M Delta / 2``.
+        constant: Its constant part.
+    """
+
+    cls: ClassRows
+    square: Float[Tensor, "h n n"]
+    mixed: Float[Tensor, "h n n"]
+    value: Float[Tensor, "h n"]
+    centre: Float[Tensor, "h n"]
+    first: Float[Tensor, "h n"]
+    bilinear: Float[Tensor, "h n"]
+    tokens: Float[Tensor, "n n"]
+    gradient: Float[Tensor, "n d"]
+    constant: Float[Tensor, ""]
+
+    @property
+    def size(self) -> int:
+        """Length of a flattened token move."""
+        return self.cls.rows.points.numel()
+
+    def apply(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
+        """``M Delta``, restricted to the movable tokens on both sides."""
+        cls, rows = self.cls, self.cls.rows
+        factor = rows.layer.factor
+        delta = delta * rows.movable[:, None]
+        piece = moments(cls, delta)
+        first = self.first * piece.d
+        x = self.square * piece.x - self.mixed * piece.t[..., None, :] + cls.weighted_advantage * first[..., None]
+        mean_t = self.centre * (rows.weight @ piece.t[..., None])[..., 0] + first
+        t = self.value * piece.t - (self.mixed * piece.x).sum(-2) - (rows.weight.mT @ mean_t[..., None])[..., 0]
+        pooled = factor * cls.pooling[:, None] * cls.weighted_advantage
+        query = pooled @ piece.key + self.bilinear[..., None] * (piece.query @ self._key_gram)
+        key = pooled.mT @ piece.query
+        return spread_back(cls, x, t, query=query, key=key) + (self.tokens @ delta) * rows.movable[:, None]
+
+    @property
+    def finite(self) -> bool:
+        """Whether nothing overflowed, also not in products with moves."""
+        parts = (self.square, self.mixed, self.value, self.centre, self.first, self.bilinear, self.tokens)
+        return all(float(part.abs().amax()) < LARGEST for part in (*parts, self.gradient, self.constant))
+
+    def at(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
+        """``constant + gradient.Delta + Delta M Delta / 2``."""
+        return self.constant + (delta * (self.gradient + 0.5 * self.apply(delta))).sum((-2, -1))
+
+    def flat(self, vector: Float[Tensor, "*b N"]) -> Float[Tensor, "*b N"]:
+        """``apply`` on flattened moves."""
+        return self.apply(vector.reshape(*vector.shape[:-1], *self.cls.rows.points.shape)).flatten(-2)
+
+    @cached_property
+    def _key_gram(self) -> Float[Tensor, "h k k"]:
+        """``s^2 w_k^T w_k``: ``|A^T delta_i|^2 = query (s^2 w_k^T w_k) query``."""
+        layer = self.cls.rows.layer
+        return layer.factor**2 * layer.w_k.mT @ layer.w_k

@@ -1,0 +1,172 @@
+"""What the margin certificate needs of a layer at one clean input, for all heads and rows at once."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnrobust.certify.shared.head_sizes import without_common_part
+from attnrobust.layers.attention import Attention
+from attnrobust.problem import Problem
+
+GRAM_LIMIT = 96  # up to this many tokens the Gram tensors of all rows are kept (h n^3 numbers)
+PAD = 1e-13  # outward share of squared norms that come from differences of Gram entries
+
+
+@dataclass(frozen=True, eq=False)
+class CleanRows:
+    """Clean quantities that no class and no radius changes. Row (h, i) of head h and query i; token index j.
+
+    Logit change: ``beta_i.delta_j + delta_i.alpha_j + delta_i A delta_j`` with ``beta_i = s w_k q_i``,
+    ``alpha_j = s w_q k_j``, ``A = s w_q w_k^T``; centred under the clean weights w, its linear part is ``l_j.Delta``,
+    ``l_j = (e_j - w) (x) beta_i + e_i (x) (alpha_j - mean alpha)``.
+
+    Args:
+        layer: The attention layer.
+        points: Clean tokens.
+        movable: 1.0 where a token may move.
+        queries: ``s q_i``.
+        keys: ``s k_j``.
+        weight: w.
+        log_weight: log w; -inf where a token is hidden.
+        beta: beta_i.
+        alpha: alpha_j minus the head's shortest one (a common part cancels in l_j).
+        alpha_mean: ``sum_j w_ij alpha_j``.
+        own: delta_i-coordinate of ``e_j - w``: [i = j] - w_ii, 0 where i may not move.
+        rest: ``||(e_j - w) on the other movable tokens||``.
+        norm: Upper bound of ``||A||_2``.
+        numerical: Upper bound of ``max |x A x| / |x|^2``.
+    """
+
+    layer: Attention
+    points: Float[Tensor, "n d"]
+    movable: Float[Tensor, "n"]
+    queries: Float[Tensor, "h n k"]
+    keys: Float[Tensor, "h n k"]
+    weight: Float[Tensor, "h n n"]
+    log_weight: Float[Tensor, "h n n"]
+    beta: Float[Tensor, "h n d"]
+    alpha: Float[Tensor, "h n d"]
+    alpha_mean: Float[Tensor, "h n d"]
+    own: Float[Tensor, "h n n"]
+    rest: Float[Tensor, "h n n"]
+    norm: Float[Tensor, "h"]
+    numerical: Float[Tensor, "h"]
+
+    @property
+    def n(self) -> int:
+        """Tokens."""
+        return int(self.points.shape[0])
+
+    @cached_property
+    def projection(self) -> Float[Tensor, "d p"]:
+        """``[w_q w_k]`` of all heads side by side, p = 2 h k: one product instead of one per head."""
+        both = torch.cat([self.layer.w_q, self.layer.w_k], dim=-1)
+        return both.transpose(0, 1).flatten(1)
+
+    @property
+    def index(self) -> Bool[Tensor, "n"]:
+        """Movable tokens as booleans."""
+        return self.movable > 0
+
+
+def clean_rows(problem: Problem, *, everywhere: bool = False) -> CleanRows:
+    """Evaluate the clean quantities of a problem whose network is one attention layer.
+
+    Args:
+        problem: The question.
+        everywhere: Treat every token as movable, whatever the threat says.
+    """
+    layer = problem.network
+    assert isinstance(layer, Attention)  # noqa: S101 - the method refuses other networks before
+    x = problem.clean.points
+    movable = x.new_ones(problem.clean.n) if everywhere else problem.threat.movable(problem.clean.n).to(x)
+    scores = layer.scores(x, problem.mass)
+    log_weight = torch.log_softmax(scores, dim=-1)
+    weight = log_weight.exp()
+    queries, keys = layer.factor * layer.queries(x), layer.factor * layer.keys(x)
+    beta = torch.einsum("hnk,hdk->hnd", queries, layer.w_k)
+    alpha = torch.einsum("hnk,hdk->hnd", keys, layer.w_q)
+    alpha = without_common_part(alpha)
+    eye = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
+    own = (eye - weight.diagonal(dim1=1, dim2=2)[..., None]) * movable[:, None]
+    norms = [_norms(matrix) for matrix in _small_bilinear(layer)]
+    return CleanRows(
+        layer=layer, points=x, movable=movable, queries=queries, keys=keys, weight=weight, log_weight=log_weight,
+        beta=beta, alpha=alpha, alpha_mean=weight @ alpha, own=own, rest=_rest_norm(weight, movable),
+        norm=torch.stack([a for a, _ in norms]), numerical=torch.stack([b for _, b in norms]),
+    )  # fmt: skip
+
+
+def _rest_norm(weight: Tensor, movable: Tensor) -> Tensor:
+    """``||(e_j - w) on T without i||`` for every (h, i, j)."""
+    n = weight.shape[-1]
+    eye = torch.eye(n, dtype=weight.dtype, device=weight.device)
+    squares = (weight**2) @ movable - weight.diagonal(dim1=1, dim2=2) ** 2 * movable  # sum over T without i
+    jump = (1.0 - 2.0 * weight) * movable * (1.0 - eye)  # (1 - w_j)^2 - w_j^2 where j itself may move
+    return ((squares[..., None] + jump).clamp_min(0.0) + PAD).sqrt()
+
+
+def _small_bilinear(layer: Attention) -> list[Tensor]:
+    """A per head in an orthonormal basis of the columns of [w_q w_k] (at most 2k): same norm and numerical radius."""
+    k = layer.key_width
+    if 2 * k >= layer.width:
+        return list(layer.bilinear)
+    triangle = torch.linalg.qr(torch.cat([layer.w_q, layer.w_k], dim=-1), mode="r").R
+    return list(layer.factor * triangle[..., :k] @ triangle[..., k:].mT)
+
+
+def _norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    spectral = torch.linalg.matrix_norm(matrix, 2)
+    symmetric = torch.linalg.eigvalsh(0.5 * (matrix + matrix.T)).abs().amax()
+    return spectral * (1.0 + 1e-10), torch.minimum(symmetric + 1e-10 * spectral, spectral * (1.0 + 1e-10))
+
+
+def own_block(rows: CleanRows, order: float) -> Float[Tensor, "h n n"]:
+    """Norm of the delta_i-block ``own_j beta_i + alpha_j - mean alpha`` of l_j (order 2, 1, inf); 0 if i is fixed."""
+    if order == 2.0:
+        return _own_norm(rows)
+    out = torch.empty_like(rows.weight)
+    for i in range(rows.n):  # d-dimensional blocks of one row of all heads at a time: h n d numbers
+        block = _own_vectors(rows, i)
+        out[:, i] = torch.linalg.vector_norm(block, ord=order, dim=-1) * rows.movable[i]
+    return out
+
+
+def _own_vectors(rows: CleanRows, i: int) -> Float[Tensor, "h n d"]:
+    return rows.own[:, i, :, None] * rows.beta[:, i, None, :] + rows.alpha - rows.alpha_mean[:, i, None, :]
+
+
+def _own_norm(rows: CleanRows) -> Float[Tensor, "h n n"]:
+    """The 2-norm of the delta_i-blocks from Gram entries, padded outward."""
+    gram = rows.alpha @ rows.alpha.mT
+    mean = rows.weight @ gram
+    square = gram.diagonal(dim1=1, dim2=2)[:, None, :] - 2.0 * mean + (mean * rows.weight).sum(-1)[..., None]
+    cross = rows.beta @ rows.alpha.mT
+    cross = cross - (cross * rows.weight).sum(-1)[..., None]
+    length = (rows.beta**2).sum(-1)[..., None]
+    pad = 16.0 * PAD * (gram.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None] + length)
+    total = rows.own**2 * length + 2.0 * rows.own * cross + square
+    return (total.clamp_min(0.0) + pad).sqrt() * rows.movable[:, None]
+
+
+def own_gram(rows: CleanRows) -> Float[Tensor, "h n n n"]:
+    """Gram matrix over (j, j') of the delta_i-blocks of l_j, for every row (h, i)."""
+    out = rows.weight.new_empty(*rows.weight.shape, rows.n)
+    for i in range(rows.n):
+        block = _own_vectors(rows, i)
+        out[:, i] = block @ block.mT * rows.movable[i]
+    return out
+
+
+def direction_gram(rows: CleanRows) -> Float[Tensor, "h n n n"]:
+    """Gram matrix over (j, j') of the l_j restricted to the movable tokens, for every row (h, i)."""
+    w, m = rows.weight, rows.movable
+    wm = w * m
+    squares = (wm**2).sum(-1)
+    # (e_j - w)_T.(e_j' - w)_T = [j = j' in T] - w_j [j in T] - w_j' [j' in T] + sum_T w^2, then without token i
+    overlap = torch.diag(m) - wm[..., :, None] - wm[..., None, :] + squares[..., None, None]
+    overlap = overlap - rows.own[..., :, None] * rows.own[..., None, :]
+    return overlap * (rows.beta**2).sum(-1)[..., None, None] + own_gram(rows)

@@ -1,0 +1,220 @@
+"""Upper bounds of ``sup G.D + D M D / 2`` over balls by weak duality; every approximation is on the safe side."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.numerics.linear_map import largest_eigenvalue_upper
+from attnrobust.numerics.sides import Upper
+
+DECOMPOSE_LIMIT = 320  # an eigenvalue decomposition takes milliseconds up to here
+CHOLESKY_LIMIT = 2000
+BLOCK_STEPS = 16
+START = 1e-9  # of Newton's method above the largest eigenvalue, as a share of the largest number in the problem
+NEWTON_STEPS = 40  # of the multiplier; quadratic convergence needs about 6
+MAX_RAISES = 80  # of the multiplier by 1 % each until the factorisation succeeds
+OUTWARD = 1e-9  # outward share of a bound: rounding of products and factorisations
+TINY = 1e-300
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """``constant + G.D + D M D / 2`` with M symmetric, as products.
+
+    Args:
+        product: (*b, N) -> (*b, N), batched.
+        gradient: G.
+        constant: Added to every value.
+    """
+
+    product: Product
+    gradient: Float[Tensor, "N"]
+    constant: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Maximiser:
+    """Approximate solution; nothing about it is claimed.
+
+    Args:
+        points: Near-maximisers (b, N) of norm at most the radius (two in the hard case).
+        multiplier: Approximate optimal multiplier.
+        value: Approximate optimal value.
+    """
+
+    points: Float[Tensor, "b N"]
+    multiplier: float
+    value: float
+
+
+def approximate(
+    problem: Quadratic, radius: float, starts: Float[Tensor, "b N"], *, steps: int = BLOCK_STEPS, settled: float = 0.0
+) -> Maximiser:
+    """Solve the trust region in a block Krylov space of G and start vectors.
+
+    Args:
+        problem: The quadratic.
+        radius: Of the ball.
+        starts: Guesses of maximisers.
+        steps: Products with the block at most.
+        settled: Relative growth of the value by one product that ends the search.
+    """
+    size = problem.gradient.numel()
+    found = torch.linalg.qr(torch.cat([problem.gradient[None], starts]).T[:, :size]).Q
+    images = fresh = problem.product(found.T).T
+    width, (values, vectors, value) = found.shape[1], _projected(found, images, problem, radius)
+    for _ in range(min(steps, size // width) - 1):
+        scale = float(torch.linalg.vector_norm(fresh)) + TINY
+        fresh = fresh - found @ (found.T @ fresh)
+        fresh = fresh - found @ (found.T @ fresh)
+        if float(torch.linalg.vector_norm(fresh)) <= 1e-10 * scale:
+            break
+        fresh = torch.linalg.qr(fresh).Q
+        found = torch.cat([found, fresh], dim=1)
+        fresh = problem.product(fresh.T).T
+        images = torch.cat([images, fresh], dim=1)
+        last = value
+        values, vectors, value = _projected(found, images, problem, radius)
+        if value <= (1.0 + settled) * last:
+            break
+    return _small_solution(values, found @ vectors, problem, radius)
+
+
+def _projected(found: Tensor, images: Tensor, problem: Quadratic, radius: float) -> tuple[Tensor, Tensor, float]:
+    """Eigenvalues and eigenvectors of the form in a subspace, and the largest value there without the constant."""
+    small = found.T @ images
+    values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
+    g = vectors.T @ (found.T @ problem.gradient)
+    multiplier = _multiplier(values, g, radius)
+    value = 0.5 * float(g @ (g / (multiplier - values).clamp_min(TINY))) + 0.5 * multiplier * radius**2
+    return values, vectors, value
+
+
+def _small_solution(values: Tensor, vectors: Tensor, problem: Quadratic, radius: float) -> Maximiser:
+    g = vectors.T @ problem.gradient
+    multiplier = _multiplier(values, g, radius)
+    x = g / (multiplier - values).clamp_min(TINY)
+    missing = max(radius**2 - float(x @ x), 0.0) ** 0.5
+    hard = missing > 1e-3 * radius and multiplier <= float(values[-1]) + 1e-6 * abs(float(values[-1])) + TINY * 10
+    points = [x]
+    if hard:
+        fill = torch.zeros_like(x)
+        fill[-1] = missing
+        points = [x + fill, x - fill]
+    value = 0.5 * float(g @ x) + 0.5 * multiplier * radius**2 + problem.constant
+    return Maximiser(torch.stack(points) @ vectors.T, multiplier, value)
+
+
+def _multiplier(values: Tensor, g: Tensor, radius: float) -> float:
+    """Smallest l >= max(0, largest eigenvalue) with ``|(l - values)^{-1} g| <= radius``.
+
+    Newton's method on ``1 / |(l - values)^{-1} g| = 1 / radius``, concave in l, rises to the root from below.
+    """
+    linear = float(torch.linalg.vector_norm(g)) / radius
+    unit = max(float(values.abs().amax()), linear)
+    if unit <= TINY:
+        return TINY
+    eigenvalues, terms = (values / unit).cpu().numpy(), (g / (unit * radius)).square().cpu().numpy()
+    low = max(float(eigenvalues[-1]), 0.0) + START
+    high = low + linear / unit
+    for _ in range(NEWTON_STEPS):
+        gap = low - eigenvalues
+        square = float((terms / gap**2).sum())
+        if not square > 1.0 + 1e-12:
+            return low * unit
+        low = min(low + square / float((terms / gap**3).sum()) * (square**0.5 - 1.0), high)
+    return high * unit
+
+
+def decomposed_bound(problem: Quadratic, radius: float) -> tuple[Upper, Maximiser]:
+    """Deterministic: eigenvalue decomposition of the dense matrix (small sizes)."""
+    matrix = dense(problem)
+    values, vectors = torch.linalg.eigh(matrix)
+    shift = 1e-11 * float(values.abs().amax())  # backward error of the decomposition: it proves M - shift I only
+    solution = _small_solution(values + shift, vectors, problem, radius)
+    return Upper(max(solution.value, 0.0) * (1.0 + OUTWARD)), solution
+
+
+def dense(problem: Quadratic) -> Float[Tensor, "N N"]:
+    """The symmetrised matrix, from products with unit vectors."""
+    size = problem.gradient.numel()
+    out = problem.gradient.new_empty(size, size)
+    chunk = max(1, min(size, 4_000_000 // size))
+    for start in range(0, size, chunk):
+        stop = min(start + chunk, size)
+        unit = out.new_zeros(stop - start, size)
+        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+        out[start:stop] = problem.product(unit)
+    return 0.5 * (out + out.T)
+
+
+def factorised_bound(problem: Quadratic, radius: float, guess: Maximiser) -> Upper:
+    """Deterministic: ``G (l - M)^{-1} G / 2 + l r^2 / 2`` with l > lambda_max(M) proved by a Cholesky factorisation.
+
+    The factorisation is of ``(l - shift) I - M`` with shift = 1e-11 ||M||_F, which covers its backward error; solving
+    with the smaller matrix only enlarges the value.
+    """
+    matrix = dense(problem)
+    shift = 1e-11 * float(torch.linalg.matrix_norm(matrix))
+    multiplier = guess.multiplier * (1.0 + 1e-3) + 2.0 * shift + TINY
+    for _ in range(MAX_RAISES):
+        shifted = -matrix
+        shifted.diagonal().add_(multiplier - shift)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) == 0:
+            x = torch.cholesky_solve(problem.gradient[:, None], factor)[:, 0]
+            value = 0.5 * float(problem.gradient @ x) + 0.5 * multiplier * radius**2 + problem.constant
+            return Upper(max(value, 0.0) * (1.0 + OUTWARD))
+        multiplier = 1.01 * multiplier + shift
+    return Upper(math.inf)
+
+
+def iterated_bound(
+    problem: Quadratic, radius: float, guess: Maximiser, *, failure_probability: float, seed: int
+) -> Upper:
+    """Probabilistic: the dual value with ``lambda_up >= lambda_max`` from Lanczos with a random start.
+
+    For l > lambda_up and any x, with ``res = G - (l - M) x``:
+    ``G (l - M)^{-1} G <= 2 G.x - x (l - M) x + |res|^2 / (l - lambda_up)``.
+    """
+    bounds = largest_eigenvalue_upper(
+        problem.product, problem.gradient.numel(), failure_probability=failure_probability, seed=seed, tol=3e-3,
+        max_steps=80, device=problem.gradient.device,
+    )  # fmt: skip
+    top = max(bounds.upper.value, 0.0)
+    best = _dual_value(problem, radius, max(guess.multiplier, top * (1.0 + 2e-3) + TINY), top)
+    return Upper(max(best, 0.0) * (1.0 + OUTWARD), bounds.upper.failure_probability)
+
+
+def _dual_value(problem: Quadratic, radius: float, multiplier: float, top: float) -> float:
+    x, residual = _solve(problem, multiplier)
+    inner = float(problem.gradient @ x) + float(residual @ x)  # 2 G.x - x (l - M) x = G.x + res.x
+    slack = float(residual @ residual) / max(multiplier - top, TINY)
+    return 0.5 * (inner + slack + multiplier * radius**2) + problem.constant
+
+
+def _solve(problem: Quadratic, multiplier: float, *, steps: int = 30) -> tuple[Tensor, Tensor]:
+    """Conjugate gradients on ``(l - M) x = G``; the returned residual is recomputed."""
+    target = float(torch.linalg.vector_norm(problem.gradient)) * 1e-3
+    x = torch.zeros_like(problem.gradient)
+    residual = problem.gradient.clone()
+    direction, energy = residual, float(residual @ residual)
+    for _ in range(steps):
+        image = multiplier * direction - problem.product(direction)
+        curvature = float(direction @ image)
+        if not curvature > 0.0:
+            break
+        length = energy / curvature
+        x = x + length * direction
+        residual = residual - length * image
+        previous, energy = energy, float(residual @ residual)
+        if energy <= target**2:
+            break
+        direction = residual + energy / previous * direction
+    return x, problem.gradient - (multiplier * x - problem.product(x))

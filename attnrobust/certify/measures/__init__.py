@@ -1,0 +1,1 @@
+"""Certificates for perturbed token measures: copies, couplings and Wasserstein balls."""

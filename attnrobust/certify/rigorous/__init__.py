@@ -1,0 +1,1 @@
+"""Certificates in ball arithmetic, rounded outward end to end."""

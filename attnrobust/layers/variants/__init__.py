@@ -1,0 +1,1 @@
+"""Attention layers other than dot-product attention."""

@@ -1,0 +1,180 @@
+"""Lower bounds of Lipschitz constants of attention on a ball, with the inputs that show them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.errors import InputError
+from attnrobust.layers.attention import Attention
+from attnrobust.layers.jacobian import AttentionJacobian
+from attnrobust.numerics.linear_map import largest_singular_value_lower, scale_rows, scale_tokens
+from attnrobust.numerics.sides import Lower, round_down
+from attnrobust.tokens import TokenMeasure
+
+REAL = 1e-9  # imaginary part, relative to the largest eigenvalue, up to which an eigenvalue counts as real
+COARSE = 1e-2  # accuracy at which inputs are told apart
+
+
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """A lower bound together with the tokens at which the derivative is that large.
+
+    Args:
+        lower: The bound.
+        tokens: The input, in the ball.
+    """
+
+    lower: Lower
+    tokens: TokenMeasure
+
+
+def finite_lower(attention: Attention, n: int, radius: float, *, seed: int = 0) -> Witness:
+    """Lower bound of the Frobenius Lipschitz constant on n tokens in the ball of a radius.
+
+    The tokens sit on the line of a real eigenvector u of ``B^T``: one at one end and the others at a second point, so
+    that moving the one moves all averages. For one head without query bias the derivative is at least
+    ``||u M|| sqrt(n-1) P (1 + 2 gamma R^2 (1-P))``, ``P = 1/(1 + (n-1) e^{-2 gamma R^2})``, gamma the largest of
+    -lambda_min and lambda_max / 8 over real eigenvalues. The returned value is the norm of the whole layer's exact
+    derivative at the best such input (every head and sign is tried), which is at least as large.
+
+    Args:
+        attention: The layer; its mask must be None (causal is allowed).
+        n: Token count, >= 1.
+        radius: R >= 0.
+        seed: Seed of the eigenvalue iteration.
+
+    Returns:
+        A lower bound and its input.
+
+    Raises:
+        InputError: A mask, or a negative radius.
+
+    References:
+        Configuration as in the code of Castin, Ablin, Peyre 2024; the constant is derived
+        (docs/certificates-literature.md, section 8).
+    """
+    _refuse_mask(attention)
+    if n < 1 or not radius >= 0:
+        raise InputError("give n >= 1 tokens and a radius >= 0")
+    inputs = [torch.zeros(n, attention.width, dtype=torch.float64, device=attention.device)]
+    for value, vector in _real_eigenvectors(attention):
+        first, others = _positions(value, radius)
+        for sign in (1.0, -1.0):
+            points = (sign * others * vector).repeat(n, 1)
+            points[0] = sign * first * vector
+            inputs.append(points)
+    return _best(attention, [TokenMeasure(points) for points in inputs], seed=seed)
+
+
+def mean_field_lower(attention: Attention, radius: float, *, seed: int = 0) -> Witness:
+    """Lower bound of the W_2 Lipschitz constant on all token measures in the ball of a radius.
+
+    Two atoms on the line of an eigenvector as in ``finite_lower``, the first with the share ``e^{-2 gamma R^2}`` of the
+    second's mass, so that the others give it half of their attention. One head without query bias:
+    ``(||u M|| / 2) (1 + gamma R^2) e^{gamma R^2}``, which grows faster than any power of R.
+
+    Args:
+        attention: The layer, without mask.
+        radius: R >= 0.
+        seed: Seed of the eigenvalue iteration.
+
+    Returns:
+        A lower bound (the exact weighted derivative at the best input) and its measure.
+
+    Raises:
+        InputError: A mask (also causal), or a negative radius.
+
+    References:
+        Castin, Ablin, Peyre 2024 state super-exponential growth; this constant is derived
+        (docs/certificates-literature.md, section 8).
+    """
+    _refuse_mask(attention)
+    if attention.causal or not radius >= 0:
+        raise InputError("a token measure has no order: give a layer without causal mask, and a radius >= 0")
+    centre = TokenMeasure(torch.zeros(1, attention.width, dtype=torch.float64, device=attention.device))
+    measures = [centre]
+    for value, vector in _real_eigenvectors(attention):
+        first, others = _positions(value, radius)
+        gamma = max(-value, value / 8.0)
+        light = math.exp(-2.0 * gamma * radius**2)
+        if light < 1e-280:
+            continue  # the mass leaves float64; a smaller radius shows the growth
+        mass = torch.tensor([light, 1.0], dtype=torch.float64, device=attention.device) / (1.0 + light)
+        pair = torch.stack([first * vector, others * vector])
+        measures += [TokenMeasure(pair, mass), TokenMeasure(-pair, mass)]
+    return _best(attention, measures, seed=seed)
+
+
+def closed_form_lower(attention: Attention, radius: float, *, n: int | None = None) -> Lower:
+    """The closed forms of ``finite_lower`` (n given) and ``mean_field_lower`` (n None) for one head without query bias.
+
+    Args:
+        attention: One head, no query bias, no mask, not causal.
+        radius: R >= 0.
+        n: Token count, or None for measures.
+
+    Raises:
+        InputError: A layer of another kind.
+    """
+    _refuse_mask(attention)
+    if attention.heads != 1 or attention.causal or bool((attention.key_offset != 0).any()):
+        raise InputError("the closed form is for one head without query bias and mask; use finite_lower")
+    best = 0.0
+    for value, vector in _real_eigenvectors(attention):
+        growth = max(-value, value / 8.0) * radius**2
+        reach = float(torch.linalg.vector_norm(vector @ attention.value_output[0]))
+        if n is None:
+            best = max(best, 0.5 * reach * (1.0 + growth) * math.exp(growth))
+        elif n > 1:
+            share = 1.0 / (1.0 + (n - 1) * math.exp(-2.0 * growth))
+            best = max(best, reach * math.sqrt(n - 1) * share * (1.0 + 2.0 * growth * (1.0 - share)))
+    return Lower(round_down(best, relative=1e-9))  # eigenvectors of a matrix that is not symmetric are less accurate
+
+
+def _positions(value: float, radius: float) -> tuple[float, float]:
+    """Where the single token and the others sit on the eigenvector's line."""
+    return (radius, 0.5 * radius) if value > 0 and value / 8.0 >= -value else (-radius, radius)
+
+
+def _real_eigenvectors(attention: Attention) -> list[tuple[float, Float[Tensor, "d"]]]:
+    """Extreme real eigenvalues of ``B^T`` of every head (where keys are narrow, not 0), with unit eigenvectors."""
+    chosen: list[tuple[float, Tensor]] = []
+    narrow = attention.key_width < attention.width
+    # B^T w_k z = w_k (scale w_q^T w_k) z: the small matrix has every eigenvalue but 0
+    small = attention.factor * attention.w_q.transpose(-1, -2) @ attention.w_k
+    for head, matrix in enumerate(small if narrow else attention.bilinear.transpose(-1, -2)):
+        values, vectors = torch.linalg.eig(matrix)
+        if narrow:
+            vectors = torch.complex(attention.w_k[head] @ vectors.real, attention.w_k[head] @ vectors.imag)
+            vectors = vectors / torch.linalg.vector_norm(vectors, dim=0).clamp_min(1e-300)
+        real = (values.imag.abs() <= REAL * values.abs().max().clamp_min(1e-300)).nonzero().flatten()
+        if real.numel() == 0:
+            continue
+        order = real[values.real[real].argsort()]
+        for index in {int(order[0]), int(order[-1])}:
+            vector = vectors[:, index].real
+            length = float(torch.linalg.vector_norm(vector))
+            if length > 0.5:
+                chosen.append((float(values[index].real), vector / length))
+    return chosen
+
+
+def _best(attention: Attention, inputs: list[TokenMeasure], *, seed: int) -> Witness:
+    """The input with the largest norm: told apart coarsely, then evaluated well; each value is a lower bound."""
+    best = max(inputs, key=lambda tokens: _norm(attention, tokens, seed=seed, tol=COARSE).value)
+    return Witness(_norm(attention, best, seed=seed, tol=1e-9), best)
+
+
+def _norm(attention: Attention, tokens: TokenMeasure, *, seed: int, tol: float) -> Lower:
+    """Norm of ``D^{1/2} J D^{-1/2}`` from below, D the masses; equal masses cancel."""
+    linear = AttentionJacobian(attention, tokens.points, None if tokens.uniform else tokens.mass).linear_map()
+    root = tokens.mass.sqrt()
+    return largest_singular_value_lower(scale_rows(scale_tokens(linear, 1.0 / root), root), seed=seed, tol=tol)[0]
+
+
+def _refuse_mask(attention: Attention) -> None:
+    if attention.mask is not None:
+        raise InputError("the layer has a mask for one length; lower bounds on a ball need a layer without")

@@ -1,0 +1,234 @@
+"""What is known of Lipschitz constants from below: derivatives at chosen inputs, and an attack of fixed size."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from attnrobust.attacks import AttackBudget, attack
+from attnrobust.errors import InputError
+from attnrobust.layers.attention import Attention
+from attnrobust.layers.token_map import TokenMap
+from attnrobust.layers.variants.kernel import KernelAttention
+from attnrobust.layers.variants.l2 import L2Attention
+from attnrobust.layers.variants.sigmoid import SigmoidAttention
+from attnrobust.lipschitz.derivative import JacobianNorm
+from attnrobust.lipschitz.eigenvector_inputs import finite_lower, mean_field_lower
+from attnrobust.lipschitz.question import Question, derivative
+from attnrobust.lipschitz.records import LowerRow, Quantity
+from attnrobust.lipschitz.search import Masses, lipschitz_search
+from attnrobust.numerics.linear_map import LinearMap, largest_singular_value_lower, pool_rows, scale_rows, scale_tokens
+from attnrobust.numerics.sides import round_down
+from attnrobust.tokens import TokenMeasure
+
+BUDGET = AttackBudget(restarts=4, steps=40, rounds=1)
+"""Of the attack; displacements are nearly linear at small sizes."""
+ALTERNATIONS = 8
+"""Steps of the search for the most sensitive row; every step gives a lower bound."""
+ROWS = 64
+"""Most output rows that this search looks at."""
+ENTRIES = 256
+"""Output entries whose derivatives are added up for the largest-entry norm."""
+LIGHTER = (1.0, 1e-4, 1e-8)
+"""Shares of the two-atom measure's light mass: the W_1 constant is approached as the light atom vanishes."""
+FAR = 200.0
+"""Score gap at which attention is hard to e^-200."""
+RESTARTS = 4
+TINY = 1e-300
+TWO_ATOMS = "two atoms"
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """An input in the ball whose derivative is looked at."""
+
+    name: str
+    where: str
+    tokens: TokenMeasure
+
+
+def lower_bounds(question: Question) -> Iterator[LowerRow]:
+    """Every lower bound, in no order."""
+    for candidate in _candidates(question):
+        yield from _at(question, candidate)
+        if candidate.name == TWO_ATOMS and candidate.tokens.n == 2:
+            yield _light_atom(question.network, candidate.tokens)
+    if question.clean is not None:
+        yield from _around(question)
+        yield from _far_out(question)
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------
+
+
+def _candidates(question: Question) -> Iterator[_Candidate]:
+    clean, network = question.clean, question.network
+    if clean is not None:
+        largest = float(torch.linalg.vector_norm(clean.points, dim=-1).max())
+        if largest <= question.radius:
+            yield _Candidate("derivative", "the input X", clean)
+        if isinstance(network, KernelAttention):
+            return  # the set of the kernel's constants is known to hold the input, nothing else
+        if largest > 0 and largest != question.radius:
+            # one rounding unit inside, so that no token leaves the ball
+            scaled = clean.points * (question.radius / largest * (1.0 - 1e-15))
+            yield _Candidate("derivative", "X scaled to the ball", TokenMeasure(scaled, clean.mass))
+    if isinstance(network, KernelAttention):
+        return
+    if isinstance(network, Attention) and network.mask is None:
+        witness = finite_lower(network, question.n, question.radius, seed=question.seed)
+        yield _Candidate("eigenvector", "one token against the others on an eigenvector's line", witness.tokens)
+        if not network.causal:
+            measure = mean_field_lower(network, question.radius, seed=question.seed).tokens
+            yield _Candidate(TWO_ATOMS, "a light and a heavy atom on an eigenvector's line", measure)
+    yield from _searched(question)
+    generator = torch.Generator().manual_seed(question.seed)
+    drawn = torch.randn(question.n, network.width, generator=generator, dtype=torch.float64).to(question.device)
+    drawn = drawn / torch.linalg.vector_norm(drawn, dim=-1, keepdim=True) * (question.radius * (1.0 - 1e-15))
+    yield _Candidate("derivative", "random tokens on the sphere", TokenMeasure(drawn))
+
+
+def _searched(question: Question) -> Iterator[_Candidate]:
+    """Where ascent on the derivative's norm over the ball ends, for every norm that a bound speaks about."""
+    network = question.network
+    if question.search_steps == 0:
+        return
+    searches: list[tuple[JacobianNorm, Masses]] = [("l2", "equal"), ("max-token", "equal")]
+    measures = isinstance(network, Attention) and network.mask is None and not network.causal
+    if measures or isinstance(network, SigmoidAttention):
+        searches.append(("l2", "free"))
+    if isinstance(network, L2Attention):
+        searches.append(("linf", "equal"))
+    # one rounding unit inside, as above
+    centre = torch.zeros(question.n, network.width, dtype=torch.float64, device=question.device)
+    size = question.radius * (1.0 - 1e-15)
+    for norm, masses in searches:
+        found = lipschitz_search(
+            network, centre, size, norm=norm, masses=masses, restarts=RESTARTS, steps=question.search_steps,
+            seed=question.seed,
+        )  # fmt: skip
+        yield _Candidate("ascent", f"{norm} norm, {masses} masses, {question.search_steps} steps", found.tokens)
+
+
+# ---- what one derivative shows -------------------------------------------------------------------------------------
+
+
+def _at(question: Question, candidate: _Candidate) -> Iterator[LowerRow]:
+    tokens, seed = candidate.tokens, question.seed
+    linear = derivative(question.network, tokens)
+
+    def row(quantity: Quantity, value: float) -> LowerRow:
+        return LowerRow(name=candidate.name, quantity=quantity, value=value, where=candidate.where)
+
+    norm = largest_singular_value_lower(linear, seed=seed)[0].value
+    if candidate.tokens is question.clean:
+        yield row(Quantity.LOCAL, norm)
+    weighted = norm
+    if not tokens.uniform:
+        root = tokens.mass.sqrt()
+        weighted = largest_singular_value_lower(scale_rows(scale_tokens(linear, 1.0 / root), root), seed=seed)[0].value
+        if candidate.tokens is question.clean:
+            yield row(Quantity.LOCAL_MASS, weighted)
+    same_length = tokens.n == question.n
+    if same_length and (tokens.uniform or tokens is question.clean):
+        yield row(Quantity.BALL, norm)
+        yield row(Quantity.MEAN, largest_singular_value_lower(pool_rows(linear, tokens.mass), seed=seed)[0].value)
+        yield row(Quantity.ENTRY, _entries(linear))
+    largest = _rows(linear)
+    if same_length:
+        yield row(Quantity.TOKEN, largest)
+    if isinstance(question.network, Attention) and (question.network.causal or question.network.mask is not None):
+        if question.network.mask is None and tokens.uniform:
+            yield row(Quantity.D2, norm)
+        return
+    yield row(Quantity.W2, weighted)
+    yield row(Quantity.W_INF, largest)
+
+
+def _rows(linear: LinearMap) -> float:
+    """Largest change of one output row per unit of the largest token move, from below.
+
+    For an output row i and a unit u, moving every token by the unit vector along its block of ``J^T (e_i u)`` changes
+    ``u . f_i`` by the sum of their norms; then u is turned towards the change that this move makes.
+    """
+    n, e = linear.out_shape
+    chosen = torch.linspace(0, n - 1, min(n, ROWS), device=linear.device).long()
+    place = torch.nn.functional.one_hot(chosen, n).to(torch.float64)[:, :, None]  # (rows, n, 1)
+    u = torch.ones(len(chosen), e, dtype=torch.float64, device=linear.device) / math.sqrt(e)
+    best = 0.0
+    for _ in range(ALTERNATIONS):
+        blocks = linear.rmatvec(place * u[:, None, :])  # J^T (e_i u_i) of every chosen row, (rows, n, d)
+        lengths = torch.linalg.vector_norm(blocks, dim=-1, keepdim=True)
+        changed = (linear.matvec(blocks / lengths.clamp_min(TINY)) * place).sum(dim=-2)  # row i by its own move
+        size = torch.linalg.vector_norm(changed, dim=-1, keepdim=True)
+        best = max(best, float(size.max()))
+        u = changed / size.clamp_min(TINY)
+    return round_down(best)
+
+
+def _entries(linear: LinearMap) -> float:
+    """Largest sum of absolute derivatives of one output entry, over the first ``ENTRIES`` entries."""
+    count = min(linear.out_size, ENTRIES)
+    best = 0.0
+    for part in torch.arange(count).split(32):
+        unit = torch.zeros(len(part), linear.out_size, dtype=torch.float64, device=linear.device)
+        unit[torch.arange(len(part)), part] = 1.0
+        rows = linear.rmatvec(unit.reshape(-1, *linear.out_shape))
+        best = max(best, float(rows.abs().sum(dim=(-2, -1)).max()))
+    return round_down(best)
+
+
+# ---- measures, finite moves, the limit -----------------------------------------------------------------------------
+
+
+def _light_atom(network: TokenMap, found: TokenMeasure) -> LowerRow:
+    """W_1: the first atom of a two-atom measure moves along the line; its mass is made small."""
+    best = 0.0
+    for share in LIGHTER:
+        light = float(found.mass[0]) * share  # the first atom is the light one
+        tokens = TokenMeasure(found.points, found.mass.new_tensor([light, 1.0]) / (1.0 + light))
+        best = max(best, _moving_one(derivative(network, tokens), tokens))
+    where = "a vanishing atom against a heavy one"
+    return LowerRow(name=TWO_ATOMS, quantity=Quantity.W1, value=round_down(best), where=where)
+
+
+def _moving_one(linear: LinearMap, tokens: TokenMeasure) -> float:
+    """``max_j sum_i mass_i |J_ij v| / mass_j`` for the atoms' own direction v: moving one atom, in W_1."""
+    direction = tokens.points[0] / torch.linalg.vector_norm(tokens.points[0])
+    moves = torch.eye(tokens.n, dtype=torch.float64, device=linear.device)[:, :, None] * direction
+    changes = torch.linalg.vector_norm(linear.matvec(moves), dim=-1)  # (moved, row)
+    return float(((changes * tokens.mass).sum(dim=-1) / tokens.mass).max())
+
+
+def _around(question: Question) -> Iterator[LowerRow]:
+    """The strongest attack within the size, re-measured by the attack's own verification."""
+    try:
+        found = attack(question.problem, epsilon=question.epsilon, seed=question.seed, budget=BUDGET)
+    except InputError:
+        return
+    if found.perturbed is None or not math.isfinite(found.usage):
+        return
+    assert question.epsilon is not None  # noqa: S101 - there is one where there is an input
+    value = round_down(found.usage / question.epsilon, relative=1e-9)
+    yield LowerRow(name=found.attack, quantity=Quantity.FINITE, value=value, where="the strongest point found")
+
+
+def _far_out(question: Question) -> Iterator[LowerRow]:
+    """The derivative so far out on the ray through X that attention is hard."""
+    network, clean = question.network, question.clean
+    if not isinstance(network, Attention) or clean is None or clean.n == 1 or bool((network.key_offset != 0).any()):
+        return
+    scores = network.scores(clean.points)
+    best = scores.topk(2, dim=-1).values
+    gaps = best[..., 0] - best[..., 1]
+    gap = float(gaps.min())
+    if not (math.isfinite(float(best[..., 0].abs().max())) and gap > 1e-6 * float(best[..., 0].abs().max())):
+        return
+    far = TokenMeasure(clean.points * math.sqrt(FAR / gap) if math.isfinite(gap) else clean.points, clean.mass)
+    norm = _norm(network, far, question.seed)
+    yield LowerRow(name="derivative", quantity=Quantity.LIMIT, value=norm, where="X scaled until attention is hard")
+
+
+def _norm(network: Attention, tokens: TokenMeasure, seed: int) -> float:
+    return largest_singular_value_lower(derivative(network, tokens), seed=seed)[0].value

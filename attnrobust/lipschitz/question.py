@@ -1,0 +1,147 @@
+"""What a table of bounds is asked about."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attnrobust.errors import InputError
+from attnrobust.goals import Displacement
+from attnrobust.layers.attention import Attention
+from attnrobust.layers.jacobian import AttentionJacobian
+from attnrobust.layers.token_map import TokenMap
+from attnrobust.numerics.linear_map import LinearMap
+from attnrobust.problem import Problem
+from attnrobust.threats.moves import Threat
+from attnrobust.tokens import TokenMeasure
+
+SEARCH_STEPS, SEARCHED_SIZE = 40, 256
+"""Steps of the ascent for lower bounds where none are given, on inputs of at most so many numbers."""
+SHARE = 0.01
+"""Size of the finite moves where none is given: this share of the input's Frobenius norm."""
+LARGEST_MATRIX = 1 << 24
+CHUNK = 64  # rows of a derivative that are pulled back together
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A layer, the ball of its tokens, and an input if there is one.
+
+    Args:
+        network: The layer.
+        n: Token count.
+        radius: R, > 0.
+        clean: The input X, or None.
+        epsilon: Size of finite moves around X, > 0; None without an input.
+        threat: How finite moves are measured.
+        seed: Seed of everything random.
+        search: Steps of the ascent for lower bounds; None leaves it to the size.
+    """
+
+    network: TokenMap
+    n: int
+    radius: float
+    clean: TokenMeasure | None
+    epsilon: float | None
+    threat: Threat
+    seed: int
+    search: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer lives."""
+        place = getattr(self.network, "device", None) if self.clean is None else self.clean.points.device
+        return place if isinstance(place, torch.device) else torch.device("cpu")
+
+    @property
+    def search_steps(self) -> int:
+        """Steps of the ascent."""
+        if self.search is not None:
+            return self.search
+        return SEARCH_STEPS if self.n * max(self.network.width, self.network.out_width) <= SEARCHED_SIZE else 0
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Displacement 1 around X; the bounds of its change do not depend on that number."""
+        assert self.clean is not None  # noqa: S101 - asked for only where there is an input
+        return Problem(self.network, self.clean, self.threat, Displacement(1.0))
+
+
+def checked(
+    network: TokenMap,
+    clean: TokenMeasure | None,
+    n: int | None,
+    radius: float | None,
+    epsilon: float | None,
+    threat: Threat,
+    seed: int,
+    search: int | None,
+) -> Question:
+    """Fill in what follows from the input, refuse what cannot be used.
+
+    Raises:
+        InputError: Neither an input nor a radius with a token count; numbers that are not positive; a count or a radius
+            that the input contradicts.
+    """
+    if search is not None and search < 0:
+        raise InputError(f"the search takes a number of steps >= 0; got {search}")
+    if clean is None:
+        if n is None or radius is None:
+            raise InputError("give an input, or a radius together with a token count n")
+        if epsilon is not None:
+            raise InputError("epsilon is a distance from an input; give an input or leave epsilon out")
+        return Question(network, _count(n), _positive("radius", radius), None, None, threat, seed, search)
+    if clean.width != network.width:
+        raise InputError(f"the tokens have width {clean.width}, the layer takes {network.width}")
+    if n is not None and n != clean.n:
+        raise InputError(f"the input has {clean.n} tokens, not n = {n}; leave n out")
+    largest = float(torch.linalg.vector_norm(clean.points, dim=-1).max())
+    if radius is None and largest == 0.0:
+        raise InputError("every token of the input is zero, which gives a ball of radius 0; give a radius")
+    radius = largest if radius is None else _positive("radius", radius)
+    if epsilon is None:
+        epsilon = SHARE * (float(torch.linalg.vector_norm(clean.points)) or radius)
+    return Question(network, clean.n, radius, clean, _positive("epsilon", epsilon), threat, seed, search)
+
+
+def _count(n: int) -> int:
+    if n < 1:
+        raise InputError(f"the token count n must be >= 1; got {n}")
+    return n
+
+
+def _positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} must be a positive number; got {value}")
+    return value
+
+
+def derivative(network: TokenMap, tokens: TokenMeasure) -> LinearMap:
+    """The derivative of a layer at an input: exact products for dot-product attention, else its matrix.
+
+    Raises:
+        InputError: A matrix of more than ``LARGEST_MATRIX`` entries.
+    """
+    mass = None if tokens.uniform else tokens.mass
+    if isinstance(network, Attention):
+        return AttentionJacobian(network, tokens.points, mass).linear_map()
+    shape_in, shape_out = (tokens.n, network.width), (tokens.n, network.out_width)
+    rows, columns = math.prod(shape_out), math.prod(shape_in)
+    if rows * columns > LARGEST_MATRIX:
+        raise InputError(f"the derivative of this layer is a {rows} x {columns} matrix; give fewer or narrower tokens")
+    pull = torch.func.vjp(lambda x: network(x, mass), tokens.points)[1]
+    unit = torch.eye(rows, dtype=torch.float64, device=tokens.points.device).reshape(-1, *shape_out)
+    matrix = torch.func.vmap(pull, chunk_size=CHUNK)(unit)[0].flatten(1).detach()
+
+    def times(matrix: Tensor, vectors: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return (vectors.flatten(-2) @ matrix.T).reshape(*vectors.shape[:-2], *shape)
+
+    return LinearMap(
+        matvec=lambda v: times(matrix, v, shape_out),
+        rmatvec=lambda u: times(matrix.T, u, shape_in),
+        in_shape=shape_in,
+        out_shape=shape_out,
+        device=tokens.points.device,
+    )

@@ -1,0 +1,1 @@
+"""Where layers come from: files, torch modules and pretrained models."""

@@ -1,0 +1,119 @@
+"""``torch.nn.MultiheadAttention`` as a specification."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attnrobust.errors import UnsupportedModelError
+from attnrobust.layers.attention import Attention
+from attnrobust.models.adapters import (
+    Adapter,
+    linear_weights,
+    own_float64,
+    refuse,
+    refuse_active_dropout,
+    refuse_foreign_parameters,
+    split_input_heads,
+    split_output_heads,
+)
+
+_OUT_CLASSES = ("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", "torch.nn.modules.linear.Linear")
+
+
+def from_torch(
+    module: nn.MultiheadAttention, *, mask: Float[Tensor, "n n"] | None = None, causal: bool = False
+) -> Attention:
+    """Read a ``torch.nn.MultiheadAttention`` that is used as self-attention (query = key = value).
+
+    ``f(X) = module(X, X, X)[0]`` in eval mode, with the output projection, in exact arithmetic. ``batch_first`` changes
+    the layout of the module's tensors, not the function, so both are read; the specification always takes (n, d).
+
+    Args:
+        module: Exactly an ``nn.MultiheadAttention``; it is read, not changed, and may be trained on afterwards.
+        mask: Additive score mask (n, n), 0 = visible, -inf = hidden, as the module's float ``attn_mask``. For its
+            ``key_padding_mask`` use ``attnrobust.layers.masks.padding_mask``.
+        causal: Query i sees keys j <= i only.
+
+    Returns:
+        The specification; it owns copies of the weights.
+
+    Raises:
+        UnsupportedModelError: A subclass, key or value width other than the embedding width (cross attention),
+            ``bias_k``/``bias_v`` or ``add_zero_attn`` (an extra key that is no token), train mode with dropout.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.MultiheadAttention(4, 2).eval()
+        >>> spec = from_torch(layer)
+        >>> x = torch.eye(3, 4)
+        >>> bool((spec(x.double()) - layer(x, x, x)[0]).abs().max() < 1e-6)
+        True
+    """
+    adapter = TorchAdapter()
+    if not adapter.reads(module):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is not exactly torch.nn.MultiheadAttention; a subclass may compute something else"
+        )
+    return replace(adapter.spec(module), mask=mask, causal=causal)
+
+
+class TorchAdapter(Adapter):
+    """Adapter of ``torch.nn.MultiheadAttention``."""
+
+    def reads(self, module: nn.Module) -> bool:
+        return type(module) is nn.MultiheadAttention
+
+    def kind(self, module: nn.Module) -> str:
+        return f"torch {type(module).__name__} with W_O"
+
+    def spec(self, module: nn.Module) -> Attention:
+        if not isinstance(module, nn.MultiheadAttention):
+            raise refuse(module, "is not a torch.nn.MultiheadAttention")
+        _refuse_unmodelled(module)
+        heads = int(module.num_heads)
+        weight = own_float64(module.in_proj_weight)
+        bias = None if module.in_proj_bias is None else own_float64(module.in_proj_bias)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        parts = [split_input_heads(module, w, b, heads) for w, b in zip(weight.chunk(3), biases, strict=True)]
+        (w_q, b_q), (w_k, b_k), (w_v, b_v) = parts
+        out, b_o = linear_weights(module, "out_proj", classes=_OUT_CLASSES)
+        refuse_foreign_parameters(module, ("out_proj",), own=("in_proj_weight", "in_proj_bias"))
+        w_o = split_output_heads(module, out, heads)
+        return Attention(w_q=w_q, w_k=w_k, w_v=w_v, b_q=b_q, b_k=b_k, b_v=b_v, w_o=w_o, b_o=b_o)
+
+    def input_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        names = ("query", "key", "value")
+        query, key, value = (args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names))
+        if query is not key or query is not value:
+            raise refuse(module, "is called with a key or value that is not its query: cross attention is not modelled")
+        if not isinstance(query, Tensor):
+            raise refuse(module, "was called without a query")
+        return self._batch_first(module, query)
+
+    def output_tokens(self, module: nn.Module, output: Any) -> Tensor:
+        return self._batch_first(module, super().output_tokens(module, output))
+
+    @staticmethod
+    def _batch_first(module: nn.Module, tokens: Tensor) -> Tensor:
+        if tokens.ndim == 2:
+            return tokens[None]
+        return tokens if getattr(module, "batch_first", False) else tokens.transpose(0, 1)
+
+
+def _refuse_unmodelled(module: nn.MultiheadAttention) -> None:
+    if module.in_proj_weight is None:
+        raise refuse(
+            module,
+            f"key width {module.kdim} or value width {module.vdim} is not the embedding width "
+            f"{module.embed_dim}; it cannot be self-attention",
+        )
+    if module.bias_k is not None or module.bias_v is not None:
+        raise refuse(module, "add_bias_kv=True appends a learned key that is no token; it is not modelled")
+    if module.add_zero_attn:
+        raise refuse(module, "add_zero_attn=True appends a zero key that is no token; it is not modelled")
+    if not isinstance(module.in_proj_weight, nn.Parameter):
+        raise refuse(module, "in_proj_weight is computed by a hook (old weight or spectral norm); remove it first")
+    refuse_active_dropout(module, ("dropout",))

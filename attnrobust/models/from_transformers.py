@@ -1,0 +1,294 @@
+"""Hugging Face attention modules as specifications; the only file that knows their layouts.
+
+Classes are compared by their full dotted name, so transformers itself is not imported here. Because another version of
+transformers may give the same name another meaning, every specification is checked against one forward call of its own
+module before it is handed out.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from attnrobust.errors import UnsupportedModelError, first_line
+from attnrobust.layers.attention import Attention
+from attnrobust.models.adapters import (
+    Adapter,
+    class_path,
+    linear_weights,
+    refuse,
+    refuse_active_dropout,
+    refuse_foreign_parameters,
+    split_input_heads,
+    split_output_heads,
+)
+
+_MODELS = "transformers.models"
+_CONV1D = "transformers.pytorch_utils.Conv1D"
+_LINEAR = "torch.nn.modules.linear.Linear"
+_CHECK_TOKENS = 4
+_CHECK_TOLERANCE = 1e-8  # relative; float64 agreement is ~1e-15, anything that is not modelled shows far above
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a module keeps its projections; ``output`` None means that the heads are concatenated.
+
+    Args:
+        query: Name of the query map (or of the fused query-key-value map).
+        key: Name of the key map; "" if fused.
+        value: Name of the value map; "" if fused.
+        output: Name of the output projection or None.
+        heads: Attribute with the number of heads.
+        dropouts: Dropout modules or probabilities.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str | None
+    heads: str
+    dropouts: tuple[str, ...]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of all projections."""
+        return tuple(name for name in (self.query, self.key, self.value, self.output) if name)
+
+
+_BERT = Layout("query", "key", "value", None, "num_attention_heads", ("dropout",))
+_DISTILBERT = Layout("q_lin", "k_lin", "v_lin", "out_lin", "n_heads", ("dropout",))
+_VIT = Layout("q_proj", "k_proj", "v_proj", "o_proj", "num_attention_heads", ("attention_dropout",))
+_GPT2 = Layout("c_attn", "", "", "c_proj", "num_heads", ("attn_dropout", "resid_dropout"))
+
+LAYOUTS: Mapping[str, Layout] = {
+    f"{_MODELS}.bert.modeling_bert.BertSelfAttention": _BERT,
+    f"{_MODELS}.roberta.modeling_roberta.RobertaSelfAttention": _BERT,
+    f"{_MODELS}.xlm_roberta.modeling_xlm_roberta.XLMRobertaSelfAttention": _BERT,
+    f"{_MODELS}.camembert.modeling_camembert.CamembertSelfAttention": _BERT,
+    f"{_MODELS}.electra.modeling_electra.ElectraSelfAttention": _BERT,
+    f"{_MODELS}.distilbert.modeling_distilbert.DistilBertSelfAttention": _DISTILBERT,
+    f"{_MODELS}.vit.modeling_vit.ViTAttention": _VIT,
+    f"{_MODELS}.deit.modeling_deit.DeiTAttention": _VIT,
+    f"{_MODELS}.gpt2.modeling_gpt2.GPT2Attention": _GPT2,
+}
+"""Every attention module that is read, by class."""
+
+BLOCKS: frozenset[str] = frozenset(
+    path.replace("SelfAttention", "Attention") for path, layout in LAYOUTS.items() if layout is _BERT
+)
+"""BERT-style blocks: self-attention in ``self``, output projection in ``output.dense``, then residual and LayerNorm."""
+
+
+def from_transformers(module: nn.Module) -> Attention:
+    """Read a Hugging Face attention module in eval mode.
+
+    BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA: ``...SelfAttention`` concatenates its heads; ``...Attention`` is
+    read as attention and its output projection ``output.dense``, WITHOUT the residual and the LayerNorm that follow.
+    DistilBERT, ViT, DeiT and GPT-2 (causal) include their output projection.
+
+    Args:
+        module: The attention module; it is read, not changed.
+
+    Returns:
+        The specification in float64; it owns copies of the weights.
+
+    Raises:
+        UnsupportedModelError: A class without an adapter (subclasses included), train mode with dropout, cross
+            attention, relative positions, parameters that are not modelled, or another output of a forward call.
+    """
+    for adapter in HF_ADAPTERS:
+        if adapter.reads(module):
+            return adapter.spec(module)
+    raise refuse(module, f"{class_path(module)} has no adapter")
+
+
+class SelfAttentionAdapter(Adapter):
+    """Adapter of the classes in ``LAYOUTS``."""
+
+    def reads(self, module: nn.Module) -> bool:
+        return class_path(module) in LAYOUTS
+
+    def kind(self, module: nn.Module) -> str:
+        ending = "heads concatenated" if LAYOUTS[class_path(module)].output is None else "with W_O"
+        return f"{type(module).__name__}, {ending}"
+
+    def spec(self, module: nn.Module) -> Attention:
+        layout = LAYOUTS[class_path(module)]
+        _refuse_unmodelled(module)
+        refuse_active_dropout(module, layout.dropouts)
+        heads = int(getattr(module, layout.heads))
+        parts = _fused_projections(module, layout) if layout is _GPT2 else _projections(module, layout)
+        (w_q, b_q), (w_k, b_k), (w_v, b_v) = (split_input_heads(module, w, b, heads) for w, b in parts)
+        w_o = b_o = None
+        if layout.output is not None:
+            weight, b_o = _linear(module, layout.output)
+            w_o = split_output_heads(module, weight, heads)
+        refuse_foreign_parameters(module, layout.linears)
+        spec = Attention(
+            w_q=w_q, w_k=w_k, w_v=w_v, b_q=b_q, b_k=b_k, b_v=b_v, w_o=w_o, b_o=b_o,
+            scale=_scale(module), causal=_causal(module),
+        )  # fmt: skip
+        _check_against_module(spec, module)
+        return spec
+
+    def input_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        return _hidden_states(module, args, kwargs)
+
+
+class BertBlockAdapter(Adapter):
+    """Adapter of the classes in ``BLOCKS``: attention and output projection, without residual and LayerNorm."""
+
+    def reads(self, module: nn.Module) -> bool:
+        return class_path(module) in BLOCKS
+
+    def kind(self, module: nn.Module) -> str:
+        return f"{type(module).__name__}, with W_O, without residual and LayerNorm"
+
+    def spec(self, module: nn.Module) -> Attention:
+        attention = module.get_submodule("self")
+        inner = SelfAttentionAdapter()
+        if not inner.reads(attention):
+            raise refuse(module, unmodelled_reason(attention))
+        base = inner.spec(attention)
+        weight, b_o = linear_weights(module, "output.dense")
+        return Attention(
+            w_q=base.w_q, w_k=base.w_k, w_v=base.w_v, b_q=base.b_q, b_k=base.b_k, b_v=base.b_v,
+            w_o=split_output_heads(module, weight, base.heads), b_o=b_o, scale=base.scale, causal=base.causal,
+        )  # fmt: skip
+
+    def output_module(self, module: nn.Module) -> nn.Module:
+        return module.get_submodule("output.dense")
+
+    def input_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        return _hidden_states(module, args, kwargs)
+
+
+HF_ADAPTERS: tuple[Adapter, ...] = (SelfAttentionAdapter(), BertBlockAdapter())
+
+
+# ---- what is not modelled --------------------------------------------------------------------------------------------
+
+
+def unmodelled_reason(module: nn.Module) -> str:
+    """Why an attention module has no specification, as precisely as its class and attributes tell."""
+    known = known_ancestor(module)
+    if known is not None:
+        return f"a subclass of {known} may compute something else; only the class itself is read"
+    config = getattr(module, "config", None)
+    if "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False):
+        return "cross attention (keys and values from another sequence) is not modelled"
+    if _has_relative_positions(module):
+        return "relative position biases are not modelled"
+    if any(hasattr(config, name) for name in ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim")):
+        return "rotary position embeddings are not modelled"
+    if any("rotary" in name for name, _ in module.named_modules()):
+        return "rotary position embeddings are not modelled"
+    return f"no adapter for {class_path(module)}"
+
+
+def known_ancestor(module: nn.Module) -> str | None:
+    """The attention class with an adapter of which the module's class is a proper subclass, if any."""
+    ancestors = (f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__[1:])
+    known = LAYOUTS.keys() | BLOCKS | {"torch.nn.modules.activation.MultiheadAttention"}
+    return next((path.rsplit(".", 1)[1] for path in ancestors if path in known), None)
+
+
+def _has_relative_positions(module: nn.Module) -> bool:
+    names = [*vars(module), *(n for n, _ in module.named_modules()), *(n for n, _ in module.named_parameters())]
+    return any("relative" in name or "distance_embedding" in name for name in names)
+
+
+def _refuse_unmodelled(module: nn.Module) -> None:
+    config = getattr(module, "config", None)
+    positions = getattr(config, "position_embedding_type", None) or "absolute"
+    if positions != "absolute":
+        raise refuse(module, f"position_embedding_type={positions!r}: relative position biases are not modelled")
+    if _has_relative_positions(module):
+        raise refuse(module, "relative position biases are not modelled")
+    if getattr(module, "is_cross_attention", False):
+        raise refuse(module, "cross attention (keys and values from another sequence) is not modelled")
+
+
+def _causal(module: nn.Module) -> bool:
+    causal = bool(getattr(module, "is_causal", False))
+    wanted = getattr(getattr(module, "config", None), "is_causal", None)
+    if wanted is not None and bool(wanted) != causal:
+        raise refuse(module, f"config.is_causal={wanted} contradicts the module's is_causal={causal}")
+    if getattr(module, "is_decoder", causal) != causal:
+        raise refuse(module, f"is_decoder={module.is_decoder} contradicts is_causal={causal}")
+    return causal
+
+
+def _scale(module: nn.Module) -> float:
+    scale = getattr(module, "scaling", None)
+    if not isinstance(scale, float | int):
+        raise refuse(module, "has no attribute 'scaling'; this version of transformers is not supported (5.x is)")
+    return float(scale)
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+Projection = tuple[Float[Tensor, "out in"], Float[Tensor, "out"] | None]
+
+
+def _linear(module: nn.Module, name: str) -> Projection:
+    """A projection as ``x weight^T + bias``; Conv1D stores the transpose (in, out)."""
+    weight, bias = linear_weights(module, name, classes=(_LINEAR, _CONV1D))
+    return (weight.T if class_path(module.get_submodule(name)) == _CONV1D else weight), bias
+
+
+def _projections(module: nn.Module, layout: Layout) -> tuple[Projection, Projection, Projection]:
+    return _linear(module, layout.query), _linear(module, layout.key), _linear(module, layout.value)
+
+
+def _fused_projections(module: nn.Module, layout: Layout) -> tuple[Projection, Projection, Projection]:
+    weight, bias = _linear(module, layout.query)
+    if weight.shape[0] % 3:
+        raise refuse(module, f"{layout.query} has {weight.shape[0]} outputs, not query, key and value of one width")
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    query, key, value = zip(weight.chunk(3), biases, strict=True)
+    return query, key, value
+
+
+def _hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise refuse(module, "was called without hidden_states")
+    if kwargs.get("encoder_hidden_states") is not None and getattr(module, "is_cross_attention", False):
+        raise refuse(module, "is called as cross attention, which is not modelled")
+    return hidden
+
+
+# ---- check against the module ----------------------------------------------------------------------------------------
+
+
+def _check_against_module(spec: Attention, module: nn.Module) -> None:
+    """One float64 forward call of the module on fixed tokens must give the specification's output."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(_CHECK_TOKENS, spec.width, generator=generator, dtype=torch.float64).to(spec.device)
+    hidden = torch.ones(_CHECK_TOKENS, _CHECK_TOKENS, dtype=torch.bool, device=spec.device).triu(1)
+    mask = tokens.new_zeros(hidden.shape).masked_fill(hidden, -math.inf)[None, None] if spec.causal else None
+    twin = copy.copy(module)  # shares the weights; only its configuration is its own
+    config: Any = copy.copy(module.config)
+    config._attn_implementation = "sdpa"  # noqa: SLF001 - the eager code of some models rounds to float32
+    twin.config = config
+    state = {n: v.detach().to(torch.float64) for n, v in (*module.named_parameters(), *module.named_buffers())}
+    try:
+        with torch.no_grad():
+            output = functional_call(twin, state, (tokens[None],), {"attention_mask": mask})
+    except (TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise refuse(module, f"could not be called to check its specification: {first_line(error)}") from error
+    expected = output[0][0] if isinstance(output, tuple) else output[0]
+    difference = float((spec(tokens) - expected).abs().max())
+    if not difference <= _CHECK_TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: its forward call differs from the specification by {difference:.3g}; "
+            "this version of transformers computes something that is not modelled"
+        )

@@ -1,0 +1,209 @@
+"""Models by name: which layers they have, a layer's specification, and a layer's inputs."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attnrobust.errors import InputError
+from attnrobust.layers.attention import Attention
+from attnrobust.models.arrays import SUFFIXES
+from attnrobust.models.capture import CapturedInput, Tap, TextLine, capture_taps, text_line
+from attnrobust.models.from_file import from_file
+from attnrobust.models.listing import LayerInfo, adapter_for, describe, find_layer, list_layers
+from attnrobust.models.pretrained import Pretrained, TextEncoder, load_pretrained, longest_input
+from attnrobust.tokens import TokenMeasure
+
+FILE_LAYER = "attention"
+"""The name of the one layer of a weights file."""
+
+
+class Model(ABC):
+    """A named source of attention layers."""
+
+    name: str
+
+    @abstractmethod
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """Every attention layer, the unsupported ones with the reason."""
+
+    @abstractmethod
+    def layer(self, name: str | None = None) -> Attention:
+        """The specification of a layer; ``name`` as in ``resolve``."""
+
+    @abstractmethod
+    def capture(self, layer: str | None, texts: Sequence[TextLine | str]) -> tuple[CapturedInput, ...]:
+        """The layer's input tokens for each text, from the model's own forward pass."""
+
+    def resolve(self, name: str | None = None) -> LayerInfo:
+        """The supported layer that a full name or a unique suffix means (None: the only one).
+
+        Raises:
+            UnknownNameError: No such layer; names the nearest.
+            InputError: An ambiguous suffix; lists the candidates.
+            UnsupportedModelError: The layer has no exact specification; gives the reason.
+        """
+        return find_layer(self.layers(), name)
+
+
+class WeightsFile(Model):
+    """The one attention layer of a ``.safetensors`` or ``.npz`` file.
+
+    Args:
+        path: The file; see ``from_file``.
+        device: Where the weights go.
+    """
+
+    def __init__(self, path: str | Path, *, device: str | torch.device = "cpu") -> None:
+        self.name = str(path)
+        self._spec = from_file(path).to(device)
+
+    def layers(self) -> tuple[LayerInfo, ...]:
+        ending = "heads concatenated" if self._spec.w_o is None else "with W_O"
+        return (describe(FILE_LAYER, f"weights file, {ending}", self._spec),)
+
+    def layer(self, name: str | None = None) -> Attention:
+        self.resolve(name)
+        return self._spec
+
+    def capture(self, layer: str | None, texts: Sequence[TextLine | str]) -> tuple[CapturedInput, ...]:
+        raise InputError(f"{self.name} holds weights only, no tokenizer; give the layer's input tokens (--tokens)")
+
+
+class ModuleModel(Model):
+    """A torch module in float64 and eval mode.
+
+    Args:
+        module: Any module; it is copied unless ``owned``, so its mode, dtype and ``requires_grad`` stay as they are.
+        name: How to call it.
+        pretrained: Where its tokenizer is; None if it has none.
+        owned: The module may be converted in place.
+    """
+
+    def __init__(
+        self, module: nn.Module, *, name: str = "model", pretrained: Pretrained | None = None, owned: bool = False
+    ) -> None:
+        self.name = name
+        own = module if owned else copy.deepcopy(module)
+        self.module = own.to(torch.float64).eval().requires_grad_(False)
+        self._pretrained = pretrained
+        self._taps: dict[str, Tap] = {}  # the module does not change, so neither do its specifications
+
+    def layers(self) -> tuple[LayerInfo, ...]:
+        return self._layers
+
+    @cached_property
+    def _layers(self) -> tuple[LayerInfo, ...]:
+        unread = self._pretrained.unread if self._pretrained is not None else ()
+        return tuple(_refused_if_unread(info, unread) for info in list_layers(self.module))
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        if self._pretrained is None:
+            raise InputError(f"{self.name} has no tokenizer; give the layer's input tokens (--tokens)")
+        return TextEncoder(self._pretrained)
+
+    def layer(self, name: str | None = None) -> Attention:
+        return self._tap(self.resolve(name)).spec
+
+    def _tap(self, info: LayerInfo) -> Tap:
+        if info.name not in self._taps:
+            module = self.module.get_submodule(info.name)
+            adapter = adapter_for(module)
+            assert adapter is not None  # noqa: S101 - resolve returns supported layers only
+            self._taps[info.name] = Tap(module, adapter, adapter.spec(module))
+        return self._taps[info.name]
+
+    def capture(self, layer: str | None, texts: Sequence[TextLine | str]) -> tuple[CapturedInput, ...]:
+        """The layer's input tokens for each text by itself (no padding), from the model's own float64 forward pass.
+
+        Raises:
+            InputError: No tokenizer, a text without tokens, or one longer than the model's positions.
+            UnsupportedModelError: The layer's output inside the model is not what its specification gives.
+        """
+        lines = [t if isinstance(t, TextLine) else text_line(i, t) for i, t in enumerate(texts, start=1)]
+        return tuple(self.capture_layers([layer], line)[0] for line in lines)
+
+    def capture_layers(self, layers: Sequence[str | None], line: TextLine) -> tuple[CapturedInput, ...]:
+        """The input tokens of several layers for one text, from one forward pass; otherwise as ``capture``."""
+        infos = [self.resolve(layer) for layer in layers]
+        encoded = self._encoder.encode(line.text)
+        longest = longest_input(self.module)
+        if not encoded.ids:
+            raise InputError(f"text {line.id} gives no tokens: {line.text[:60]!r}")
+        if longest is not None and len(encoded.ids) > longest:
+            raise InputError(
+                f"text {line.id} has {len(encoded.ids)} tokens, the model takes {longest} at most; split it"
+            )
+        ids = torch.tensor([encoded.ids])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return self._captured(infos, inputs, line, encoded.strings)
+
+    def capture_inputs(
+        self, layer: str | None, model_inputs: Mapping[str, Tensor], *, input_id: str = "0001"
+    ) -> CapturedInput:
+        """The layer's input tokens for any one input of the model, such as ``{"pixel_values": (1, 3, 224, 224)}``.
+
+        Args:
+            layer: As in ``resolve``.
+            model_inputs: Keyword arguments of one forward call, batch size 1; floating-point ones are taken in float64.
+            input_id: The identifier of the input.
+        """
+        return self._captured([self.resolve(layer)], model_inputs, TextLine(input_id, ""), None)[0]
+
+    def _captured(
+        self,
+        infos: Sequence[LayerInfo],
+        model_inputs: Mapping[str, Tensor],
+        line: TextLine,
+        strings: tuple[str, ...] | None,
+    ) -> tuple[CapturedInput, ...]:
+        taps = [self._tap(info) for info in infos]
+        moved = {
+            key: value.to(taps[0].spec.device, torch.float64 if value.is_floating_point() else value.dtype)
+            for key, value in model_inputs.items()
+        }
+        try:
+            found = capture_taps(self.module, taps, moved)
+        except InputError as error:
+            names = ", ".join(info.name for info in infos)
+            raise type(error)(f"input {line.id}, layer {names}: {error}") from error
+        text = None if strings is None else line.text
+        return tuple(
+            CapturedInput(id=line.id, text=text, token_strings=strings or (), measure=TokenMeasure(tokens))
+            for tokens in found
+        )
+
+
+def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Model:
+    """Load a model by name.
+
+    Args:
+        name: ``minilm`` (all-MiniLM-L6-v2, extra ``demo``), a Hugging Face directory or hub name (``AutoModel``, no
+            remote code), or a ``.safetensors``/``.npz`` file of bare attention weights.
+        device: Where the weights go.
+
+    Returns:
+        The model in float64: ``layers()`` lists, ``layer(name)`` specifies, ``capture(name, texts)`` gives inputs.
+
+    Raises:
+        InputError: Nothing of that name can be loaded; says why and what to give instead.
+    """
+    if Path(name).suffix in SUFFIXES and not Path(name).is_dir():
+        return WeightsFile(name, device=device)
+    pretrained = load_pretrained(str(name))
+    module = pretrained.module.to(device)
+    return ModuleModel(module, name=str(name), pretrained=pretrained, owned=True)
+
+
+def _refused_if_unread(info: LayerInfo, unread: Sequence[str]) -> LayerInfo:
+    """A checkpoint weight inside an attention layer that the model has no place for means another computation."""
+    inside = [key for key in unread if f".{info.name}." in f".{key}" and not key.endswith("masked_bias")]
+    if not info.supported or not inside:
+        return info
+    reason = f"its checkpoint has weights that the model does not use: {', '.join(inside[:4])}"
+    return LayerInfo(name=info.name, kind=info.kind, supported=False, reason=reason)

@@ -1,0 +1,1 @@
+"""Numbers and linear algebra: sides and rounding, operators and their norms, optimal transport, ball arithmetic."""

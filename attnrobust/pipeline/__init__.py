@@ -1,1 +1,0 @@
-"""Many inputs: run configuration, work list, resumable store, engines, report and gate."""

@@ -1,0 +1,287 @@
+"""The report of a run: one HTML page that needs nothing from elsewhere, and its plots as files."""
+
+import base64
+import json
+import math
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from attnrobust.errors import InputError
+from attnrobust.reports.plots import gap_boxes, gaps_by_method, radii_by_layer, scatter_plot
+from attnrobust.reports.tables import shown, summary_lines
+from attnrobust.results import Status
+from attnrobust.runs.files import JSON_NAME, row_from_dict, write_atomically
+from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map
+from attnrobust.runs.rows import Row
+from attnrobust.runs.store import MANIFEST, RunStore
+
+REPORT_NAME = "report.html"
+MOST_ROWS, MOST_SENTENCES, MOST_LINES = 5000, 20, 4
+"""What one page shows; the data has the rest."""
+
+_BAD = frozenset({Status.UNSOUND, Status.ERROR, Status.TIMEOUT, Status.NAN})
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report is made of.
+
+    Args:
+        rows: The rows.
+        title: Above everything.
+        subtitle: When and of what.
+        steps: How to reproduce: sentence and code.
+        planned: Number of rows of the complete run.
+    """
+
+    rows: Sequence[Row]
+    title: str
+    subtitle: str
+    steps: Sequence[tuple[str, str]]
+    planned: int
+
+
+def read_report_data(directory: Path) -> ReportData:
+    """The rows and the description of a run, or of one command's ``--out`` directory.
+
+    Raises:
+        InputError: Neither is there, or the files are damaged.
+    """
+    if (directory / MANIFEST).exists() or not (directory / JSON_NAME).exists():
+        return _from_run(directory)
+    return _from_command(directory / JSON_NAME)
+
+
+def _from_run(directory: Path) -> ReportData:
+    store = RunStore.open(directory)
+    manifest = store.manifest
+    config = dict(manifest.config)
+    text = yaml.safe_dump({k: v for k, v in config.items() if v is not None}, sort_keys=False, allow_unicode=True)
+    steps = [
+        ("Configuration; save it as run.yaml:", text.rstrip()),
+        ("Run it:", "attnrobust run run.yaml"),
+        ("What it ran on:", _listing(manifest.versions)),
+        ("Content digests (a run with the same ones has the same rows):", _listing(manifest.meaning)),
+    ]
+    subtitle = f"begun {manifest.created}; {len(manifest.layers)} layers; run {manifest.digest[:12]}"
+    return ReportData(store.rows(), f"Robustness of {config['model']}", subtitle, steps, manifest.rows)
+
+
+def _from_command(path: Path) -> ReportData:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row_from_dict(values) for values in document["rows"]]
+        options = {k: v for k, v in document["run"].items() if v not in (None, False)}
+        versions, written = document["versions"], document["written"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}); run the command again") from error
+    steps = [("Options:", _listing(options)), ("What it ran on:", _listing(versions))]
+    return ReportData(rows, f"Robustness of {options['model']}", f"written {written}", steps, len(rows))
+
+
+def _listing(values: Mapping[str, Any]) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in values.items())
+
+
+def write_report(directory: Path, *, out: Path | None = None) -> tuple[Path, ...]:
+    """Write the report of a directory's results: ``report.html`` and the plots beside it.
+
+    Args:
+        directory: Output directory of a run or of ``compare``.
+        out: Where to write; None means the same directory.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        InputError: No results there, or a place that cannot be written.
+    """
+    data, target = read_report_data(directory), out or directory
+    plots = _plots(data.rows)
+    contents = {REPORT_NAME: render(data, plots, source=directory).encode()} | {p["name"]: p["png"] for p in plots}
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, contents)
+    except OSError as error:
+        raise InputError(f"cannot write to {target}: {error.strerror or error}; choose another --out") from error
+    return tuple(target / name for name in contents)
+
+
+def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path) -> str:
+    """The page as text.
+
+    Args:
+        data: What it is made of.
+        plots: Their PNGs with captions.
+        source: The directory, for the line that makes the report again.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("attnrobust.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    line_template = environment.get_template("heat.html.j2")
+    heat, more = heat_map(data.rows, sentences=MOST_SENTENCES)
+    heading, lines = summary_lines(data.rows)
+    remake = ("Make this report again:", f"attnrobust report {shlex.quote(str(source))}")
+    return environment.get_template(
+        "report.html.j2"
+    ).render(
+        title=data.title,
+        subtitle=data.subtitle,
+        unsound=[row for row in data.rows if row.status == Status.UNSOUND],
+        tiles=_tiles(data),
+        summary={"heading": heading, "lines": lines},
+        plots=plots,
+        methods=_methods(data.rows),
+        heat=heat,
+        more_sentences=more,
+        heat_line=lambda line: Markup(line_template.render(_heat_values(line))),  # noqa: S704 - the template escapes
+        lines_shown=MOST_LINES,
+        top_tokens=TOP_TOKENS,
+        key=[_colours(s) | {"label": f"{s:.0%}"} for s in (0.1, 0.25, 0.5, 0.75, 1.0)],
+        table=_table(data.rows[:MOST_ROWS]),
+        rows_left_out=max(0, len(data.rows) - MOST_ROWS),
+        steps=[{"what": what, "code": code} for what, code in (*data.steps, remake)],
+    )
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _tiles(data: ReportData) -> list[tuple[str, str]]:
+    statuses = Counter(str(row.status) for row in data.rows)
+    certified = [row.certified_radius for row in data.rows if row.certified_radius is not None]
+    attacked = [row.attack_radius for row in data.rows if row.attack_radius is not None]
+    gaps = [row.gap for row in data.rows if row.gap is not None]
+    tiles = [("rows", f"{len(data.rows)}" if len(data.rows) == data.planned else f"{len(data.rows)} of {data.planned}")]
+    if certified:
+        tiles += [("median certified radius", shown(statistics.median(certified), 3))]
+        tiles += [("smallest certified radius", shown(min(certified), 3))]
+    if attacked:
+        tiles.append(("median attack radius", shown(statistics.median(attacked), 3)))
+    if gaps:
+        tiles += [("median gap", shown(statistics.median(gaps), 3)), ("largest gap", shown(max(gaps), 3))]
+    return tiles + [(status.replace("_", " "), str(count)) for status, count in statuses.most_common()]
+
+
+def _plots(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    gaps = [row.gap for row in rows if row.gap is not None]
+    told = f"; median gap {shown(statistics.median(gaps), 3)}, largest {shown(max(gaps), 3)}" if gaps else ""
+    made = [
+        (
+            "gap-by-method.png", gap_boxes(rows), 800,
+            "Gap of each certificate, the tightest first.", "Box plot of the gap of each certificate",
+        ),
+        (
+            "attack-against-certified.png", scatter_plot(rows), 640,
+            "Attack radius against certified radius, one point a row. No point may lie below the solid line.",
+            "Scatter plot of attack radius against certified radius",
+        ),
+        (
+            "radius-by-layer.png", radii_by_layer(rows), 800,
+            "Radii of each layer over all its inputs, threats and goals.", "Box plot of both radii by layer",
+        ),
+    ]  # fmt: skip
+    return [
+        {
+            "name": name, "png": png, "data": base64.b64encode(png).decode(), "width": width, "caption": caption,
+            "alt": f"{alt}{told}. The numbers are in the tables.",
+        }
+        for name, png, width, caption, alt in made
+    ]  # fmt: skip
+
+
+def _methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "cells": [str(len(gaps)), *(shown(f(gaps), 3) for f in (statistics.median, min, max))]}
+        for name, gaps in gaps_by_method(rows).items()
+    ]
+
+
+def _table(rows: Sequence[Row]) -> dict[str, Any]:
+    """Columns and lines; what is the same in every row goes to the caption."""
+    columns = {name: [cell(row) for row in rows] for name, cell in _COLUMNS.items()}
+    same = {n: cells[0]["shown"] for n, cells in columns.items() if n in _MAY_BE_SAME and len(_shown(cells)) == 1}
+    kept = {n: cells for n, cells in columns.items() if n not in same and _shown(cells) != {""}}
+    return {
+        "columns": [{"name": n, "number": bool(cells) and cells[0]["kind"] == "number"} for n, cells in kept.items()],
+        "lines": list(zip(*kept.values(), strict=True)),
+        "same": ", ".join(f"{name}: {value}" for name, value in same.items() if value),
+    }
+
+
+def _shown(cells: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {cell["shown"] for cell in cells}
+
+
+def _status(row: Row) -> dict[str, Any]:
+    status = str(row.status).replace("_", " ") + (f": {row.message}" if row.message else "")
+    return _word(status, "bad" if row.status in _BAD else "")
+
+
+def _word(text: str, kind: str = "") -> dict[str, Any]:
+    return {"shown": text, "kind": kind, "sort": None}
+
+
+def _number(value: float | None) -> dict[str, Any]:
+    """A cell that sorts by its value; NaN, where there is none, sorts last."""
+    return {"shown": shown(value), "kind": "number", "sort": math.nan if value is None else value}
+
+
+_COLUMNS: Mapping[str, Callable[[Row], dict[str, Any]]] = {
+    "input": lambda row: _word(row.input_id, "name"),
+    "text": lambda row: _word(row.text or "", "text"),
+    "layer": lambda row: _word(row.layer),
+    "threat": lambda row: _word(row.threat),
+    "goal": lambda row: _word(row.goal),
+    "n": lambda row: _number(float(row.n)),
+    "budget": lambda row: _number(row.tolerance if row.margin is None else row.margin),
+    "certified": lambda row: _number(row.certified_radius),
+    "by": lambda row: _word(row.certificate or ""),
+    "attack": lambda row: _number(row.attack_radius),
+    "gap": lambda row: _number(row.gap),
+    "status": _status,
+    "seconds": lambda row: _number(round((row.seconds_certify or 0.0) + (row.seconds_attack or 0.0), 2)),
+}
+_MAY_BE_SAME = ("layer", "threat", "goal", "by")
+
+
+def _heat_values(line: HeatLine) -> dict[str, Any]:
+    return {
+        "line": line,
+        "radius": shown(line.row.attack_radius),
+        "certified": None if line.row.certified_radius is None else shown(line.row.certified_radius),
+        "words": [_heat_word(token) for token in line.tokens],
+        "strongest": [{"text": token.text, "share": f"{token.share:.0%}"} for token in line.strongest],
+    }
+
+
+def _heat_word(token: HeatToken) -> dict[str, Any]:
+    colours = _colours(token.strength)
+    return {"text": token.text, "top": token.top, "share": f"{token.share:.1%}"} | {
+        "background": colours["background"], "colour": colours["text"],
+    }  # fmt: skip
+
+
+def _colours(strength: float) -> dict[str, str]:
+    """One hue from white to dark blue, and black or white text, whichever stands out more (at least 4.5 to 1)."""
+    white, dark = (255, 255, 255), (0, 74, 120)
+    mixed = tuple(round(w + (d - w) * strength**0.7) for w, d in zip(white, dark, strict=True))
+    light = _luminance(mixed)
+    text = "#ffffff" if 1.05 / (light + 0.05) > (light + 0.05) / 0.05 else "#000000"
+    return {"background": "#{:02x}{:02x}{:02x}".format(*mixed), "text": text}
+
+
+def _luminance(colour: tuple[int, ...]) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (part / 255 for part in colour)]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

@@ -1,0 +1,1 @@
+"""Many inputs: configuration, work list, rows, resumable store, engines."""

@@ -1,0 +1,259 @@
+"""The run configuration: one checked document, from a file, flags, or both."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from attnrobust.attacks import AttackBudget, attack_named
+from attnrobust.certify import method_named
+from attnrobust.comparison import DEFAULT_ATTACK
+from attnrobust.errors import AttnRobustError, InputError
+from attnrobust.goals import Goal
+from attnrobust.runs.inputs import DEFAULT_TOLERANCE, make_goal, parse_device
+from attnrobust.runs.rows import RowOptions
+from attnrobust.threats.moves import parse_threat
+
+DEFAULT_OUTPUT = "attnrobust-run"
+
+
+def _listed(value: Any) -> Any:
+    """One value where a list is meant."""
+    return value if value is None or isinstance(value, list | tuple) else (value,)
+
+
+def _text(value: Any) -> Any:
+    """Numbers where a text is meant (``tolerance: 0.5`` in YAML)."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _goals(value: Any) -> Any:
+    """A goal may be a tolerance alone."""
+    goals = _listed(value)
+    if goals is None:
+        return goals
+    return tuple(goal if isinstance(goal, Mapping | BaseModel) else {"tolerance": goal} for goal in goals)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class GoalConfig(_Section):
+    """One goal: a tolerance, or a readout file whose label must stay (see ``attnrobust.runs.inputs.make_goal``)."""
+
+    tolerance: Annotated[str | None, BeforeValidator(_text)] = None
+    readout: Path | None = None
+    pool: str | None = None
+    label: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default(cls, values: Any) -> Any:
+        nothing = isinstance(values, dict) and values.get("tolerance") is None and values.get("readout") is None
+        return values | {"tolerance": DEFAULT_TOLERANCE} if nothing else values
+
+    def make(self) -> Goal:
+        """The goal itself; reads the readout file."""
+        return make_goal(tolerance=self.tolerance, readout=self.readout, pool=self.pool, label=self.label)
+
+
+class AttackConfig(_Section):
+    """The attack and its cost; ``method`` null runs certificates alone."""
+
+    method: str | None = DEFAULT_ATTACK
+    restarts: int = Field(default=AttackBudget().restarts, ge=1)
+    steps: int = Field(default=AttackBudget().steps, ge=1)
+    queries: int | None = Field(default=None, ge=1)
+    seconds: float | None = Field(default=None, gt=0)
+
+    def budget(self) -> AttackBudget:
+        """What one input may cost."""
+        return AttackBudget(restarts=self.restarts, steps=self.steps, queries=self.queries, seconds=self.seconds)
+
+
+class ExecutionConfig(_Section):
+    """How the work is done; nothing here changes a number in a row.
+
+    ``workers`` 0 works in this process; ``timeout`` (seconds a row) needs workers, because only a process can be ended.
+    """
+
+    engine: Literal["local", "ray"] = "local"
+    workers: int = Field(default=0, ge=0)
+    timeout: float | None = Field(default=None, gt=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    part_rows: int = Field(default=64, ge=1)
+    part_seconds: float = Field(default=20.0, gt=0)
+
+    @model_validator(mode="after")
+    def _timeout_needs_workers(self) -> "ExecutionConfig":
+        if self.timeout is not None and self.engine == "local" and self.workers == 0:
+            raise ValueError("a timeout needs worker processes; set workers to 1 or more")
+        return self
+
+
+class RunConfig(_Section):
+    """What to compute: every input on every layer under every threat and goal.
+
+    ``certificates`` null means all that apply, an empty list none. ``layers`` takes names, unique suffixes and globs.
+    """
+
+    model: str
+    layers: Names = ("*",)
+    texts: Path | None = None
+    tokens: Path | None = None
+    threats: Names = ("frobenius",)
+    goals: Annotated[tuple[GoalConfig, ...], BeforeValidator(_goals)] = (GoalConfig(),)
+    certificates: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
+    attack: AttackConfig = AttackConfig()
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = Field(default=1, ge=1)
+    output: Path = Path(DEFAULT_OUTPUT)
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "RunConfig":
+        if (self.texts is None) == (self.tokens is None):
+            raise ValueError("give the inputs by exactly one of texts and tokens")
+        for name in ("layers", "threats", "goals"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; name at least one")
+        if self.certificates == () and self.attack.method is None:
+            raise ValueError("no certificate and no attack: there is nothing to do")
+        return self
+
+    def check_names(self) -> "RunConfig":
+        """Refuse unknown threats, goals, certificates and attacks before any model is loaded."""
+        parse_device(self.device)
+        for threat in self.threats:
+            parse_threat(threat)
+        for goal in self.goals:
+            goal.make()
+        for method in self.certificates or ():
+            method_named(method)
+        if self.attack.method is not None:
+            attack_named(self.attack.method)
+        return self
+
+    def row_options(self) -> RowOptions:
+        """What is computed for every row."""
+        certify = self.certificates != ()
+        methods = self.certificates if certify else None
+        return RowOptions(certify=certify, methods=methods, attack=self.attack.method, budget=self.attack.budget())
+
+    def as_yaml(self) -> str:
+        """The effective configuration, as a file that gives the same one back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path | None = None, *, changes: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a configuration file and put the changes (flags) over it.
+
+    Args:
+        path: YAML or JSON; relative paths in it are relative to its directory. None starts from the defaults.
+        changes: Nested values; None entries are left out, sections are merged key by key.
+
+    Returns:
+        The effective configuration, paths absolute.
+
+    Raises:
+        InputError: No such file, not YAML, unknown keys (names the nearest), values out of range.
+    """
+    values = _anchored({"output": DEFAULT_OUTPUT}, Path())
+    values |= {} if path is None else _anchored(_read(path), path.parent)
+    given = _anchored(_pruned(changes or {}), Path())
+    for one, other in (("texts", "tokens"), ("tokens", "texts")):
+        if one in given and other not in given:  # a flag replaces the other kind of input in the file
+            values.pop(other, None)
+    return make_config(_merged(values, given), source=path)
+
+
+def make_config(values: Mapping[str, Any], *, source: Path | None = None) -> RunConfig:
+    """Check plain values; see ``load_config``."""
+    try:
+        return RunConfig(**values).check_names()
+    except ValidationError as error:
+        raise InputError(_explained(error, source)) from error
+    except AttnRobustError as error:
+        if source is None:
+            raise
+        raise InputError(f"{source}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path} is not valid: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{path} must hold keys and values, as 'attnrobust config --print' shows them")
+    return values
+
+
+def _anchored(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Paths made absolute from ``base``."""
+    out = dict(values)
+    for key in ("texts", "tokens", "output"):
+        if isinstance(out.get(key), str | Path):
+            out[key] = str((base / Path(out[key]).expanduser()).absolute())
+    if isinstance(out.get("goals"), list | tuple | dict):
+        goals = out["goals"] if isinstance(out["goals"], list | tuple) else [out["goals"]]
+        out["goals"] = [_anchored_goal(goal, base) for goal in goals]
+    return out
+
+
+def _anchored_goal(goal: Any, base: Path) -> Any:
+    if isinstance(goal, dict) and isinstance(goal.get("readout"), str | Path):
+        return goal | {"readout": str((base / Path(goal["readout"]).expanduser()).absolute())}
+    return goal
+
+
+def _pruned(values: Mapping[str, Any]) -> dict[str, Any]:
+    pruned = {k: _pruned(v) if isinstance(v, Mapping) else v for k, v in values.items() if v is not None}
+    return {k: v for k, v in pruned.items() if v != {}}
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+def _explained(error: ValidationError, source: Path | None) -> str:
+    """The first thing that is wrong, in one line; unknown keys with the nearest known ones."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=3, cutoff=0.6)
+        what = f"unknown key {place}; " + (
+            f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        )
+    elif first["type"] == "missing":
+        what = f"{place} is missing"
+    else:
+        message = str(first["msg"]).removeprefix("Value error, ")
+        what = f"{place}: {message}" if place else message
+    return what if source is None else f"{source}: {what}"
+
+
+def _keys_at(place: tuple[int | str, ...]) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {"goals": GoalConfig, "attack": AttackConfig, "execution": ExecutionConfig}
+    section = sections.get(str(place[0]), RunConfig) if place else RunConfig
+    return list(section.model_fields)

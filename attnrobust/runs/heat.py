@@ -1,0 +1,105 @@
+"""Which tokens of a sentence an attack moves: the numbers behind the heat map."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attnrobust.runs.rows import Row
+
+TOP_TOKENS, TOP_SHARE = 5, 0.05
+"""At most so many tokens of a line are marked, and only those with at least this share."""
+
+
+@dataclass(frozen=True)
+class HeatToken:
+    """One token of a line.
+
+    Args:
+        text: The token.
+        share: Its part of the attack's squared move, 0 to 1.
+        strength: Share relative to the strongest token of the line, 0 to 1; the colour.
+        top: Whether it is marked, not by colour alone: one of the strongest ``TOP_TOKENS`` with ``TOP_SHARE`` or more.
+    """
+
+    text: str
+    share: float
+    strength: float
+    top: bool
+
+
+@dataclass(frozen=True)
+class HeatLine:
+    """One row's tokens.
+
+    Args:
+        row: The row.
+        tokens: Its tokens in order.
+        strongest: The strongest tokens, strongest first.
+    """
+
+    row: Row
+    tokens: tuple[HeatToken, ...]
+    strongest: tuple[HeatToken, ...]
+
+
+@dataclass(frozen=True)
+class HeatSentence:
+    """All lines of one input.
+
+    Args:
+        input_id: The input.
+        lines: One per layer, threat and goal, the most vulnerable (smallest attack radius) first.
+    """
+
+    input_id: str
+    lines: tuple[HeatLine, ...]
+
+
+def token_shares(row: Row) -> tuple[float, ...]:
+    r"""Each token's share ``||D_i||^2 / ||D||_F^2`` of the verified attack's move; empty where there is none.
+
+    The attack looks for the nearest violation, so it moves the tokens through which the goal is easiest to break. It is
+    what one attack did, not a bound.
+
+    Args:
+        row: A row with an attack.
+    """
+    squares = [move * move for move in row.token_moves]
+    total = sum(squares)
+    return tuple(square / total for square in squares) if total > 0 else ()
+
+
+def heat_line(row: Row) -> HeatLine | None:
+    """The tokens of a row with their shares; None where the row has no attack or no token strings."""
+    shares = token_shares(row)
+    if not shares or len(shares) != len(row.tokens):
+        return None
+    ranked = sorted(range(len(shares)), key=lambda i: -shares[i])[:TOP_TOKENS]
+    top, strongest = [i for i in ranked if shares[i] >= TOP_SHARE] or ranked[:1], max(shares)
+    tokens = tuple(
+        HeatToken(text, share, share / strongest, i in top)
+        for i, (text, share) in enumerate(zip(row.tokens, shares, strict=True))
+    )
+    return HeatLine(row, tokens, tuple(tokens[i] for i in top))
+
+
+def heat_map(rows: Sequence[Row], *, sentences: int) -> tuple[list[HeatSentence], int]:
+    """The lines of the most vulnerable inputs.
+
+    Args:
+        rows: All rows.
+        sentences: Most inputs that are shown.
+
+    Returns:
+        The inputs by smallest attack radius, and how many more there are.
+    """
+    lines: dict[str, list[HeatLine]] = {}
+    for row in rows:
+        if (line := heat_line(row)) is not None:
+            lines.setdefault(row.input_id, []).append(line)
+    made = [HeatSentence(name, tuple(sorted(group, key=_radius))) for name, group in lines.items()]
+    made.sort(key=lambda sentence: _radius(sentence.lines[0]))
+    return made[:sentences], max(0, len(made) - sentences)
+
+
+def _radius(line: HeatLine) -> float:
+    return float("inf") if line.row.attack_radius is None else line.row.attack_radius

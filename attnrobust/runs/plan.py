@@ -1,0 +1,102 @@
+"""From a configuration to a run on disk: what it means, what is left to do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from attnrobust.certify import ALL_METHODS
+from attnrobust.errors import InputError
+from attnrobust.runs.files import versions
+from attnrobust.runs.store import Manifest
+from attnrobust.runs.work import Workbench, WorkItem, inputs_digest, model_digest
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of ``count`` equal shares of the work; ``index`` counts from 0.
+
+    Args:
+        index: Which share.
+        count: How many shares.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise InputError(f"shard {self.index + 1}/{self.count} does not exist; the first is 1/{self.count}")
+
+    @property
+    def name(self) -> str:
+        """For files."""
+        return "all" if self.count == 1 else f"{self.index + 1}-of-{self.count}"
+
+    def of(self, items: Sequence[WorkItem]) -> list[WorkItem]:
+        """This share of the items; it depends on their ids alone, so all shares together are all items."""
+        ranks = {row_id: rank for rank, row_id in enumerate(sorted(item.row_id for item in items))}
+        return [item for item in items if ranks[item.row_id] % self.count == self.index]
+
+
+def parse_shard(text: str) -> Shard:
+    """Read ``i/N``, i from 1 to N.
+
+    Raises:
+        InputError: Anything else.
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise InputError(f"shard {text!r}: give i/N, as in 1/4")
+    if int(count) == 0:
+        raise InputError(f"shard {text!r}: there must be at least one shard")
+    return Shard(int(index) - 1, int(count))
+
+
+def shard_from_environment(environment: dict[str, str]) -> Shard:
+    """The share of this process under torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS); else all."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in environment and size in environment:
+            try:
+                return Shard(int(environment[rank]), int(environment[size]))
+            except ValueError as error:
+                raise InputError(
+                    f"{rank}={environment[rank]} and {size}={environment[size]} must be numbers"
+                ) from error
+    return Shard()
+
+
+def make_manifest(bench: Workbench, items: Sequence[WorkItem]) -> Manifest:
+    """What the run of this configuration is; loads the model to read its weights.
+
+    Args:
+        bench: The configuration's workbench.
+        items: Its whole work list.
+    """
+    config = bench.config
+    return Manifest(
+        meaning=_meaning(bench),
+        config=config.model_dump(mode="json"),
+        rows=len(items),
+        layers=[layer.name for layer in bench.layers],
+        versions=versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _meaning(bench: Workbench) -> dict[str, Any]:
+    """Everything that may change a number, by content: moved or renamed files mean the same."""
+    config = bench.config
+    certificates = config.certificates if config.certificates is not None else [method.name for method in ALL_METHODS]
+    return {
+        "model": model_digest(bench.model),
+        "inputs": inputs_digest(bench.sources),
+        "layers": [layer.name for layer in bench.layers],
+        "threats": list(bench.threats),
+        "goals": [f"{goal.key} ({goal.digest})" for goal in bench.goals],
+        "certificates": list(certificates),
+        "attack": config.attack.model_dump(mode="json"),
+        "seed": config.seed,
+        "device": config.device,
+        "threads": config.threads,
+    }

@@ -1,0 +1,219 @@
+"""The work list: every input on every layer under every threat and goal, named by digests of its content."""
+
+import fnmatch
+import hashlib
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.errors import AttnRobustError, UnknownNameError
+from attnrobust.goals import Goal
+from attnrobust.layers.attention import Attention
+from attnrobust.models.capture import CapturedInput, TextLine, read_texts, read_tokens
+from attnrobust.models.listing import LayerInfo
+from attnrobust.models.model import Model, ModuleModel, load_model
+from attnrobust.results import Status
+from attnrobust.runs.config import RunConfig
+from attnrobust.runs.inputs import on_device
+from attnrobust.runs.rows import Row, RowTask, evaluate_row
+from attnrobust.threats.moves import Threat, parse_threat
+from attnrobust.tokens import tensor_digest
+
+CAPTURES_KEPT = 8
+"""Inputs whose tokens a worker remembers; work on one input follows itself, so few are enough."""
+
+log = logging.getLogger(__name__)
+
+Source = TextLine | CapturedInput
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One row to compute.
+
+    Args:
+        row_id: Digest of the input's content, layer, threat and goal (and of the repetition, for equal inputs).
+        source: Which input, an index into the input file of this run.
+        layer: Full name of the layer.
+        threat: Key of the threat.
+        goal: Which goal, an index into the configuration.
+    """
+
+    row_id: str
+    source: int
+    layer: str
+    threat: str
+    goal: int
+
+
+class Workbench:
+    """Everything that a worker needs to compute rows of one run; what is expensive is made once, when first needed.
+
+    Args:
+        config: The configuration.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._specs: dict[str, Attention] = {}
+        self._captured: OrderedDict[tuple[int, str], CapturedInput] = OrderedDict()
+
+    @cached_property
+    def model(self) -> Model:
+        """The model, on the configured device."""
+        return load_model(self.config.model, device=self.config.device)
+
+    @cached_property
+    def sources(self) -> Sequence[Source]:
+        """The inputs in the order of their file."""
+        if self.config.texts is not None:
+            return read_texts(self.config.texts)
+        assert self.config.tokens is not None  # noqa: S101 - the configuration has one of them; narrows the type
+        return read_tokens(self.config.tokens)
+
+    @cached_property
+    def goals(self) -> tuple[Goal, ...]:
+        """The goals of the configuration."""
+        return tuple(goal.make() for goal in self.config.goals)
+
+    @cached_property
+    def threats(self) -> dict[str, Threat]:
+        """The threats of the configuration by key."""
+        return {threat.key: threat for threat in map(parse_threat, self.config.threats)}
+
+    @cached_property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """The layers that the configuration names; a glob takes the supported ones."""
+        chosen: dict[str, LayerInfo] = {}
+        for pattern in self.config.layers:
+            for layer in matching_layers(self.model, pattern):
+                chosen[layer.name] = layer
+        return tuple(chosen.values())
+
+    def items(self) -> list[WorkItem]:
+        """The whole work list, in the order input, layer, threat, goal."""
+        seen: Counter[str] = Counter()
+        items = []
+        for index, source in enumerate(self.sources):
+            content = source_digest(source)
+            repetition = seen[content]
+            seen[content] += 1
+            items += [
+                WorkItem(
+                    _row_id(content, repetition, layer.name, threat, goal.digest), index, layer.name, threat, place
+                )
+                for layer in self.layers
+                for threat in self.threats
+                for place, goal in enumerate(self.goals)
+            ]
+        return items
+
+    def row(self, item: WorkItem) -> Row:
+        """Compute one row; whatever goes wrong is its status."""
+        try:
+            captured, spec = self._capture(item.source, item.layer), self.spec(item.layer)
+        except AttnRobustError as error:
+            return self.failed(item, Status.ERROR, str(error))
+        measure, goal = on_device(captured.measure, self.goals[item.goal], self.config.device)
+        task = RowTask(
+            captured.id, item.layer, spec, measure, self.threats[item.threat], goal,
+            seed=self.config.seed, text=captured.text, tokens=captured.token_strings, row_id=item.row_id,
+        )  # fmt: skip
+        return evaluate_row(task, self.config.row_options())
+
+    def clean_tokens(self, layer: str) -> Iterator[Float[Tensor, "n d"]]:
+        """The clean tokens of every input of a layer that can be captured."""
+        for index in range(len(self.sources)):
+            try:
+                yield self._capture(index, layer).measure.points.to(self.config.device)
+            except AttnRobustError as error:
+                log.warning("input %s of layer %s is left out: %s", self.sources[index].id, layer, error)
+
+    def failed(self, item: WorkItem, status: Status, message: str) -> Row:
+        """The row of an item that could not be computed."""
+        source = self.sources[item.source]
+        return Row(
+            source.id, item.layer, 0, item.threat, self.goals[item.goal].key, seed=self.config.seed,
+            status=status, message=message, text=source.text, row_id=item.row_id,
+        )  # fmt: skip
+
+    def spec(self, layer: str) -> Attention:
+        """The specification of a layer."""
+        if layer not in self._specs:
+            self._specs[layer] = self.model.layer(layer)
+        return self._specs[layer]
+
+    def _capture(self, index: int, layer: str) -> CapturedInput:
+        source = self.sources[index]
+        if isinstance(source, CapturedInput):
+            return source
+        key = (index, layer)
+        if key not in self._captured:
+            self._captured |= {(index, name): found for name, found in self._capture_all(source, layer).items()}
+            while len(self._captured) > CAPTURES_KEPT * len(self.layers):
+                self._captured.popitem(last=False)
+        return self._captured[key]
+
+    def _capture_all(self, line: TextLine, layer: str) -> dict[str, CapturedInput]:
+        """Every layer's tokens from one forward pass; where one of them fails, only those of the layer in question."""
+        names = [info.name for info in self.layers]
+        if isinstance(self.model, ModuleModel):
+            try:
+                return dict(zip(names, self.model.capture_layers(names, line), strict=True))
+            except AttnRobustError:
+                log.debug("input %s is captured layer by layer", line.id, exc_info=True)
+        return {layer: self.model.capture(layer, [line])[0]}
+
+
+def matching_layers(model: Model, pattern: str) -> tuple[LayerInfo, ...]:
+    """The supported layers that a name, a unique suffix or a glob means.
+
+    Args:
+        model: The model.
+        pattern: With ``*``, ``?`` or ``[`` it is a glob over full names; the unsupported ones are left out and logged.
+
+    Raises:
+        UnknownNameError: A glob without a supported layer.
+        InputError: As ``Model.resolve``, for names.
+    """
+    if not any(c in pattern for c in "*?["):
+        return (model.resolve(pattern),)
+    matches = [layer for layer in model.layers() if fnmatch.fnmatchcase(layer.name, pattern)]
+    for layer in matches:
+        if not layer.supported:
+            log.warning("layer %s is left out: %s", layer.name, layer.reason)
+    supported = tuple(layer for layer in matches if layer.supported)
+    if not supported:
+        raise UnknownNameError("layer glob", pattern, [layer.name for layer in model.layers() if layer.supported])
+    return supported
+
+
+def source_digest(source: Source) -> str:
+    """SHA-256 of an input's content (text, or tokens and masses)."""
+    return source.measure.digest() if isinstance(source, CapturedInput) else _sha(f"text;{source.text}")
+
+
+def inputs_digest(sources: Sequence[Source]) -> str:
+    """SHA-256 of all inputs with their names, in order."""
+    return _sha(";".join(f"{source.id}={source_digest(source)}" for source in sources))
+
+
+def model_digest(model: Model) -> str:
+    """SHA-256 of every weight of the model, since tokens are captured through all layers below."""
+    if not isinstance(model, ModuleModel):
+        return model.layer(None).digest
+    state = model.module.state_dict()
+    return _sha(";".join(f"{name}={tensor_digest(state[name])}" for name in sorted(state)))
+
+
+def _row_id(content: str, repetition: int, layer: str, threat: str, goal: str) -> str:
+    return _sha(f"{content};{repetition};{layer};{threat};{goal}")[:32]
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What the adversary may change: each threat owns its distance and its projection."""

@@ -1,0 +1,514 @@
+"""Conic margin certificate: facts hold at true points, the bound for any multipliers, and no attack is inside."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from attnrobust.attacks import attack
+from attnrobust.certify.conic import method as conic
+from attnrobust.certify.conic.basis import Bases, away_from, norm_upper, orthonormal
+from attnrobust.certify.conic.margin_program import Assembly, first_order, margin_program, moves_of
+from attnrobust.certify.conic.method import ConicMargin
+from attnrobust.certify.conic.program import Affine, Box, Cone, ConicProgram, Moments, in_dual_cone, repaired_bound
+from attnrobust.certify.conic.ranges import row_ranges
+from attnrobust.certify.conic.row import Reach, Row, reach_of, rows_of
+from attnrobust.certify.conic.scalar import log_phi, log_psi, psi, saturation, second_difference
+from attnrobust.certify.conic.size import size_of
+from attnrobust.certify.conic.solver import solve
+from attnrobust.certify.radius import LARGEST
+from attnrobust.certify.registry import method_named
+from attnrobust.goals import Displacement, Margin
+from attnrobust.layers.attention import Attention
+from attnrobust.problem import Problem
+from attnrobust.results import Kind
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.tokens import TokenMeasure
+from tests.assertions import assert_at_most
+from tests.cases import Case, case_named
+from tests.conic_points import true_point, violations
+
+Array = NDArray[np.float64]
+METHOD = ConicMargin()
+KINDS: tuple[Bases, ...] = ("plain", "aligned", "full")
+
+HARD = (
+    "plain-h1-n5-d4", "plain-h2-n3-d4", "single-token-biases", "key-wider-than-value", "narrow-width-1", "biases",
+    "scale-negative", "saturated", "saturated-concatenated-masses", "equal-tokens", "near-tie", "large-norms",
+    "key-offset-only-w_q-zero", "uniform-w_q-zero-masses", "low-rank", "causal-masses", "padding-causal",
+    "finite-mask-masses", "self-only", "masses-one-dominates",
+)  # fmt: skip
+THREATS: tuple[FrobeniusBall | PerTokenBall, ...] = (
+    FrobeniusBall(), FrobeniusBall(tokens=(0,)), PerTokenBall(), PerTokenBall(norm="linf"),
+    PerTokenBall(norm="l1", tokens=(0,)),
+)  # fmt: skip
+
+
+def margin_problem(case: Case, threat: Threat, *, classes: int = 2, row: int | None = None) -> Problem:
+    """A margin that holds at the clean input."""
+    draw = torch.Generator().manual_seed(case.n + 7 * classes)
+    weight = torch.randn(classes, case.attention.out_width, generator=draw, dtype=torch.float64)
+    bias = torch.randn(classes, generator=draw, dtype=torch.float64)
+    goal = Margin(weight=weight, bias=bias, pool="mean" if row is None else row)
+    return Problem(case.attention, case.tokens, threat, goal)
+
+
+def rows_for(problem: Problem, threat: FrobeniusBall | PerTokenBall) -> tuple[Row, ...]:
+    resolved = problem.resolved
+    assert resolved.functionals is not None
+    assert resolved.weights is not None
+    movable = threat.movable(problem.clean.n)
+    return tuple(rows_of(problem, resolved.functionals[0], resolved.weights, movable))
+
+
+def assembled(problem: Problem, radius: float, *, bases: Bases = "aligned") -> tuple[Assembly, Reach]:
+    threat = problem.threat
+    assert isinstance(threat, FrobeniusBall | PerTokenBall)
+    reach = reach_of(threat, problem.clean.n, problem.clean.width, radius)
+    budget = float(problem.resolved.budgets[0])
+    return margin_program(rows_for(problem, threat), reach, budget=budget, bases=bases), reach
+
+
+def moves_inside(problem: Problem, radius: float, *, seed: int) -> torch.Tensor:
+    """Moves of the set: random ones of all shapes, some on a single token, some against the margin."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randn(8, *problem.clean.points.shape, generator=draw, dtype=torch.float64)
+    noise[2:4] *= (3 * torch.randn(2, problem.clean.n, 1, generator=draw, dtype=torch.float64)).exp()
+    noise[4:6] *= torch.rand(2, 1, problem.clean.width, generator=draw, dtype=torch.float64) ** 4
+    moves = problem.threat.project(noise * 1e3 * radius, radius)
+    moves[0] *= 0.2
+    points = problem.clean.points.clone().requires_grad_()
+    change = problem.resolved.changes(problem.network(points, problem.mass))[0]
+    (gradient,) = torch.autograd.grad(change, points)
+    moves[6], moves[7] = radius * problem.threat.steepest(gradient), -radius * problem.threat.steepest(gradient)
+    return moves
+
+
+# ---- every fact at true points -------------------------------------------------------------------------------------
+
+
+QUICK = {"biases", "saturated", "equal-tokens", "low-rank", "self-only", "finite-mask-masses", "plain-h2-n3-d4"}
+
+
+@pytest.mark.parametrize(
+    ("name", "radius"),
+    [
+        pytest.param(name, radius, marks=() if name in QUICK and radius < 0.1 else pytest.mark.slow)
+        for name in HARD
+        for radius in (0.02, 0.5, 30.0)
+    ],
+)
+def test_every_fact_holds_at_the_true_point_of_every_move(name: str, radius: float) -> None:
+    case = case_named(name)
+    index = HARD.index(name)
+    for factor, threat in ((1.0, THREATS[index % 5]), (10.0, THREATS[(index + 2) % 5])):
+        reached = factor * radius
+        problem = margin_problem(case, threat, row=case.n - 1 if index % 2 else None)
+        assembly, reach = assembled(problem, reached, bases=KINDS[index % 3])
+        for move in moves_inside(problem, reached, seed=index):
+            moving = move[threat.movable(case.n)].numpy()
+            point = true_point(assembly, moving, reach.token)
+            for fact, outside in violations(assembly.program, point).items():
+                assert outside <= 1e-9, f"{fact} fails by {outside:.3g} on {name}, {threat.key}, radius {reached}"
+            objective = assembly.program.cost @ point + assembly.program.offset
+            change = problem.resolved.changes(problem.network(problem.clean.points + move, problem.mass))[0]
+            drop = float(change / problem.resolved.budgets[0])
+            assert -objective == pytest.approx(drop, rel=1e-9, abs=1e-9)
+
+
+def test_the_reference_point_sees_a_fact_that_fails() -> None:
+    # The check above must be able to fail: a logit range that is too small by a third is noticed.
+    case = case_named("plain-h1-n5-d4")
+    problem = margin_problem(case, FrobeniusBall())
+    assembly, reach = assembled(problem, 1.0)
+    rows = list(assembly.program.rows)
+    number = next(i for i, group in enumerate(rows) if group.name == "range of u")
+    rows[number] = replace(rows[number], const=rows[number].const / 10)
+    broken = replace(assembly, program=replace(assembly.program, rows=tuple(rows)))
+    worst = max(
+        violations(broken.program, true_point(broken, move.numpy(), reach.token))["range of u"]
+        for move in moves_inside(problem, 1.0, seed=0)
+    )
+    assert worst > 0.01
+
+
+def test_first_order_is_the_gradient_of_the_drop() -> None:
+    for name in ("biases", "causal-masses", "finite-mask-masses", "padding-causal"):
+        problem = margin_problem(case_named(name), FrobeniusBall())
+        points = problem.clean.points.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(problem.resolved.changes(problem.network(points, problem.mass))[0], points)
+        np.testing.assert_allclose(first_order(rows_for(problem, FrobeniusBall())), gradient.numpy(), atol=1e-12)
+
+
+# ---- scalar envelopes ----------------------------------------------------------------------------------------------
+
+
+def test_psi_and_its_second_difference_near_and_far_from_zero() -> None:
+    for u in (-700.0, -5.0, -1e-2, -1e-5, 1e-9, 1e-5, 1e-2, 5.0, 300.0):
+        exact = float(sum(math.exp(k * math.log(abs(u)) - math.lgamma(k + 1)) * (1 if u > 0 or k % 2 == 0 else -1)
+                          for k in range(2, 60))) if abs(u) < 6 else math.exp(u) - 1 - u  # fmt: skip
+        assert float(psi(np.array([u]))[0]) == pytest.approx(exact, rel=1e-10)
+        assert float(second_difference(np.array([u]))[0]) == pytest.approx(2 * exact / u**2, rel=1e-10)
+    assert float(log_psi(np.array([5000.0]))[0]) == pytest.approx(5000.0)
+    assert float(log_phi(np.array([1e-8]))[0]) == pytest.approx(1e-8 / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("log_weight", [-1e-9, -0.7, -3.0, -30.0, -460.0])
+@pytest.mark.parametrize("limit", [1e-9, 0.01, 0.8, 4.0, 40.0, 470.0, 900.0])
+def test_saturation_is_above_both_suprema_and_close(log_weight: float, limit: float) -> None:
+    above, slope = (float(v[0]) for v in saturation(np.array([log_weight]), np.array([limit])))
+    u = np.concatenate([limit * np.logspace(-6, 0, 2000), np.linspace(limit / 5000, limit, 5000)])
+    share = log_weight + log_psi(u)
+    share = np.exp(share - np.logaddexp(0.0, share))  # w psi / (1 + w psi)
+    first, second = 2 * share / u**2, share / u * np.maximum(1 - math.exp(log_weight) * u, 0)
+    assert_at_most(float(first.max()), above)
+    assert_at_most(float(second.max()), slope)
+    assert_at_most(above, 1.25 * float(first.max()))
+    assert_at_most(slope, 1.25 * float(second.max()) + 1e-300)
+
+
+def test_third_order_term_is_below_its_two_slopes() -> None:
+    """``-t w (1 - p)(psi(u) - s u) <= max(k- u t, -k+ u t)`` for every s between w psi(u) and its bound."""
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        log_weight, limit = -float(draw.exponential(3.0)), float(draw.uniform(0.05, 8.0))
+        weight, share = math.exp(log_weight), float(draw.uniform(0.02, 0.999))
+        _, opposite = saturation(np.array([log_weight]), np.array([limit]))
+        same = weight * (share + (1 - share) * float(psi(np.array([-limit]))[0]) / limit)
+        u = np.linspace(-limit, limit, 201)[:, None]
+        s = weight * psi(u) + np.linspace(0.0, 1.0, 101) ** 3 * (share / (1 - share))
+        p = s / (1 + s)
+        inside = p <= share
+        for t in (-1.0, 1.0):
+            term = -t * weight * (1 - p) * (psi(u) - s * u)
+            bound = np.maximum(same * u * t, -float(opposite[0]) * u * t)
+            assert (term <= bound + 1e-12)[inside].all()
+
+
+def test_remainder_weight_is_between_its_two_quadratics() -> None:
+    """``c u^2/2 <= w psi(u) / (1 + s) <= f u^2/2``, and p <= sum f u^2/2, at every weight vector and change."""
+    draw = np.random.default_rng(1)
+    for _ in range(300):
+        logs = draw.normal(size=5) * 3.0
+        weight = np.exp(logs - np.logaddexp.reduce(logs))
+        a = draw.normal(size=5) * draw.uniform(0.1, 4.0)
+        u = a - weight @ a
+        limit = np.abs(u) * draw.uniform(1.0, 2.0, size=5) + 1e-9
+        s = float(weight @ psi(u))
+        above, _ = saturation(np.log(weight), limit)
+        mass = weight * psi(u) / (1 + s)
+        assert (mass <= above * u**2 / 2 + 1e-14).all()
+        assert s / (1 + s) <= above @ u**2 / 2 + 1e-14
+        low = weight * second_difference(-limit) / (1 + 1.5 * s)
+        assert (mass >= low * u**2 / 2 - 1e-14).all()
+
+
+def test_ranges_of_logits_and_weights_are_reached_within_a_factor() -> None:
+    case = case_named("plain-h1-n5-d4")
+    problem = margin_problem(case, FrobeniusBall(), row=0)
+    (row,) = rows_for(problem, FrobeniusBall())
+    ranges = row_ranges(row, reach_of(FrobeniusBall(), 5, 4, 0.1))
+    linear = np.linalg.norm(row.directions.reshape(5, -1), axis=1) * 0.1
+    assert (ranges.logit >= linear).all()
+    assert (ranges.logit <= 1.2 * linear + 0.02).all()
+    assert (np.exp(ranges.log_low) <= row.weight).all()
+    assert (row.weight <= np.exp(ranges.log_high)).all()
+
+
+# ---- bases ---------------------------------------------------------------------------------------------------------
+
+
+def test_bases_span_their_vectors_and_know_when_they_are_complete() -> None:
+    draw = np.random.default_rng(2)
+    few = draw.normal(size=(2, 5))
+    basis = orthonormal(np.vstack([few, few.sum(axis=0), np.zeros(5)]))
+    assert basis.shape == (5, 2)
+    np.testing.assert_allclose(few @ basis @ basis.T, few, atol=1e-13)
+    np.testing.assert_array_equal(orthonormal(draw.normal(size=(9, 4))), np.eye(4))
+    assert not away_from(np.eye(4)).any()
+    assert norm_upper(np.zeros((3, 3))) == 0.0
+    assert orthonormal(np.zeros((1, 3))).shape == (3, 1)
+
+
+# ---- the repaired bound --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain-h1-n2-d2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain-h2-n3-d4", "causal-masses"))],
+)
+def test_any_multipliers_prove_a_true_bound(name: str) -> None:
+    problem = margin_problem(case_named(name), FrobeniusBall())
+    assembly, reach = assembled(problem, 0.5)
+    program, draw = assembly.program, np.random.default_rng(3)
+    points = [true_point(assembly, m.numpy(), reach.token) for m in moves_inside(problem, 0.5, seed=1)]
+    lowest = min(float(program.cost @ x) + program.offset for x in points)
+    for size in (0.0, 1e-6, 1e-3, 1.0, 1e3):
+        for _ in range(4):
+            guess = [size * draw.normal(size=len(rows.const)) for rows in program.rows]
+            assert repaired_bound(program, guess) <= lowest
+    found = solve(program)
+    assert found is not None
+    best = repaired_bound(program, found.values)
+    assert best <= lowest
+    primal = float(program.cost @ found.point) + program.offset
+    assert best == pytest.approx(primal, abs=1e-4)  # and the solver's multipliers are worth having
+    for size in (1e-6, 1e-2, 10.0):
+        spoilt = [y + size * draw.normal(size=len(y)) for y in found.values]
+        assert repaired_bound(program, spoilt) <= lowest
+    assert repaired_bound(program, [y * math.nan for y in found.values]) == -math.inf
+
+
+def test_multipliers_are_moved_into_the_dual_cones() -> None:
+    draw = np.random.default_rng(4)
+    y = draw.normal(size=300) * np.exp(draw.normal(size=300) * 2)
+    x, height = draw.normal(size=5000) * 3, draw.exponential(size=5000)
+    scale = draw.exponential(size=5000)
+    exponential = np.stack([x * scale, scale, scale * (np.exp(x) + height * (draw.random(5000) < 0.5))], axis=1)
+    vectors = draw.normal(size=(5000, 2))
+    second = np.column_stack([np.linalg.norm(vectors, axis=1) + height * (draw.random(5000) < 0.5), vectors])
+    for cone, members in ((Cone.EXPONENTIAL, exponential), (Cone.SECOND_ORDER, second)):
+        fixed = in_dual_cone(cone, y).reshape(-1, 3)
+        products = members @ fixed.T
+        assert (products >= -1e-12 * (np.abs(members) @ np.abs(fixed).T)).all()
+        np.testing.assert_allclose(in_dual_cone(cone, fixed.ravel()).reshape(-1, 3), fixed, rtol=1e-11)
+    assert (in_dual_cone(Cone.NONNEGATIVE, y) >= 0).all()
+    np.testing.assert_array_equal(in_dual_cone(Cone.ZERO, y), y)
+
+
+def test_tangents_of_the_exponential_keep_their_direction() -> None:
+    # The multiplier of the tangent at a is (-e^a, -e^a (1 - a), 1); it is in the dual cone already.
+    for a in (-20.0, -1.0, 0.0, 2.0):
+        tangent = np.array([-math.exp(a), -math.exp(a) * (1 - a), 1.0])
+        np.testing.assert_allclose(in_dual_cone(Cone.EXPONENTIAL, tangent), tangent, rtol=1e-12)
+        low = tangent * [1, 1, 0.5]
+        np.testing.assert_allclose(in_dual_cone(Cone.EXPONENTIAL, low), tangent, rtol=1e-12)
+
+
+def test_without_rows_the_bound_is_the_exact_minimum_over_the_domains() -> None:
+    draw = np.random.default_rng(5)
+    for threat in THREATS:
+        reach = reach_of(threat, 4, 3, 0.7)
+        moving = int(threat.movable(4).sum())
+        moves = moves_of(np.arange(moving * 3).reshape(moving, 3), reach)
+        block = Moments(moving * 3 + np.arange(6), 3, 2.0)
+        box = Box(moving * 3 + 6 + np.arange(2), np.array([-1.0, 0.0]), np.array([2.0, 3.0]))
+        cost = draw.normal(size=moving * 3 + 8)
+        program = ConicProgram(cost, 0.25, (), (box,), (block,), moves, np.ones(len(cost)))
+        full = torch.zeros(4, 3, dtype=torch.float64)
+        full[threat.movable(4)] = torch.tensor(cost[moves.index])
+        farthest = -0.7 * float(threat.dual_norm(full)) / reach.token
+        a, b = cost[box.index]
+        lowest = min(-a, 2 * a) + min(0.0, 3 * b)
+        smallest = float(np.linalg.eigvalsh(block.matrix(cost[block.index]))[0])
+        exact = 0.25 + farthest + lowest + 2.0 * min(0.0, smallest)
+        assert repaired_bound(program, []) <= exact
+        assert repaired_bound(program, []) == pytest.approx(exact, abs=1e-10)
+
+
+def test_moment_entries_and_their_gradient_matrix_agree() -> None:
+    draw = np.random.default_rng(6)
+    block, gradient, vector = Moments(np.arange(10), 4, 1.0), draw.normal(size=10), draw.normal(size=4)
+    entries = np.outer(vector, vector)[np.triu_indices(4)]
+    assert float(entries @ gradient) == pytest.approx(float(vector @ block.matrix(gradient) @ vector))
+
+
+def test_affine_functions_add_scale_and_map() -> None:
+    f = Affine(np.array([[1.0, 2.0], [0.0, -1.0]]), np.array([3.0, 0.5]))
+    x = np.array([2.0, -1.0])
+    np.testing.assert_allclose((1.0 - f * np.array([2.0, 4.0])).values(x), 1.0 - np.array([2.0, 4.0]) * f.values(x))
+    np.testing.assert_allclose((np.array([1.0, 2.0]) - f).values(x), np.array([1.0, 2.0]) - f.values(x))
+    np.testing.assert_allclose(f.total(np.array([1.0, -1.0])).values(x), [f.values(x)[0] - f.values(x)[1]])
+    np.testing.assert_allclose((f + f - f).values(x), f.values(x))
+
+
+# ---- the certificate -----------------------------------------------------------------------------------------------
+
+SMALL = ("plain-h1-n2-d2", "plain-h2-n3-d4", "saturated-concatenated-masses", "causal-masses", "self-only", "near-tie")
+
+
+@pytest.mark.parametrize("name", [SMALL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL[1:])])
+def test_no_attack_inside_the_certified_radius(name: str) -> None:
+    case = case_named(name)
+    threat = THREATS[SMALL.index(name) % len(THREATS)]
+    problem = margin_problem(case, threat, row=0)
+    certificate = METHOD.certify(problem)
+    found = attack(problem, seed=1)
+    assert certificate.kind is Kind.FLOAT64
+    assert certificate.radius > 0.0
+    assert_at_most(certificate.radius, min(found.radius, LARGEST))
+
+
+def random_problem(seed: int) -> Problem:
+    """A small layer of any kind: heads, biases, output projection, masks, masses, scales; any threat and pooling."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    def one_of(*values: int) -> int:
+        return values[int(torch.randint(len(values), (), generator=draw))]
+
+    n, d, heads, k, v = one_of(2, 3, 4), one_of(1, 2, 3), one_of(1, 1, 2), one_of(1, 2), one_of(1, 2, 3)
+    biased, projected, masked, weighted = (bool(one_of(0, 1)) for _ in range(4))
+    mask = normal(n, n).masked_fill(normal(n, n) > 1.2, -torch.inf).fill_diagonal_(0.0) if masked else None
+    strength = 0.3 * 2.0 ** one_of(0, 1, 2, 3)
+    layer = Attention(
+        w_q=strength * normal(heads, d, k), w_k=normal(heads, d, k), w_v=normal(heads, d, v),
+        b_q=normal(heads, k) if biased else None, b_v=normal(heads, v) if biased else None,
+        w_o=normal(heads, v, 2) if projected else None, mask=mask, causal=mask is None and bool(one_of(0, 1)),
+    )  # fmt: skip
+    mass = torch.softmax(2 * normal(n), 0) if weighted else torch.full((n,), 1 / n, dtype=torch.float64)
+    goal = Margin(weight=normal(one_of(2, 3), layer.out_width), pool="mean" if one_of(0, 1) else one_of(0, n - 1))
+    threat = (*THREATS[:4], PerTokenBall(norm="l1"), AnyToken())[seed % 6]
+    return Problem(layer, TokenMeasure(one_of(1, 1, 3) * normal(n, d), mass), threat, goal)
+
+
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 150))])
+def test_nothing_inside_a_ball_uses_more_than_the_bound_at_its_radius(seed: int) -> None:
+    # Sharper than a search for violations: at every radius the bound is compared with the largest use of the budget.
+    problem = random_problem(seed)
+    bound = METHOD.prepare(problem, seed=0)
+    radius = (0.3, 0.8, 1.5, 4.0)[seed % 4] * (bound.first_guess or 1.0)
+    used = bound.usage(radius).value
+    found = attack(problem, epsilon=radius, seed=seed)  # gradient ascent from many starts
+    assert_at_most(found.usage, used)
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randn(2000, *problem.clean.points.shape, generator=draw, dtype=torch.float64)
+    noise[1000:] *= (3 * torch.randn(1000, problem.clean.n, 1, generator=draw, dtype=torch.float64)).exp()
+    moves = problem.threat.project(noise * 1e3 * radius, radius)
+    moves[::3] *= torch.rand(len(moves[::3]), 1, 1, generator=draw, dtype=torch.float64)
+    # the projection of points a thousand radii away ends 1e-11 outside
+    moves *= (radius / problem.threat.distance(moves)).clamp(max=1.0)[:, None, None]
+    assert_at_most(float(problem.usage(moves).max()), used)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
+def test_no_violation_is_found_inside_a_certified_ball(seed: int) -> None:
+    problem = random_problem(1000 + seed)
+    radius = METHOD.certify(problem).radius
+    assert_at_most(radius, min(attack(problem, seed=seed).radius, LARGEST))
+    inside = attack(problem, epsilon=radius, seed=seed + 1).usage if 0.0 < radius < LARGEST else 0.0
+    assert_at_most(inside, 1.0 + 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HARD)
+def test_no_attack_inside_over_all_threats_and_classes(name: str) -> None:
+    case = case_named(name)
+    for index, threat in enumerate((*THREATS, AnyToken())):
+        problem = margin_problem(case, threat, classes=3, row=None if index % 2 else 0)
+        if METHOD.refuses(problem) is None:
+            assert_at_most(METHOD.certify(problem).radius, min(attack(problem, seed=2).radius, LARGEST))
+
+
+def linear_layer(values: torch.Tensor) -> Attention:
+    """Uniform attention: W_q = 0."""
+    d = values.shape[0]
+    return Attention(w_q=torch.zeros(1, d, 2), w_k=torch.ones(1, d, 2), w_v=values[None])
+
+
+@pytest.mark.parametrize(
+    "threat", [FrobeniusBall(), PerTokenBall(), PerTokenBall(norm="linf"), PerTokenBall(norm="l1")]
+)
+def test_a_linear_layer_is_exact_under_every_threat(threat: Threat) -> None:
+    layer = linear_layer(torch.diag(torch.tensor([1.0, 2.0, -3.0])))
+    weight = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.5, 0.0]])
+    goal = Margin(weight=weight, bias=torch.tensor([5.0, 0.0]))
+    problem = Problem(layer, TokenMeasure(torch.arange(12.0).reshape(4, 3) / 10), threat, goal)
+    gradient = (torch.tensor([1.0, 1.0, -3.0], dtype=torch.float64) / 4).expand(4, 3)
+    exact = float(problem.resolved.budgets[0] / threat.dual_norm(gradient))
+    radius = METHOD.certify(problem).radius
+    assert_at_most(radius, exact)
+    assert radius == pytest.approx(exact, rel=6e-3)
+
+
+def test_small_radii_cost_little_more_than_the_first_order() -> None:
+    problem = margin_problem(case_named("plain-h1-n2-d2"), FrobeniusBall())
+    bound = METHOD.prepare(problem, seed=0)
+    gradient = first_order(rows_for(problem, FrobeniusBall()))
+    for radius in (1e-3, 1e-2):
+        linear = radius * float(np.linalg.norm(gradient)) / float(problem.resolved.budgets[0])
+        used = bound.usage(radius).value
+        assert linear <= used <= linear * (1 + 60 * radius)
+
+
+def test_any_token_is_the_worst_of_its_tokens() -> None:
+    case = case_named("plain-h2-n3-d4")
+    together = METHOD.prepare(margin_problem(case, AnyToken(), row=1), seed=0).usage(0.4).value
+    single = [
+        METHOD.prepare(margin_problem(case, FrobeniusBall(tokens=(i,)), row=1), seed=0).usage(0.4).value
+        for i in range(3)
+    ]
+    assert together == pytest.approx(max(single), rel=1e-6)
+
+
+def test_a_solver_that_gives_up_certifies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conic, "solve", lambda _: None)
+    problem = margin_problem(case_named("plain-h1-n2-d2"), FrobeniusBall())
+    assert METHOD.prepare(problem, seed=0).usage(0.1).value == math.inf
+    assert METHOD.certify(problem).radius == 0.0
+
+
+@pytest.mark.slow
+def test_multipliers_of_another_radius_are_worse_but_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = margin_problem(case_named("plain-h2-n3-d4"), FrobeniusBall())
+    honest = METHOD.certify(problem).radius
+    kept = solve(assembled(problem, honest / 3)[0].program)
+    monkeypatch.setattr(conic, "solve", lambda _: kept)
+    assert 0.0 < METHOD.certify(problem).radius <= honest * (1 + 1e-3)
+
+
+def test_what_it_does_not_speak_about_is_refused_by_name() -> None:
+    case = case_named("plain-h2-n3-d4")
+    displacement = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.1))
+    assert "margins alone" in str(METHOD.refuses(displacement))
+    assert METHOD.refuses(margin_problem(case, FrobeniusBall())) is None
+    assert method_named("conic-margin").name == METHOD.name
+
+
+def test_a_size_it_cannot_finish_is_refused_with_what_it_would_take() -> None:
+    draw = torch.Generator().manual_seed(0)
+    weights = [torch.randn(4, 32, 8, generator=draw) for _ in range(3)]
+    layer = Attention(w_q=weights[0], w_k=weights[1], w_v=weights[2])
+    tokens = TokenMeasure(torch.randn(24, 32, generator=draw))
+    problem = Problem(layer, tokens, FrobeniusBall(), Margin(weight=torch.randn(3, 32, generator=draw)))
+    reason = str(METHOD.refuses(problem))
+    for word in ("variables", "cones", "moment matrices", "take about", "the limit is 600 s"):
+        assert word in reason
+    assert METHOD.refuses(replace_threat(problem, FrobeniusBall(tokens=(3,)))) is not None
+
+
+def replace_threat(problem: Problem, threat: Threat) -> Problem:
+    return Problem(problem.network, problem.clean, threat, problem.goal)
+
+
+def test_the_estimate_matches_what_is_built() -> None:
+    for name in ("plain-h1-n5-d4", "plain-h2-n3-d4"):
+        problem = margin_problem(case_named(name), FrobeniusBall())
+        n, d = problem.clean.points.shape
+        heads = 1 if "h1" in name else 2
+        size = size_of(heads=heads, keys=[n] * n, moving=n, width=d, programs=1)
+        program = assembled(problem, 0.3, bases=size.bases)[0].program
+        assert size.blocks == len(program.moments)
+        assert size.side == max(block.size for block in program.moments)
+        assert size.variables == pytest.approx(program.variables, rel=0.2)
+        assert size.cones == pytest.approx(program.cones, rel=0.3)
+
+
+@pytest.mark.slow
+def test_one_head_of_width_16_is_within_twice_the_attack() -> None:
+    draw = torch.Generator().manual_seed(0)
+    random = [torch.randn(1, 16, 16, generator=draw, dtype=torch.float64) / 4 for _ in range(3)]
+    layer = Attention(w_q=random[0], w_k=random[1], w_v=random[2])
+    points = torch.randn(4, 16, generator=draw, dtype=torch.float64)
+    centres = torch.stack([layer(x).mean(0) for x in (points, torch.randn(4, 16, generator=draw, dtype=torch.float64))])
+    goal = Margin(weight=centres, bias=-0.5 * (centres**2).sum(1))
+    problem = Problem(layer, TokenMeasure(points), FrobeniusBall(), goal)
+    radius, attacked = METHOD.certify(problem).radius, attack(problem, seed=0).radius
+    assert_at_most(radius, attacked)
+    assert attacked / radius < 1.35

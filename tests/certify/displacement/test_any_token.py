@@ -1,0 +1,104 @@
+"""Displacement under "any one token": the worst known token, and what its bounds share."""
+
+import math
+
+import pytest
+import torch
+
+from attnrobust.certify.displacement import any_token as displacement_token
+from attnrobust.certify.displacement.any_token import AnyTokenBound
+from attnrobust.certify.displacement.bound import FLOOR, balanced_shares
+from attnrobust.certify.displacement.method import DisplacementBound, DisplacementCertificate
+from attnrobust.goals import Displacement
+from attnrobust.problem import Problem
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, Threat
+from tests.cases import case_named
+from tests.displacement_tools import clean_rows
+
+METHOD = DisplacementCertificate()
+
+
+def _problem(name: str, threat: Threat) -> Problem:
+    case = case_named(name)
+    return Problem(case.attention, case.tokens, threat, Displacement(0.1))
+
+
+@pytest.mark.parametrize("name", ["biases", "causal-biases-strong", "padding", "masses-one-dominates"])
+@pytest.mark.parametrize("kept", [2**18, 1])
+def test_any_token_is_the_worst_known_token(name: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the tokens' bounds are thrown away and built again."""
+    monkeypatch.setattr(displacement_token, "KEPT_NUMBERS", kept)
+    tokens = range(case_named(name).n)
+    single = [METHOD.certify(_problem(name, FrobeniusBall(tokens=(token,)))).radius for token in tokens]
+    radius = METHOD.certify(_problem(name, AnyToken())).radius
+    assert min(single) * (1 - 3e-3) <= radius <= min(single) * (1 + 3e-3)
+    assert radius >= METHOD.certify(_problem(name, FrobeniusBall())).radius * (1 - 3e-3)
+    some = METHOD.certify(_problem(name, AnyToken(tokens=(0, 1)))).radius
+    assert abs(some / min(single[:2]) - 1.0) <= 3e-3
+
+
+def test_usage_is_the_largest_of_the_tokens() -> None:
+    problem = _problem("biases", AnyToken())
+    for radius in (1e-3, 0.5):
+        bounds = [
+            DisplacementBound(_problem("biases", FrobeniusBall(tokens=(token,))), 0) for token in range(problem.clean.n)
+        ]
+        exact = max(bound.usage(radius).value for bound in bounds)
+        assert AnyTokenBound(problem, 0, 1e-3).usage(radius).value == pytest.approx(exact, rel=3e-3)
+
+
+def test_a_known_pass_covers_smaller_radii_only() -> None:
+    bound = AnyTokenBound(_problem("biases", AnyToken()), 0, 1e-3)
+    radius = bound.first_guess
+    assert radius is not None
+    assert bound.usage(radius).value <= 1.0
+    assert bound.usage(0.5 * radius).value <= 1.0
+    assert bound.usage(1.1 * radius).value > 1.0
+
+
+def test_rebuilt_bounds_use_new_start_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(displacement_token, "KEPT_NUMBERS", 1)
+    bound = AnyTokenBound(_problem("biases", AnyToken()), 0, 1e-3)
+    seeds = [bound._bound(index).seed for index in (0, 1, 0, 1)]
+    assert len(set(seeds)) == 4
+
+
+def test_rows_take_over_only_what_does_not_depend_on_the_moving_tokens() -> None:
+    first, alone = clean_rows("biases", tokens=(0,)), clean_rows("biases", tokens=(1,))
+    quantities = (
+        "logit_reach",
+        "average_reach",
+        "gram",
+        "contrast",
+        "value_reach",
+        "first_order_reach",
+        "bilinear_norms",
+        "cross",
+    )
+    for name in quantities:
+        getattr(first, name)
+    second = clean_rows("biases", tokens=(1,))
+    object.__setattr__(second, "layer", first.layer)
+    object.__setattr__(second, "points", first.points)
+    second.taking_over(first)
+    assert second.w is first.w
+    for name in quantities:
+        assert torch.allclose(getattr(second, name), getattr(alone, name), rtol=1e-12, atol=0.0), name
+    with pytest.raises(ValueError, match="another layer"):
+        clean_rows("causal-masses").taking_over(first)
+
+
+def test_balanced_shares_reach_the_least_worst_case() -> None:
+    one = torch.tensor([[4.0, 1.0, 0.0]], dtype=torch.float64)
+    shares, least = balanced_shares(one)
+    assert least == pytest.approx(3.0)
+    assert shares.tolist() == pytest.approx([2 / 3, 1 / 3, FLOOR], rel=1e-9)
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        parts = torch.rand(3, 2, generator=generator, dtype=torch.float64) ** 4
+        shares, least = balanced_shares(parts)
+        grid = torch.linspace(1e-3, 1.0 - 1e-3, 5000, dtype=torch.float64)
+        worst = (parts[:, :1] / grid + parts[:, 1:] / (1.0 - grid)).amax(dim=0)
+        assert least <= math.sqrt(float(worst.min())) * (1 + 1e-9), "the lower bound is one"
+        found = float(((parts / shares).sum(dim=1)).max() * shares.sum())
+        assert found <= 1.05 * float(worst.min())

@@ -1,0 +1,186 @@
+"""Texts and tokens of a layer, from the model's own forward pass."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnrobust.errors import InputError, UnsupportedModelError
+from attnrobust.models.capture import capture_tokens, read_texts
+from attnrobust.models.from_torch import from_torch
+from attnrobust.models.listing import adapter_for
+from attnrobust.models.model import ModuleModel
+from tests.assertions import assert_close, assert_same_bits, refused
+from tests.hf_models import HEADS, LAYER, MODELS, D, model_inputs
+
+BERT_STYLE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+
+
+def inside(model: nn.Module, path: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What enters and leaves a module in one forward call, by hooks of the test's own."""
+    seen: dict[str, Tensor] = {}
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen["in"] = (args[0] if args else kwargs["hidden_states"])[0]
+        seen["out"] = (output[0] if isinstance(output, tuple) else output)[0]
+
+    handle = model.get_submodule(path).register_forward_hook(look, with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    return seen["in"], seen["out"]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_captured_tokens_give_the_output_inside_the_model(family: str) -> None:
+    original, inputs = MODELS[family](), model_inputs(family)
+    path = LAYER.get(family, "encoder.layer.1.attention.self")
+    entering, leaving = inside(original, path, inputs)
+    model = ModuleModel(original)
+    captured = model.capture_inputs(path, inputs, input_id="a")
+    assert captured.id == "a"
+    assert_close(captured.measure.points, entering, rtol=1e-14)
+    assert_close(model.layer(path)(captured.measure.points), leaving, rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", BERT_STYLE)
+def test_block_form(family: str) -> None:
+    original, inputs = MODELS[family](), model_inputs(family)
+    entering, _ = inside(original, "encoder.layer.1.attention", inputs)
+    _, leaving = inside(original, "encoder.layer.1.attention.output.dense", inputs)
+    model = ModuleModel(original)
+    captured = model.capture_inputs("1.attention", inputs)
+    assert_close(captured.measure.points, entering, rtol=1e-14)
+    assert_close(model.layer("1.attention")(captured.measure.points), leaving, rtol=1e-12)
+
+
+def test_bert_decoder_runs_with_its_cache() -> None:
+    model = ModuleModel(MODELS["bert"](is_decoder=True))
+    assert model.resolve("1.attention.self").mask == "causal"
+    captured = model.capture_inputs("1.attention.self", model_inputs("bert"))
+    assert captured.measure.n == 9
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_torch_encoder(batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(D, HEADS, 20, batch_first=batch_first, norm_first=True, dtype=torch.float64)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(6, D, dtype=torch.float64)
+    captured = ModuleModel(encoder).capture_inputs("1.self_attn", {"src": x[None] if batch_first else x[:, None]})
+    with torch.no_grad():
+        first = encoder.layers[0](x[None] if batch_first else x[:, None]).reshape(6, D)
+        expected = encoder.layers[1].norm1(first)
+    assert_close(captured.measure.points, expected, rtol=1e-12)
+
+
+def test_a_mask_that_only_the_model_knows_is_refused() -> None:
+    encoder = nn.TransformerEncoderLayer(D, HEADS, 20, batch_first=True, dtype=torch.float64).eval()
+    mask = torch.zeros(6, 6, dtype=torch.float64).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -torch.inf)
+    inputs = {"src": torch.randn(1, 6, D, dtype=torch.float64), "src_mask": mask}
+    with refused(UnsupportedModelError, "adds a mask", "self_attn"):
+        ModuleModel(encoder).capture_inputs(None, inputs)
+    attention = encoder.self_attn
+    adapter = adapter_for(attention)
+    assert adapter is not None
+    tokens = capture_tokens(encoder, attention, adapter, from_torch(attention, causal=True), inputs)
+    assert_same_bits(tokens, inputs["src"][0])
+
+
+def test_padding_is_refused() -> None:
+    inputs = model_inputs("bert")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, -2:] = 0
+    with refused(UnsupportedModelError, "adds a mask"):
+        ModuleModel(MODELS["bert"]()).capture_inputs("1.attention.self", inputs)
+
+
+def test_batches_are_refused() -> None:
+    inputs = {"input_ids": model_inputs("bert")["input_ids"].expand(2, -1)}
+    with refused(UnsupportedModelError, "not on one input"):
+        ModuleModel(MODELS["bert"]()).capture_inputs("1.attention.self", inputs)
+
+
+class Shared(nn.Module):
+    """One attention layer applied as often as asked, to itself or to another sequence."""
+
+    def __init__(self, times: int, *, cross: bool = False) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, HEADS, batch_first=True)
+        self.times, self.cross = times, cross
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            other = x.flip(1) if self.cross else x
+            x = self.attention(x, other, other)[0]
+        return x
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_layer_that_is_not_called_once_is_refused(times: int) -> None:
+    with refused(UnsupportedModelError, f"called {times} times"):
+        ModuleModel(Shared(times)).capture_inputs("attention", {"x": torch.randn(1, 4, D)})
+
+
+def test_cross_attention_is_refused() -> None:
+    with refused(UnsupportedModelError, "cross attention"):
+        ModuleModel(Shared(1, cross=True)).capture_inputs("attention", {"x": torch.randn(1, 4, D)})
+    assert ModuleModel(Shared(1)).capture_inputs("attention", {"x": torch.randn(1, 4, D)}).measure.n == 4
+
+
+def test_eager_rounding_is_refused_and_hooks_are_gone() -> None:
+    original: Any = MODELS["vit"]()
+    original.set_attn_implementation("eager")
+    model = ModuleModel(original)
+    with refused(UnsupportedModelError, "sdpa"):
+        model.capture_inputs("1.attention", model_inputs("vit"))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.module.modules())
+
+
+def test_the_given_module_stays_as_it_is() -> None:
+    original = MODELS["bert"]().float().train()
+    next(original.parameters()).requires_grad_(False)
+    state = {name: (p.dtype, p.requires_grad, p.detach().clone()) for name, p in original.named_parameters()}
+    model = ModuleModel(original)
+    model.layers()
+    model.capture_inputs("1.attention.self", model_inputs("bert"))
+    assert all(module.training for module in original.modules())
+    for name, parameter in original.named_parameters():
+        dtype, gradient, value = state[name]
+        assert (parameter.dtype, parameter.requires_grad) == (dtype, gradient)
+        assert_same_bits(parameter.detach(), value)
+
+
+def test_a_model_that_cannot_be_run_says_so() -> None:
+    model = ModuleModel(MODELS["bert"]())
+    with refused(InputError, "cannot be run"):
+        model.capture_inputs("1.attention.self", {"input_ids": torch.tensor([[10_000]])})
+    with refused(InputError, "cannot be run", "exactly one of"):
+        model.capture_inputs("1.attention.self", {"surprise": torch.tensor([[1]])})
+    with refused(InputError, "no tokenizer", "--tokens"):
+        model.capture("1.attention.self", ["hello"])
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_read_texts(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\ufeffone\r\n\n  two words \u2028 here\n \t\none".encode())
+    texts = read_texts(path)
+    assert [line.text for line in texts] == ["one", "  two words \u2028 here", "one"]
+    assert [line.id[:5] for line in texts] == ["0001-", "0003-", "0005-"]
+    assert texts[0].id[5:] == texts[2].id[5:] != texts[1].id[5:]
+    assert all(len(line.id) == 13 for line in texts)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"", "no text"), (b"\n \r\n", "no text"), (b"caf\xe9\n", "not UTF-8"), (None, "cannot read")]
+)
+def test_read_texts_refuses(tmp_path: Path, content: bytes | None, word: str) -> None:
+    path = tmp_path / "texts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with refused(InputError, word, "texts.txt"):
+        read_texts(path)

@@ -1,0 +1,276 @@
+"""The report: complete, self-contained, safe against what texts hold, and right in a real browser."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from attnrobust.cli import ExitCode, run
+from attnrobust.errors import InputError
+from attnrobust.reports.page import ReportData, _colours, _luminance, _plots, render, write_report
+from attnrobust.reports.plots import gap_boxes, gaps_by_method, radii_by_layer, scatter_plot
+from attnrobust.runs.files import JSON_NAME, write_results
+from attnrobust.runs.heat import heat_line, heat_map, token_shares
+from attnrobust.runs.rows import Row
+from attnrobust.runs.run import run as run_all
+from tests.conftest import CHROMIUM
+from tests.runs.test_files import EMPTY, FULL
+from tests.runs.test_run import NO_SHARD, configured, write_files
+
+PNG = b"\x89PNG\r\n\x1a\n"
+EVIL = "</td><script>alert('x')</script> & \"quoted\""
+
+
+def many(count: int) -> list[Row]:
+    return [
+        replace(FULL, input_id=f"{i:04d}-ab", attack_radius=0.3 + i / 100, gap=3.0 + i / 10, layer=f"layer.{i % 3}")
+        for i in range(count)
+    ]
+
+
+def page(rows: list[Row]) -> str:
+    data = ReportData(rows, "Robustness of x", "subtitle", [("Run it:", "attnrobust run run.yaml")], len(rows))
+    return render(data, _plots(rows), source=Path("out"))
+
+
+class Checker(HTMLParser):
+    """Collects attributes and checks that tags are closed in order."""
+
+    VOID = frozenset({"meta", "img", "input", "br", "link"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.seen if name == tag]
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_everything_comes_from_the_page_itself() -> None:
+    checked = Checker(page(many(5)))
+    assert checked.all("link") == []
+    assert all((attrs.get("src") or "").startswith("data:image/png;base64,") for attrs in checked.all("img"))
+    assert all("src" not in attrs for attrs in checked.all("script"))
+    assert all((attrs["href"] or "").startswith("#") for attrs in checked.all("a"))
+    assert not re.search(r"https?://|@import|url\(", page(many(5)))
+
+
+def test_readable_without_eyes() -> None:
+    checked = Checker(page(many(5)))
+    assert checked.all("html")[0]["lang"] == "en"
+    assert all(attrs.get("alt") for attrs in checked.all("img"))
+    assert all(attrs.get("scope") == "col" for attrs in checked.all("th"))
+    assert len(checked.all("caption")) == len(checked.all("table"))
+
+
+@pytest.mark.parametrize("field", ["text", "input_id", "layer", "message"])
+def test_texts_are_shown_and_never_run(field: str) -> None:
+    html = page([replace(FULL, **{field: EVIL}, status="unsound"), EMPTY])  # type: ignore[arg-type]
+    assert "<script>alert" not in html
+    assert "&lt;script&gt;alert" in html
+    assert len(Checker(html).all("script")) == 1
+
+
+def test_tokens_are_shown_and_never_run() -> None:
+    html = page([replace(FULL, tokens=("<b>", EVIL, "&"))])
+    assert "<b>" not in html
+    assert len(Checker(html).all("script")) == 1
+
+
+def test_every_row_has_its_line() -> None:
+    html = page(many(30))
+    assert all(f">{row.input_id}</td>" in html for row in many(30))
+
+
+def test_what_is_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnrobust.reports.page.MOST_ROWS", 4)
+    monkeypatch.setattr("attnrobust.reports.page.MOST_SENTENCES", 3)
+    html = page(many(10))
+    assert "The first 4 rows; 6 more" in html
+    assert "The 3 inputs with the smallest attack radius are shown, 7 more" in html
+
+
+def test_unsound_rows_come_first() -> None:
+    html = page([*many(3), replace(FULL, status="unsound", message="attack inside", attack_radius=0.05, gap=0.5)])
+    assert "1 UNSOUND row." in html
+    assert html.index("UNSOUND") < html.index('id="summary"')
+    assert "UNSOUND" not in page(many(3))
+
+
+def test_an_unfinished_run_says_so() -> None:
+    data = ReportData(many(3), "t", "s", [], 10)
+    assert "3 of 10" in render(data, [], source=Path("out"))
+
+
+def test_rows_of_every_kind_make_a_page() -> None:
+    odd = [
+        EMPTY,
+        replace(FULL, attack_radius=None, gap=None, status="not_found", token_moves=()),
+        replace(FULL, certified_radius=0.0, attack_radius=0.0, gap=None, status="misclassified"),
+        replace(FULL, certificates={}, certificate=None, certified_radius=None, gap=None),
+        replace(FULL, tolerance=None, margin=2.0, text=None, tokens=(), token_moves=(0.1,)),
+    ]
+    for rows in (odd, [EMPTY], []):
+        Checker(page(rows))
+
+
+def test_missing_numbers_sort_as_missing() -> None:
+    assert 'data-sort="nan"' in page([EMPTY])
+
+
+# ---- the heat map ----------------------------------------------------------------------------------------------------
+
+
+def test_shares_are_of_the_squared_move() -> None:
+    assert token_shares(replace(FULL, token_moves=(3.0, 4.0, 0.0))) == pytest.approx((0.36, 0.64, 0.0))
+    assert token_shares(replace(FULL, token_moves=())) == ()
+    assert token_shares(replace(FULL, token_moves=(0.0, 0.0, 0.0))) == ()
+
+
+def test_strong_tokens_are_marked_without_colour_too() -> None:
+    line = heat_line(replace(FULL, token_moves=(3.0, 4.0, 0.1)))
+    assert line is not None
+    assert [token.top for token in line.tokens] == [True, True, False]
+    assert [token.text for token in line.strongest] == ["##ïve", "na"]
+    assert line.tokens[1].strength == 1.0
+
+
+def test_rows_without_strings_have_no_heat() -> None:
+    assert heat_line(replace(FULL, tokens=())) is None
+    assert heat_line(replace(FULL, token_moves=())) is None
+
+
+def test_the_most_vulnerable_inputs_come_first() -> None:
+    rows = [replace(FULL, input_id=name, attack_radius=radius) for name, radius in (("a", 0.5), ("b", 0.1), ("c", 0.3))]
+    rows.append(replace(FULL, input_id="a", layer="other", attack_radius=0.05))
+    shown, more = heat_map(rows, sentences=2)
+    assert [sentence.input_id for sentence in shown] == ["a", "b"]
+    assert [line.row.attack_radius for line in shown[0].lines] == [0.05, 0.5]
+    assert more == 1
+
+
+def test_words_can_be_read_on_every_colour() -> None:
+    for step in range(101):
+        colours = _colours(step / 100)
+        light = {name: _luminance(tuple(bytes.fromhex(colour[1:]))) for name, colour in colours.items()}
+        high, low = max(light.values()), min(light.values())
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+
+def test_gap_of_each_method() -> None:
+    gaps = gaps_by_method([FULL, replace(FULL, attack_radius=0.6), EMPTY])
+    assert list(gaps) == ["b", "a"]
+    assert gaps["b"] == pytest.approx([3.0, 6.0])
+    assert gaps["a"] == pytest.approx([6.0, 12.0])
+
+
+@pytest.mark.parametrize("plot", [scatter_plot, gap_boxes, radii_by_layer])
+def test_plots_of_few_and_odd_rows(plot: object) -> None:
+    assert callable(plot)
+    for rows in ([], [EMPTY], [FULL], [FULL, EMPTY, replace(FULL, layer="b", certified_radius=0.0)], many(20)):
+        assert plot(rows).startswith(PNG)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write_files(tmp_path)
+    run_all(configured(files), shard=NO_SHARD)
+    assert run(["report", str(files / "out")]) == ExitCode.OK
+    assert "report.html" in capsys.readouterr().err
+    html = (files / "out" / "report.html").read_text(encoding="utf-8")
+    for part in ("castin2024-derived", "displacement 1%", "attnrobust run run.yaml", "seed: 0", "torch: "):
+        assert part in html
+    assert {path.suffix for path in (files / "out").iterdir() if path.is_file()} >= {".html", ".png", ".json"}
+    again = write_report(files / "out", out=files / "elsewhere")
+    assert again[0] == files / "elsewhere" / "report.html"
+    assert again[0].read_text(encoding="utf-8") == html
+
+
+def test_a_report_of_one_command(tmp_path: Path) -> None:
+    write_results(tmp_path, many(3), run={"model": "minilm", "seed": 3, "label": None})
+    html = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert "Robustness of minilm" in html
+    assert "seed: 3" in html
+
+
+def test_no_results_are_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        write_report(tmp_path)
+    (tmp_path / JSON_NAME).write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match="is damaged"):
+        write_report(tmp_path)
+
+
+# ---- a browser -------------------------------------------------------------------------------------------------------
+
+
+def browse(page_file: Path, *arguments: str) -> str:
+    browser = next(path for path in map(shutil.which, CHROMIUM) if path)
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        *arguments,
+        page_file.as_uri(),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.chromium
+def test_a_browser_sorts_and_searches(tmp_path: Path) -> None:
+    rows = [replace(FULL, input_id=n, attack_radius=r) for n, r in (("aa", 0.2), ("bb", 10.0), ("cc", 0.9))]
+    rows.append(replace(FULL, input_id="dd", attack_radius=None, gap=None, status="not_found"))
+    act = """<script>
+      var button = Array.prototype.find.call(document.querySelectorAll("#all button"), b => b.textContent === "attack");
+      button.click(); var up = document.querySelector("#all tbody").innerText;
+      button.click(); var down = document.querySelector("#all tbody").innerText;
+      var box = document.getElementById("search"); box.value = "CC found"; box.dispatchEvent(new Event("input"));
+      var order = text => (text.match(/aa|bb|cc|dd/g) || []).join("");
+      document.title = "up=" + order(up) + ";down=" + order(down) + ";" + document.getElementById("count").textContent;
+    </script></body>"""
+    path = tmp_path / "page.html"
+    path.write_text(page(rows).replace("</body>", act), encoding="utf-8")
+    dom = browse(path, "--dump-dom")
+    assert "<title>up=aaccbbdd;down=bbccaadd;1 of 4 rows</title>" in dom
+
+
+@pytest.mark.chromium
+def test_a_browser_shows_the_page(tmp_path: Path) -> None:
+    path, picture = tmp_path / "page.html", tmp_path / "page.png"
+    path.write_text(page(many(12)), encoding="utf-8")
+    browse(path, "--window-size=1200,1500", f"--screenshot={picture}")
+    from matplotlib.image import imread
+
+    pixels = imread(picture)[..., :3]
+    assert pixels.shape[:2] == (1500, 1200)
+    ink = (pixels < 0.9).any(axis=-1)
+    assert 0.01 < ink.mean() < 0.5
+    assert ink[:, 1180:].mean() < 0.01  # nothing is cut off at the right
+    browse(path, f"--print-to-pdf={tmp_path / 'page.pdf'}")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
