@@ -4,7 +4,7 @@ The names ``attack``, ``certify``, ``compare`` and ``bounds_table`` of this pack
 hold them are reached by ``from attnrobust.certify import ...`` and so on.
 """
 
-from attnrobust.attacks import AttackBudget, attack, attack_many, token_radii
+from attnrobust.attacks import AttackBudget, MassSplitting, attack, attack_many, token_radii
 from attnrobust.certify import certify
 from attnrobust.comparison import UnsoundError, compare
 from attnrobust.errors import (
@@ -39,9 +39,12 @@ from attnrobust.results import (
     NotApplicable,
     Status,
 )
-from attnrobust.threats.measures import Copies, CouplingBall, WassersteinBall
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat, parse_threat
-from attnrobust.tokens import TokenMeasure
+from attnrobust.threats.base import Threat
+from attnrobust.threats.copies import Copies
+from attnrobust.threats.measures import CouplingBall, WassersteinBall
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
+from attnrobust.threats.parse import parse_threat
+from attnrobust.tokens import PerturbedTokens, TokenMeasure
 
 __version__ = "0.1.0.dev0"
 
@@ -50,6 +53,7 @@ __all__ = [
     "Attention",
     "TokenMap",
     "TokenMeasure",
+    "PerturbedTokens",
     "Problem",
     "from_torch",
     "from_transformers",
@@ -62,6 +66,7 @@ __all__ = [
     "KernelAttention",
     # what may change
     "Threat",
+    "MoveThreat",
     "FrobeniusBall",
     "PerTokenBall",
     "AnyToken",
@@ -84,6 +89,7 @@ __all__ = [
     "attack",
     "attack_many",
     "AttackBudget",
+    "MassSplitting",
     "AttackResult",
     "Status",
     # more questions

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from attnrobust.attacks import AttackBudget, MeasureAttackResult, duplication_attack, split_attack
+from attnrobust.attacks import DEFAULT_ATTACK, DEFAULT_BUDGET, AttackBudget
 from attnrobust.attacks import attack as run_attack
-from attnrobust.certify import MeasureQuestion, certify
+from attnrobust.certify import certify
 from attnrobust.errors import InputError, SoundnessError
-from attnrobust.problem import Problem
+from attnrobust.problem import Problem, refuse_second_threat
 from attnrobust.results import AttackResult, Certificate, CertificationReport, Comparison, Status
-from attnrobust.threats.measures import Copies, MeasureThreat
-
-DEFAULT_ATTACK = "token-moving"
-SPLITTING, DUPLICATION = "mass-splitting", "token-duplication"
 
 RADIUS_ROUNDING = 1e-12
 """Relative rounding of a radius itself; the amount by which certificates round their constants outward."""
@@ -46,8 +42,8 @@ def compare(
     seed: int = 0,
     methods: Sequence[str] | None = None,
     attack: str | None = None,
-    threat: MeasureThreat | Copies | None = None,
     budget: AttackBudget | None = None,
+    **removed: object,
 ) -> Comparison:
     """Certify and attack one problem: ``certified radius <= true robust radius <= attack radius``.
 
@@ -55,10 +51,9 @@ def compare(
         problem: Network, clean input, threat and goal.
         seed: Seed of the attack's starts and of probabilistic certificates.
         methods: Names of certificates; None means all that apply.
-        attack: Name of the attack; None means token moving. A threat on measures has its own attack.
-        threat: Perturbed token measures in place of the problem's threat: a ball of measures is attacked by mass
-            splitting, ``Copies`` by token duplication.
+        attack: Name of the attack; None means the one of the threat.
         budget: What the attack may cost; None means its default.
+        removed: ``threat=`` of earlier versions; refused with the new way.
 
     Returns:
         Both results; ``gap = attack radius / best certified radius`` (infinite where one side is missing).
@@ -66,63 +61,23 @@ def compare(
     Raises:
         UnsoundError: The verified attack is inside a certified radius.
         UnknownNameError: A certificate or an attack that does not exist.
-        UnsupportedThreatError: A threat on measures that no certificate covers, with the cure.
-        InputError: The name of an attack on moved tokens together with a threat on measures.
+        UnsupportedThreatError: An attack that does not search the threat.
+        InputError: ``threat=``; the threat is part of the problem.
     """
-    certification = certify(problem, methods=methods, seed=seed, threat=threat)
-    if threat is None:
-        chosen = DEFAULT_ATTACK if attack is None else attack
-        result = run_attack(problem, method=chosen, seed=seed, budget=budget or AttackBudget())
-        return join(problem, result, certification)
-    require_own_attack(attack, threat)
-    return join(problem, attack_measures(problem, threat, seed=seed, budget=budget), certification, threat=threat)
+    refuse_second_threat(removed)
+    certification = certify(problem, methods=methods, seed=seed)
+    chosen = DEFAULT_ATTACK if attack is None else attack
+    result = run_attack(problem, method=chosen, seed=seed, budget=budget or DEFAULT_BUDGET)
+    return join(problem, result, certification)
 
 
-def require_own_attack(attack: str | None, threat: MeasureThreat | Copies) -> None:
-    """Refuse the name of an attack that does not search this threat on measures; None stands for its own."""
-    own = DUPLICATION if isinstance(threat, Copies) else SPLITTING
-    if attack not in (None, own):
-        raise InputError(f"attack {attack!r} does not search {threat.key!r}; leave the attack out, or name {own!r}")
-
-
-def attack_measures(
-    problem: Problem,
-    threat: MeasureThreat | Copies,
-    *,
-    epsilon: float | None = None,
-    seed: int = 0,
-    budget: AttackBudget | None = None,
-) -> MeasureAttackResult:
-    """The attack that belongs to a threat on measures: mass splitting, or duplication for ``Copies``.
-
-    Args:
-        problem: Network, clean input and goal.
-        threat: What may happen to the token measure.
-        epsilon: Fixed budget, or None for the minimal radius.
-        seed: Seed of the run.
-        budget: What it may cost; None means its default.
-    """
-    if isinstance(threat, Copies):
-        return duplication_attack(
-            problem, copies=threat.copies, order=threat.order, epsilon=epsilon, seed=seed, budget=budget
-        )
-    return split_attack(problem, threat=threat, epsilon=epsilon, seed=seed, budget=budget)
-
-
-def join(
-    problem: Problem,
-    attack: AttackResult,
-    certification: CertificationReport,
-    *,
-    threat: MeasureThreat | Copies | None = None,
-) -> Comparison:
+def join(problem: Problem, attack: AttackResult, certification: CertificationReport) -> Comparison:
     """Put an attack and certificates of the same problem beside each other.
 
     Args:
         problem: The problem that both answer.
         attack: Verified attack result.
         certification: Certificates.
-        threat: The threat on measures that both answer, if it is not the problem's own.
 
     Returns:
         The comparison, status of the attack, gap >= 1 up to rounding.
@@ -131,16 +86,14 @@ def join(
         InputError: A result that belongs to another problem, or a verified radius that is NaN or negative.
         UnsoundError: A verified attack is inside a certified radius, beyond ``radius_rounding``.
     """
-    digest = problem.digest if threat is None else MeasureQuestion(problem, threat).digest
-    _refuse_other_problem(digest, attack, certification)
+    _refuse_other_problem(problem.digest, attack, certification)
     found = attack.status is Status.FOUND
     if found and not attack.radius >= 0.0:
         raise InputError(f"attack {attack.attack} reports the radius {attack.radius} for a violation; it must be >= 0")
-    # Under W_1 the change of all rows may grow like the root of the radius: an error of usage counts twice.
-    slack = radius_rounding(problem) * (1.0 if threat is None else 2.0)
+    slack = radius_rounding(problem) * problem.threat.rounding_factor
     broken = [c for c in certification.certificates if found and attack.radius < c.radius * (1.0 - slack)]
     comparison = Comparison(
-        problem=digest,
+        problem=problem.digest,
         attack=attack,
         certification=certification,
         status=Status.UNSOUND if broken else attack.status,

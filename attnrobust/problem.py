@@ -1,6 +1,7 @@
 """One robustness question: network, clean input, threat and goal. Both wings receive exactly this."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.errors import InputError
+from attnrobust.errors import InputError, UnsupportedThreatError
 from attnrobust.goals import Goal, ResolvedGoal
 from attnrobust.layers.token_map import TokenMap
-from attnrobust.threats.moves import Threat
+from attnrobust.threats.base import Threat
+from attnrobust.threats.moves import MoveThreat
 from attnrobust.tokens import TokenMeasure
 
 __all__ = ["Problem", "TokenMap"]
@@ -24,11 +26,11 @@ class Problem:
     Args:
         network: The layer.
         clean: The clean input.
-        threat: What may move and how it is measured.
+        threat: What may change and how it is measured: moved tokens, token measures, or copies.
         goal: What must stay true.
 
     Raises:
-        InputError: Width mismatch, a threat token that does not exist, a network output that is not finite.
+        InputError: Width mismatch, a threat that does not fit the input, a network output that is not finite.
         AlreadyViolatedError: The goal fails at the clean input.
     """
 
@@ -40,7 +42,7 @@ class Problem:
     def __post_init__(self) -> None:
         if self.clean.width != self.network.width:
             raise InputError(f"the tokens have width {self.clean.width}, the layer takes {self.network.width}")
-        self.threat.movable(self.clean.n)
+        self.threat.check(self.clean)
         if not bool(torch.isfinite(self.clean_output).all()):
             raise InputError("the layer's output at the clean input is not finite; its scores or values overflow")
         _ = self.resolved
@@ -64,8 +66,35 @@ class Problem:
         """Used share of the goal's budget at moved tokens; >= 1 is a violation. Differentiable."""
         return self.resolved.usage(self.network(self.clean.points + delta, self.mass))
 
+    @property
+    def moves(self) -> MoveThreat:
+        """The threat, where it is one on moved tokens.
+
+        Raises:
+            UnsupportedThreatError: A threat on measures or copies.
+        """
+        if not isinstance(self.threat, MoveThreat):
+            raise UnsupportedThreatError(f"the threat {self.threat.key!r} does more than move tokens")
+        return self.threat
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over network, clean input, threat and goal; results of different problems never compare."""
-        parts = (self.network.digest, self.clean.digest(), self.threat.key, self.goal.digest)
+        return self.threat.digest(self._digest_of_moves)
+
+    def _digest_of_moves(self, key: str) -> str:
+        parts = (self.network.digest, self.clean.digest(), key, self.goal.digest)
         return hashlib.sha256(";".join(parts).encode()).hexdigest()
+
+
+def refuse_second_threat(options: Mapping[str, object]) -> None:
+    """Refuse ``threat=`` beside a problem, which earlier versions took, and options that do not exist.
+
+    Raises:
+        InputError: ``threat=``.
+        TypeError: Another option.
+    """
+    if "threat" in options:
+        raise InputError("threat= is gone: give the threat to the problem, Problem(network, clean, threat, goal)")
+    for name in options:
+        raise TypeError(f"got an unexpected keyword argument {name!r}")

@@ -52,7 +52,7 @@ class CertifiedAssertion:
         from attnrobust.certify import certify
         from attnrobust.problem import Problem
         from attnrobust.runs.inputs import parse_tolerance
-        from attnrobust.threats.moves import parse_threat
+        from attnrobust.threats.parse import parse_threat
         from attnrobust.tokens import TokenMeasure
 
         clean = x if isinstance(x, TokenMeasure) else TokenMeasure(x)

@@ -1,10 +1,13 @@
 """Frozen result records of attacks, certificates and their comparison."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
 from jaxtyping import Float
 from torch import Tensor
+
+from attnrobust.tokens import PerturbedTokens
 
 
 class Status(StrEnum):
@@ -39,12 +42,15 @@ class AttackResult:
         radius: Threat distance of the verified point; infinity if none. With a fixed epsilon, that of the strongest
             point.
         usage: Share of the goal's budget used at ``perturbed`` (>= 1 is a violation).
-        perturbed: The tokens (n, d), or None.
+        perturbed: The tokens (n, d), or the atoms (m, d) of split or copied tokens; None where nothing was found.
         queries: Forward evaluations of single inputs.
         seconds: Wall time.
         seed: The seed of this run.
         epsilon: The fixed budget, or None for the minimal-radius mode.
         note: What went wrong (status ERROR), or empty.
+        atoms: The atoms with masses and parents where tokens were split or copied; None elsewhere.
+        moving_radius: Radius that moving alone reached in the same units (infinity if it failed), or at a fixed epsilon
+            the budget that moving alone used; NaN for attacks that only move.
     """
 
     problem: str
@@ -58,6 +64,15 @@ class AttackResult:
     seed: int
     epsilon: float | None = None
     note: str = ""
+    atoms: PerturbedTokens | None = None
+    moving_radius: float = math.nan
+
+    @property
+    def gain(self) -> float:
+        """How much better than moving alone, >= 1: ratio of radii, or at a fixed epsilon of used budgets; may be NaN."""
+        if self.epsilon is not None:
+            return self.usage / self.moving_radius
+        return self.moving_radius / self.radius if self.radius > 0 else math.inf
 
 
 @dataclass(frozen=True)

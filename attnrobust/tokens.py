@@ -1,16 +1,17 @@
-"""Inputs as measures: tokens with masses."""
+"""Inputs as measures: tokens with masses, and what they become when they move, split and are copied."""
 
 import hashlib
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.errors import InputError
 
 MASS_SUM_TOLERANCE = 1e-9  # masses are user data in float64; n <= 1e5 terms sum to 1 far inside this
 MASS_SUM_ROUNDING = 1e-14  # sums this near to 1 are kept bit for bit, others are divided by their sum
+KEPT_MASS_ROUNDING = 1e-12  # relative, of a token's mass where its children's masses are added up
 
 
 def require_finite(name: str, value: Tensor) -> Tensor:
@@ -65,6 +66,54 @@ class TokenMeasure:
     def digest(self) -> str:
         """SHA-256 over shape, points and masses."""
         return tensor_digest(self.points, self.mass)
+
+
+@dataclass(frozen=True, eq=False)
+class PerturbedTokens:
+    """Tokens that came from the tokens of a clean input: ``sum_j mass_j delta_{points_j}``, atom j from ``parent_j``.
+
+    Args:
+        points: (m, d).
+        mass: Positive, sums to 1, (m,).
+        parent: Index of the clean token that each atom came from, (m,); every clean token has at least one atom.
+
+    Raises:
+        InputError: Shapes that do not fit, NaN or infinity, masses that are not positive or do not sum to 1.
+    """
+
+    points: Float[Tensor, "m d"]
+    mass: Float[Tensor, "m"]
+    parent: Int[Tensor, "m"]
+
+    def __post_init__(self) -> None:
+        measure = TokenMeasure(self.points, self.mass)  # the checks of points and masses
+        object.__setattr__(self, "points", measure.points)
+        object.__setattr__(self, "mass", measure.mass)
+        if tuple(self.parent.shape) != (measure.n,) or self.parent.is_floating_point():
+            raise InputError(f"parent must hold one token index per atom; got shape {tuple(self.parent.shape)}")
+        if bool((self.parent < 0).any()):
+            raise InputError("parent holds a negative token index")
+
+    @property
+    def measure(self) -> TokenMeasure:
+        """The atoms without their parents."""
+        return TokenMeasure(self.points, self.mass)
+
+    def displacement(self, clean: TokenMeasure) -> Float[Tensor, "m d"]:
+        """How far each atom is from its parent."""
+        return self.points - clean.points[self._parents_of(clean)]
+
+    def keeps_masses(self, clean: TokenMeasure) -> bool:
+        """Whether every token's atoms carry exactly its mass (a splitting; a duplication does not)."""
+        total = torch.zeros_like(clean.mass).index_add(0, self._parents_of(clean), self.mass)
+        # Relative: what a token of tiny mass gains from rounding of the others would not be rounding for it.
+        return bool(((total - clean.mass).abs() <= KEPT_MASS_ROUNDING * clean.mass).all())
+
+    def _parents_of(self, clean: TokenMeasure) -> Tensor:
+        present = torch.bincount(self.parent, minlength=clean.n)
+        if present.shape[0] != clean.n or bool((present == 0).any()):
+            raise InputError(f"the parents must cover exactly the {clean.n} clean tokens")
+        return self.parent
 
 
 def _checked_mass(mass: Tensor | None, points: Tensor) -> Tensor:

@@ -3,30 +3,34 @@
 from collections.abc import Sequence
 
 from attnrobust.attacks.foolbox.names import FOOLBOX_ATTACKS, FoolboxEntry, foolbox_names
-from attnrobust.attacks.mass_splitting import split_attack
-from attnrobust.attacks.measures.result import MeasureAttackResult
-from attnrobust.attacks.method import AttackBudget, AttackMethod, checked_epsilon, run_many
-from attnrobust.attacks.registry import ALL_ATTACKS, attack_named
-from attnrobust.attacks.token_duplication import duplication_attack, duplication_effect
+from attnrobust.attacks.mass_splitting import MassSplitting
+from attnrobust.attacks.method import AttackBudget, AttackMethod, MovingAttack, checked_epsilon, run_many
+from attnrobust.attacks.registry import ATTACKS, DEFAULT_ATTACK, attack_for, attack_named, check_attack_name
+from attnrobust.attacks.token_duplication import TokenDuplication, duplication_effect
+from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.attacks.token_radii import token_radii
 from attnrobust.errors import InputError
-from attnrobust.problem import Problem
+from attnrobust.problem import Problem, refuse_second_threat
 from attnrobust.results import AttackResult
 
 __all__ = [
-    "ALL_ATTACKS",
+    "ATTACKS",
+    "DEFAULT_ATTACK",
     "FOOLBOX_ATTACKS",
     "AttackBudget",
     "AttackMethod",
     "FoolboxEntry",
-    "MeasureAttackResult",
+    "MassSplitting",
+    "MovingAttack",
+    "TokenDuplication",
+    "TokenMoving",
     "attack",
+    "attack_for",
     "attack_many",
     "attack_named",
-    "duplication_attack",
+    "check_attack_name",
     "duplication_effect",
     "foolbox_names",
-    "split_attack",
     "token_radii",
 ]
 
@@ -36,19 +40,22 @@ DEFAULT_BUDGET = AttackBudget()
 def attack(
     problem: Problem,
     *,
-    method: str = "token-moving",
+    method: str | AttackMethod = DEFAULT_ATTACK,
     epsilon: float | None = None,
     seed: int = 0,
     budget: AttackBudget = DEFAULT_BUDGET,
+    **removed: object,
 ) -> AttackResult:
     """Attack one input: the nearest violation found, or with ``epsilon`` the largest use of the budget found.
 
     Args:
         problem: Network, clean input, threat and goal.
-        method: Name of the attack: ``token-moving``, or a foolbox attack such as ``foolbox:L2PGD``.
+        method: The attack, or its name: ``token-moving``, ``mass-splitting``, ``token-duplication``, a foolbox attack
+            such as ``foolbox:L2PGD``; the default is the one of the threat.
         epsilon: Fixed budget of the adversary, > 0; None searches the minimal radius.
         seed: Seed of the run.
         budget: What the search may cost.
+        removed: ``threat=`` of earlier versions; refused with the new way.
 
     Returns:
         A result whose radius and usage were re-measured in float64 at exactly the returned tokens. The radius of a
@@ -56,17 +63,18 @@ def attack(
 
     Raises:
         UnknownNameError: A method that does not exist.
-        UnsupportedThreatError: The method does not handle this threat or goal.
+        UnsupportedThreatError: The method does not handle this threat, layer or goal.
         InputError: epsilon that is not a positive number.
     """
-    chosen = attack_named(method)
+    refuse_second_threat(removed)
+    chosen = attack_for(problem.threat, method)
     return chosen.run([problem], epsilon=checked_epsilon(epsilon), seed=seed, budget=budget)[0]
 
 
 def attack_many(
     problems: Sequence[Problem],
     *,
-    method: str = "token-moving",
+    method: str | AttackMethod = DEFAULT_ATTACK,
     epsilon: float | None = None,
     seed: int = 0,
     budget: AttackBudget = DEFAULT_BUDGET,
@@ -78,8 +86,8 @@ def attack_many(
     companions: results are the same for every batch size and order (unless ``budget.seconds`` cuts a run short).
 
     Args:
-        problems: Any problems; they are grouped by layer, shape, threat and kind of goal.
-        method: Name of the attack: ``token-moving``, or a foolbox attack such as ``foolbox:L2PGD``.
+        problems: Any problems; they are grouped by attack, layer, shape, threat and kind of goal.
+        method: The attack, or its name, see ``attack``; the default is the one of each problem's threat.
         epsilon: Fixed budget of the adversary, > 0; None searches the minimal radius.
         seed: Seed of the run.
         budget: What the search may cost, per input.
@@ -94,5 +102,15 @@ def attack_many(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be >= 1; got {batch_size}")
-    chosen = attack_named(method)
-    return run_many(chosen, problems, epsilon=checked_epsilon(epsilon), seed=seed, budget=budget, batch_size=batch_size)
+    epsilon = checked_epsilon(epsilon)
+    # a named attack answers every problem; where it does not search the threat, by a row that says so
+    named = attack_named(method) if isinstance(method, str) and method != DEFAULT_ATTACK else method
+    shares: dict[AttackMethod, list[int]] = {}
+    for index, problem in enumerate(problems):
+        shares.setdefault(attack_for(problem.threat) if isinstance(named, str) else named, []).append(index)
+    results: dict[int, AttackResult] = {}
+    for chosen, places in shares.items():
+        part = [problems[i] for i in places]
+        rows = run_many(chosen, part, epsilon=epsilon, seed=seed, budget=budget, batch_size=batch_size)
+        results.update(zip(places, rows, strict=True))
+    return [results[i] for i in range(len(problems))]

@@ -1,10 +1,10 @@
-"""The one template of all attacks: drivers propose, the template projects, re-evaluates, re-measures and records."""
+"""The one template of all attacks: methods search, the template refuses, keeps time, seeds, verifies and records."""
 
 import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,20 +14,13 @@ from torch import Tensor
 
 from attnrobust.attacks.search.evaluate import Evaluator, group_key, search_threat
 from attnrobust.attacks.search.geometry import Geometry
+from attnrobust.attacks.verification import MovedTokens, VerifiedPoint, verify
 from attnrobust.errors import AttnRobustError, InputError, UnsupportedThreatError
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
-from attnrobust.threats.moves import Threat
-
-RAY_TOLERANCE = 1e-9
-"""A polished radius is within this share of a smaller one on its ray that does not violate the goal."""
-RAY_STEPS = 60
-ROUNDING_MARGIN = 1e-10
-"""Polished points use the budget by this much more than needed, so that adding them to the tokens cannot undo it."""
-NUDGES = (1.0, 1.0 + 1e-9, 1.0 + 1e-6, 1.0 + 1e-4)
-"""Stretches tried in turn where rounding undoes a violation (a perturbation that is tiny against its tokens)."""
-GROWTH_LIMIT = 1e4
-"""A proposal that does not violate the goal is stretched along its ray by at most this factor."""
+from attnrobust.threats.base import Threat
+from attnrobust.threats.moves import MoveThreat
+from attnrobust.tokens import PerturbedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +87,83 @@ class Search:
         return [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Work:
+    """What a method receives: problems to attack together, and everything that bounds the work on them.
+
+    Args:
+        problems: The questions.
+        epsilon: Fixed budget of the adversary, or None for the minimal radius.
+        seed: Seed of the run.
+        budget: Cost limits, per input.
+        deadline: ``time.perf_counter()`` value after which the method stops, or infinity.
+    """
+
+    problems: Sequence[Problem]
+    epsilon: float | None
+    seed: int
+    budget: AttackBudget
+    deadline: float = math.inf
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the wall time is used up."""
+        return time.perf_counter() > self.deadline
+
+    def seed_of(self, problem: Problem, attack: str) -> int:
+        """Seed of one input: it depends on nothing but the run's seed, the problem and the attack."""
+        return input_seed(self.seed, problem.digest, attack)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Attempt:
+    """What a method found for one problem.
+
+    Args:
+        point: Its best point, verified.
+        queries: Forward evaluations, those of the verification included.
+        atoms: The atoms of the point, where it has more of them than tokens or other masses.
+        moving_radius: Radius of moving alone, or at a fixed epsilon the budget that moving alone used.
+        failure: The status of a search that failed, in place of "not found"; None where it did not.
+        note: What went wrong, or empty.
+    """
+
+    point: VerifiedPoint
+    queries: int
+    atoms: PerturbedTokens | None = None
+    moving_radius: float = math.nan
+    failure: Status | None = None
+    note: str = ""
+
+
 class AttackMethod(ABC):
-    """An attack on token positions: subclasses propose perturbations and nothing else."""
+    """An attack: it declares the threats that it searches, and finds points that the template records.
+
+    Whatever a method proposes is verified by ``attacks.verification.verify``: put into the set, evaluated in float64 by
+    the layer itself, and measured by the threat.
+    """
 
     name: ClassVar[str]
+    threats: ClassVar[tuple[type[Threat], ...]]
 
     def refuses(self, problem: Problem, epsilon: float | None) -> str | None:
         """Why this attack does not handle the problem; None if it does."""
+        if not isinstance(problem.threat, self.threats):
+            names = ", ".join(threat.__name__ for threat in self.threats)
+            return f"it searches the threats {names}, not {problem.threat.key!r}"
+        return self.refuses_more(problem, epsilon)
+
+    def refuses_more(self, problem: Problem, epsilon: float | None) -> str | None:
+        """Conditions beyond the declared threats; None where there are none."""
+        return None
+
+    def group_key(self, problem: Problem) -> Hashable | None:
+        """Problems with equal keys are attacked together; None means alone."""
         return None
 
     @abstractmethod
-    def propose(self, search: Search) -> Float[Tensor, "p k n d"]:
-        """Candidate perturbations of every problem; NaN entries are dropped by the template."""
+    def search(self, work: Work) -> list[Attempt]:
+        """The best verified point of every problem."""
 
     def run(
         self, problems: Sequence[Problem], *, epsilon: float | None, seed: int, budget: AttackBudget
@@ -129,26 +187,47 @@ class AttackMethod(ABC):
             reason = self.refuses(problem, epsilon)
             if reason is not None:
                 raise UnsupportedThreatError(f"attack {self.name!r}: {reason}")
-        evaluator = Evaluator(problems, memory_bytes=budget.memory_bytes)
-        search = Search(
-            evaluator=evaluator,
-            threat=search_threat(problems[0]),
-            epsilon=epsilon,
-            seeds=tuple(input_seed(seed, p.digest, self.name) for p in problems),
-            budget=budget,
-            deadline=math.inf if budget.seconds is None else start + budget.seconds,
-        )
+        deadline = math.inf if budget.seconds is None else start + budget.seconds
+        work = Work(problems=problems, epsilon=epsilon, seed=seed, budget=budget, deadline=deadline)
         with torch.no_grad():
-            candidates = self.propose(search)
-            found = [verify(p, c, epsilon=epsilon) for p, c in zip(problems, candidates, strict=True)]
+            attempts = self.search(work)
         share = (time.perf_counter() - start) / len(problems)
         return [
-            build_result(
-                problem, self.name, point, queries=queries, seconds=share, seed=seed, epsilon=epsilon,
-                timed_out=search.out_of_time,
-            )
-            for problem, point, queries in zip(problems, found, evaluator.queries.tolist(), strict=True)
-        ]  # fmt: skip
+            _record(problem, self.name, attempt, work, seconds=share)
+            for problem, attempt in zip(problems, attempts, strict=True)
+        ]
+
+
+class MovingAttack(AttackMethod):
+    """An attack on token positions: subclasses propose perturbations and nothing else."""
+
+    threats = (MoveThreat,)
+
+    @abstractmethod
+    def propose(self, search: Search) -> Float[Tensor, "p k n d"]:
+        """Candidate perturbations of every problem; NaN entries are dropped by the verification."""
+
+    def group_key(self, problem: Problem) -> Hashable | None:
+        return group_key(problem)
+
+    def search(self, work: Work) -> list[Attempt]:
+        evaluator = Evaluator(work.problems, memory_bytes=work.budget.memory_bytes)
+        search = Search(
+            evaluator=evaluator,
+            threat=search_threat(work.problems[0].moves),
+            epsilon=work.epsilon,
+            seeds=tuple(work.seed_of(p, self.name) for p in work.problems),
+            budget=work.budget,
+            deadline=work.deadline,
+        )
+        candidates = self.propose(search)
+        points = [
+            verify(MovedTokens(p), c, epsilon=work.epsilon) for p, c in zip(work.problems, candidates, strict=True)
+        ]
+        return [
+            Attempt(point=point, queries=queries + point.queries)
+            for point, queries in zip(points, evaluator.queries.tolist(), strict=True)
+        ]
 
 
 def input_seed(seed: int, problem_digest: str, attack: str) -> int:
@@ -164,156 +243,31 @@ def checked_epsilon(epsilon: float | None) -> float | None:
     return epsilon
 
 
-# ---- verification ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class VerifiedPoint:
-    """The best candidate of one problem, re-measured; usage is NaN where no candidate was finite."""
-
-    radius: float
-    usage: float
-    perturbed: Float[Tensor, "n d"] | None
-    queries: int
-
-
-def verify(problem: Problem, candidates: Float[Tensor, "k n d"], *, epsilon: float | None) -> VerifiedPoint:
-    """Project, polish, re-evaluate and re-measure the candidates of one problem; the best one stays.
-
-    Args:
-        problem: The question.
-        candidates: Proposed perturbations, any number, NaN allowed (dropped).
-        epsilon: Fixed budget (largest usage wins), or None (smallest radius with usage >= 1 wins).
-
-    Returns:
-        The best point; its radius and usage belong to exactly the tokens in ``perturbed``.
-    """
-    finite = torch.isfinite(candidates).flatten(1).all(dim=1)
-    if not bool(finite.any()):
-        return VerifiedPoint(math.inf, math.nan, None, 0)
-    candidates = candidates[finite]
-    if epsilon is None:
-        projected = problem.threat.project(candidates, problem.threat.distance(candidates))
-        projected, queries = shrink_to_boundary(problem.usage, projected)
-    else:
-        projected, queries = problem.threat.project(candidates, epsilon), 0
-    if epsilon is not None:
-        return _measure(problem, projected, epsilon=epsilon, queries=queries)
-    point = _measure(problem, projected, epsilon=None, queries=queries)
-    for nudge in NUDGES[1:]:
-        if point.perturbed is not None or not point.usage > 1.0 - 1e-3:
-            break
-        point = _measure(problem, projected * nudge, epsilon=None, queries=point.queries)
-    return point
-
-
-def _measure(problem: Problem, delta: Tensor, *, epsilon: float | None, queries: int) -> VerifiedPoint:
-    """Evaluate what is handed out (clean + delta in float64) and measure delta back from it."""
-    if epsilon is not None:
-        delta = _strictly_inside(problem.threat, problem.clean.points + delta - problem.clean.points, epsilon)
-    perturbed = problem.clean.points + delta
-    delta = perturbed - problem.clean.points
-    usage = problem.resolved.usage(problem.network(perturbed, _expand(problem.mass, perturbed.shape[0])))
-    distance = problem.threat.distance(delta)
-    queries += perturbed.shape[0]
-    good = torch.isfinite(usage) & torch.isfinite(distance)
-    if epsilon is not None:
-        good &= distance <= epsilon * (1 + 1e-12)  # adding to the tokens rounds: 1e-12 covers it
-    if not bool(good.any()):
-        return VerifiedPoint(math.inf, math.nan, None, queries)
-    violating = torch.where(good & (usage >= 1.0), distance, math.inf)
-    best = int(violating.argmin())
-    if epsilon is not None or math.isinf(float(violating[best])):
-        best = int(torch.where(good, usage, -math.inf).argmax())
-        if epsilon is None:
-            return VerifiedPoint(math.inf, float(usage[best]), None, queries)
-    return VerifiedPoint(float(distance[best]), float(usage[best]), perturbed[best].clone(), queries)
-
-
-def shrink_to_boundary(
-    usage: Callable[[Float[Tensor, "j n d"]], Float[Tensor, "j"]], delta: Float[Tensor, "k n d"]
-) -> tuple[Float[Tensor, "k n d"], int]:
-    """Scale each perturbation to a point with usage >= 1 that is as near as its ray allows.
-
-    Starts where the proposal is; stretches it where it does not violate the goal; then a bracketing secant
-    between a scale that violates and one that does not. Rays are independent.
-
-    Args:
-        usage: Used budget of moved tokens; a violation where it is >= 1.
-        delta: One perturbation per ray.
-
-    Returns:
-        The scaled perturbations (unchanged where no violation was met) and the forward evaluations spent.
-    """
-    k = delta.shape[0]
-    low, high = delta.new_zeros(k), delta.new_full((k,), math.inf)
-    low_usage, high_usage = delta.new_zeros(k), delta.new_full((k,), math.inf)
-    scale = delta.new_ones(k)
-    alive = torch.ones(k, dtype=torch.bool, device=delta.device)
-    queries, target = 0, 1.0 + ROUNDING_MARGIN
-    for step in range(RAY_STEPS):
-        index = alive.nonzero().flatten()
-        value = delta.new_full((k,), math.nan)
-        value[index] = usage(delta[index] * scale[index, None, None])
-        queries += int(index.numel())
-        finite = torch.isfinite(value)
-        hit, miss = alive & finite & (value >= target), alive & finite & (value < target)
-        high, high_usage = torch.where(hit, scale, high), torch.where(hit, value, high_usage)
-        low, low_usage = torch.where(miss, scale, low), torch.where(miss, value, low_usage)
-        open_end = torch.isinf(high)
-        closed = torch.isfinite(high) & ((high - low) <= RAY_TOLERANCE * high)
-        alive = alive & finite & ~closed & (low < GROWTH_LIMIT)
-        if not bool(alive.any()):
-            break
-        stretched = low * (1.02 / low_usage.clamp_min(1e-6)).clamp(1.02, 4.0)
-        fraction = (target - low_usage) / (high_usage - low_usage).clamp_min(1e-300)
-        middle = 0.5 * (low + high)
-        edge = 0.4 * RAY_TOLERANCE * high
-        # The secant aims just above the crossing; every third step halves, so a curved ray converges as well.
-        secant = low + (high - low) * fraction.clamp(0.0, 1.0) + edge
-        inner = middle if step % 3 == 2 else torch.minimum(torch.maximum(secant, low + edge), high - edge)
-        scale = torch.where(open_end, stretched, torch.where(torch.isfinite(inner), inner, middle))
-    return delta * torch.where(torch.isinf(high), torch.ones_like(high), high)[:, None, None], queries
-
-
-def build_result(
-    problem: Problem,
-    attack: str,
-    point: VerifiedPoint,
-    *,
-    queries: int,
-    seconds: float,
-    seed: int,
-    epsilon: float | None,
-    timed_out: bool,
-) -> AttackResult:
-    """The record of a verified point."""
+def _record(problem: Problem, attack: str, attempt: Attempt, work: Work, *, seconds: float) -> AttackResult:
+    """The record of what was found."""
+    point = attempt.point
+    status = _status(point, timed_out=work.out_of_time)
+    if attempt.failure is not None and status is not Status.FOUND:
+        status = attempt.failure
     return AttackResult(
         problem=problem.digest,
         attack=attack,
-        status=_status(point, timed_out=timed_out),
+        status=status,
         radius=point.radius,
         usage=point.usage,
         perturbed=point.perturbed,
-        queries=queries + point.queries,
+        queries=attempt.queries,
         seconds=seconds,
-        seed=seed,
-        epsilon=epsilon,
+        seed=work.seed,
+        epsilon=work.epsilon,
+        note=attempt.note,
+        atoms=attempt.atoms if point.counts else None,
+        moving_radius=attempt.moving_radius,
     )
 
 
-def _strictly_inside(threat: Threat, delta: Tensor, epsilon: float) -> Tensor:
-    over = threat.distance(delta) / epsilon
-    factor = torch.where((over > 1.0) & torch.isfinite(over), (1.0 - 4e-16) / over, torch.ones_like(over))
-    return delta * factor[:, None, None]
-
-
-def _expand(mass: Tensor | None, rows: int) -> Tensor | None:
-    return None if mass is None else mass.expand(rows, -1)
-
-
 def _status(point: VerifiedPoint, *, timed_out: bool) -> Status:
-    if point.perturbed is not None and point.usage >= 1.0:
+    if point.violates:
         return Status.FOUND
     if math.isnan(point.usage):
         return Status.NAN
@@ -332,14 +286,15 @@ def run_many(
     budget: AttackBudget,
     batch_size: int,
 ) -> list[AttackResult]:
-    """Group problems of equal shape, attack each group in batches, and keep the order.
+    """Group problems that the method attacks together, attack each group in batches, and keep the order.
 
     An input that fails becomes a row with status ERROR and a note; the others go on.
     """
     results: dict[int, AttackResult] = {}
-    groups: dict[tuple[object, ...], list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for index, problem in enumerate(problems):
-        groups.setdefault(group_key(problem), []).append(index)
+        key = method.group_key(problem)
+        groups.setdefault(("alone", index) if key is None else key, []).append(index)
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             part = members[start : start + batch_size]

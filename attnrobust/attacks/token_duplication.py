@@ -1,25 +1,24 @@
 """The token-duplication attack: choose which tokens to copy, then move all copies."""
 
-import math
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.attacks.measures.expand import expanded_problem, goal_row
-from attnrobust.attacks.measures.result import MeasureAttackResult, measure_digest
-from attnrobust.attacks.method import AttackBudget, checked_epsilon
+from attnrobust.attacks.method import AttackMethod, Attempt, Work
+from attnrobust.attacks.search.pullback import FEATURES, covers
 from attnrobust.attacks.token_moving import TokenMoving
-from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
+from attnrobust.attacks.verification import VerifiedPoint
+from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.features import features_of
 from attnrobust.problem import Problem
-from attnrobust.results import AttackResult, Status
-from attnrobust.threats.measures import CausalOrder, Copies, PerturbedTokens
-from attnrobust.threats.moves import FrobeniusBall, PerTokenBall
+from attnrobust.threats.copies import CausalOrder, Copies
+from attnrobust.threats.moves import PerTokenBall
+from attnrobust.tokens import PerturbedTokens
 
-NAME = "token-duplication"
 MOVED = 3
 """Choices of copies (the best ones without moving) whose copies are then moved."""
 
@@ -44,12 +43,15 @@ def duplication_effect(
 
     Raises:
         InputError: copies < 1.
+        UnsupportedModelError: A layer that is not exactly ``Attention``, or one with a feature added later.
 
     References:
         Derived; the proof is in docs/attacks.md.
     """
     if copies < 1:
         raise InputError(f"copies must be >= 1; got {copies}")
+    if not covers(layer):
+        raise UnsupportedModelError(f"the closed form of copies does not cover this {type(layer).__name__}")
     weights, values = layer.weights(points, mass), layer.values(points)
     averages = weights @ values
     share = copies * weights / (1.0 + copies * weights)  # (h, i, j)
@@ -58,62 +60,67 @@ def duplication_effect(
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """Extra copies of each token and the budget they use without any move."""
 
     extra: tuple[int, ...]
     usage: float
 
 
-def duplication_attack(
-    problem: Problem,
-    *,
-    copies: int,
-    epsilon: float | None = None,
-    order: CausalOrder = "tied",
-    seed: int = 0,
-    budget: AttackBudget | None = None,
-) -> MeasureAttackResult:
-    """Duplicate tokens (up to a number of copies in all) and move every copy within the threat.
+class TokenDuplication(AttackMethod):
+    """Duplicates tokens (up to a number of copies in all) and moves every copy within the copies' own threat.
 
     A copy is a token at its parent's place: mass on that token for layers without a mask, an inserted token otherwise
-    (``order`` says what a causal mask shows it). Copies are chosen greedily, the first by the closed form, the others
-    by forward passes over all tokens; then the atoms move, with the threat's budget over all of them (sum of squares,
+    (the threat's ``order`` says what a causal mask shows it). Copies are chosen greedily, the first by the closed form,
+    the others by forward passes over all tokens; then the atoms move, with the budget over all of them (sum of squares,
     or each one). Goals: a displacement of all rows and a row read the original tokens, the mean is over all copies.
-
-    Args:
-        problem: The question; its threat is a Frobenius ball or per-token l2 balls.
-        copies: Most extra copies, >= 1.
-        epsilon: Fixed budget of the moves; None searches the smallest that violates the goal, which is 0 where the
-            copies alone do.
-        order: "tied" or "strict", see ``CausalOrder``; it matters for causal layers only.
-        seed: Seed of the run.
-        budget: What each search may cost.
-
-    Returns:
-        The atoms; ``radius`` is the threat's distance of the moves, ``gain`` compares with moving the original tokens.
-
-    Raises:
-        InputError: copies < 1.
-        UnsupportedModelError: A layer that is not ``Attention``.
-        UnsupportedThreatError: Another threat.
+    The radius is the distance of the moves, 0 where the copies alone violate the goal.
     """
-    start = time.perf_counter()
-    epsilon = checked_epsilon(epsilon)
-    budget = budget or AttackBudget()
-    _refuse(problem, copies)
-    with torch.no_grad():
-        moving = TokenMoving().run([problem], epsilon=epsilon, seed=seed, budget=budget)[0]
-        choices, queries = choose_copies(problem, copies, order=order)
-        tried = [_move(problem, choice, epsilon=epsilon, order=order, seed=seed, budget=budget) for choice in choices]
-        # no copy at all is within the budget too; it comes last, so that it wins no tie
-        tried.append((moving, _expanded(problem, (0,) * problem.clean.n, order)))
-    best = min(tried, key=lambda t: _rank(t[0], epsilon))
-    spent = queries + sum(t[0].queries for t in tried)
-    return _result(problem, best, moving, spent, copies, order, seed, epsilon, time.perf_counter() - start)
+
+    name = "token-duplication"
+    threats = (Copies,)
+
+    def refuses_more(self, problem: Problem, epsilon: float | None) -> str | None:
+        layer = problem.network
+        if type(layer) is not Attention:
+            return f"it handles Attention layers; {type(layer).__name__} does not say what a copy is"
+        unknown = features_of(layer) - FEATURES
+        return f"it does not know what a copy is under {', '.join(sorted(unknown))}" if unknown else None
+
+    def search(self, work: Work) -> list[Attempt]:
+        return [_duplicated(problem, copies_of(problem), work) for problem in work.problems]
 
 
-def choose_copies(problem: Problem, copies: int, *, order: CausalOrder = "tied") -> tuple[tuple[_Choice, ...], int]:
+def copies_of(problem: Problem) -> Copies:
+    """The copies that a problem asks about."""
+    threat = problem.threat
+    assert isinstance(threat, Copies)  # noqa: S101 - the template refuses others; narrows the type
+    return threat
+
+
+def _duplicated(problem: Problem, threat: Copies, work: Work) -> Attempt:
+    moved = Problem(problem.network, problem.clean, threat.moves, problem.goal)
+    moving = _moved(moved, work)
+    choices, queries = choose_copies(moved, threat.copies, order=threat.order)
+    tried = [move_copies(moved, choice, order=threat.order, work=work) for choice in choices]
+    # no copy at all is within the budget too; it comes last, so that it wins no tie
+    tried.append((moving, expanded(moved, (0,) * problem.clean.n, threat.order)))
+    best, atoms = min(tried, key=lambda t: t[0].point.rank)
+    points = best.point.perturbed
+    return Attempt(
+        point=best.point,
+        queries=queries + sum(t[0].queries for t in tried),
+        atoms=None if points is None else PerturbedTokens(points, atoms.problem.clean.mass, atoms.parent),
+        moving_radius=moving.point.radius if work.epsilon is None else moving.point.usage,
+    )
+
+
+def _moved(problem: Problem, work: Work) -> Attempt:
+    """The token-moving attack on one problem."""
+    return TokenMoving().search(replace(work, problems=[problem]))[0]
+
+
+def choose_copies(problem: Problem, copies: int, *, order: CausalOrder = "tied") -> tuple[tuple[Choice, ...], int]:
     """Greedy choice of copies, at most ``copies`` in all; the best few choices of any size, strongest first.
 
     Returns:
@@ -127,7 +134,7 @@ def choose_copies(problem: Problem, copies: int, *, order: CausalOrder = "tied")
         if round_index == 0 and order == "tied" and problem.mass is None:
             used = _first_copy(problem)
         else:
-            resting = [_expanded(problem, _with(extra, j), order).usage_at_rest for j in range(n)]
+            resting = [expanded(problem, _with(extra, j), order).usage_at_rest for j in range(n)]
             used = torch.tensor(resting, dtype=torch.float64)
             queries += n
         for j, value in enumerate(used.tolist()):
@@ -136,7 +143,7 @@ def choose_copies(problem: Problem, copies: int, *, order: CausalOrder = "tied")
     strongest = sorted(seen.items(), key=lambda item: -item[1])[:MOVED]
     largest = max(seen, key=lambda e: (sum(e), seen[e]))  # the greedy end: all copies used
     chosen = dict(strongest) | {largest: seen[largest]}
-    return tuple(_Choice(extra=e, usage=u) for e, u in chosen.items()), queries
+    return tuple(Choice(extra=e, usage=u) for e, u in chosen.items()), queries
 
 
 def _first_copy(problem: Problem) -> Float[Tensor, "n"]:
@@ -158,7 +165,7 @@ def _first_copy(problem: Problem) -> Float[Tensor, "n"]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Duplicated:
+class Duplicated:
     """The question about an input with copies."""
 
     problem: Problem
@@ -170,96 +177,44 @@ class _Duplicated:
         return float(self.problem.resolved.usage(self.problem.clean_output))
 
 
-def _expanded(problem: Problem, extra: tuple[int, ...], order: CausalOrder) -> _Duplicated:
+def expanded(problem: Problem, extra: tuple[int, ...], order: CausalOrder) -> Duplicated:
+    """The question about moved tokens with extra copies of each token."""
     counts = torch.tensor([1 + e for e in extra], device=problem.clean.points.device)
     parent = torch.arange(problem.clean.n, device=counts.device).repeat_interleave(counts)
     mass = problem.clean.mass[parent]
     first = torch.ones_like(parent, dtype=torch.bool)
     first[1:] = parent.diff() > 0
-    movable = problem.threat.movable(problem.clean.n).to(parent.device)[parent].nonzero().flatten().tolist()
-    expanded = expanded_problem(
+    moves = problem.moves
+    movable = moves.movable(problem.clean.n).to(parent.device)[parent].nonzero().flatten().tolist()
+    question = expanded_problem(
         problem, parent, mass / mass.sum(), row_scale=first.to(mass.dtype), movable=tuple(movable), order=order
     )
-    if isinstance(problem.threat, PerTokenBall):
-        threat = PerTokenBall(norm=problem.threat.norm, tokens=tuple(movable))
-        expanded = Problem(expanded.network, expanded.clean, threat, expanded.goal)
-    return _Duplicated(expanded, parent)
+    if isinstance(moves, PerTokenBall):
+        threat = PerTokenBall(norm=moves.norm, tokens=tuple(movable))
+        question = Problem(question.network, question.clean, threat, question.goal)
+    return Duplicated(question, parent)
 
 
-def _move(
-    problem: Problem, choice: _Choice, *, epsilon: float | None, order: CausalOrder, seed: int, budget: AttackBudget
-) -> tuple[AttackResult, _Duplicated]:
-    """Move all copies of one choice; nothing moves where the copies alone violate the goal."""
-    duplicated = _expanded(problem, choice.extra, order)
-    expanded = duplicated.problem
+def move_copies(problem: Problem, choice: Choice, *, order: CausalOrder, work: Work) -> tuple[Attempt, Duplicated]:
+    """Move all copies of one choice; nothing moves where the copies alone violate the goal.
+
+    Args:
+        problem: The question about moved tokens.
+        choice: The copies.
+        order: Meaning of a causal mask.
+        work: Mode, seed and cost limits.
+    """
+    duplicated = expanded(problem, choice.extra, order)
     rest = duplicated.usage_at_rest
-    if epsilon is None and rest >= 1.0:
-        still = AttackResult(
-            expanded.digest, NAME, Status.FOUND, 0.0, rest, expanded.clean.points.clone(), 1, 0.0, seed
-        )
-        return still, duplicated
-    result = TokenMoving().run([expanded], epsilon=epsilon, seed=seed, budget=budget)[0]
-    if epsilon is not None and not result.usage >= rest:
-        still = AttackResult(
-            expanded.digest, NAME, Status.FOUND if rest >= 1.0 else Status.NOT_FOUND, 0.0, rest,
-            expanded.clean.points.clone(), result.queries, 0.0, seed, epsilon,
-        )  # fmt: skip
-        return still, duplicated
-    return result, duplicated
-
-
-def _rank(result: AttackResult, epsilon: float | None) -> float:
-    if epsilon is not None:
-        return -result.usage if not math.isnan(result.usage) else math.inf
-    return result.radius
+    points = duplicated.problem.clean.points.clone()
+    if work.epsilon is None and rest >= 1.0:
+        return Attempt(point=VerifiedPoint(0.0, rest, points, 1, None), queries=1), duplicated
+    found = _moved(duplicated.problem, work)
+    if work.epsilon is not None and not found.point.usage >= rest:
+        point = VerifiedPoint(0.0, rest, points, found.queries, work.epsilon)
+        return Attempt(point=point, queries=found.queries), duplicated
+    return found, duplicated
 
 
 def _with(extra: tuple[int, ...], token: int) -> tuple[int, ...]:
     return tuple(e + (i == token) for i, e in enumerate(extra))
-
-
-def _refuse(problem: Problem, copies: int) -> None:
-    if copies < 1:
-        raise InputError(f"copies must be >= 1; got {copies}")
-    if type(problem.network) is not Attention:
-        raise UnsupportedModelError(
-            f"token duplication handles Attention layers; {type(problem.network).__name__} does not say what a copy is"
-        )
-    if not isinstance(problem.threat, FrobeniusBall | PerTokenBall):
-        raise UnsupportedThreatError(
-            f"token duplication does not handle the threat {problem.threat.key!r}; use frobenius or per-token"
-        )
-
-
-def _result(
-    problem: Problem,
-    best: tuple[AttackResult, _Duplicated],
-    moving: AttackResult,
-    queries: int,
-    copies: int,
-    order: CausalOrder,
-    seed: int,
-    epsilon: float | None,
-    seconds: float,
-) -> MeasureAttackResult:
-    result, duplicated = best
-    threat = f"{problem.threat.key} {Copies(copies, order).key}"
-    points = result.perturbed
-    atoms = None if points is None else PerturbedTokens(points, duplicated.problem.clean.mass, duplicated.parent)
-    return MeasureAttackResult(
-        problem=measure_digest(problem, threat),
-        attack=NAME,
-        status=result.status,
-        radius=result.radius,
-        usage=result.usage,
-        perturbed=points,
-        queries=queries,
-        seconds=seconds,
-        seed=seed,
-        epsilon=epsilon,
-        note=result.note,
-        threat=threat,
-        atoms=atoms,
-        moving_radius=moving.radius if epsilon is None else moving.usage,
-        source=problem.digest,
-    )

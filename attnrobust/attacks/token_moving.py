@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.attacks.method import AttackMethod, Search
+from attnrobust.attacks.method import MovingAttack, Search
 from attnrobust.attacks.search.directions import margin_gradients, random_directions, singular_directions
 from attnrobust.attacks.search.evaluate import Evaluator
 from attnrobust.attacks.search.projected_gradient import Finish, Start, search_rows
@@ -27,7 +27,7 @@ nearly linear at this scale and its optimum is the first-order one."""
 TINY = 1e-300
 
 
-class TokenMoving(AttackMethod):
+class TokenMoving(MovingAttack):
     """Projected gradient ascent with restarts, from first-order optima and from random directions.
 
     Margins: each restart attacks one class (the nearest ones to first order); the gradient at the clean input gives the

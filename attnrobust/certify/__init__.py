@@ -3,37 +3,26 @@
 from collections.abc import Sequence
 
 from attnrobust.certify.measures.copies import WorstCopies, worst_copies
-from attnrobust.certify.measures.method import MeasureMethod, certify_question
-from attnrobust.certify.measures.question import MeasureQuestion
-from attnrobust.certify.measures.registry import ALL_MEASURE_METHODS, measure_method_named
 from attnrobust.certify.method import CertificateMethod, PreparedBound, certify_with
-from attnrobust.certify.registry import ALL_METHODS, method_named
-from attnrobust.problem import Problem
+from attnrobust.certify.registry import METHODS, ON_REQUEST, method_named
+from attnrobust.problem import Problem, refuse_second_threat
 from attnrobust.results import CertificationReport
-from attnrobust.threats.measures import Copies, MeasureThreat
 
 __all__ = [
-    "ALL_MEASURE_METHODS",
-    "ALL_METHODS",
+    "METHODS",
+    "ON_REQUEST",
     "CertificateMethod",
-    "MeasureMethod",
-    "MeasureQuestion",
     "PreparedBound",
     "WorstCopies",
     "certify",
     "certify_with",
-    "measure_method_named",
     "method_named",
     "worst_copies",
 ]
 
 
 def certify(
-    problem: Problem,
-    *,
-    methods: Sequence[str] | None = None,
-    seed: int = 0,
-    threat: MeasureThreat | Copies | None = None,
+    problem: Problem, *, methods: Sequence[str] | None = None, seed: int = 0, **removed: object
 ) -> CertificationReport:
     """Certify one problem by every method that applies (or the named ones); ``report.best`` has the largest radius.
 
@@ -41,18 +30,16 @@ def certify(
         problem: Network, clean input, threat and goal.
         methods: Names of certificates; None means all.
         seed: Seed of the random start vectors of probabilistic methods.
-        threat: Perturbed token measures (split, copied, moved masses) in place of the problem's own threat, of which
-            only the movable tokens count then; ``Copies`` also move within it.
+        removed: ``threat=`` of earlier versions; refused with the new way.
 
     Returns:
-        All certificates beside each other; each radius is a lower bound of the true robust radius.
+        All certificates beside each other; each radius is a lower bound of the true robust radius. Methods that do not
+        speak about the problem, or whose computation failed, are in ``skipped`` with the reason.
 
     Raises:
         UnknownNameError: A name that does not exist (lists the nearest).
-        UnsupportedThreatError: A threat on measures that no certificate covers, with the cure.
+        InputError: ``threat=``; the threat is part of the problem.
     """
-    if threat is not None:
-        for_measures = ALL_MEASURE_METHODS if methods is None else tuple(map(measure_method_named, methods))
-        return certify_question(MeasureQuestion(problem, threat), for_measures, seed=seed)
-    chosen = ALL_METHODS if methods is None else tuple(method_named(name) for name in methods)
+    refuse_second_threat(removed)
+    chosen = METHODS if methods is None else tuple(method_named(name) for name in methods)
     return certify_with(problem, chosen, seed=seed)

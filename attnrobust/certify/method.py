@@ -1,16 +1,32 @@
-"""The one template of all certificates: a bound on the used budget becomes a radius and a record."""
+"""The one template of all certificates: what is declared is answered, a bound becomes a radius and a record."""
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar
 
 from attnrobust.certify.radius import largest_radius
+from attnrobust.errors import SoundnessError, UnsupportedModelError, UnsupportedThreatError, first_line
+from attnrobust.goals import Displacement, Goal, Margin
+from attnrobust.layers.features import features_of
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.results import Certificate, CertificationReport, Kind, NotApplicable
+from attnrobust.threats.base import Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
 
-Question_contra = TypeVar("Question_contra", contravariant=True)
+MOVES: tuple[type[Threat], ...] = (FrobeniusBall, PerTokenBall, AnyToken)
+"""Every threat on moved tokens."""
+
+ATTENTION_FEATURES = frozenset({"bias", "out_projection", "scale", "mask", "causal"})
+"""Every feature of ``Attention`` today."""
+
+HEAD_FEATURES = frozenset({"bias", "out_projection"})
+"""Every feature of the other attention layers."""
+
+FAILURES = (ValueError, LookupError, ArithmeticError, RuntimeError)
+"""What the computation of a bound may raise without ending the other certificates (singular matrices, a library's
+errors, memory of a device)."""
 
 
 class PreparedBound(ABC):
@@ -37,25 +53,38 @@ class PreparedBound(ABC):
 
 
 class CertificateMethod(ABC):
-    """A certificate: a bound with its reference, region and kind.
+    """A certificate: a bound with its reference, region and kind, and what it speaks about.
 
-    Subclasses set the class variables and implement ``refuses`` and ``prepare``.
+    Everything that is not declared is refused: a layer of another type (subclasses too), a feature of the layer, a
+    threat or a goal that came later. Subclasses set the class variables, implement ``prepare``, and refuse finer
+    conditions in ``refuses_more``.
     """
 
     name: ClassVar[str]
     reference: ClassVar[str]
     region: ClassVar[str]
+    layers: ClassVar[tuple[type, ...]]
+    features: ClassVar[frozenset[str]]
+    """The features of those layers that the proof covers."""
+    threats: ClassVar[tuple[type[Threat], ...]] = MOVES
+    goals: ClassVar[tuple[type[Goal], ...]] = (Displacement, Margin)
     kind: ClassVar[Kind] = Kind.FLOAT64
     relative_tolerance: ClassVar[float] = 1e-3
     """The search stops once the certified radius is within this share of a radius that failed."""
+    outward: ClassVar[float] = 1.0
+    """Factor >= 1 on every used share, for a rounding that the bound does not know."""
 
-    @abstractmethod
     def refuses(self, problem: Problem) -> str | None:
         """Why this method does not speak about the problem exactly; None if it does."""
+        return _undeclared(self, problem) or self.refuses_more(problem)
+
+    def refuses_more(self, problem: Problem) -> str | None:
+        """Conditions beyond the declared layers, features, threats and goals; None where there are none."""
+        return None
 
     @abstractmethod
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
-        """Do the work at the clean input."""
+        """Do the work at the clean input of a problem that is not refused."""
 
     def certify(self, problem: Problem, *, seed: int = 0) -> Certificate:
         """Largest radius that this method certifies (safe end of the search).
@@ -66,87 +95,73 @@ class CertificateMethod(ABC):
 
         Returns:
             A certificate; its radius is a lower bound of the true robust radius (0 if nothing could be certified).
+
+        Raises:
+            UnsupportedThreatError: The method does not speak about the problem.
         """
+        reason = self.refuses(problem)
+        if reason is not None:
+            raise UnsupportedThreatError(f"certificate {self.name!r}: {reason}")
+        return self._searched(problem, seed=seed)
+
+    def _searched(self, problem: Problem, *, seed: int) -> Certificate:
         start = time.perf_counter()
-        return searched_certificate(
-            self, self.prepare(problem, seed=seed), digest=problem.digest, kind=self.kind, start=start
+        bound = self.prepare(problem, seed=seed)
+        radius, evaluations = largest_radius(
+            lambda r: bound.usage(r).value * self.outward,
+            first_guess=bound.first_guess,
+            relative_tolerance=self.relative_tolerance,
+        )
+        failure = bound.failure_probability
+        return Certificate(
+            problem=problem.digest,
+            method=self.name,
+            kind=Kind.PROBABILISTIC if failure > 0 else self.kind,
+            failure_probability=failure,
+            radius=radius,
+            region=self.region,
+            reference=self.reference,
+            seconds=time.perf_counter() - start,
+            evaluations=evaluations,
         )
 
-
-@runtime_checkable
-class Described(Protocol):
-    """What a certificate tells of its method."""
-
-    name: ClassVar[str]
-    reference: ClassVar[str]
-    region: ClassVar[str]
-    relative_tolerance: ClassVar[float]
-
-
-def searched_certificate(
-    method: Described, bound: PreparedBound, *, digest: str, kind: Kind, start: float, outward: float = 1.0
-) -> Certificate:
-    """Certificate with the largest radius of a prepared bound (safe end of the search).
-
-    Args:
-        method: Tells name, reference, region and tolerance of the search.
-        bound: The bound at the clean input.
-        digest: Question that the certificate answers.
-        kind: Kind of the claim if no random event is relied on.
-        start: ``time.perf_counter()`` before the bound was prepared.
-        outward: Factor >= 1 on every used share, for a rounding that the bound does not know.
-
-    Returns:
-        A certificate; its radius is a lower bound of the true robust radius (0 if nothing could be certified).
-    """
-    radius, evaluations = largest_radius(
-        lambda r: bound.usage(r).value * outward,
-        first_guess=bound.first_guess,
-        relative_tolerance=method.relative_tolerance,
-    )
-    failure = bound.failure_probability
-    return Certificate(
-        problem=digest,
-        method=method.name,
-        kind=Kind.PROBABILISTIC if failure > 0 else kind,
-        failure_probability=failure,
-        radius=radius,
-        region=method.region,
-        reference=method.reference,
-        seconds=time.perf_counter() - start,
-        evaluations=evaluations,
-    )
+    def attempt(self, problem: Problem, *, seed: int) -> Certificate | NotApplicable:
+        """The certificate, or why there is none: a refusal, or a failure of the computation."""
+        reason = self.refuses(problem)
+        if reason is not None:
+            return NotApplicable(method=self.name, reason=reason)
+        try:
+            return self._searched(problem, seed=seed)
+        except SoundnessError:
+            raise
+        except (UnsupportedThreatError, UnsupportedModelError) as refusal:
+            return NotApplicable(method=self.name, reason=first_line(refusal))
+        except FAILURES as error:
+            return NotApplicable(method=self.name, reason=f"failed: {type(error).__name__}: {first_line(error)}")
 
 
 def certify_with(problem: Problem, methods: Sequence[CertificateMethod], *, seed: int = 0) -> CertificationReport:
-    """Run several methods on one problem; the ones that refuse are listed with their reason."""
-    return answered(problem, methods, digest=problem.digest, seed=seed)
-
-
-@runtime_checkable
-class Answering(Protocol[Question_contra]):
-    """A method that answers questions of one kind, or says why it does not."""
-
-    name: ClassVar[str]
-
-    def refuses(self, question: Question_contra, /) -> str | None:
-        """Why this method does not speak about the question exactly; None if it does."""
-
-    def certify(self, question: Question_contra, /, *, seed: int) -> Certificate:
-        """Largest radius that this method certifies."""
-
-
-def answered(
-    question: Question_contra, methods: Sequence[Answering[Question_contra]], *, digest: str, seed: int
-) -> CertificationReport:
-    """Run several methods on one question with this digest; the ones that refuse are listed with their reason."""
+    """Run several methods on one problem; the ones that refuse or fail are listed with their reason."""
     start = time.perf_counter()
-    done: list[Certificate] = []
-    skipped: list[NotApplicable] = []
-    for method in methods:
-        reason = method.refuses(question)
-        if reason is None:
-            done.append(method.certify(question, seed=seed))
-        else:
-            skipped.append(NotApplicable(method=method.name, reason=reason))
-    return CertificationReport(digest, tuple(done), tuple(skipped), time.perf_counter() - start)
+    answers = [method.attempt(problem, seed=seed) for method in methods]
+    done = tuple(answer for answer in answers if isinstance(answer, Certificate))
+    skipped = tuple(answer for answer in answers if isinstance(answer, NotApplicable))
+    return CertificationReport(problem.digest, done, skipped, time.perf_counter() - start)
+
+
+def _undeclared(method: CertificateMethod, problem: Problem) -> str | None:
+    """What the method does not declare, by name."""
+    if type(problem.network) not in method.layers:
+        return f"it speaks about {_names(method.layers)} layers, not {type(problem.network).__name__}"
+    unknown = features_of(problem.network) - method.features
+    if unknown:
+        return f"it does not cover {', '.join(sorted(unknown))} of {type(problem.network).__name__}"
+    if type(problem.threat) not in method.threats:
+        return f"it speaks about the threats {_names(method.threats)}, not {problem.threat.key!r}"
+    if type(problem.goal) not in method.goals:
+        return f"it speaks about the goals {_names(method.goals)}, not {type(problem.goal).__name__}"
+    return None
+
+
+def _names(types: Sequence[type]) -> str:
+    return ", ".join(one.__name__ for one in types)

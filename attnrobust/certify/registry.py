@@ -12,11 +12,16 @@ from attnrobust.certify.conic.method import ConicMargin
 from attnrobust.certify.displacement.method import DisplacementCertificate
 from attnrobust.certify.margin.all_tokens.method import MarginCertificate
 from attnrobust.certify.margin.one_token.method import MarginTokenCertificate
+from attnrobust.certify.measures.ball import MeasureBall
+from attnrobust.certify.measures.cluster import MeasureCluster
+from attnrobust.certify.measures.copies import MeasureCopies
+from attnrobust.certify.measures.curvature import MeasureCurvature
+from attnrobust.certify.measures.local import MeasureLocal
 from attnrobust.certify.method import CertificateMethod
 from attnrobust.certify.rigorous.local import RigorousLocal
 from attnrobust.errors import UnknownNameError
 
-ALL_METHODS: tuple[CertificateMethod, ...] = (
+METHODS: tuple[CertificateMethod, ...] = (
     CastinReported(),
     CastinDerived(),
     SpreadLipschitz(),
@@ -30,8 +35,13 @@ ALL_METHODS: tuple[CertificateMethod, ...] = (
     DisplacementCertificate(),
     MarginTokenCertificate(),
     MarginCertificate(),
+    MeasureBall(),
+    MeasureLocal(),
+    MeasureCurvature(),
+    MeasureCluster(),
+    MeasureCopies(),
 )
-"""The default selection, cheap ones first; ``certify`` runs all that apply unless names are given."""
+"""The default selection, for each threat cheap ones first; ``certify`` runs all that apply unless names are given."""
 
 ON_REQUEST: tuple[CertificateMethod, ...] = (ConicMargin(),)
 """Certificates that take minutes; ``certify`` runs them where they are named."""
@@ -39,7 +49,7 @@ ON_REQUEST: tuple[CertificateMethod, ...] = (ConicMargin(),)
 
 def method_named(name: str) -> CertificateMethod:
     """Look a certificate up by its name; UnknownNameError lists the nearest ones."""
-    known = {method.name: method for method in (*ALL_METHODS, *ON_REQUEST)}
+    known = {method.name: method for method in (*METHODS, *ON_REQUEST)}
     if name not in known:
         raise UnknownNameError("certificate", name, known)
     return known[name]

@@ -10,13 +10,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from attnrobust import __version__
+from attnrobust.attacks import DEFAULT_ATTACK
 from attnrobust.cli.bench import benching
 from attnrobust.cli.bounds import bounding
 from attnrobust.cli.compare import Job, print_json, print_layers, run_job
 from attnrobust.cli.exits import ExitCode, guarded
 from attnrobust.cli.runs import many
 from attnrobust.cli.scan import scanning
-from attnrobust.comparison import DEFAULT_ATTACK
 from attnrobust.demo import DEMO_LAYER, DEMO_MODEL, DEMO_TOLERANCE, demo_sentences
 from attnrobust.models.model import load_model
 
@@ -61,13 +61,13 @@ ThreatKey = Annotated[
         "--threat",
         metavar="T",
         help="frobenius, per-token, any-token, token:I or tokens:I,J,...; of the token measure: wasserstein:P or "
-        "coupling:P (P = 1, 2, inf; :within:R bounds the tokens), copies:K.",
+        "coupling:P (P = 1, 2, inf; :within:R bounds the tokens), copies:K or copies:K:MOVES.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...")]
 Methods = Annotated[str | None, typer.Option(metavar="A,B", help="Certificates to run; default all that apply.")]
-Method = Annotated[str, typer.Option("--method", metavar="NAME", help="The attack.")]
+Method = Annotated[str, typer.Option("--method", metavar="NAME", help="The attack; default the threat's own.")]
 Epsilon = Annotated[
     float | None, typer.Option(metavar="R", help="Fixed budget: the worst point within it, not the nearest violation.")
 ]

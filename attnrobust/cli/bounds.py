@@ -13,7 +13,7 @@ from attnrobust.errors import InputError
 from attnrobust.models.model import load_model
 from attnrobust.reports.tables import shown
 from attnrobust.runs.inputs import on_device, parse_device, read_inputs
-from attnrobust.threats.moves import parse_threat
+from attnrobust.threats.parse import parse_move_threat
 
 if TYPE_CHECKING:
     from attnrobust.lipschitz.table import BoundsTable
@@ -51,7 +51,7 @@ def bounds(
         raise InputError("the inputs say how many tokens there are; leave --n out")
     if texts is None and tokens is None and (radius is None or n is None):
         raise InputError("give the inputs by --texts FILE or --tokens FILE, or --radius R together with --n N")
-    measured, place = parse_threat(threat), parse_device(device)
+    measured, place = parse_move_threat(threat), parse_device(device)
     loaded = load_model(model, device=place)
     name, network = loaded.resolve(layer).name, loaded.layer(layer)
     inputs: list[tuple[str | None, str | None, TokenMeasure | None]] = [(None, None, None)]

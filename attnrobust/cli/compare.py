@@ -8,11 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from attnrobust.attacks import attack_named
-from attnrobust.certify import measure_method_named, method_named
+from attnrobust.attacks import attack_for
+from attnrobust.certify import method_named
 from attnrobust.cli.exits import ExitCode, exit_code, say
 from attnrobust.cli.progress import tracked
-from attnrobust.comparison import DEFAULT_ATTACK, require_own_attack
 from attnrobust.errors import InputError
 from attnrobust.goals import Goal
 from attnrobust.models.capture import CapturedInput
@@ -22,14 +21,8 @@ from attnrobust.reports.tables import certificate_table, gap_plot, layer_table, 
 from attnrobust.runs.files import json_text, require_writable, write_results
 from attnrobust.runs.inputs import make_goal, make_tasks, parse_device, read_inputs
 from attnrobust.runs.rows import Row, RowOptions, RowTask, evaluate_row
-from attnrobust.threats.measures import (
-    Copies,
-    MeasureThreat,
-    all_measure_threats,
-    parse_copies,
-    parse_measure_threat,
-)
-from attnrobust.threats.moves import parse_threat
+from attnrobust.threats.base import Threat
+from attnrobust.threats.parse import parse_threat
 
 WIDTH_OF_FILES = 200
 """Columns of tables that go to a file or a pipe, where nothing says how wide it is."""
@@ -95,17 +88,13 @@ def run_job(job: Job, *, inputs: tuple[str, ...] | None = None) -> ExitCode:
     Raises:
         AttnRobustError: Options or files that cannot be used.
     """
-    measures = _measures(job.threat)
-    options, goal = _row_options(job, measures), _goal(job)
-    # Of a threat on measures the tokens that may move are all of them; copies move by a shared budget.
-    threat, device = parse_threat("frobenius" if measures else job.threat), parse_device(job.device)
+    threat, device = parse_threat(job.threat), parse_device(job.device)
+    options, goal = _row_options(job, threat), _goal(job)
     if job.out is not None:
         require_writable(job.out)
     model = load_model(job.model, device=device)
     captured = _captured(job, model, inputs)
-    tasks = make_tasks(
-        model, job.layer, captured, threat=threat, goal=goal, seed=job.seed, device=device, measures=measures
-    )
+    tasks = make_tasks(model, job.layer, captured, threat=threat, goal=goal, seed=job.seed, device=device)
     rows = list(_printed(job, tracked(_evaluated(tasks, options), len(tasks), quiet=job.quiet)))
     if not job.json:
         print_tables(rows)
@@ -114,25 +103,16 @@ def run_job(job: Job, *, inputs: tuple[str, ...] | None = None) -> ExitCode:
     return exit_code(rows, fail_under=job.fail_under)
 
 
-def _measures(text: str) -> MeasureThreat | Copies | None:
-    """A threat on token measures, or None where the text names one on moved tokens."""
-    if text.partition(":")[0] in {threat.name for threat in all_measure_threats()}:
-        return parse_measure_threat(text)
-    return parse_copies(text)
-
-
-def _row_options(job: Job, measures: MeasureThreat | Copies | None) -> RowOptions:
+def _row_options(job: Job, threat: Threat) -> RowOptions:
     methods = None
     if job.methods is not None:
         methods = tuple(name.strip() for name in job.methods.split(",") if name.strip())
         if not methods:
             raise InputError("--methods names no certificate; leave it out to run all")
         for name in methods:
-            (method_named if measures is None else measure_method_named)(name)
-    if measures is not None and job.attack != DEFAULT_ATTACK:  # the default stands for the threat's own attack
-        require_own_attack(job.attack, measures)
-    elif job.attack is not None:
-        attack_named(job.attack)
+            method_named(name)
+    if job.attack is not None:
+        attack_for(threat, job.attack)
     if job.fail_under is not None and not job.fail_under >= 0:
         raise InputError(f"--fail-under must be a number >= 0; got {job.fail_under}")
     return RowOptions(certify=job.certify, methods=methods, attack=job.attack, epsilon=job.epsilon)

@@ -1,15 +1,17 @@
 """Multi-head dot-product self-attention as a frozen, exact specification in float64."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import InputError
+from attnrobust.layers.features import PLAIN, used_features
 from attnrobust.tokens import require_finite, tensor_digest
 
 
@@ -50,6 +52,15 @@ class Attention:
     mask: Float[Tensor, "n n"] | None = None
     causal: bool = False
 
+    feature_names: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("w_q", "w_k", "w_v"), PLAIN),
+        **dict.fromkeys(("b_q", "b_k", "b_v", "b_o"), "bias"),
+        "w_o": "out_projection",
+        "scale": "scale",
+        "mask": "mask",
+        "causal": "causal",
+    }
+
     def __post_init__(self) -> None:
         for name in ("w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "w_o", "b_o"):
             value = getattr(self, name)
@@ -82,6 +93,12 @@ class Attention:
                 raise InputError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
         if min(h, d, k, v, self.out_width) < 1:
             raise InputError("every dimension of the attention weights must be >= 1")
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The optional parts in use: bias, out_projection, scale (another than 1/sqrt(k)), mask, causal."""
+        used = used_features(self, self.feature_names)
+        return used - {"scale"} if self.factor == 1.0 / math.sqrt(self.key_width) else used
 
     # ---- sizes -----------------------------------------------------------------------------------------------------
 

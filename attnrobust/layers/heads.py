@@ -5,13 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import InputError
+from attnrobust.layers.features import PLAIN, used_features
 from attnrobust.tokens import require_finite, tensor_digest
 
 S = TypeVar("S", bound="Specification")
@@ -19,6 +20,14 @@ S = TypeVar("S", bound="Specification")
 
 class Specification(ABC):
     """A frozen record of tensors and numbers that maps tokens to tokens; subclasses are frozen dataclasses."""
+
+    feature_names: ClassVar[Mapping[str, str]] = {}
+    """The feature of each field, see ``layers.features``; a field that is missing here is one of its own name."""
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The optional parts of the formula that are in use."""
+        return used_features(self, self.feature_names)
 
     @property
     @abstractmethod
@@ -80,6 +89,14 @@ class HeadSpecification(Specification):
     def device(self) -> torch.device:
         """Where the weights live."""
         return self.w_v.device
+
+
+HEAD_FEATURES: Mapping[str, str] = {
+    **dict.fromkeys(("w_q", "w_k", "w_v"), PLAIN),
+    "w_o": "out_projection",
+    "b_o": "bias",
+}
+"""The features of the fields that most head specifications have."""
 
 
 def out_width(w_v: Tensor, w_o: Tensor | None) -> int:

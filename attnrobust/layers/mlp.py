@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnrobust.errors import UnknownNameError
+from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import Specification, adopt_weights, require_shapes
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity"]
@@ -47,6 +48,12 @@ class Mlp(Specification):
     b_1: Float[Tensor, "m"] | None = None
     b_2: Float[Tensor, "e"] | None = None
     activation: Activation = "gelu"
+
+    feature_names: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("w_1", "w_2"), PLAIN),
+        **dict.fromkeys(("b_1", "b_2"), "bias"),
+        "activation": "activation",
+    }
 
     def __post_init__(self) -> None:
         adopt_weights(self, w_1=2, w_2=2, b_1=1, b_2=1)

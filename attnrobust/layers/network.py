@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import InputError
+from attnrobust.layers.features import features_of
 from attnrobust.layers.token_map import TokenMap
 
 
@@ -38,6 +39,11 @@ class Residual:
     def out_width(self) -> int:
         """Output token width, d as well."""
         return self.inner.out_width
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Those of the inner map."""
+        return features_of(self.inner)
 
     def __call__(
         self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None
@@ -89,6 +95,11 @@ class Network:
     def out_width(self) -> int:
         """Output token width e of the last layer."""
         return self.layers[-1].out_width
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Those of all layers."""
+        return frozenset().union(*(features_of(layer) for layer in self.layers))
 
     def __call__(
         self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None

@@ -1,12 +1,15 @@
 """LayerNorm and RMSNorm, token by token."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import Specification, adopt_number, adopt_weights, require_shapes
 from attnrobust.numerics.sides import Upper, round_up
 
@@ -15,6 +18,8 @@ class _Normalisation(Specification):
     weight: Float[Tensor, "d"]
     bias: Float[Tensor, "d"] | None
     eps: float
+
+    feature_names: ClassVar[Mapping[str, str]] = {"weight": PLAIN, "bias": "bias", "eps": PLAIN}
 
     def __post_init__(self) -> None:
         adopt_weights(self, weight=1, bias=1)

@@ -14,7 +14,7 @@ from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.numerics.linear_map import LinearMap
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import Threat
+from attnrobust.threats.moves import MoveThreat
 from attnrobust.tokens import TokenMeasure
 
 SEARCH_STEPS, SEARCHED_SIZE = 40, 256
@@ -45,7 +45,7 @@ class Question:
     radius: float
     clean: TokenMeasure | None
     epsilon: float | None
-    threat: Threat
+    threat: MoveThreat
     seed: int
     search: int | None = None
 
@@ -75,7 +75,7 @@ def checked(
     n: int | None,
     radius: float | None,
     epsilon: float | None,
-    threat: Threat,
+    threat: MoveThreat,
     seed: int,
     search: int | None,
 ) -> Question:

@@ -9,7 +9,7 @@ from attnrobust.lipschitz.question import checked
 from attnrobust.lipschitz.records import MEANING, BoundRow, BoundsTable, LowerRow, Quantity
 from attnrobust.lipschitz.upper_bounds import claims
 from attnrobust.results import Kind, NotApplicable
-from attnrobust.threats.moves import FrobeniusBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 from attnrobust.tokens import TokenMeasure
 
 __all__ = ["MEANING", "BoundRow", "BoundsTable", "LowerRow", "Quantity", "bounds_table"]
@@ -22,7 +22,7 @@ def bounds_table(
     n: int | None = None,
     radius: float | None = None,
     epsilon: float | None = None,
-    threat: Threat | None = None,
+    threat: MoveThreat | None = None,
     seed: int = 0,
     search: int | None = None,
 ) -> BoundsTable:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from attnrobust.certify import ALL_METHODS, CertificateMethod
+from attnrobust.certify import METHODS, CertificateMethod
 from attnrobust.certify.closed_form import castin2024_mean_field as measures
 from attnrobust.certify.closed_form import castin2024_smooth as ball
 from attnrobust.certify.closed_form import cosine_lipschitz as cosine
@@ -32,7 +32,7 @@ from attnrobust.numerics.linear_map import largest_singular_value_upper, scale_r
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
 from attnrobust.results import Kind
-from attnrobust.threats.moves import FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 
 PAGE = "docs/certificates-literature.md"
@@ -82,7 +82,7 @@ def claims(question: Question) -> Iterator[Claim]:
     yield from _other_layers()
     yield from _measures()
     yield from _local(question)
-    yield from (_finite(method) for method in ALL_METHODS)
+    yield from (_finite(method) for method in METHODS if any(issubclass(t, MoveThreat) for t in method.threats))
 
 
 # ---- dot-product attention on a ball -------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def _dot_product_ball() -> Iterator[Claim]:
     )
 
 
-def _ball(question: Question, *, form: str, pool: str, threat: Threat) -> Upper:
+def _ball(question: Question, *, form: str, pool: str, threat: MoveThreat) -> Upper:
     layer = _layer(question, Attention)
     return ball.ball_constant(layer, question.n, question.radius, form=form, pool=pool, threat=threat)
 
@@ -185,7 +185,7 @@ def _constant(question: Question, *, method: CertificateMethod, layer: type, qua
         slopes = network.factor**0.5 * torch.linalg.matrix_norm(network.w_q, 2)
         spread = max(kim.spread_bound(question.n - 1.0), 1.0)
         size = SATURATED * math.sqrt(spread) / float(slopes[slopes > 0].min()) if bool((slopes > 0).any()) else 1.0
-    threat: Threat = PerTokenBall() if quantity is Quantity.TOKEN else FrobeniusBall()
+    threat: MoveThreat = PerTokenBall() if quantity is Quantity.TOKEN else FrobeniusBall()
     pool = {Quantity.BALL: "all", Quantity.MEAN: "mean"}.get(quantity, 0)
     problem = Problem(network, TokenMeasure(points), threat, Displacement(1.0, pool=pool))  # type: ignore[arg-type]
     return _per_size(method.prepare(problem, seed=question.seed).usage(size), size)

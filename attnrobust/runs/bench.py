@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnrobust.attacks import attack_named
+from attnrobust.attacks import check_attack_name
 from attnrobust.errors import InputError
 from attnrobust.results import Status
 from attnrobust.runs.config import RunConfig, make_config
@@ -142,7 +142,7 @@ def bench(
 
     Args:
         config: Inputs, layers, threats, goals, budget and output; its certificates and its attack's name are ignored.
-        attacks: Names that ``attack_named`` knows.
+        attacks: Names of attacks.
         budgets: Budgets of single attacks.
         stop: Once set, the running row is finished and the call returns.
         watch: Sees the rows of each attack as they come.
@@ -181,7 +181,7 @@ def _checked(attacks: Sequence[str], budgets: Budgets | None) -> Sequence[str]:
     if not attacks:
         raise InputError("name at least one attack, as in --attacks token-moving,foolbox:DDN")
     for number, name in enumerate(attacks):
-        attack_named(name)
+        check_attack_name(name)
         if name in attacks[:number]:
             raise InputError(f"attack {name} is named twice")
     if foreign := sorted(set(budgets or {}) - set(attacks)):

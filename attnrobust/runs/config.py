@@ -9,14 +9,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from attnrobust.attacks import AttackBudget, attack_named
+from attnrobust.attacks import DEFAULT_ATTACK, AttackBudget, check_attack_name
 from attnrobust.certify import method_named
-from attnrobust.comparison import DEFAULT_ATTACK
 from attnrobust.errors import AttnRobustError, InputError
 from attnrobust.goals import Goal
 from attnrobust.runs.inputs import DEFAULT_TOLERANCE, make_goal, parse_device
 from attnrobust.runs.rows import RowOptions
-from attnrobust.threats.moves import parse_threat
+from attnrobust.threats.parse import parse_threat
 
 DEFAULT_OUTPUT = "attnrobust-run"
 
@@ -66,7 +65,7 @@ class GoalConfig(_Section):
 
 
 class AttackConfig(_Section):
-    """The attack and its cost; ``method`` null runs certificates alone."""
+    """The attack ("default": the threat's own) and its cost; ``method`` null runs certificates alone."""
 
     method: str | None = DEFAULT_ATTACK
     restarts: int = Field(default=AttackBudget().restarts, ge=1)
@@ -140,7 +139,7 @@ class RunConfig(_Section):
         for method in self.certificates or ():
             method_named(method)
         if self.attack.method is not None:
-            attack_named(self.attack.method)
+            check_attack_name(self.attack.method)
         return self
 
     def row_options(self) -> RowOptions:

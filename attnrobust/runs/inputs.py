@@ -13,8 +13,7 @@ from attnrobust.models.arrays import read_arrays
 from attnrobust.models.capture import CapturedInput, read_texts, read_tokens
 from attnrobust.models.model import Model
 from attnrobust.runs.rows import RowTask
-from attnrobust.threats.measures import Copies, MeasureThreat
-from attnrobust.threats.moves import Threat
+from attnrobust.threats.base import Threat
 from attnrobust.tokens import TokenMeasure
 
 DEFAULT_TOLERANCE = "10%"
@@ -152,7 +151,6 @@ def make_tasks(
     goal: Goal,
     seed: int,
     device: str | torch.device = "cpu",
-    measures: MeasureThreat | Copies | None = None,
 ) -> list[RowTask]:
     """One task per input of a layer.
 
@@ -164,7 +162,6 @@ def make_tasks(
         goal: What must stay true.
         seed: Seed of the run.
         device: Where the layer lives.
-        measures: What may happen to the token measure, if it is not the threat on moved tokens.
     """
     name, network = model.resolve(layer).name, model.layer(layer)
     tasks = []
@@ -173,7 +170,7 @@ def make_tasks(
         tasks.append(
             RowTask(
                 captured.id, name, network, measure, threat, there, seed=seed, text=captured.text,
-                tokens=captured.token_strings, measures=measures,
+                tokens=captured.token_strings,
             )
         )  # fmt: skip
     return tasks

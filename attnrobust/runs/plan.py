@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from attnrobust.certify import ALL_METHODS
+from attnrobust.certify import METHODS
 from attnrobust.errors import InputError
 from attnrobust.runs.files import versions
 from attnrobust.runs.store import Manifest
@@ -87,7 +87,7 @@ def make_manifest(bench: Workbench, items: Sequence[WorkItem]) -> Manifest:
 def _meaning(bench: Workbench) -> dict[str, Any]:
     """Everything that may change a number, by content: moved or renamed files mean the same."""
     config = bench.config
-    certificates = config.certificates if config.certificates is not None else [method.name for method in ALL_METHODS]
+    certificates = config.certificates if config.certificates is not None else [method.name for method in METHODS]
     return {
         "model": model_digest(bench.model),
         "inputs": inputs_digest(bench.sources),

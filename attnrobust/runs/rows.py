@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 
-from attnrobust.attacks import DEFAULT_BUDGET, AttackBudget
+from attnrobust.attacks import DEFAULT_ATTACK, DEFAULT_BUDGET, AttackBudget, attack_for
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import certify
-from attnrobust.comparison import DEFAULT_ATTACK, UnsoundError, attack_measures, join
+from attnrobust.comparison import UnsoundError, join
 from attnrobust.errors import AlreadyViolatedError, AttnRobustError
 from attnrobust.goals import Goal
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.results import AttackResult, CertificationReport, Kind, Status
-from attnrobust.threats.measures import Copies, MeasureThreat
-from attnrobust.threats.moves import Threat
+from attnrobust.threats.base import Threat
 from attnrobust.tokens import TokenMeasure
 
 SCHEMA_VERSION = 1
@@ -39,14 +38,12 @@ class RowTask:
         layer: The layer's name.
         network: The layer.
         clean: The clean tokens.
-        threat: What may move.
+        threat: What may change.
         goal: What must stay true.
         seed: Seed of the run; attacks mix the problem into it, so no row depends on its neighbours.
         text: The sentence, if there is one.
         tokens: The n token strings, or empty.
         row_id: See ``Row``.
-        measures: What may happen to the token measure, in place of ``threat``, whose movable tokens it keeps; it has
-            its own attack.
     """
 
     input_id: str
@@ -59,14 +56,6 @@ class RowTask:
     text: str | None = None
     tokens: tuple[str, ...] = ()
     row_id: str | None = None
-    measures: MeasureThreat | Copies | None = None
-
-    @property
-    def key(self) -> str:
-        """The threat's name in tables."""
-        if self.measures is None:
-            return self.threat.key
-        return f"{self.threat.key} {self.measures.key}" if isinstance(self.measures, Copies) else self.measures.key
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ class RowOptions:
     Args:
         certify: Whether to run certificates.
         methods: Names of certificates; None means all that apply.
-        attack: Name of the attack, or None for certificates alone.
+        attack: Name of the attack ("default" for the threat's own), or None for certificates alone.
         epsilon: Fixed budget of the attack; None searches the smallest radius.
         budget: What the attack may cost.
     """
@@ -198,14 +187,14 @@ def evaluate_row(task: RowTask, options: RowOptions = RowOptions()) -> Row:
         values |= _problem_values(problem)
         _run(problem, task, options, values)
     except AlreadyViolatedError as error:
-        values |= _misclassified(options, str(error))
+        values |= _misclassified(task, options, str(error))
     except UnsoundError as error:
         values |= {"status": Status.UNSOUND, "gap": _finite(error.comparison.gap), "message": str(error)}
     except Exception as error:  # one bad input must not end the others; the message is in its row
         log.debug("row %s failed", task.input_id, exc_info=True)
         values |= {"status": Status.ERROR, "message": _told(error)}
     return Row(
-        input_id=task.input_id, layer=task.layer, n=task.clean.n, threat=task.key, goal=task.goal.key,
+        input_id=task.input_id, layer=task.layer, n=task.clean.n, threat=task.threat.key, goal=task.goal.key,
         seed=task.seed, text=task.text, tokens=task.tokens, row_id=task.row_id, **values,
     )  # fmt: skip
 
@@ -214,22 +203,18 @@ def _run(problem: Problem, task: RowTask, options: RowOptions, values: dict[str,
     """Fill ``values`` step by step, so that a later failure keeps what was computed before it."""
     certification = None
     if options.certify:
-        certification = certify(problem, methods=options.methods, seed=task.seed, threat=task.measures)
+        certification = certify(problem, methods=options.methods, seed=task.seed)
         values |= _certificate_values(certification) | {"status": Status.CERTIFIED, "problem": certification.problem}
     if options.attack is None:
         return
     values["attack"] = options.attack
-    result: AttackResult
-    if task.measures is None:
-        result = run_attack(
-            problem, method=options.attack, epsilon=options.epsilon, seed=task.seed, budget=options.budget
-        )
-    else:
-        result = attack_measures(problem, task.measures, epsilon=options.epsilon, seed=task.seed, budget=options.budget)
+    method = attack_for(task.threat, options.attack)
+    values["attack"] = method.name
+    result = run_attack(problem, method=method, epsilon=options.epsilon, seed=task.seed, budget=options.budget)
     values |= _attack_values(problem, result)
     values |= {"status": result.status, "message": result.note or None, "problem": result.problem}
     if certification is not None:
-        values["gap"] = _finite(join(problem, result, certification, threat=task.measures).gap)
+        values["gap"] = _finite(join(problem, result, certification).gap)
 
 
 def _problem_values(problem: Problem) -> dict[str, Any]:
@@ -269,13 +254,13 @@ def _attack_values(problem: Problem, result: AttackResult) -> dict[str, Any]:
     }
 
 
-def _misclassified(options: RowOptions, message: str) -> dict[str, Any]:
+def _misclassified(task: RowTask, options: RowOptions, message: str) -> dict[str, Any]:
     """Both radii are 0: the goal fails without any move."""
     values: dict[str, Any] = {"status": Status.MISCLASSIFIED, "message": message}
     if options.certify:
         values |= {"certified_radius": 0.0, "certificate_kind": str(Kind.FLOAT64)}
     if options.attack is not None:
-        values |= {"attack": options.attack, "attack_radius": 0.0}
+        values |= {"attack": attack_for(task.threat, options.attack).name, "attack_radius": 0.0}
     return values
 
 

@@ -21,7 +21,8 @@ from attnrobust.results import Status
 from attnrobust.runs.config import RunConfig
 from attnrobust.runs.inputs import on_device
 from attnrobust.runs.rows import Row, RowTask, evaluate_row
-from attnrobust.threats.moves import Threat, parse_threat
+from attnrobust.threats.base import Threat
+from attnrobust.threats.parse import parse_threat
 from attnrobust.tokens import tensor_digest
 
 CAPTURES_KEPT = 8

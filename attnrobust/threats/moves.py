@@ -1,31 +1,30 @@
-"""Threat models: what the adversary may move. Each owns its distance AND its projection; the budget is an argument."""
+"""Threats on moved tokens. Each owns its distance AND its projection; the budget is an argument."""
 
 import math
-import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.errors import UnknownNameError
+from attnrobust.threats.base import Threat, checked_tokens, selection, token_list
 
 TokenNorm = Literal["l2", "linf", "l1"]
 TINY = 1e-300  # keeps 0/0 out of normalisations; far below every meaningful norm
 
 
-class Threat(ABC):
-    """A family of perturbation sets ``{D : distance(D) <= epsilon}``, positively homogeneous and star-shaped around 0.
+class MoveThreat(Threat):
+    """Tokens move: sets ``{D : distance(D) <= epsilon}``, positively homogeneous and star-shaped around 0.
 
     All methods take perturbations ``D = X' - X`` with any leading batch dimensions, (*b, n, d).
     """
 
-    @property
-    @abstractmethod
-    def key(self) -> str:
-        """Short unique name, the CLI's spelling (``parse_threat`` reads it back)."""
+    def digest(self, of_moves: Callable[[str], str]) -> str:
+        return of_moves(self.key)
 
     @abstractmethod
     def distance(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
@@ -42,10 +41,6 @@ class Threat(ABC):
     @abstractmethod
     def dual_norm(self, gradient: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
         """``sup <gradient, D>`` over ``distance(D) <= 1``."""
-
-    @abstractmethod
-    def movable(self, n: int) -> Bool[Tensor, "n"]:
-        """Which tokens may move at all; raises InputError where an index does not exist."""
 
     @abstractmethod
     def frobenius_factor(self, n: int, d: int) -> float:
@@ -77,35 +72,13 @@ def _shrink(delta: Tensor, norm: Tensor, eps: Tensor) -> Tensor:
     return delta * factor
 
 
-def _selection(tokens: tuple[int, ...] | None, n: int, device: torch.device | None = None) -> Tensor:
-    if tokens is None:
-        return torch.ones(n, dtype=torch.bool, device=device)
-    bad = [t for t in tokens if not 0 <= t < n]
-    if bad:
-        raise InputError(f"token {bad[0]} does not exist; the input has tokens 0 to {n - 1}")
-    chosen = torch.zeros(n, dtype=torch.bool, device=device)
-    chosen[list(tokens)] = True
-    return chosen
-
-
-def _checked_tokens(tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if tokens is None:
-        return None
-    unique = tuple(sorted(set(tokens)))
-    if not unique:
-        raise InputError("the token subset is empty; name at least one token")
-    if unique[0] < 0:
-        raise InputError(f"token {unique[0]} is negative; tokens count from 0")
-    return unique
-
-
 def _outside_is_infinite(distance: Tensor, delta: Tensor, chosen: Tensor) -> Tensor:
     moved_outside = (delta[..., ~chosen, :] != 0).any(dim=-1).any(dim=-1)
     return distance.masked_fill(moved_outside, torch.inf)
 
 
 @dataclass(frozen=True)
-class FrobeniusBall(Threat):
+class FrobeniusBall(MoveThreat):
     """All chosen tokens share one l2 budget: ``||D||_F <= epsilon``; tokens outside the subset do not move.
 
     Args:
@@ -115,7 +88,7 @@ class FrobeniusBall(Threat):
     tokens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", _checked_tokens(self.tokens))
+        object.__setattr__(self, "tokens", checked_tokens(self.tokens))
 
     @property
     def key(self) -> str:
@@ -123,26 +96,26 @@ class FrobeniusBall(Threat):
             return "frobenius"
         if len(self.tokens) == 1:
             return f"token:{self.tokens[0]}"
-        return "tokens:" + ",".join(map(str, self.tokens))
+        return "tokens:" + token_list(self.tokens)
 
     def distance(self, delta: Tensor) -> Tensor:
-        chosen = _selection(self.tokens, delta.shape[-2], delta.device)
+        chosen = selection(self.tokens, delta.shape[-2], delta.device)
         return _outside_is_infinite(_frobenius_norm(delta), delta, chosen)
 
     def project(self, delta: Tensor, epsilon: Tensor | float) -> Tensor:
-        delta = delta * _selection(self.tokens, delta.shape[-2], delta.device)[:, None]
+        delta = delta * selection(self.tokens, delta.shape[-2], delta.device)[:, None]
         return _shrink(delta, _frobenius_norm(delta)[..., None, None], _budget(epsilon, delta, 2))
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        gradient = gradient * _selection(self.tokens, gradient.shape[-2], gradient.device)[:, None]
+        gradient = gradient * selection(self.tokens, gradient.shape[-2], gradient.device)[:, None]
         return gradient / _frobenius_norm(gradient)[..., None, None].clamp_min(TINY)
 
     def dual_norm(self, gradient: Tensor) -> Tensor:
-        chosen = _selection(self.tokens, gradient.shape[-2], gradient.device)
+        chosen = selection(self.tokens, gradient.shape[-2], gradient.device)
         return _frobenius_norm(gradient * chosen[:, None])
 
     def movable(self, n: int) -> Tensor:
-        return _selection(self.tokens, n)
+        return selection(self.tokens, n)
 
     def frobenius_factor(self, n: int, d: int) -> float:
         return 1.0
@@ -152,7 +125,7 @@ class FrobeniusBall(Threat):
 
 
 @dataclass(frozen=True)
-class PerTokenBall(Threat):
+class PerTokenBall(MoveThreat):
     """Each chosen token has its own budget: ``max_i ||D_i||_norm <= epsilon``.
 
     Args:
@@ -166,12 +139,12 @@ class PerTokenBall(Threat):
     def __post_init__(self) -> None:
         if self.norm not in ("l2", "linf", "l1"):
             raise UnknownNameError("token norm", str(self.norm), ("l2", "linf", "l1"))
-        object.__setattr__(self, "tokens", _checked_tokens(self.tokens))
+        object.__setattr__(self, "tokens", checked_tokens(self.tokens))
 
     @property
     def key(self) -> str:
         name = "per-token" if self.norm == "l2" else f"per-token-{self.norm}"
-        return name if self.tokens is None else f"{name}:" + ",".join(map(str, self.tokens))
+        return name if self.tokens is None else f"{name}:" + token_list(self.tokens)
 
     def _norms(self, delta: Tensor) -> Tensor:
         order = {"l2": 2.0, "linf": torch.inf, "l1": 1.0}[self.norm]
@@ -179,11 +152,11 @@ class PerTokenBall(Threat):
         return norms
 
     def distance(self, delta: Tensor) -> Tensor:
-        chosen = _selection(self.tokens, delta.shape[-2], delta.device)
+        chosen = selection(self.tokens, delta.shape[-2], delta.device)
         return _outside_is_infinite(self._norms(delta).amax(dim=-1), delta, chosen)
 
     def project(self, delta: Tensor, epsilon: Tensor | float) -> Tensor:
-        delta = delta * _selection(self.tokens, delta.shape[-2], delta.device)[:, None]
+        delta = delta * selection(self.tokens, delta.shape[-2], delta.device)[:, None]
         eps = _budget(epsilon, delta, 2)
         if self.norm == "l2":
             return _shrink(delta, _row_norm(delta)[..., None], eps)
@@ -192,7 +165,7 @@ class PerTokenBall(Threat):
         return _project_l1(delta, eps)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        gradient = gradient * _selection(self.tokens, gradient.shape[-2], gradient.device)[:, None]
+        gradient = gradient * selection(self.tokens, gradient.shape[-2], gradient.device)[:, None]
         if self.norm == "l2":
             return gradient / _row_norm(gradient)[..., None].clamp_min(TINY)
         if self.norm == "linf":
@@ -202,12 +175,12 @@ class PerTokenBall(Threat):
 
     def dual_norm(self, gradient: Tensor) -> Tensor:
         order = {"l2": 2.0, "linf": 1.0, "l1": torch.inf}[self.norm]
-        chosen = _selection(self.tokens, gradient.shape[-2], gradient.device)
+        chosen = selection(self.tokens, gradient.shape[-2], gradient.device)
         norms: Tensor = torch.linalg.vector_norm(gradient * chosen[:, None], ord=order, dim=-1)
         return norms.sum(dim=-1)
 
     def movable(self, n: int) -> Tensor:
-        return _selection(self.tokens, n)
+        return selection(self.tokens, n)
 
     def frobenius_factor(self, n: int, d: int) -> float:
         return math.sqrt(float(self.movable(n).sum())) * self.token_factor(n, d)
@@ -217,7 +190,7 @@ class PerTokenBall(Threat):
 
 
 @dataclass(frozen=True)
-class AnyToken(Threat):
+class AnyToken(MoveThreat):
     """One token moves by at most epsilon (l2), and the adversary chooses which.
 
     Args:
@@ -227,20 +200,20 @@ class AnyToken(Threat):
     tokens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", _checked_tokens(self.tokens))
+        object.__setattr__(self, "tokens", checked_tokens(self.tokens))
 
     @property
     def key(self) -> str:
-        return "any-token" if self.tokens is None else "any-token:" + ",".join(map(str, self.tokens))
+        return "any-token" if self.tokens is None else "any-token:" + token_list(self.tokens)
 
     def distance(self, delta: Tensor) -> Tensor:
-        chosen = _selection(self.tokens, delta.shape[-2], delta.device)
+        chosen = selection(self.tokens, delta.shape[-2], delta.device)
         norms = _row_norm(delta)
         several = (delta != 0).any(dim=-1).sum(dim=-1) > 1
         return _outside_is_infinite(norms.amax(dim=-1).masked_fill(several, torch.inf), delta, chosen)
 
     def project(self, delta: Tensor, epsilon: Tensor | float) -> Tensor:
-        delta = delta * _selection(self.tokens, delta.shape[-2], delta.device)[:, None]
+        delta = delta * selection(self.tokens, delta.shape[-2], delta.device)[:, None]
         norms = _row_norm(delta)
         # Keeping row j alone saves norm_j^2 - (norm_j - epsilon)_+^2 of the squared distance, which grows with norm_j.
         keep = torch.nn.functional.one_hot(norms.argmax(dim=-1), delta.shape[-2]).to(delta.dtype)
@@ -248,17 +221,17 @@ class AnyToken(Threat):
         return _shrink(delta, _row_norm(delta)[..., None], _budget(epsilon, delta, 2))
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        gradient = gradient * _selection(self.tokens, gradient.shape[-2], gradient.device)[:, None]
+        gradient = gradient * selection(self.tokens, gradient.shape[-2], gradient.device)[:, None]
         norms = _row_norm(gradient)
         keep = torch.nn.functional.one_hot(norms.argmax(dim=-1), gradient.shape[-2]).to(gradient.dtype)
         return gradient * keep[..., None] / norms.amax(dim=-1)[..., None, None].clamp_min(TINY)
 
     def dual_norm(self, gradient: Tensor) -> Tensor:
-        chosen = _selection(self.tokens, gradient.shape[-2], gradient.device)
+        chosen = selection(self.tokens, gradient.shape[-2], gradient.device)
         return _row_norm(gradient * chosen[:, None]).amax(dim=-1)
 
     def movable(self, n: int) -> Tensor:
-        return _selection(self.tokens, n)
+        return selection(self.tokens, n)
 
     def frobenius_factor(self, n: int, d: int) -> float:
         return 1.0
@@ -281,30 +254,3 @@ def _project_l1(delta: Tensor, eps: Tensor) -> Tensor:
     threshold = level.gather(-1, active - 1).clamp_min(0.0)
     inside = magnitude.sum(dim=-1, keepdim=True) <= eps
     return torch.where(inside, delta, delta.sign() * (magnitude - threshold).clamp_min(0.0))
-
-
-_WITHOUT_TOKENS = ("frobenius", "per-token", "per-token-linf", "per-token-l1", "any-token")
-
-
-def parse_threat(text: str) -> Threat:
-    """Read a threat from its key: ``frobenius``, ``per-token``, ``per-token-linf``, ``per-token-l1``, ``any-token``,
-    ``token:I``, ``tokens:I,J,...``; every name takes ``:I,J,...``, the tokens that may move.
-
-    Raises:
-        UnknownNameError: With the nearest names.
-        InputError: A token list that is not made of integers.
-    """
-    name, separator, rest = text.partition(":")
-    if name not in (*_WITHOUT_TOKENS, "token", "tokens"):
-        raise UnknownNameError("threat", text, (*_WITHOUT_TOKENS, "token:I", "tokens:I,J"))
-    tokens: tuple[int, ...] | None = None
-    if separator or name in ("token", "tokens"):
-        if not re.fullmatch(r"\d+(,\d+)*", rest) or (name == "token" and "," in rest):
-            raise InputError(f"threat {text!r}: give token indices, as in token:3 or tokens:1,4")
-        tokens = tuple(int(part) for part in rest.split(","))
-    if name in ("frobenius", "token", "tokens"):
-        return FrobeniusBall(tokens=tokens)
-    if name == "any-token":
-        return AnyToken(tokens=tokens)
-    norm: TokenNorm = "linf" if name.endswith("linf") else "l1" if name.endswith("l1") else "l2"
-    return PerTokenBall(norm=norm, tokens=tokens)

@@ -27,7 +27,7 @@ from attnrobust.attacks.method import AttackBudget, input_seed
 from attnrobust.errors import AlreadyViolatedError, AttnRobustError, InputError
 from attnrobust.numerics.transport import Order
 from attnrobust.results import Status
-from attnrobust.threats.moves import FrobeniusBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 
 __all__ = [
     "CopyCount",
@@ -105,7 +105,7 @@ class TokenMovingAttack(_Carriers, MinimizationAttack):
         seed: Seed of the run; each input has its own.
     """
 
-    def __init__(self, threat: Threat | None = None, *, budget: AttackBudget | None = None, seed: int = 0) -> None:
+    def __init__(self, threat: MoveThreat | None = None, *, budget: AttackBudget | None = None, seed: int = 0) -> None:
         super().__init__(budget=budget, seed=seed)
         self.threat = threat or FrobeniusBall()
 

@@ -11,7 +11,7 @@ from attnrobust.attacks.foolbox.carrier import from_carrier
 from attnrobust.attacks.foolbox.library import Distance, astensor, astensor_
 from attnrobust.errors import InputError
 from attnrobust.numerics.transport import Order, wasserstein
-from attnrobust.threats.moves import Threat
+from attnrobust.threats.moves import MoveThreat
 from attnrobust.tokens import TokenMeasure
 
 PULLS = 30
@@ -50,7 +50,7 @@ class TokenDistance(_CarrierDistance):
         threat: The threat.
     """
 
-    def __init__(self, threat: Threat) -> None:
+    def __init__(self, threat: MoveThreat) -> None:
         self.threat = threat
 
     def __repr__(self) -> str:

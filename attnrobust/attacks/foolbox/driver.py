@@ -10,7 +10,6 @@ nearest ones to first order.
 import copy
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,13 +18,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnrobust.attacks.foolbox.names import PREFIX, FoolboxEntry, foolbox_entry
-from attnrobust.attacks.method import AttackBudget, AttackMethod, Search
+from attnrobust.attacks.method import AttackMethod, Attempt, MovingAttack, Search, Work
 from attnrobust.attacks.search.directions import random_directions
 from attnrobust.attacks.token_moving import first_starts
 from attnrobust.errors import first_line
-from attnrobust.problem import Problem
-from attnrobust.results import AttackResult, Status
-from attnrobust.threats.moves import AnyToken, PerTokenBall, Threat
+from attnrobust.results import Status
+from attnrobust.threats.moves import AnyToken, MoveThreat, PerTokenBall
 
 HANG_SECONDS = 300.0
 """Wall time of one call where the budget names none: an attack that never returns must not end the run."""
@@ -53,7 +51,7 @@ class Outcome:
     note: str = ""
 
 
-class FoolboxAttack(AttackMethod):
+class FoolboxAttack(MovingAttack):
     """One foolbox attack with the face of ours.
 
     Args:
@@ -66,14 +64,15 @@ class FoolboxAttack(AttackMethod):
         self.entry = entry
         self.outcomes: list[Outcome] = []
 
-    def run(
-        self, problems: Sequence[Problem], *, epsilon: float | None, seed: int, budget: AttackBudget
-    ) -> list[AttackResult]:
-        """Attack the problems one after the other; a failure is the status of its own row, with a note."""
+    def search(self, work: Work) -> list[Attempt]:
+        """Attack the problems one after the other; a failed call is the status of its own row, with a note."""
         this_run = copy.copy(self)
         this_run.outcomes = []
-        rows = super(FoolboxAttack, this_run).run(problems, epsilon=epsilon, seed=seed, budget=budget)
-        return [_noted(row, outcome) for row, outcome in zip(rows, this_run.outcomes, strict=True)]
+        attempts = super(FoolboxAttack, this_run).search(work)
+        return [
+            replace(attempt, failure=outcome.status, note=outcome.note)
+            for attempt, outcome in zip(attempts, this_run.outcomes, strict=True)
+        ]
 
     def propose(self, search: Search) -> Float[Tensor, "p k n d"]:
         """The calls of every problem, each with its own seed and its share of the time that is left."""
@@ -112,13 +111,6 @@ def method_of(entry: FoolboxEntry) -> AttackMethod:
     return method
 
 
-def _noted(row: AttackResult, outcome: Outcome) -> AttackResult:
-    """A failed call is the status of a row without a violation, and a note in any case."""
-    if outcome.status is None or row.status is Status.FOUND:
-        return replace(row, note=outcome.note) if outcome.note else row
-    return replace(row, status=outcome.status, note=outcome.note)
-
-
 class _Query:
     """One problem as foolbox sees it, and the best points that the attack asked about."""
 
@@ -136,7 +128,7 @@ class _Query:
         self.evaluator = search.evaluator.take(torch.tensor([index]))
         self.problem = self.evaluator.problems[0]
         self.keep = allowed[..., None].to(directions.dtype)
-        threat: Threat = self.problem.threat
+        threat: MoveThreat = self.problem.moves
         unit_moves = directions / threat.distance(directions).clamp_min(TINY)[:, None, None]
         size = float(torch.linalg.vector_norm(self.problem.clean.points))
         reference = radius if radius < FARTHEST * max(size, 1.0) else max(size, 1.0)
@@ -201,7 +193,7 @@ class _Query:
     @torch.no_grad()
     def _remember(self, delta: Tensor, usage: Tensor) -> None:
         """Keep the best point asked about: the nearest violation, or at a fixed epsilon the largest use inside it."""
-        distance = self.problem.threat.distance(delta)
+        distance = self.problem.moves.distance(delta)
         epsilon = self.search.epsilon
         if epsilon is None:
             value = torch.where(usage >= 1.0, distance, math.inf)
@@ -248,7 +240,7 @@ class _Query:
                 size *= change
         candidates = torch.cat([*found, *(x[None] for x in self.best)])
         if wanted is not None:  # points inside of the ball may gain by going to its boundary
-            length = self.problem.threat.distance(candidates)
+            length = self.problem.moves.distance(candidates)
             grown = candidates * (wanted / length.clamp_min(TINY)).clamp_max(1.0 / TINY)[:, None, None]
             candidates = torch.cat([candidates, grown[length > 0]])
         return candidates, outcome
@@ -278,15 +270,15 @@ class _Query:
         if delta.shape[0] == 0:
             return delta, 0.0
         epsilon = self.search.epsilon
-        inside = delta if epsilon is None else self.problem.threat.project(delta, epsilon)
+        inside = delta if epsilon is None else self.problem.moves.project(delta, epsilon)
         usage = torch.cat([self._shares(part).amax(dim=1) for part in inside.split(self.evaluator.rows_at_once)])
         self.evaluator.queries[self.evaluator.index] += delta.shape[0]
-        value = self.problem.threat.distance(delta) / usage.clamp_min(TINY) if epsilon is None else -usage
+        value = self.problem.moves.distance(delta) / usage.clamp_min(TINY) if epsilon is None else -usage
         order = value.nan_to_num(math.inf, math.inf, math.inf).argsort(stable=True)[:FINALISTS]
         return inside[order], float(usage.nan_to_num(0.0).amax())
 
 
-def ball_factor(threat: Threat, n: int, d: int, *, p: float) -> float:
+def ball_factor(threat: MoveThreat, n: int, d: int, *, p: float) -> float:
     """Largest p-norm of all entries over the threat's unit ball: a ball of that size holds the set."""
     if p == 2.0:
         return threat.frobenius_factor(n, d)

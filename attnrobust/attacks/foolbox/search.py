@@ -9,15 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.attacks.mass_splitting import MAX_SPLIT, split_attack
+from attnrobust.attacks.mass_splitting import MAX_SPLIT, MassSplitting
 from attnrobust.attacks.method import AttackBudget
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.errors import AlreadyViolatedError, InputError
 from attnrobust.goals import Margin
 from attnrobust.numerics.transport import Order
 from attnrobust.problem import Problem
+from attnrobust.threats.base import Threat
 from attnrobust.threats.measures import CouplingBall
-from attnrobust.threats.moves import FrobeniusBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 from attnrobust.tokens import TokenMeasure
 
 NUDGES = (0.0, 1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
@@ -196,7 +197,7 @@ class CarrierInput:
         return anchors
 
 
-def moved(row: CarrierInput, threat: Threat, *, budget: AttackBudget, seed: int) -> Tensor | None:
+def moved(row: CarrierInput, threat: MoveThreat, *, budget: AttackBudget, seed: int) -> Tensor | None:
     """The nearest violation that token moving finds."""
     (result,) = TokenMoving().run([row.problem(threat)], epsilon=None, seed=seed, budget=budget)
     return None if result.perturbed is None else row.carrier(result.perturbed)
@@ -206,11 +207,9 @@ def split(
     row: CarrierInput, order: Order, *, domain_radius: float | None, budget: AttackBudget, seed: int
 ) -> Tensor | None:
     """The nearest measure that mass splitting finds within the slots."""
-    problem = row.problem(FrobeniusBall())
-    tokens = _most_sensitive(problem)[: min(MAX_SPLIT, row.slots - row.count)]
-    result = split_attack(
-        problem, threat=CouplingBall(order), tokens=tokens, domain_radius=domain_radius, seed=seed, budget=budget
-    )
+    tokens = _most_sensitive(row.problem(FrobeniusBall()))[: min(MAX_SPLIT, row.slots - row.count)]
+    problem = row.problem(CouplingBall(order, domain_radius=domain_radius))
+    (result,) = MassSplitting(tokens=tokens).run([problem], epsilon=None, seed=seed, budget=budget)
     if result.atoms is None:
         return None
     total, n = row.network.total, row.count

@@ -13,7 +13,7 @@ from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThre
 from attnrobust.goals import Goal, ResolvedGoal
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem, TokenMap
-from attnrobust.threats.measures import CausalOrder
+from attnrobust.threats.copies import CausalOrder
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure, tensor_digest
 

@@ -7,15 +7,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.attacks.measures.expand import expanded_problem
-from attnrobust.attacks.search.pullback import PreparedAttention
-from attnrobust.layers.attention import Attention
+from attnrobust.attacks.search.evaluate import into_ball
+from attnrobust.attacks.search.pullback import PreparedAttention, covers
+from attnrobust.attacks.verification import Reading
 from attnrobust.numerics.transport import wasserstein
 from attnrobust.problem import Problem
-from attnrobust.tokens import TokenMeasure
+from attnrobust.threats.measures import MeasureThreat
+from attnrobust.tokens import PerturbedTokens, TokenMeasure
 
 
-class MeasureReader:
-    """The goal of a problem, read from atoms with given parents and masses at any positions.
+class MeasureReader(Reading):
+    """The goal of a problem and its ball of measures, read from atoms with given parents and masses at any positions.
 
     A displacement of all rows is ``sqrt(n) W_2(F(clean), F(atoms))`` by exact transport, its lower side; other goals
     read the atoms' mass-weighted mean, or the first atom of their row.
@@ -26,14 +28,38 @@ class MeasureReader:
         parent: Parent of each atom.
     """
 
+    inside = 1e-9  # a distance by exact transport is an upper bound that rounds with the masses
+
     def __init__(self, problem: Problem, mass: Float[Tensor, "m"], parent: Int[Tensor, "m"]) -> None:
         self._expanded = expanded_problem(problem, parent, mass, row_scale=(mass * problem.clean.n).sqrt())
         self._mass, self._budget = mass, problem.resolved.budgets[0] / problem.clean.n**0.5
         whole = problem.resolved.weights is None
         self._clean = TokenMeasure(problem.clean_output, problem.clean.mass) if whole else None
+        self._problem, self._parent = problem, parent
+        self.anchors = problem.clean.points[parent]
+
+    @property
+    def threat(self) -> MeasureThreat:
+        """The ball of measures that the problem asks about."""
+        threat = self._problem.threat
+        assert isinstance(threat, MeasureThreat)  # noqa: S101 - mass splitting refuses others; narrows the type
+        return threat
+
+    def place(self, delta: Float[Tensor, "k m d"]) -> Float[Tensor, "k m d"]:
+        return into_ball(self.anchors + delta, self.threat.domain_radius)
+
+    def project(self, delta: Float[Tensor, "k m d"], epsilon: float | None) -> Float[Tensor, "k m d"]:
+        return delta  # a projection may change masses and parents; ``nearer`` did it
+
+    def distance(self, delta: Float[Tensor, "k m d"]) -> Float[Tensor, "k"]:
+        found = [self.threat.distance(self._problem.clean, self.atoms(self.anchors + move)) for move in delta]
+        return torch.tensor(found, dtype=torch.float64).to(delta)
+
+    def atoms(self, points: Float[Tensor, "m d"]) -> PerturbedTokens:
+        """The atoms at these places."""
+        return PerturbedTokens(points, self._mass, self._parent)
 
     def usage(self, points: Float[Tensor, "k m d"]) -> Float[Tensor, "k"]:
-        """Used budget at each of k placements of the atoms; a violation where it is >= 1."""
         mass = None if self._expanded.mass is None else self._mass.expand(points.shape[0], -1)
         output = self._expanded.network(points, mass)
         if self._clean is None:
@@ -49,17 +75,26 @@ class MeasureReader:
         return wasserstein(self._clean, TokenMeasure(rows, self._mass), order=2).lower.value
 
 
+def nearer(problem: Problem, atoms: PerturbedTokens, epsilon: float | None) -> PerturbedTokens:
+    """The atoms, put into the ball of measures of a fixed size; members and the minimal-radius mode change nothing."""
+    threat = problem.threat
+    assert isinstance(threat, MeasureThreat)  # noqa: S101 - mass splitting refuses others; narrows the type
+    return atoms if epsilon is None else threat.project(problem.clean, atoms, epsilon)
+
+
 def query_sensitivity(problem: Problem) -> Float[Tensor, "n"]:
     """Largest singular value of every token's own-query block ``Q_i``, from below (a few power iterations).
 
     To first order a zero-mean splitting of token i changes the outputs of its children by ``Q_i`` times their moves and
     nothing else; splitting beats moving where ``max_i |Q_i|`` exceeds the norm of the Jacobian at the token masses.
+    Layers without this closed form are ranked by the lengths of their tokens.
     """
-    if type(problem.network) is not Attention:
+    layer = problem.network
+    if not covers(layer):
         length: Tensor = torch.linalg.vector_norm(problem.clean.points, dim=-1)
         return length
     mass = None if problem.mass is None else problem.mass[None]
-    tape = PreparedAttention(problem.network, problem.clean.n, mass).forward(problem.clean.points[None, None])
+    tape = PreparedAttention(layer, problem.clean.n, mass).forward(problem.clean.points[None, None])
     vector = torch.ones_like(problem.clean.points)[None, None]
     size = vector.new_zeros(problem.clean.n)
     for _ in range(8):

@@ -10,7 +10,7 @@ from attnrobust.attacks.measures.expand import expand_layer, goal_row
 from attnrobust.attacks.search.evaluate import into_ball
 from attnrobust.numerics.transport import Order, coupling_cost
 from attnrobust.problem import Problem, TokenMap
-from attnrobust.threats.measures import PerturbedTokens
+from attnrobust.tokens import PerturbedTokens
 
 LEARNING_RATE = 0.1
 """First Adam step: log-masses change by about this, positions by this share of the budget."""

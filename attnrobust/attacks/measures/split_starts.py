@@ -9,8 +9,7 @@ from attnrobust.attacks.search.directions import random_directions, singular_dir
 from attnrobust.attacks.search.evaluate import Evaluator
 from attnrobust.attacks.search.geometry import TINY
 from attnrobust.attacks.search.projected_gradient import Start
-from attnrobust.threats.measures import PerturbedTokens
-from attnrobust.tokens import TokenMeasure
+from attnrobust.tokens import PerturbedTokens, TokenMeasure
 
 CURVATURE_STEPS = 5
 """Lanczos steps on the curvature of one token's splitting direction, each two gradients."""

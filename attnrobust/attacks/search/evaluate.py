@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from attnrobust.attacks.search.pullback import AttentionTape, PreparedAttention
+from attnrobust.attacks.search.pullback import AttentionTape, PreparedAttention, covers
 from attnrobust.goals import ResolvedGoal
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import FrobeniusBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 
 TINY = 1e-300
 WORKING_COPIES = 5
@@ -158,8 +158,8 @@ class Evaluator:
 
     @cached_property
     def prepared(self) -> PreparedAttention | None:
-        """Fused weights of an attention layer; None for any other network (then autograd is used)."""
-        if type(self.network) is not Attention:
+        """Fused weights of an attention layer that they cover; None for any other network (then autograd is used)."""
+        if not covers(self.network):
             return None
         return PreparedAttention(self.network, self.points.shape[-2], self.mass)
 
@@ -316,7 +316,7 @@ def group_key(problem: Problem) -> tuple[object, ...]:
     return (
         problem.network.digest,
         problem.clean.n,
-        search_threat(problem),
+        search_threat(problem.threat) if isinstance(problem.threat, MoveThreat) else problem.threat,
         problem.mass is None,
         goal.weights is None,
         goal.functionals is None,
@@ -325,9 +325,9 @@ def group_key(problem: Problem) -> tuple[object, ...]:
     )
 
 
-def search_threat(problem: Problem) -> Threat:
+def search_threat(threat: MoveThreat) -> MoveThreat:
     """The threat whose geometry the search uses; its rows are masked by the tokens that may move."""
-    return FrobeniusBall() if isinstance(problem.threat, FrobeniusBall) else problem.threat
+    return FrobeniusBall() if isinstance(threat, FrobeniusBall) else threat
 
 
 def into_ball(points: Float[Tensor, "*b d"], radius: float | None) -> Float[Tensor, "*b d"]:

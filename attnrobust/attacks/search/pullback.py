@@ -1,12 +1,23 @@
 """Forward, pullback and pushforward of an attention layer in closed form, for stacks of inputs."""
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.features import features_of
+from attnrobust.layers.token_map import TokenMap
+
+FEATURES = frozenset({"bias", "out_projection", "scale", "mask", "causal"})
+"""The features of attention layers that the closed forms of this folder evaluate."""
+
+
+def covers(layer: TokenMap) -> TypeGuard[Attention]:
+    """Whether the closed forms are the layer: exactly ``Attention``, without a feature that they do not know."""
+    return type(layer) is Attention and features_of(layer) <= FEATURES
 
 
 class PreparedAttention:

@@ -7,16 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import OUTWARD, Change, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, spectral_norm, value_views
-from attnrobust.certify.shared.reach import Reach, Rows, attention_of, refusal, visible_tokens
+from attnrobust.certify.shared.reach import Reach, Rows, attention_of, visible_tokens
 from attnrobust.errors import InputError
 from attnrobust.goals import Displacement
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import FrobeniusBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 from attnrobust.tokens import TokenMeasure
 
 REFERENCE = "Castin, Ablin, Peyre, How smooth is attention?, ICML 2024 (arXiv 2312.14820)"
@@ -81,9 +81,8 @@ class CastinReported(CertificateMethod):
     name = "castin2024-reported"
     reference = f"{REFERENCE}; form reported from the paper, bias extension derived"
     region = "all tokens in the centred ball of the clean radius plus the threat's reach"
-
-    def refuses(self, problem: Problem) -> str | None:
-        return refusal(problem)
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         return ChangeBound(problem, _change(_Layer.of(problem), _reported_slope))
@@ -99,9 +98,8 @@ class CastinDerived(CertificateMethod):
     name = "castin2024-derived"
     reference = "derived (docs/certificates-literature.md, section 2), after Castin et al. 2024"
     region = CastinReported.region
-
-    def refuses(self, problem: Problem) -> str | None:
-        return refusal(problem)
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         return ChangeBound(problem, _change(_Layer.of(problem), _derived_slope))
@@ -113,7 +111,7 @@ def ball_constant(
     radius: float,
     *,
     form: str = "derived",
-    threat: Threat | None = None,
+    threat: MoveThreat | None = None,
     pool: str = "all",
 ) -> Upper:
     """Lipschitz constant on ``{all n tokens of norm <= radius}``: output change per unit of the threat's distance.

@@ -2,7 +2,7 @@
 
 import torch
 
-from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
 from attnrobust.certify.shared.reach import Reach, Rows
@@ -25,16 +25,12 @@ class CosineLipschitz(CertificateMethod):
         "(arXiv 2510.23012), Theorem 2"
     )
     region = "all of space"
-
-    def refuses(self, problem: Problem) -> str | None:
-        if not isinstance(problem.network, CosineAttention):
-            return f"it speaks about scaled cosine attention, not {type(problem.network).__name__}"
-        return None
+    layers = (CosineAttention,)
+    features = HEAD_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         layer = problem.network
-        if not isinstance(layer, CosineAttention):
-            raise TypeError("ask refuses() first")
+        assert isinstance(layer, CosineAttention)  # noqa: S101 - declared; narrows the type
         eye = torch.eye(layer.value_width, dtype=torch.float64, device=layer.device).expand(layer.heads, -1, -1)
         views = head_norms(layer, layer.nu * layer.eps**-0.5 * eye, problem.resolved)
         rows = Rows(problem.resolved.weights, Reach.of(problem))

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
 from attnrobust.certify.shared.reach import Reach
@@ -28,16 +28,12 @@ class LipschitzNormGlobal(CertificateMethod):
         "normalization for self-attention layers, ICML 2021"
     )
     region = "all of space"
-
-    def refuses(self, problem: Problem) -> str | None:
-        if not isinstance(problem.network, LipschitzNormAttention):
-            return f"it speaks about LipschitzNorm attention, not {type(problem.network).__name__}"
-        return None
+    layers = (LipschitzNormAttention,)
+    features = HEAD_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         layer = problem.network
-        if not isinstance(layer, LipschitzNormAttention):
-            raise TypeError("ask refuses() first")
+        assert isinstance(layer, LipschitzNormAttention)  # noqa: S101 - declared; narrows the type
         eye = torch.eye(layer.value_width, dtype=torch.float64, device=layer.device).expand(layer.heads, -1, -1)
         norms = torch.stack([spectral_norm(w) for w in (layer.w_q, layer.w_k, layer.w_v)])
         heads = min(math.e, math.sqrt(problem.clean.n)) * norms[2] + norms[0] + norms[1]

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.first_order import FirstOrder, first_order
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, value_views
-from attnrobust.certify.shared.reach import Reach, Rows, attention_of, refusal, visible_tokens
+from attnrobust.certify.shared.reach import Reach, Rows, attention_of, visible_tokens
+from attnrobust.layers.attention import Attention
 from attnrobust.layers.jacobian import AttentionJacobian, value_map
 from attnrobust.problem import Problem
 
@@ -71,9 +72,8 @@ class HavensLocal(CertificateMethod):
         "analysis of standard dot-product self-attention, ICML 2024"
     )
     region = "the threat's set around the clean input"
-
-    def refuses(self, problem: Problem) -> str | None:
-        return refusal(problem)
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         layer, points = attention_of(problem), problem.clean.points

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from scipy.special import lambertw
 from torch import Tensor
 
-from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadNorms, diameter, head_norms, spectral_norm
 from attnrobust.certify.shared.reach import Reach, Rows
@@ -59,16 +59,12 @@ class KimL2(CertificateMethod):
     name = "kim2021-l2"
     reference = f"derived (docs/certificates-literature.md, section 12), after {REFERENCE}"
     region = "the threat's set; the constant itself holds on all of space"
-
-    def refuses(self, problem: Problem) -> str | None:
-        if not isinstance(problem.network, L2Attention):
-            return f"it speaks about L2 attention, not {type(problem.network).__name__}"
-        return None
+    layers = (L2Attention,)
+    features = HEAD_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         layer = problem.network
-        if not isinstance(layer, L2Attention):
-            raise TypeError("ask refuses() first")
+        assert isinstance(layer, L2Attention)  # noqa: S101 - declared; narrows the type
         root = layer.factor**0.5
         points = root * torch.einsum("nd,hdk->hnk", problem.clean.points, layer.w_q)
         bound = _Global(

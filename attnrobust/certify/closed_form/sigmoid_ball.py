@@ -2,7 +2,7 @@
 
 import torch
 
-from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
 from attnrobust.certify.shared.reach import Reach, Rows
@@ -23,16 +23,12 @@ class SigmoidBall(CertificateMethod):
     name = "sigmoid-ball"
     reference = "derived (docs/certificates-literature.md, section 14)"
     region = "all tokens in the centred ball of the clean radius plus the threat's reach"
-
-    def refuses(self, problem: Problem) -> str | None:
-        if not isinstance(problem.network, SigmoidAttention):
-            return f"it speaks about sigmoid attention, not {type(problem.network).__name__}"
-        return None
+    layers = (SigmoidAttention,)
+    features = HEAD_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         layer = problem.network
-        if not isinstance(layer, SigmoidAttention):
-            raise TypeError("ask refuses() first")
+        assert isinstance(layer, SigmoidAttention)  # noqa: S101 - declared; narrows the type
         views = head_norms(layer, layer.w_v, problem.resolved)
         rows = Rows(problem.resolved.weights, Reach.of(problem))
         reach, clean = rows.reach, problem.clean

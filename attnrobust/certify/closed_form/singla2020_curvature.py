@@ -6,11 +6,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.closed_form.spread_lipschitz import Spread
-from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.first_order import FirstOrder, first_order
 from attnrobust.certify.shared.head_sizes import ValueView
-from attnrobust.certify.shared.reach import attention_of, refusal
+from attnrobust.certify.shared.reach import attention_of
+from attnrobust.layers.attention import Attention
 from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.problem import Problem
 
@@ -53,9 +54,8 @@ class SinglaCurvature(CertificateMethod):
         "against adversarial attacks, ICML 2020"
     )
     region = "the threat's set around the clean input"
-
-    def refuses(self, problem: Problem) -> str | None:
-        return refusal(problem)
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         jacobian = AttentionJacobian(attention_of(problem), problem.clean.points, problem.mass)

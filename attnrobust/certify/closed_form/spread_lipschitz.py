@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, value_views
-from attnrobust.certify.shared.reach import Reach, Rows, attention_of, refusal, visible_tokens
+from attnrobust.certify.shared.reach import Reach, Rows, attention_of, visible_tokens
+from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 
 
@@ -69,9 +70,8 @@ class SpreadLipschitz(CertificateMethod):
     name = "spread-lipschitz"
     reference = "derived (docs/certificates-literature.md, section 3)"
     region = "the threat's set around the clean input"
-
-    def refuses(self, problem: Problem) -> str | None:
-        return refusal(problem)
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         return ChangeBound(problem, Spread.of(problem).change)

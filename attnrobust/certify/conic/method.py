@@ -13,7 +13,7 @@ from attnrobust.certify.conic.program import repaired_bound
 from attnrobust.certify.conic.row import Reach, Row, reach_of, rows_of
 from attnrobust.certify.conic.size import Size, size_of
 from attnrobust.certify.conic.solver import solve
-from attnrobust.certify.method import CertificateMethod, PreparedBound
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.sides import Upper
@@ -35,14 +35,11 @@ class ConicMargin(CertificateMethod):
     reference: ClassVar[str] = "derived, docs/conic-certificate.md; softmax bounds after Wei et al. 2023"
     region: ClassVar[str] = "every move of the threat up to the radius, label unchanged"
     relative_tolerance: ClassVar[float] = 5e-3  # a solve costs seconds
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
+    goals = (Margin,)
 
-    def refuses(self, problem: Problem) -> str | None:
-        if not isinstance(problem.network, Attention):
-            return "speaks about dot-product attention alone"
-        if not isinstance(problem.goal, Margin):
-            return "speaks about margins alone; give the goal Margin"
-        if not isinstance(problem.threat, FrobeniusBall | PerTokenBall | AnyToken):
-            return f"does not handle the threat {problem.threat.key}"
+    def refuses_more(self, problem: Problem) -> str | None:
         if importlib.util.find_spec("cvxpy") is None:
             return "cvxpy is not installed; pip install cvxpy"
         size = _size(problem)

@@ -49,7 +49,7 @@ class DisplacementBound(PreparedBound):
     def __post_init__(self) -> None:
         layer, clean = self.problem.network, self.problem.clean
         assert isinstance(layer, Attention)  # noqa: S101 - `refuses` was asked first; narrows the type
-        movable = self.problem.threat.movable(clean.n)
+        movable = self.problem.moves.movable(clean.n)
         weights = self.problem.resolved.weights
         rows = CleanRows(layer, clean.points, self.problem.mass, weights, movable)
         self._rows = rows if self.like is None else rows.taking_over(self.like)
@@ -60,7 +60,7 @@ class DisplacementBound(PreparedBound):
         self._random = 0.0
         self._clean_pair = value_logit_form(self._rows, seed=self._next_seed())
         self._product = JointProduct(self._rows, self._majorant, self._clean_pair, QueryKeyForm(self._rows))
-        factor = self.problem.threat.frobenius_factor(clean.n, clean.width)
+        factor = self.problem.moves.frobenius_factor(clean.n, clean.width)
         self._scale = factor
         # Token scales t with sum over movable tokens of 1/t_j^2 = their number; they only adapt for per-token balls.
         self._tokens = torch.ones_like(clean.points[:, :1])

@@ -4,7 +4,8 @@ from typing import ClassVar
 
 from attnrobust.certify.displacement.any_token import TOKEN_LIMIT, AnyTokenBound
 from attnrobust.certify.displacement.bound import DisplacementBound
-from attnrobust.certify.method import CertificateMethod, PreparedBound
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.goals import Displacement
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import AnyToken
@@ -24,13 +25,9 @@ class DisplacementCertificate(CertificateMethod):
     name: ClassVar[str] = "displacement"
     reference: ClassVar[str] = "derived; docs/displacement-certificate.md, theorem 1"
     region: ClassVar[str] = "every move of the movable tokens with threat distance at most the radius"
-
-    def refuses(self, problem: Problem) -> str | None:
-        if not isinstance(problem.network, Attention):
-            return "the network is not a single attention layer"
-        if problem.resolved.functionals is not None:
-            return "the goal is a margin; this method bounds displacements"
-        return None
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
+    goals = (Displacement,)
 
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
         if isinstance(problem.threat, AnyToken) and problem.clean.n <= TOKEN_LIMIT:

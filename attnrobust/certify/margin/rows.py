@@ -82,7 +82,7 @@ def clean_rows(problem: Problem, *, everywhere: bool = False) -> CleanRows:
     layer = problem.network
     assert isinstance(layer, Attention)  # noqa: S101 - the method refuses other networks before
     x = problem.clean.points
-    movable = x.new_ones(problem.clean.n) if everywhere else problem.threat.movable(problem.clean.n).to(x)
+    movable = x.new_ones(problem.clean.n) if everywhere else problem.moves.movable(problem.clean.n).to(x)
     scores = layer.scores(x, problem.mass)
     log_weight = torch.log_softmax(scores, dim=-1)
     weight = log_weight.exp()

@@ -7,16 +7,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.closed_form.castin2024_mean_field import masked_heads, mean_field_heads, slopes
-from attnrobust.certify.measures.method import MeasureMethod, order_of, refuse_layer
-from attnrobust.certify.measures.question import MeasureQuestion
+from attnrobust.certify.measures.questions import OUTWARD_MASS, ball_radius, order_of, reads_all_rows, refuse_ball
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadNorms, head_norms, spectral_norm
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.variants.sigmoid import SigmoidAttention
-from attnrobust.threats.measures import Copies
+from attnrobust.problem import Problem
+from attnrobust.threats.measures import CouplingBall, WassersteinBall
 
 
-class MeasureBall(MeasureMethod):
+class MeasureBall(CertificateMethod):
     """Global Lipschitz constant in W_p on all measures in the threat's ball of radius R.
 
     One head, p = 1, 2: ``||M|| [ a + e^{2 a_c / p} (1 + kappa_p a_c) ]``; p = inf: ``||M|| (1 + a + a_c)``; sigmoid
@@ -28,36 +29,35 @@ class MeasureBall(MeasureMethod):
     reference = "derived (docs/measure-certificates.md, section 2), after Castin, Ablin, Peyre, ICML 2024"
     region = "every token measure of the threat with support in the ball"
 
-    def refuses(self, question: MeasureQuestion) -> str | None:
-        if isinstance(question.threat, Copies):
-            return "copies are not a ball of measures"
-        layer = question.problem.network
-        if isinstance(layer, SigmoidAttention):
-            return None
-        reason = refuse_layer(question, masks=True)
-        if reason is not None or math.isinf(order_of(question)) or not isinstance(layer, Attention):
+    layers = (Attention, SigmoidAttention)
+    features = ATTENTION_FEATURES
+    threats = (CouplingBall, WassersteinBall)
+    outward = OUTWARD_MASS
+
+    def refuses_more(self, problem: Problem) -> str | None:
+        layer, reason = problem.network, refuse_ball(problem)
+        if reason is not None or math.isinf(order_of(problem)) or not isinstance(layer, Attention):
             return reason
         if layer.mask is not None:
             return "an additive mask has no constant for finite p; use coupling:inf"
-        if layer.causal and order_of(question) == 1:
+        if layer.causal and order_of(problem) == 1:
             return "causal attention has no constant in d_1 (Hardy's inequality fails); use coupling:2 or coupling:inf"
         return None
 
-    def prepare(self, question: MeasureQuestion, *, seed: int) -> ChangeBound:
-        layer = question.problem.network
-        if not isinstance(layer, Attention | SigmoidAttention):
-            raise TypeError("ask refuses() first")
-        views = head_norms(layer, layer.w_v, question.problem.resolved)
-        order, whole = order_of(question), question.whole
-        scale = question.problem.clean.n**0.5 if whole else 1.0
+    def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
+        layer = problem.network
+        assert isinstance(layer, Attention | SigmoidAttention)  # noqa: S101 - declared; narrows the type
+        views = head_norms(layer, layer.w_v, problem.resolved)
+        order, whole = order_of(problem), reads_all_rows(problem)
+        scale = problem.clean.n**0.5 if whole else 1.0
 
         def change(size: float) -> Tensor:
-            radius = question.radius(size)
+            radius = ball_radius(problem, size)
             if whole and order == 1:
                 return scale * _from_first_order(layer, views, radius, size)
             return scale * size * _lipschitz(views, brackets(layer, radius, order))
 
-        return ChangeBound(question.problem, change)
+        return ChangeBound(problem, change)
 
 
 def brackets(layer: Attention | SigmoidAttention, radius: float, order: float) -> Float[Tensor, "h"]:

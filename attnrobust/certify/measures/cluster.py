@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnrobust.certify.measures.method import MeasureMethod, attention_in, refuse_layer, refuse_order
-from attnrobust.certify.measures.question import MeasureQuestion
-from attnrobust.certify.method import PreparedBound
+from attnrobust.certify.measures.questions import OUTWARD_MASS, refuse_ball, refuse_order
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadNorms, bilinear_norm, diameter, readouts, spectral_norm
-from attnrobust.certify.shared.reach import visible_tokens
+from attnrobust.certify.shared.reach import attention_of, visible_tokens
 from attnrobust.layers.attention import Attention
-from attnrobust.threats.measures import CouplingBall
+from attnrobust.problem import Problem
+from attnrobust.threats.measures import CouplingBall, WassersteinBall
 
 SATURATED = 300.0
 """Half-ranges of scores beyond which any weight is taken as possible; e^300 and its inverse are far inside float64."""
@@ -47,16 +47,12 @@ class Rows:
     moves: float
 
     @classmethod
-    def of(cls, question: MeasureQuestion, layer: Attention) -> "Rows":
+    def of(cls, problem: Problem, layer: Attention) -> "Rows":
         """Evaluate the clean input."""
-        problem = question.problem
         points, n = problem.clean.points, problem.clean.n
         pool = problem.resolved.weights
         rows = torch.arange(n, device=points.device) if pool is None else pool.nonzero().flatten()
-        # Under a Wasserstein ball mass has no parents: every token moves.
-        moves = torch.ones(n, dtype=points.dtype, device=points.device)
-        if isinstance(question.threat, CouplingBall):
-            moves = problem.threat.movable(n).to(points)
+        moves = problem.threat.movable(n).to(points)
         scores = layer.scores(points, problem.mass)[:, rows]
         weights = torch.softmax(scores, dim=-1)
         alpha = layer.factor * torch.einsum("nd,hdk->hnk", points, layer.w_k) @ layer.w_q.transpose(-1, -2)
@@ -87,7 +83,7 @@ class Rows:
         return ROUNDING * (10 + self.weights.shape[-1])
 
 
-class MeasureCluster(MeasureMethod):
+class MeasureCluster(CertificateMethod):
     """Every atom within eps of its parent (or W_inf): masses of the clusters stay, scores stay in known ranges.
 
     Row by row, ``Gamma_nu(x') - Gamma_mu(x_i)`` is at most ``||M|| eps`` for the moved values plus what weights can do
@@ -101,12 +97,17 @@ class MeasureCluster(MeasureMethod):
     reference = "derived (docs/measure-certificates.md, section 5)"
     region = "every measure whose atoms are within the radius of their parents, masses kept"
 
-    def refuses(self, question: MeasureQuestion) -> str | None:
-        return refuse_order(question, float("inf")) or refuse_layer(question, masks=True)
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
+    threats = (CouplingBall, WassersteinBall)
+    outward = OUTWARD_MASS
 
-    def prepare(self, question: MeasureQuestion, *, seed: int) -> PreparedBound:
-        layer, problem = attention_in(question), question.problem
-        rows = Rows.of(question, layer)
+    def refuses_more(self, problem: Problem) -> str | None:
+        return refuse_ball(problem) or refuse_order(problem, float("inf"))
+
+    def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
+        layer = attention_of(problem)
+        rows = Rows.of(problem, layer)
         values = torch.einsum("nd,hdv->hnv", problem.clean.points, layer.w_v)
         if problem.resolved.functionals is not None:
             after = next(iter(readouts(layer, problem.resolved)))[0]  # (c, h, v, 1)

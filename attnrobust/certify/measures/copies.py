@@ -9,17 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.measures.method import MeasureMethod, attention_in, refuse_layer
-from attnrobust.certify.measures.question import MeasureQuestion
-from attnrobust.certify.method import PreparedBound
+from attnrobust.certify.measures.questions import OUTWARD_MASS, copies_of, reads_all_rows, row_of
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, value_views
-from attnrobust.certify.shared.reach import Reach, visible_tokens
+from attnrobust.certify.shared.reach import Reach, attention_of, visible_tokens
 from attnrobust.certify.shared.reach import Rows as RowSums
 from attnrobust.errors import UnsupportedThreatError
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threats.measures import Copies
+from attnrobust.threats.copies import Copies
 from attnrobust.threats.moves import PerTokenBall
 
 MOST_CHOICES = 20_000
@@ -57,12 +56,12 @@ def worst_copies(problem: Problem, *, copies: int = 1) -> WorstCopies:
         UnsupportedThreatError: More choices than can be enumerated, or another layer.
         InputError: copies < 1.
     """
-    question = MeasureQuestion(problem, Copies(copies))
-    reason = refuse_layer(question, masks=True)
+    asked = Problem(problem.network, problem.clean, Copies(copies), problem.goal)
+    reason = MeasureCopies().refuses(asked)
     if reason is not None:
         raise UnsupportedThreatError(f"copies: {reason}")
     best = WorstCopies((0,) * problem.clean.n, 0.0)
-    for extra, changes in _enumerate(question):
+    for extra, changes in _enumerate(asked):
         used = (changes / problem.resolved.budgets).amax(dim=-1)
         top = int(used.argmax())
         if float(used[top]) > best.usage:
@@ -70,8 +69,8 @@ def worst_copies(problem: Problem, *, copies: int = 1) -> WorstCopies:
     return best
 
 
-class MeasureCopies(MeasureMethod):
-    """Copies of tokens, then every atom moves within the problem's threat: exact at rest, a bound for the moves.
+class MeasureCopies(CertificateMethod):
+    """Copies of tokens, then every atom moves within the copies' own threat: exact at rest, a bound for the moves.
 
     ``change <= max over all choices of copies (exact) + moves``; a moved row is within
     ``||M|| |h| + D_v [ tanh((|beta_i| + ||B|| |h|) pair / 4) + D_k |h_i| / 4 ]`` of where it was, whatever the masses.
@@ -81,21 +80,29 @@ class MeasureCopies(MeasureMethod):
     reference = "derived (docs/measure-certificates.md, section 6)"
     region = "every choice of at most the given number of copies, every atom within the threat's set"
 
-    def refuses(self, question: MeasureQuestion) -> str | None:
-        if not isinstance(question.threat, Copies):
-            return f"it speaks about copies, not {question.threat.key!r}"
-        return refuse_layer(question, masks=True)
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
+    threats = (Copies,)
+    outward = OUTWARD_MASS
 
-    def prepare(self, question: MeasureQuestion, *, seed: int) -> PreparedBound:
-        rest = torch.zeros_like(question.problem.resolved.budgets)
-        for _, changes in _enumerate(question):
+    def refuses_more(self, problem: Problem) -> str | None:
+        if copies_of(problem).order == "strict" and attention_of(problem).causal:
+            return (
+                "copies inserted behind their parents shift the rows of a causal layer; use order 'tied', where all "
+                "copies of a token share its position"
+            )
+        return None
+
+    def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
+        rest = torch.zeros_like(problem.resolved.budgets)
+        for _, changes in _enumerate(problem):
             rest = torch.maximum(rest, changes.amax(dim=0))
-        moves = _Moves.of(question, attention_in(question))
+        moves = _Moves.of(problem, attention_of(problem))
 
         def change(size: float) -> Tensor:
             return rest + moves.change(size)
 
-        return ChangeBound(question.problem, change)
+        return ChangeBound(problem, change)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,24 +115,23 @@ class _Moves:
     averaged: tuple[Float[Tensor, "n"], int] | None  # masses and copies, where the goal is the mean of all atoms
 
     @classmethod
-    def of(cls, question: MeasureQuestion, layer: Attention) -> "_Moves":
-        problem, threat = question.problem, question.threat
-        clean = problem.clean
+    def of(cls, problem: Problem, layer: Attention) -> "_Moves":
+        threat, clean = copies_of(problem), problem.clean
+        moves = threat.moves
         visible = visible_tokens(layer, clean.n)
-        movable = problem.threat.movable(clean.n).to(clean.points.device)
-        token = problem.threat.token_factor(clean.n, clean.width)
-        frobenius = problem.threat.frobenius_factor(clean.n, clean.width)
+        movable = moves.movable(clean.n).to(clean.points.device)
+        token = moves.token_factor(clean.n, clean.width)
+        frobenius = moves.frobenius_factor(clean.n, clean.width)
         seen = bool((movable & visible).any())
         # Two copies of one token may move apart, so that pairs count even where a single token moves.
-        apart = 2.0 * token if isinstance(problem.threat, PerTokenBall) else min(2.0 * token, 2.0**0.5 * frobenius)
+        apart = 2.0 * token if isinstance(moves, PerTokenBall) else min(2.0 * token, 2.0**0.5 * frobenius)
         reach = Reach(frobenius, token, token if seen else 0.0, apart if seen else 0.0, movable)
-        copies = threat.copies if isinstance(threat, Copies) else 0
-        mean = not question.whole and question.row is None
+        mean = not reads_all_rows(problem) and row_of(problem) is None
         return cls(
             sizes=HeadSizes.of(layer, clean.points, visible),
             views=value_views(layer, clean.points, visible, problem.resolved),
             rows=RowSums(problem.resolved.weights, reach),
-            averaged=(clean.mass, copies) if mean else None,
+            averaged=(clean.mass, threat.copies) if mean else None,
         )
 
     def change(self, size: float) -> Float[Tensor, "c"]:
@@ -149,11 +155,9 @@ class _Moves:
         return value + diameter * torch.maximum(own @ mass, (shifted / (1.0 + copies * mass)).amax(dim=-1))
 
 
-def _enumerate(question: MeasureQuestion) -> Iterator[tuple[Float[Tensor, "k n"], Float[Tensor, "k c"]]]:
+def _enumerate(problem: Problem) -> Iterator[tuple[Float[Tensor, "k n"], Float[Tensor, "k c"]]]:
     """Every choice of copies in batches, with the change of the goal at rest."""
-    problem, threat = question.problem, question.threat
-    assert isinstance(threat, Copies)  # noqa: S101 - asked by the callers; narrows the type
-    n = problem.clean.n
+    threat, n = copies_of(problem), problem.clean.n
     choices = math.comb(n + threat.copies, threat.copies) - 1
     if choices > MOST_CHOICES:
         raise UnsupportedThreatError(
@@ -166,15 +170,14 @@ def _enumerate(question: MeasureQuestion) -> Iterator[tuple[Float[Tensor, "k n"]
         for chosen in combinations_with_replacement(range(n), size):
             batch.append(chosen)
             if len(batch) == together:
-                yield _at_rest(question, batch)
+                yield _at_rest(problem, batch)
                 batch = []
     if batch:
-        yield _at_rest(question, batch)
+        yield _at_rest(problem, batch)
 
 
-def _at_rest(question: MeasureQuestion, batch: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def _at_rest(problem: Problem, batch: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Changes of the goal when nothing but the masses changes."""
-    problem = question.problem
     goal, clean = problem.resolved, problem.clean
     extra = torch.stack([torch.bincount(torch.tensor(chosen), minlength=clean.n) for chosen in batch])
     extra = extra.to(clean.points)
@@ -182,7 +185,7 @@ def _at_rest(question: MeasureQuestion, batch: list[tuple[int, ...]]) -> tuple[T
     mass = mass / mass.sum(dim=-1, keepdim=True)
     with torch.no_grad():
         output = problem.network(clean.points.expand(len(batch), -1, -1), mass)
-        if question.whole or question.row is not None:
+        if reads_all_rows(problem) or row_of(problem) is not None:
             return extra, goal.changes(output)
         difference = (mass[:, None, :] @ output)[:, 0] - goal.clean
         if goal.functionals is None:

@@ -9,11 +9,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.closed_form.castin2024_mean_field import hoelder_factor, slopes
-from attnrobust.certify.measures.method import MeasureMethod, attention_in, order_of, refuse_layer, refuse_order
-from attnrobust.certify.measures.question import MeasureQuestion
+from attnrobust.certify.measures.questions import (
+    OUTWARD_MASS,
+    ball_radius,
+    clean_radius,
+    order_of,
+    reads_all_rows,
+    refuse_ball,
+    refuse_order,
+)
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms
+from attnrobust.certify.shared.reach import attention_of
 from attnrobust.layers.attention import Attention
+from attnrobust.problem import Problem
+from attnrobust.threats.measures import CouplingBall, WassersteinBall
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +52,9 @@ class CleanQueries:
     reach: float
 
     @classmethod
-    def of(cls, question: MeasureQuestion, layer: Attention) -> "CleanQueries":
+    def of(cls, problem: Problem, layer: Attention) -> "CleanQueries":
         """Evaluate the clean input."""
-        clean, order, radius = question.problem.clean, order_of(question), question.radius(0.0)
+        clean, order, radius = problem.clean, order_of(problem), ball_radius(problem, 0.0)
         points, mass = clean.points, clean.mass
         beta = layer.factor * layer.queries(points) @ layer.w_k.transpose(-1, -2)  # (h, n, d)
         slope = torch.linalg.vector_norm(beta, dim=-1)
@@ -61,7 +72,7 @@ class CleanQueries:
             room=slope * radius - normaliser,
             weight=weight,
             spread=((density * away).square() @ mass).sqrt(),
-            reach=radius + question.clean_radius,
+            reach=radius + clean_radius(problem),
         )
 
     def change(self, size: float) -> Float[Tensor, "h n"]:
@@ -79,7 +90,7 @@ class CleanQueries:
         return torch.stack([bound.nan_to_num(nan=math.inf, posinf=math.inf) for bound in bounds]).amin(dim=0)
 
 
-class MeasureLocal(MeasureMethod):
+class MeasureLocal(CertificateMethod):
     """Sharper than ``measure-ball`` for one input, p = 1, 2: only clean queries meet the exponential.
 
     ``Gamma_nu(x') - Gamma_mu(x_i)`` splits at ``Gamma_nu(x_i)``: the query part is at most
@@ -91,16 +102,21 @@ class MeasureLocal(MeasureMethod):
     reference = "derived (docs/measure-certificates.md, section 3)"
     region = "every token measure of the threat with support in the ball"
 
-    def refuses(self, question: MeasureQuestion) -> str | None:
-        return refuse_order(question, 1.0, 2.0) or refuse_layer(question, masks=False)
+    layers = (Attention,)
+    features = ATTENTION_FEATURES - {"mask", "causal"}
+    threats = (CouplingBall, WassersteinBall)
+    outward = OUTWARD_MASS
 
-    def prepare(self, question: MeasureQuestion, *, seed: int) -> ChangeBound:
-        layer, problem = attention_in(question), question.problem
+    def refuses_more(self, problem: Problem) -> str | None:
+        return refuse_ball(problem) or refuse_order(problem, 1.0, 2.0)
+
+    def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
+        layer = attention_of(problem)
         views = head_norms(layer, layer.w_v, problem.resolved)
-        query = slopes(layer, question.radius(0.0))[0]
-        heads = _pooled(CleanQueries.of(question, layer), query)
-        if question.whole:
-            heads = _whole(CleanQueries.of(question, layer), query, problem.clean.n)
+        query = slopes(layer, ball_radius(problem, 0.0))[0]
+        heads = _pooled(CleanQueries.of(problem, layer), query)
+        if reads_all_rows(problem):
+            heads = _whole(CleanQueries.of(problem, layer), query, problem.clean.n)
 
         def change(size: float) -> Tensor:
             return smallest([view.total(view.norms * heads(size)) for view in views])

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnrobust.certify.method import CertificateMethod, PreparedBound
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.certify.shared.reach import attention_of
 from attnrobust.goals import Displacement, Margin, pool_weights
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics import balls as rigorous
@@ -14,7 +15,7 @@ from attnrobust.numerics.balls import Ball, BallMatrix
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.results import Kind
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import MoveThreat, PerTokenBall
 
 SECONDS_LIMIT = 20.0
 SECONDS_PER_STEP = 2e-8  # of one multiply-add of ball matrices at 128 bits, measured at 16 to 384 columns
@@ -33,15 +34,11 @@ class RigorousLocal(CertificateMethod):
     reference: ClassVar[str] = "derived, docs/norm-bounds.md, 'A certificate in ball arithmetic'"
     region: ClassVar[str] = "every move of the threat up to the radius, the layer taken in exact arithmetic"
     kind: ClassVar[Kind] = Kind.RIGOROUS
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
 
-    def refuses(self, problem: Problem) -> str | None:
-        if not isinstance(problem.network, Attention):
-            return "speaks about dot-product attention alone"
-        if not isinstance(problem.threat, FrobeniusBall | PerTokenBall | AnyToken):
-            return f"does not handle the threat {problem.threat.key}"
-        if not isinstance(problem.goal, Displacement | Margin):
-            return f"does not handle the goal {problem.goal.key}"
-        seconds = estimated_seconds(problem.network, problem.clean.n)
+    def refuses_more(self, problem: Problem) -> str | None:
+        seconds = estimated_seconds(attention_of(problem), problem.clean.n)
         if seconds > SECONDS_LIMIT:
             return f"ball arithmetic would take about {seconds:.0f} s at this size; the limit is {SECONDS_LIMIT:.0f} s"
         return None if rigorous.available() else rigorous.CURE
@@ -108,7 +105,7 @@ def _prepare(problem: Problem) -> _Bound:
         for functional in functionals
     )
     orthogonal = layer.w_o is None and functionals[0] is None
-    return _Bound(heads, budgets, _squared_factor(problem.threat, problem.clean.n, layer.width), orthogonal)
+    return _Bound(heads, budgets, _squared_factor(problem.moves, problem.clean.n, layer.width), orthogonal)
 
 
 # ---- the clean input -----------------------------------------------------------------------------------------------
@@ -194,7 +191,7 @@ def _goal(
     return functionals, tuple(logits[label] - logits[c] for c in problem.resolved.classes)
 
 
-def _squared_factor(threat: Threat, n: int, d: int) -> int:
+def _squared_factor(threat: MoveThreat, n: int, d: int) -> int:
     if not isinstance(threat, PerTokenBall):
         return 1
     return int(threat.movable(n).sum()) * (d if threat.norm == "linf" else 1)

@@ -58,23 +58,23 @@ def first_order(problem: Problem, linear: LinearMap, *, seed: int, accuracy: flo
     if goal.weights is None:
         raise InputError("a functional of the output needs row weights")
     directions = goal.weights[:, None] * goal.functionals[:, None, :]
-    slopes = [problem.threat.dual_norm(linear.rmatvec(part)) for part in directions.split(CLASSES_AT_ONCE)]
+    slopes = [problem.moves.dual_norm(linear.rmatvec(part)) for part in directions.split(CLASSES_AT_ONCE)]
     return FirstOrder(torch.cat(slopes) * (1.0 + RELATIVE_ROUNDING), 0.0)
 
 
 def _displacement(problem: Problem, linear: LinearMap, norms: "_Norms") -> FirstOrder:
     n, d = problem.clean.n, problem.clean.width
     pooled = pool_rows(linear, problem.resolved.weights)
-    movable = problem.threat.movable(n).to(linear.device)
+    movable = problem.moves.movable(n).to(linear.device)
     if isinstance(problem.threat, AnyToken) and int(movable.sum()) <= FEW_TOKENS:
         tokens = movable.nonzero().flatten()
         single = [select_tokens(pooled, torch.arange(n, device=linear.device) == token) for token in tokens]
         return _largest([norms.upper(part, of=len(single)) for part in single], pooled)
     frobenius = norms.upper(select_tokens(pooled, movable), of=REWEIGHTINGS + 1)
-    bounds = [_scaled(frobenius, problem.threat.frobenius_factor(n, d))]
+    bounds = [_scaled(frobenius, problem.moves.frobenius_factor(n, d))]
     several = isinstance(problem.threat, PerTokenBall) and int(movable.sum()) > 1
     if several and norms.accuracy <= ACCURACY:
-        token = problem.threat.token_factor(n, d)
+        token = problem.moves.token_factor(n, d)
         bounds += [_scaled(bound, token) for bound in _reweighted(select_tokens(pooled, movable), norms)]
     smallest = min(value for value, _ in bounds)
     return FirstOrder(_slope(smallest, pooled), sum(failure for _, failure in bounds))

@@ -11,18 +11,10 @@ from attnrobust.problem import Problem
 from attnrobust.threats.moves import AnyToken
 
 
-def refusal(problem: Problem) -> str | None:
-    """Why a bound for one attention layer does not speak about the problem; None if it does."""
-    if not isinstance(problem.network, Attention):
-        return f"it speaks about a single dot-product attention layer, not {type(problem.network).__name__}"
-    return None
-
-
 def attention_of(problem: Problem) -> Attention:
-    """The problem's attention layer; call it after ``refusal`` returned None."""
+    """The attention layer of a problem that a method for it did not refuse."""
     layer = problem.network
-    if not isinstance(layer, Attention):
-        raise TypeError(f"{type(layer).__name__} is not an attention layer; ask refusal() first")
+    assert isinstance(layer, Attention)  # noqa: S101 - declared by the methods; narrows the type
     return layer
 
 
@@ -56,8 +48,8 @@ class Reach:
     def of(cls, problem: Problem, visible: Bool[Tensor, "n"] | None = None) -> "Reach":
         """The reach of the problem's threat at its input; ``visible`` None means that every query sees every token."""
         n, d = problem.clean.n, problem.clean.width
-        frobenius, token = problem.threat.frobenius_factor(n, d), problem.threat.token_factor(n, d)
-        movable = problem.threat.movable(n).to(problem.clean.points.device)
+        frobenius, token = problem.moves.frobenius_factor(n, d), problem.moves.token_factor(n, d)
+        movable = problem.moves.movable(n).to(problem.clean.points.device)
         visible = torch.ones_like(movable) if visible is None else visible
         seen_movers = int((movable & visible).sum())
         if seen_movers == 0 or int(visible.sum()) == 1:

@@ -1,12 +1,16 @@
 """Scaled cosine similarity attention: queries, keys and values of bounded length."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import (
+    HEAD_FEATURES,
     HeadSpecification,
     adopt_number,
     adopt_weights,
@@ -50,6 +54,8 @@ class CosineAttention(HeadSpecification):
     tau: float = 1.0
     nu: float = 1.0
     eps: float = 1e-6
+
+    feature_names: ClassVar[Mapping[str, str]] = {**HEAD_FEATURES, "tau": PLAIN, "nu": PLAIN, "eps": PLAIN}
 
     def __post_init__(self) -> None:
         adopt_weights(self, w_q=3, w_k=3, w_v=3, w_o=3, b_o=1)

@@ -1,13 +1,15 @@
 """Attention with any positive kernel, given by its logarithm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import InputError
+from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import Specification, adopt_weights, softmax_average
 from attnrobust.tokens import tensor_digest
 
@@ -66,6 +68,8 @@ class KernelAttention(Specification):
     key: str
     w_v: Float[Tensor, "d e"]
     constants: KernelConstants | None = None
+
+    feature_names: ClassVar[Mapping[str, str]] = dict.fromkeys(("score", "key", "w_v", "constants"), PLAIN)
 
     def __post_init__(self) -> None:
         adopt_weights(self, w_v=2)

@@ -1,13 +1,17 @@
 """L2 self-attention: weights from distances, Lipschitz on all of space."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import (
+    HEAD_FEATURES,
     HeadSpecification,
     adopt_number,
     adopt_weights,
@@ -52,6 +56,8 @@ class L2Attention(HeadSpecification):
     w_o: Float[Tensor, "h v e"] | None = None
     b_o: Float[Tensor, "e"] | None = None
     scale: float | None = None
+
+    feature_names: ClassVar[Mapping[str, str]] = {**HEAD_FEATURES, "scale": PLAIN}
 
     def __post_init__(self) -> None:
         adopt_weights(self, w_q=3, w_v=3, w_o=3, b_o=1)

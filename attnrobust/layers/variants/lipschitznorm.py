@@ -1,6 +1,8 @@
 """LipschitzNorm attention: scores divided by norms of the queries, keys and values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from attnrobust.errors import UnsupportedModelError
 from attnrobust.layers.heads import (
+    HEAD_FEATURES,
     HeadSpecification,
     adopt_weights,
     combine,
@@ -48,6 +51,8 @@ class LipschitzNormAttention(HeadSpecification):
     w_v: Float[Tensor, "h d v"]
     w_o: Float[Tensor, "h v e"] | None = None
     b_o: Float[Tensor, "e"] | None = None
+
+    feature_names: ClassVar[Mapping[str, str]] = HEAD_FEATURES
 
     def __post_init__(self) -> None:
         adopt_weights(self, w_q=3, w_k=3, w_v=3, w_o=3, b_o=1)

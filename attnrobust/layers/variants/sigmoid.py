@@ -1,13 +1,17 @@
 """Sigmoid attention: every token is weighed by itself, without a softmax."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import (
+    HEAD_FEATURES,
     HeadSpecification,
     adopt_number,
     adopt_weights,
@@ -45,6 +49,8 @@ class SigmoidAttention(HeadSpecification):
     b_o: Float[Tensor, "e"] | None = None
     scale: float | None = None
     shift: float = 0.0
+
+    feature_names: ClassVar[Mapping[str, str]] = {**HEAD_FEATURES, "scale": PLAIN, "shift": PLAIN}
 
     def __post_init__(self) -> None:
         adopt_weights(self, w_q=3, w_k=3, w_v=3, w_o=3, b_o=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnrobust.certify.margin.rows import GRAM_LIMIT, CleanRows, direction_gram, own_block
 from attnrobust.certify.margin.scalar import largest_remainder, phi_negative, psi, saturating_coefficient, weighted_phi
 from attnrobust.numerics.eigenvalues import gram_eigenvalue, spread_eigenvalue
-from attnrobust.threats.moves import PerTokenBall, Threat
+from attnrobust.threats.moves import MoveThreat, PerTokenBall
 
 ANGLES = 24  # cells of the share of the budget that the query token takes
 
@@ -36,7 +36,7 @@ class Geometry:
     token_sum: Float[Tensor, "h n n"] | None
 
 
-def geometry(rows: CleanRows, threat: Threat) -> Geometry:
+def geometry(rows: CleanRows, threat: MoveThreat) -> Geometry:
     """Norms of the l_j for one threat."""
     length = torch.linalg.vector_norm(rows.beta, dim=-1)[..., None]
     gram = direction_gram(rows) if rows.n <= GRAM_LIMIT else None

@@ -32,7 +32,7 @@ from attnrobust.certify.margin.trust_region import (
     iterated_bound,
 )
 from attnrobust.numerics.sides import Upper
-from attnrobust.threats.moves import PerTokenBall, Threat
+from attnrobust.threats.moves import MoveThreat, PerTokenBall
 
 ROUNDS, PATIENCE, PROGRESS = 16, 4, 3e-3  # balances at most; so many without this relative progress end them
 STEPS, RATE = 30, 0.06  # of the descent after the balances
@@ -63,7 +63,7 @@ class Ellipsoid:
     radius: float
 
 
-def ellipsoid(threat: Threat, budget: Budget, scale: Float[Tensor, "m _"]) -> Ellipsoid:
+def ellipsoid(threat: MoveThreat, budget: Budget, scale: Float[Tensor, "m _"]) -> Ellipsoid:
     """An ellipsoid around the set (lemma 9 of docs/margin-certificate.md).
 
     Frobenius ball: itself. Per token: ``sum_j s_j^2 |delta_j|^2 <= eps^2 sum_j s_j^2``, and the same coordinate by
@@ -91,7 +91,7 @@ class _State:
 class ClassBound:
     """Bounds of the drop of one functional; parameters and reference moves are kept between radii."""
 
-    def __init__(self, rows: ClassRows, threat: Threat, *, seed: int) -> None:
+    def __init__(self, rows: ClassRows, threat: MoveThreat, *, seed: int) -> None:
         self.rows, self.threat, self.seed = rows, threat, seed
         self.index = rows.rows.index
         self.gradient = rows.gradient[self.index]

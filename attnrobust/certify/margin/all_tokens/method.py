@@ -8,12 +8,13 @@ from attnrobust.certify.margin.all_tokens.constants import Budget, Constants, co
 from attnrobust.certify.margin.all_tokens.functional import ClassBound
 from attnrobust.certify.margin.quadratic_form import class_rows
 from attnrobust.certify.margin.rows import clean_rows
-from attnrobust.certify.method import CertificateMethod, PreparedBound
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.results import Kind
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
+from attnrobust.threats.moves import FrobeniusBall, PerTokenBall
 
 FAILURE_PROBABILITY = 1e-9  # of the whole certificate: a union bound over every random start
 EVALUATIONS = 100  # random starts that the union bound pays for; later ones say nothing
@@ -33,17 +34,10 @@ class MarginCertificate(CertificateMethod):
     region: ClassVar[str] = "every perturbation with threat distance at most the radius"
     kind: ClassVar[Kind] = Kind.FLOAT64
     relative_tolerance: ClassVar[float] = 3e-3
-
-    def refuses(self, problem: Problem) -> str | None:
-        if not isinstance(problem.network, Attention):
-            return "it speaks about one attention layer only"
-        if problem.resolved.functionals is None:
-            return "it bounds margins; the goal is a displacement"
-        if isinstance(problem.threat, AnyToken):
-            return "its set is a union over tokens"
-        if not isinstance(problem.threat, FrobeniusBall | PerTokenBall):
-            return f"it has no constants for the threat {problem.threat.key}"
-        return None
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
+    threats = (FrobeniusBall, PerTokenBall)
+    goals = (Margin,)
 
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
         return MarginBound(problem, seed=seed)
@@ -57,13 +51,13 @@ class MarginBound(PreparedBound):
     def __init__(self, problem: Problem, *, seed: int) -> None:
         self.problem, self.seed = problem, seed
         self.rows = clean_rows(problem)
-        self.geometry = geometry(self.rows, problem.threat)
+        self.geometry = geometry(self.rows, problem.moves)
         goal = problem.resolved
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before
         self.budgets = goal.budgets.tolist()
         weights = goal.weights.clone()  # made in inference mode, they could not enter a slope
         self.classes = [
-            ClassBound(class_rows(self.rows, weights, f), problem.threat, seed=seed) for f in goal.functionals
+            ClassBound(class_rows(self.rows, weights, f), problem.moves, seed=seed) for f in goal.functionals
         ]
         self.starts = 0
 
@@ -77,14 +71,14 @@ class MarginBound(PreparedBound):
     def first_guess(self) -> float | None:
         guesses = []
         for budget, cls in zip(self.budgets, self.classes, strict=True):
-            slope = float(self.problem.threat.dual_norm(cls.rows.gradient))
+            slope = float(self.problem.moves.dual_norm(cls.rows.gradient))
             if slope > 0.0:
                 guesses.append(cls.settle(self._constants, budget, START * budget / slope))
         return min(guesses, default=None)
 
     def _constants(self, radius: float) -> Constants | None:
         """Constants of the threat's set of this radius; None where they overflow."""
-        threat, (n, d) = self.problem.threat, self.rows.points.shape
+        threat, (n, d) = self.problem.moves, self.rows.points.shape
         budget = Budget(
             frobenius=radius * threat.frobenius_factor(n, d), token=radius * threat.token_factor(n, d), epsilon=radius
         )

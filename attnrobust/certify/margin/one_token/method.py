@@ -7,12 +7,13 @@ import torch
 from attnrobust.certify.margin.one_token.functional import TokenClassBound
 from attnrobust.certify.margin.quadratic_form import class_rows
 from attnrobust.certify.margin.rows import clean_rows
-from attnrobust.certify.method import CertificateMethod, PreparedBound
+from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.results import Kind
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
+from attnrobust.threats.moves import AnyToken
 
 EXPONENT_CAP = 600.0
 
@@ -28,17 +29,12 @@ class MarginTokenCertificate(CertificateMethod):
     region: ClassVar[str] = "every move of one token with threat distance at most the radius"
     kind: ClassVar[Kind] = Kind.FLOAT64
     relative_tolerance: ClassVar[float] = 3e-3
+    layers = (Attention,)
+    features = ATTENTION_FEATURES
+    goals = (Margin,)
 
-    def refuses(self, problem: Problem) -> str | None:
-        if not isinstance(problem.network, Attention):
-            return "it speaks about one attention layer only"
-        if problem.resolved.functionals is None:
-            return "it bounds margins; the goal is a displacement"
-        threat = problem.threat
-        if isinstance(threat, AnyToken):
-            return None
-        single = int(threat.movable(problem.clean.n).sum()) == 1
-        if single and isinstance(threat, FrobeniusBall | PerTokenBall):
+    def refuses_more(self, problem: Problem) -> str | None:
+        if isinstance(problem.threat, AnyToken) or int(problem.threat.movable(problem.clean.n).sum()) == 1:
             return None
         return "several tokens may move at once"
 
@@ -52,7 +48,7 @@ class TokenBound(PreparedBound):
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def __init__(self, problem: Problem) -> None:
-        threat, (n, d) = problem.threat, problem.clean.points.shape
+        threat, (n, d) = problem.moves, problem.clean.points.shape
         self.rows = clean_rows(problem, everywhere=True)
         # l2, l1 and maximum-norm balls of one token lie in an l2 ball of this size.
         self.factor = threat.token_factor(n, d)
