@@ -69,7 +69,7 @@ class AttackResult:
 
     @property
     def gain(self) -> float:
-        """How much better than moving alone, >= 1: ratio of radii, or at a fixed epsilon of used budgets; may be NaN."""
+        """How much better than moving alone, >= 1: ratio of radii, or at a fixed epsilon of used budgets; or NaN."""
         if self.epsilon is not None:
             return self.usage / self.moving_radius
         return self.moving_radius / self.radius if self.radius > 0 else math.inf
@@ -104,10 +104,17 @@ class Certificate:
 
 @dataclass(frozen=True)
 class NotApplicable:
-    """A certificate that does not speak about this problem, and why."""
+    """A certificate that does not speak about this problem, and why.
+
+    Args:
+        method: Name of the certificate.
+        reason: Why it was skipped.
+        declared: Whether it speaks about such layers, threats and goals, so that the reason is about this problem.
+    """
 
     method: str
     reason: str
+    declared: bool = True
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,14 @@ class CertificationReport:
     def best(self) -> Certificate | None:
         """The certificate with the largest radius (deterministic before probabilistic on ties), or None."""
         return max(self.certificates, key=lambda c: (c.radius, -c.failure_probability), default=None)
+
+    @property
+    def why_none(self) -> str:
+        """Why there is no certificate: the reasons of the methods that speak about such problems; empty if there is one."""
+        if self.certificates:
+            return ""
+        reasons = dict.fromkeys(s.reason for s in self.skipped if s.declared)
+        return "no certificate: " + ("; ".join(reasons) or "none speaks about this layer, threat and goal")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,12 +12,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from attnrobust.attacks import AttackBudget, attack, duplication_attack, split_attack
+from attnrobust.attacks import AttackBudget, MassSplitting, attack
 from attnrobust.problem import Problem
+from attnrobust.threats.copies import Copies
 from attnrobust.threats.measures import CouplingBall
 from benchmarks.tightness import LAYERS, Case, problem_of
 
@@ -39,12 +41,10 @@ def gain(problem: Problem) -> Values:
     longest = float(torch.linalg.vector_norm(problem.clean.points, dim=-1).max())
     values = {}
     for copies in (1, 4):
-        values[f"copies{copies}"] = duplication_attack(problem, copies=copies, budget=SMALL).gain
+        values[f"copies{copies}"] = attack(replace(problem, threat=Copies(copies)), budget=SMALL).gain
     for name, fractions in (("halves", (0.5,)), ("any", None)):
-        found = split_attack(
-            problem, threat=CouplingBall(2), fractions=fractions, domain_radius=longest * (1 + 1e-9), budget=SPLIT
-        )
-        values[name] = found.gain
+        split = replace(problem, threat=CouplingBall(2, domain_radius=longest * (1 + 1e-9)))
+        values[name] = attack(split, method=MassSplitting(fractions=fractions), budget=SPLIT).gain
     return values
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 import attnrobust as ar
-from attnrobust.certify import ALL_METHODS
+from attnrobust.certify import METHODS
 from attnrobust.models.model import Model, load_model
-from attnrobust.threats.moves import parse_threat
+from attnrobust.threats.parse import parse_threat
 
 PASSAGES = Path(__file__).with_name("passages.txt")
 LAYERS = range(6)
@@ -174,7 +174,7 @@ def run_case(case: Case, methods: list[str] | None) -> dict[str, object]:
     with contextlib.suppress(OSError):  # not Linux: the peak is then that of the whole process
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     radii = {}
-    for name in methods or [method.name for method in ALL_METHODS]:
+    for name in methods or [method.name for method in METHODS]:
         start = time.process_time()
         for c in ar.certify(problem, methods=[name], seed=0).certificates:
             radii[name] = {"radius": c.radius, "seconds": time.process_time() - start, "kind": str(c.kind)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnrobust.errors import AttnRobustError
-from attnrobust.threats.moves import Threat
+from attnrobust.threats.moves import MoveThreat
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, rtol: float, atol: float = 0.0, what: str = "values") -> None:
@@ -45,7 +45,7 @@ def assert_at_most(lower: float, upper: float, *, rtol: float = 0.0, what: str =
         raise AssertionError(f"{what}: {lower!r} exceeds {upper!r} by {lower - upper:.3g}")
 
 
-def assert_in_set(threat: Threat, delta: Tensor, epsilon: float, *, rtol: float = 1e-12) -> None:
+def assert_in_set(threat: MoveThreat, delta: Tensor, epsilon: float, *, rtol: float = 1e-12) -> None:
     """Every perturbation of the batch is within ``epsilon``; the tolerance covers the rounding of one rescaling."""
     distance = threat.distance(delta)
     if not bool((distance <= epsilon * (1 + rtol)).all()):

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 
 
@@ -232,7 +232,7 @@ def case_named(name: str) -> Case:
     return next(case for case in _all_cases() if case.name == name)
 
 
-def threats(case: Case) -> tuple[Threat, ...]:
+def threats(case: Case) -> tuple[MoveThreat, ...]:
     """One threat of every shape at this case's length: whole, subset, one known token, any token; each token norm."""
     last = case.n - 1
     some = tuple(sorted({0, case.n // 2}))

@@ -8,7 +8,7 @@ from torch import Tensor
 from attnrobust.goals import Displacement, Pool
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat, TokenNorm
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall, TokenNorm
 from attnrobust.tokens import TokenMeasure
 from tests.stress import Draw
 
@@ -18,7 +18,7 @@ THREATS = (
 SIZES = (1.0, 1.0, 1.0, 1e3, 1e-3)  # factors of the tokens
 
 
-def random_threat(draw: Draw, kind: str, n: int) -> Threat:
+def random_threat(draw: Draw, kind: str, n: int) -> MoveThreat:
     """A threat of the kind; one half of those where each token has its own budget take some tokens only."""
     some = tuple(draw.integer(0, n - 1) for _ in range(draw.integer(1, n)))
     tokens = some if draw.integer(0, 1) else None

@@ -8,7 +8,7 @@ from torch import Tensor
 from attnrobust.goals import Margin, Pool, pool_weights
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import FrobeniusBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 from attnrobust.tokens import TokenMeasure
 from tests.stress import Draw
 
@@ -34,7 +34,7 @@ def random_layer(draw: Draw, *, seed: int, n: int, d: int) -> Attention:
     )  # fmt: skip
 
 
-def random_problem(seed: int, threat: Threat | None = None) -> Problem:
+def random_problem(seed: int, threat: MoveThreat | None = None) -> Problem:
     """One small margin problem per seed whose clean prediction is class 0."""
     draw = Draw(seed)
     n = draw.integer(1, 6) if threat is None else draw.integer(4, 6)

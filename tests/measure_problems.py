@@ -2,21 +2,20 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attnrobust.attacks.measures.expand import expand_layer, goal_row
 from attnrobust.attacks.measures.goal import MeasureReader
-from attnrobust.certify import ALL_MEASURE_METHODS, MeasureMethod, MeasureQuestion
-from attnrobust.certify.method import PreparedBound
+from attnrobust.certify import METHODS, CertificateMethod, PreparedBound
 from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threats.measures import CouplingBall, MeasureThreat, PerturbedTokens, WassersteinBall
+from attnrobust.threats.measures import CouplingBall, MeasureThreat, WassersteinBall
 from attnrobust.threats.moves import FrobeniusBall
-from attnrobust.tokens import TokenMeasure
+from attnrobust.tokens import PerturbedTokens, TokenMeasure
 
 ORDERS = (1, 2, math.inf)
 KINDS = ("plain", "masses", "biases", "saturated", "equal", "single", "clusters", "heads", "causal", "masked", "large")
@@ -87,18 +86,18 @@ GOALS = ("whole", "mean", "margin-mean", "row", "margin-row")
 class Prepared:
     """A question with every certificate that speaks about it."""
 
-    question: MeasureQuestion
-    bounds: tuple[tuple[MeasureMethod, PreparedBound], ...]
+    problem: Problem
+    bounds: tuple[tuple[CertificateMethod, PreparedBound], ...]
 
     @classmethod
     def of(cls, problem: Problem, threat: MeasureThreat) -> "Prepared":
-        question = MeasureQuestion(problem, threat)
-        methods = [m for m in ALL_MEASURE_METHODS if m.refuses(question) is None]
-        return cls(question, tuple((m, m.prepare(question, seed=0)) for m in methods))
+        asked = replace(problem, threat=threat)
+        methods = [m for m in METHODS if m.refuses(asked) is None]
+        return cls(asked, tuple((m, m.prepare(asked, seed=0)) for m in methods))
 
     def check(self, atoms: PerturbedTokens) -> dict[str, float]:
         """Every bound at the measure's own distance covers its usage; the share of each bound that it reaches."""
-        problem, threat = self.question.problem, self.question.threat
+        problem, threat = self.problem, self.problem.threat
         assert isinstance(threat, MeasureThreat)
         distance = threat.distance(problem.clean, atoms)
         assert math.isfinite(distance)

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 
 Shape = Literal["all", "subset", "one", "per-token", "per-token-subset", "any", "any-subset"]
@@ -53,10 +53,10 @@ def draw_layer(generator: torch.Generator, heads: int, width: int, *, concatenat
     )
 
 
-def make_threat(shape: Shape, n: int) -> tuple[Threat, Tensor]:
+def make_threat(shape: Shape, n: int) -> tuple[MoveThreat, Tensor]:
     """A threat of l2 moves and which tokens it lets move."""
     some = tuple(sorted({0, n - 1}))
-    threat: Threat = {
+    threat: MoveThreat = {
         "all": FrobeniusBall(),
         "subset": FrobeniusBall(tokens=some),
         "one": FrobeniusBall(tokens=(n - 1,)),

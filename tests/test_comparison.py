@@ -2,19 +2,21 @@
 
 import math
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from attnrobust.attacks import AttackBudget
+from attnrobust.attacks import AttackBudget, attack
+from attnrobust.certify import certify
 from attnrobust.comparison import UnsoundError, compare, join, radius_rounding
-from attnrobust.errors import InputError, SoundnessError, UnknownNameError
+from attnrobust.errors import InputError, SoundnessError, UnknownNameError, UnsupportedThreatError
 from attnrobust.goals import Displacement, Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Certificate, CertificationReport, Kind, Status
-from attnrobust.threats.measures import Copies
+from attnrobust.threats.copies import Copies
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 
@@ -156,17 +158,26 @@ def test_the_error_survives_another_process() -> None:
 def test_measures_have_questions_of_their_own() -> None:
     """A certificate for moved tokens never answers for copies, nor the other way round."""
     problem = linear_problem()
-    comparison = compare(problem, threat=Copies(1), budget=AttackBudget(restarts=1, steps=4, rounds=1))
-    assert comparison.problem != problem.digest
+    copied = replace(problem, threat=Copies(1))
+    comparison = compare(copied, budget=AttackBudget(restarts=1, steps=4, rounds=1))
+    assert comparison.problem == copied.digest != problem.digest
     # one token and a linear layer: copies change nothing, and moving both is moving the token
     assert comparison.certification.best.radius == pytest.approx(0.25, rel=2e-3)
     assert comparison.attack.radius >= 0.25 * (1 - 1e-9)
     with pytest.raises(InputError, match="same weights, tokens, threat and goal"):
-        join(problem, comparison.attack, report(problem, 0.1), threat=Copies(1))
+        join(copied, comparison.attack, report(problem, 0.1))
     with pytest.raises(InputError, match="same weights, tokens, threat and goal"):
         join(problem, comparison.attack, comparison.certification)
-    with pytest.raises(InputError, match="token-duplication"):
-        compare(problem, threat=Copies(1), attack="token-moving")
+    with pytest.raises(UnsupportedThreatError, match="name 'token-duplication'"):
+        compare(copied, attack="token-moving")
     inside = replace(comparison.attack, radius=0.1, status=Status.FOUND)
     with pytest.raises(UnsoundError, match="measure-copies"):
-        join(problem, inside, comparison.certification, threat=Copies(1))
+        join(copied, inside, comparison.certification)
+
+
+@pytest.mark.parametrize("ask", [compare, certify, attack])
+def test_a_threat_beside_the_problem_is_refused_with_the_new_way(ask: Callable[..., object]) -> None:
+    with pytest.raises(InputError, match=r"Problem\(network, clean, threat, goal\)"):
+        ask(linear_problem(), threat=Copies(1))
+    with pytest.raises(TypeError, match="'tread'"):
+        ask(linear_problem(), tread=1)

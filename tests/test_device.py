@@ -6,13 +6,14 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 
-from attnrobust.attacks import ALL_ATTACKS, AttackBudget, AttackMethod
+from attnrobust.attacks import AttackBudget, AttackMethod
 from attnrobust.attacks import attack as run_attack
-from attnrobust.certify import ALL_METHODS, CertificateMethod
+from attnrobust.certify import CertificateMethod
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.runs.inputs import on_device
 from tests.cases import cases, problems
+from tests.methods import MOVING_ATTACKS, MOVING_METHODS
 from tests.played_gpu import GPU, MixedDevicesError, played_gpu
 
 NAMES = ("plain-h2-n3-d4", "causal-masses", "biases", "finite-mask-masses", "single-token-biases", "large-norms")
@@ -68,7 +69,7 @@ def test_the_played_gpu_refuses_what_a_real_one_refuses() -> None:
 
 each_method = pytest.mark.parametrize(
     "method",
-    [pytest.param(m, id=m.name, marks=[pytest.mark.slow] if m.name in SLOW else []) for m in ALL_METHODS],
+    [pytest.param(m, id=m.name, marks=[pytest.mark.slow] if m.name in SLOW else []) for m in MOVING_METHODS],
 )
 
 
@@ -85,7 +86,7 @@ def test_certificates(method: CertificateMethod, problem: Problem) -> None:
             assert method.certify(there, seed=0).radius == pytest.approx(expected.radius, rel=ROUNDING)
 
 
-@pytest.mark.parametrize("attack", ALL_ATTACKS, ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", MOVING_ATTACKS, ids=lambda attack: attack.name)
 @each_problem
 def test_attacks(attack: AttackMethod, problem: Problem) -> None:
     expected = run_attack(problem, method=attack.name, seed=0, budget=BUDGET)

@@ -127,10 +127,13 @@ class CertificateMethod(ABC):
 
     def attempt(self, problem: Problem, *, seed: int) -> Certificate | NotApplicable:
         """The certificate, or why there is none: a refusal, or a failure of the computation."""
-        reason = self.refuses(problem)
+        reason = _undeclared(self, problem)
         if reason is not None:
-            return NotApplicable(method=self.name, reason=reason)
+            return NotApplicable(method=self.name, reason=reason, declared=False)
         try:
+            reason = self.refuses(problem)
+            if reason is not None:
+                return NotApplicable(method=self.name, reason=reason)
             return self._searched(problem, seed=seed)
         except SoundnessError:
             raise

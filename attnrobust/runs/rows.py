@@ -114,7 +114,7 @@ class Row:
         epsilon: Fixed budget of the attack, if one was given.
         usage: Used share of the goal's budget at the attack's point (a violation has >= 1).
         queries: Forward evaluations of the attack.
-        message: What went wrong (statuses error, misclassified, unsound).
+        message: What went wrong (statuses error, misclassified, unsound), or why nothing is certified.
         problem: Digest of the problem.
         text: The sentence.
         tokens: The token strings.
@@ -205,6 +205,7 @@ def _run(problem: Problem, task: RowTask, options: RowOptions, values: dict[str,
     if options.certify:
         certification = certify(problem, methods=options.methods, seed=task.seed)
         values |= _certificate_values(certification) | {"status": Status.CERTIFIED, "problem": certification.problem}
+        values["message"] = certification.why_none or None
     if options.attack is None:
         return
     values["attack"] = options.attack
@@ -212,7 +213,7 @@ def _run(problem: Problem, task: RowTask, options: RowOptions, values: dict[str,
     values["attack"] = method.name
     result = run_attack(problem, method=method, epsilon=options.epsilon, seed=task.seed, budget=options.budget)
     values |= _attack_values(problem, result)
-    values |= {"status": result.status, "message": result.note or None, "problem": result.problem}
+    values |= {"status": result.status, "message": result.note or values.get("message"), "problem": result.problem}
     if certification is not None:
         values["gap"] = _finite(join(problem, result, certification).gap)
 

@@ -11,7 +11,10 @@ from attnrobust.threats.measures import CouplingBall, WassersteinBall
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall, TokenNorm
 
 NORMS: dict[str, TokenNorm] = {"per-token": "l2", "per-token-linf": "linf", "per-token-l1": "l1"}
-BALLS = {"coupling": CouplingBall, "wasserstein": WassersteinBall}
+BALLS: dict[str, type[CouplingBall] | type[WassersteinBall]] = {
+    "coupling": CouplingBall,
+    "wasserstein": WassersteinBall,
+}
 ORDERS: dict[str, Order] = {"1": 1, "2": 2, "inf": math.inf}
 MOVES = ("frobenius", *NORMS, "any-token", "token", "tokens")
 KEYS = (

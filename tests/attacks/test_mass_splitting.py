@@ -6,19 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.attacks import AttackBudget, attack, split_attack
+from attnrobust.attacks import AttackBudget, MassSplitting, attack
 from attnrobust.attacks.measures.expand import expand_layer, expanded_problem
 from attnrobust.attacks.measures.goal import MeasureReader, query_sensitivity
-from attnrobust.attacks.measures.result import MeasureAttackResult
 from attnrobust.errors import InputError, UnsupportedThreatError
 from attnrobust.goals import Displacement, Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.network import Network, Residual
 from attnrobust.numerics.transport import wasserstein
 from attnrobust.problem import Problem
-from attnrobust.results import Status
+from attnrobust.results import AttackResult, Status
 from attnrobust.threats.measures import CouplingBall, MeasureThreat, WassersteinBall
-from attnrobust.threats.moves import AnyToken, FrobeniusBall
+from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most, assert_close, assert_same_bits
 from tests.cases import Case, case_named, cases
@@ -37,7 +36,7 @@ def one_head(a: list[list[float]], v: list[list[float]]) -> Attention:
     return Attention(w_q=matrix.T.contiguous()[None], w_k=eye[None], w_v=value.T.contiguous()[None], scale=1.0)
 
 
-def local_ratio(result: MeasureAttackResult) -> float:
+def local_ratio(result: AttackResult) -> float:
     """``W_2(output) / W_2(input)``; the tolerance of the problem is sqrt(n)."""
     return result.usage / result.radius
 
@@ -50,8 +49,8 @@ def test_splitting_beats_moving_by_any_factor(e: float, gain: float) -> None:
     """Two tokens, all blocks of the Jacobian equal: moving reaches e, splitting in halves sqrt(1 + e^2)."""
     layer = one_head([[0.0, -1 / e], [1 / e, 0.0]], [[1.0, 0.0], [0.0, 0.0]])
     clean = TokenMeasure(torch.tensor([[-e, 1.0], [e, -1.0]]).double())
-    problem = Problem(layer, clean, FrobeniusBall(), Displacement(math.sqrt(2)))
-    result = split_attack(problem, threat=WassersteinBall(2), epsilon=1e-3 * e, fractions=(0.5,))
+    problem = Problem(layer, clean, WassersteinBall(2), Displacement(math.sqrt(2)))
+    result = attack(problem, method=MassSplitting(fractions=(0.5,)), epsilon=1e-3 * e)
     assert local_ratio(result) == pytest.approx(math.sqrt(1 + e * e), rel=2e-3)
     assert result.moving_radius / result.radius == pytest.approx(e, rel=2e-3)
     assert result.gain == pytest.approx(gain, rel=3e-3)
@@ -62,9 +61,9 @@ def test_a_tiny_mass_travels_far() -> None:
     epsilon = 3.5e-4
     layer = one_head([[1.0]], [[1.0]])
     clean = TokenMeasure(torch.tensor([[3.0], [-3.0]]).double())
-    problem = Problem(layer, clean, FrobeniusBall(), Displacement(math.sqrt(2)))
+    problem = Problem(layer, clean, WassersteinBall(2, domain_radius=3.0), Displacement(math.sqrt(2)))
     assert float(query_sensitivity(problem).max()) < 1e-6
-    result = split_attack(problem, threat=WassersteinBall(2), epsilon=epsilon, domain_radius=3.0)
+    result = attack(problem, epsilon=epsilon)
     assert_at_most(1.6325, local_ratio(result))
     assert_at_most(local_ratio(result), 1.634)
     assert result.moving_radius / epsilon == pytest.approx(1.0, rel=1e-4)
@@ -98,16 +97,17 @@ def test_results_are_verified_and_never_worse_than_moving(name: str, threat: Mea
     case = case_named(name)
     domain = 1.5 * float(torch.linalg.vector_norm(case.tokens.points, dim=1).max())
     for goal in (Displacement(0.2), Margin(draw(3, 4), pool=1)):
-        problem = Problem(case.attention, case.tokens, FrobeniusBall(), goal)
-        result = split_attack(problem, threat=threat, domain_radius=domain, budget=QUICK)
+        ball = type(threat)(threat.order, domain_radius=domain)
+        problem = Problem(case.attention, case.tokens, ball, goal)
+        result = attack(problem, budget=QUICK)
         assert result.status is Status.FOUND
-        assert result.problem != problem.digest
-        assert result.source == problem.digest
+        assert result.attack == "mass-splitting"
+        assert result.problem == problem.digest
         assert_at_most(result.radius, result.moving_radius)
         atoms = result.atoms
         assert atoms is not None
         assert atoms.keeps_masses(case.tokens)
-        assert threat.distance(case.tokens, atoms) == result.radius
+        assert ball.distance(case.tokens, atoms) == result.radius
         assert_at_most(float(torch.linalg.vector_norm(atoms.points, dim=1).max()), domain, rtol=1e-12)
         used = MeasureReader(problem, atoms.mass, atoms.parent).usage(atoms.points[None])
         assert float(used[0]) == pytest.approx(result.usage, rel=1e-9)
@@ -121,7 +121,8 @@ def test_moving_alone_is_the_token_moving_attack() -> None:
     case = case_named("plain-h3-n8-d6")
     for goal in (Displacement(0.2), Displacement(0.1, pool="mean")):
         problem = Problem(case.attention, case.tokens, FrobeniusBall(), goal)
-        moved = split_attack(problem, tokens=(), budget=QUICK)
+        ball = Problem(case.attention, case.tokens, CouplingBall(2), goal)
+        moved = attack(ball, method=MassSplitting(tokens=()), budget=QUICK)
         direct = attack(problem).radius
         assert moved.radius == moved.moving_radius
         # output transport may pair rows differently than the moves do, so it is never above the Frobenius change
@@ -131,9 +132,9 @@ def test_moving_alone_is_the_token_moving_attack() -> None:
 
 def test_fixed_epsilon_stays_inside() -> None:
     case = case_named("biases")
-    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.5))
     for threat in (CouplingBall(2), WassersteinBall(2), CouplingBall(math.inf)):
-        result = split_attack(problem, threat=threat, epsilon=0.05, budget=QUICK)
+        problem = Problem(case.attention, case.tokens, threat, Displacement(0.5))
+        result = attack(problem, epsilon=0.05, budget=QUICK)
         assert_at_most(result.radius, 0.05, rtol=1e-9)
         assert result.usage >= result.moving_radius
         assert result.epsilon == 0.05
@@ -141,31 +142,32 @@ def test_fixed_epsilon_stays_inside() -> None:
 
 def test_use_of_the_budget_below_one_is_not_a_violation() -> None:
     case = case_named("biases")
-    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.5))
-    result = split_attack(problem, epsilon=1e-3, tokens=(0,), fractions=(0.5,), budget=QUICK)
+    problem = Problem(case.attention, case.tokens, CouplingBall(2), Displacement(0.5))
+    result = attack(problem, method=MassSplitting(tokens=(0,), fractions=(0.5,)), epsilon=1e-3, budget=QUICK)
     assert 0.0 < result.usage < 1.0
     assert result.status is Status.NOT_FOUND
 
 
 def test_one_token_cannot_gain() -> None:
     case = case_named("single-token")
-    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.3))
-    result = split_attack(problem, threat=CouplingBall(math.inf), budget=QUICK)
+    problem = Problem(case.attention, case.tokens, CouplingBall(math.inf), Displacement(0.3))
+    result = attack(problem, budget=QUICK)
     assert result.gain == pytest.approx(1.0, abs=1e-2)
 
 
-def test_only_allowed_tokens_move() -> None:
+@pytest.mark.parametrize("kind", [CouplingBall, WassersteinBall])
+def test_only_allowed_tokens_move(kind: type[MeasureThreat]) -> None:
     case = case_named("biases")
-    problem = Problem(case.attention, case.tokens, FrobeniusBall(tokens=(1, 3)), Displacement(0.2))
-    result = split_attack(problem, budget=QUICK)
+    problem = Problem(case.attention, case.tokens, kind(2, tokens=(1, 3)), Displacement(0.2))
+    result = attack(problem, budget=QUICK)
     moved = result.atoms.displacement(case.tokens).abs().amax(dim=1) > 0
     assert set(result.atoms.parent[moved].tolist()) <= {1, 3}
 
 
 def test_same_seed_same_result() -> None:
     case = case_named("masses")
-    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.2))
-    first, second = (split_attack(problem, seed=3, budget=QUICK) for _ in range(2))
+    problem = Problem(case.attention, case.tokens, CouplingBall(2), Displacement(0.2))
+    first, second = (attack(problem, seed=3, budget=QUICK) for _ in range(2))
     assert first.radius == second.radius
     assert_same_bits(first.atoms.points, second.atoms.points)
 
@@ -201,20 +203,19 @@ def test_layers_inside_networks_are_expanded() -> None:
 
 def test_bad_input_says_what_is_wrong() -> None:
     case = case_named("biases")
-    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.2))
-    with pytest.raises(InputError, match=r"in \(0, 1\); got 1.5"):
-        split_attack(problem, fractions=(0.5, 1.5))
-    with pytest.raises(InputError, match=r"in \(0, 1\); got -0.1"):
-        split_attack(problem, fractions=(-0.1,))
+    problem = Problem(case.attention, case.tokens, CouplingBall(2), Displacement(0.2))
+    for fractions, word in (((0.5, 1.5), "1.5"), ((-0.1,), "-0.1"), ((), "none")):
+        with pytest.raises(InputError, match=rf"in \(0, 1\); got {word}"):
+            MassSplitting(fractions=fractions)
     with pytest.raises(InputError, match="token 99"):
-        split_attack(problem, tokens=(99,))
+        attack(problem, method=MassSplitting(tokens=(99,)))
     with pytest.raises(InputError, match="epsilon must be"):
-        split_attack(problem, epsilon=0.0)
+        attack(problem, epsilon=0.0)
     with pytest.raises(InputError, match=r"outside of the domain radius 0\.1"):
-        split_attack(problem, domain_radius=0.1)
-    anyone = Problem(case.attention, case.tokens, AnyToken(), Displacement(0.2))
-    with pytest.raises(UnsupportedThreatError, match="any-token"):
-        split_attack(anyone)
+        Problem(case.attention, case.tokens, CouplingBall(2, domain_radius=0.1), Displacement(0.2))
+    moving = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.2))
+    with pytest.raises(UnsupportedThreatError, match="name 'token-moving'"):
+        attack(moving, method="mass-splitting")
     causal = case_named("causal")
     with pytest.raises(InputError, match="in their order"):
         expand_layer(causal.attention, torch.tensor([0, 1, 2, 3, 4, 5, 6, 0]), 7, order="strict")
@@ -222,8 +223,8 @@ def test_bad_input_says_what_is_wrong() -> None:
 
 def test_nothing_to_find_is_not_found() -> None:
     case = next(c for c in cases() if c.constant)
-    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.2))
-    result = split_attack(problem, budget=QUICK)
+    problem = Problem(case.attention, case.tokens, CouplingBall(2), Displacement(0.2))
+    result = attack(problem, budget=QUICK)
     assert result.status is Status.NOT_FOUND
     assert result.radius == math.inf
     assert result.atoms is None

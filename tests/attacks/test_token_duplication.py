@@ -1,20 +1,22 @@
 """Token duplication: the closed form against forward passes, budgets, causal semantics, bad input."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.attacks import AttackBudget, attack, duplication_attack, duplication_effect, token_duplication
+from attnrobust.attacks import AttackBudget, attack, duplication_effect, token_duplication
 from attnrobust.attacks.measures.expand import expand_layer
-from attnrobust.attacks.token_duplication import _move, choose_copies
-from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
+from attnrobust.attacks.method import Work
+from attnrobust.attacks.token_duplication import Choice, choose_copies, move_copies
+from attnrobust.errors import InputError, UnsupportedThreatError
 from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.layers.network import Network
 from attnrobust.problem import Problem
 from attnrobust.results import Status
-from attnrobust.threats.measures import CausalOrder
+from attnrobust.threats.copies import CausalOrder, Copies
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most, assert_close
@@ -113,8 +115,8 @@ def test_results_are_verified(name: str, order: CausalOrder) -> None:
     case = case_named(name)
     for goal in (Displacement(0.5), Margin(draw(3, 4), pool="mean")):
         for threat in (FrobeniusBall(), PerTokenBall()):
-            problem = Problem(case.attention, case.tokens, threat, goal)
-            result = duplication_attack(problem, copies=2, order=order, budget=QUICK)
+            problem = Problem(case.attention, case.tokens, Copies(2, order, threat), goal)
+            result = attack(problem, budget=QUICK)
             assert result.status is Status.FOUND
             assert result.usage >= 1.0
             atoms = result.atoms
@@ -123,7 +125,8 @@ def test_results_are_verified(name: str, order: CausalOrder) -> None:
             assert result.gain >= 1.0
             size = threat.distance(atoms.displacement(case.tokens))
             assert float(size) == pytest.approx(result.radius, rel=1e-12, abs=1e-300)
-            assert result.problem != problem.digest
+            assert result.problem == problem.digest
+            assert result.attack == "token-duplication"
             # measured again, by hand
             layer = expand_layer(case.attention, atoms.parent, case.n, order=order)
             output = layer(atoms.points)
@@ -139,8 +142,8 @@ def test_results_are_verified(name: str, order: CausalOrder) -> None:
 
 def test_copies_alone_can_violate() -> None:
     case = case_named("biases")
-    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(1e-3))
-    result = duplication_attack(problem, copies=1, budget=QUICK)
+    problem = Problem(case.attention, case.tokens, Copies(1), Displacement(1e-3))
+    result = attack(problem, budget=QUICK)
     assert result.radius == 0.0
     assert result.status is Status.FOUND
     assert result.gain == math.inf
@@ -149,7 +152,7 @@ def test_copies_alone_can_violate() -> None:
 def test_fixed_epsilon_and_gain_over_moving() -> None:
     case = case_named("biases")
     problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.5))
-    result = duplication_attack(problem, copies=3, epsilon=0.05, budget=QUICK)
+    result = attack(replace(problem, threat=Copies(3)), epsilon=0.05, budget=QUICK)
     moving = attack(problem, epsilon=0.05, budget=QUICK)
     assert_at_most(result.radius, 0.05, rtol=1e-12)
     assert result.moving_radius == moving.usage
@@ -162,9 +165,10 @@ def test_fixed_epsilon_and_gain_over_moving() -> None:
 def test_the_best_choice_wins() -> None:
     case = case_named("biases")
     problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(2.0))
-    found = duplication_attack(problem, copies=2, budget=QUICK)
+    found = attack(replace(problem, threat=Copies(2)), budget=QUICK)
     choices, _ = choose_copies(problem, 2)
-    moved = [_move(problem, c, epsilon=None, order="tied", seed=0, budget=QUICK)[0].radius for c in choices]
+    work = Work(problems=[problem], epsilon=None, seed=0, budget=QUICK)
+    moved = [move_copies(problem, c, order="tied", work=work)[0].point.radius for c in choices]
     assert found.radius == min(moved) < max(moved)
 
 
@@ -172,10 +176,11 @@ def test_copies_that_hurt_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token twice is the same measure, but the moves cost the root of two times as much."""
     case = case_named("biases")
     problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.5))
-    twice = token_duplication._Choice(extra=(1,) * case.n, usage=0.0)
-    worse = _move(problem, twice, epsilon=None, order="tied", seed=0, budget=QUICK)[0].radius
+    twice = Choice(extra=(1,) * case.n, usage=0.0)
+    work = Work(problems=[problem], epsilon=None, seed=0, budget=QUICK)
+    worse = move_copies(problem, twice, order="tied", work=work)[0].point.radius
     monkeypatch.setattr(token_duplication, "choose_copies", lambda *_, **__: ((twice,), 0))
-    result = duplication_attack(problem, copies=case.n, budget=QUICK)
+    result = attack(replace(problem, threat=Copies(case.n)), budget=QUICK)
     assert result.radius == result.moving_radius
     assert result.radius < 0.9 * worse
     assert result.atoms is not None
@@ -184,8 +189,8 @@ def test_copies_that_hurt_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_allowed_tokens_move_but_every_token_is_copied() -> None:
     case = case_named("biases")
-    problem = Problem(case.attention, case.tokens, FrobeniusBall(tokens=(1,)), Displacement(0.5))
-    result = duplication_attack(problem, copies=2, budget=QUICK)
+    problem = Problem(case.attention, case.tokens, Copies(2, moves=FrobeniusBall(tokens=(1,))), Displacement(0.5))
+    result = attack(problem, budget=QUICK)
     assert result.atoms is not None
     moved = result.atoms.displacement(case.tokens).abs().amax(dim=1) > 0
     assert set(result.atoms.parent[moved].tolist()) <= {1}
@@ -193,14 +198,12 @@ def test_only_allowed_tokens_move_but_every_token_is_copied() -> None:
 
 def test_bad_input_says_what_is_wrong() -> None:
     case = case_named("biases")
-    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.5))
     with pytest.raises(InputError, match="copies must be >= 1; got 0"):
-        duplication_attack(problem, copies=0)
+        Copies(0)
     with pytest.raises(InputError, match="copies must be >= 1"):
         duplication_effect(case.attention, case.tokens.points, copies=0)
-    anyone = Problem(case.attention, case.tokens, AnyToken(), Displacement(0.5))
     with pytest.raises(UnsupportedThreatError, match="any-token"):
-        duplication_attack(anyone, copies=1)
-    network = Problem(Network((case.attention,)), TokenMeasure(case.tokens.points), FrobeniusBall(), Displacement(0.5))
-    with pytest.raises(UnsupportedModelError, match="Network"):
-        duplication_attack(network, copies=1)
+        Copies(1, moves=AnyToken())  # type: ignore[arg-type]
+    network = Problem(Network((case.attention,)), TokenMeasure(case.tokens.points), Copies(1), Displacement(0.5))
+    with pytest.raises(UnsupportedThreatError, match="Network"):
+        attack(network)

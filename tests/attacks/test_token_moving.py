@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from attnrobust.attacks import AttackBudget, attack, attack_many, token_radii
-from attnrobust.attacks.method import shrink_to_boundary, verify
+from attnrobust.attacks.verification import MovedTokens, shrink_to_boundary, verify
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most, assert_close, assert_same_bits
 from tests.cases import Case, case_named, cases, problems
@@ -59,7 +59,7 @@ def check_verified(problem: Problem, result: AttackResult) -> None:
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("goal", CONVEX_GOALS, ids=lambda goal: goal.key)
 @pytest.mark.parametrize("threat", [FrobeniusBall(), FrobeniusBall(tokens=(0,)), AnyToken()], ids=lambda t: t.key)
-def test_linear_layer_displacement_is_the_singular_value(name: str, goal: Goal, threat: Threat) -> None:
+def test_linear_layer_displacement_is_the_singular_value(name: str, goal: Goal, threat: MoveThreat) -> None:
     case = case_named(name)
     problem = Problem(case.attention, case.tokens, threat, goal)
     dense = jacobian(problem)
@@ -83,7 +83,7 @@ def test_linear_layer_displacement_is_the_singular_value(name: str, goal: Goal, 
     [FrobeniusBall(), PerTokenBall(), PerTokenBall(norm="linf"), PerTokenBall(norm="l1"), AnyToken()],
     ids=lambda t: t.key,
 )
-def test_linear_layer_margin_is_the_dual_norm(name: str, threat: Threat) -> None:
+def test_linear_layer_margin_is_the_dual_norm(name: str, threat: MoveThreat) -> None:
     case = case_named(name)
     weight = draw(4, case.attention.out_width)
     problem = Problem(case.attention, case.tokens, threat, Margin(weight, pool="mean"))
@@ -185,16 +185,16 @@ def test_token_radii_of_a_subset_with_an_epsilon() -> None:
 def test_candidates_are_projected_measured_and_never_believed() -> None:
     case = case_named("biases")
     problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.1))
-    far = 100.0 * draw(3, *case.tokens.points.shape)
-    point = verify(problem, far, epsilon=0.01)
+    far, reading = 100.0 * draw(3, *case.tokens.points.shape), MovedTokens(problem)
+    point = verify(reading, far, epsilon=0.01)
     assert point.perturbed is not None
     assert_at_most(point.radius, 0.01, rtol=1e-12)
     assert point.usage < 1.0
     broken = torch.full_like(far, math.nan)
-    assert verify(problem, broken, epsilon=0.01).perturbed is None
+    assert verify(reading, broken, epsilon=0.01).perturbed is None
     half = torch.cat([broken, far])
-    assert verify(problem, half, epsilon=None).radius == verify(problem, far, epsilon=None).radius
-    zero = verify(problem, torch.zeros_like(far), epsilon=None)
+    assert verify(reading, half, epsilon=None).radius == verify(reading, far, epsilon=None).radius
+    zero = verify(reading, torch.zeros_like(far), epsilon=None)
     assert zero.perturbed is None
     assert zero.radius == math.inf
 

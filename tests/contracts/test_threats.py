@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat, parse_threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
+from attnrobust.threats.parse import parse_threat
 from tests.assertions import assert_at_most, assert_close, assert_in_set, assert_same_bits
 
 N, D = 5, 3
-THREATS: tuple[Threat, ...] = (
+THREATS: tuple[MoveThreat, ...] = (
     FrobeniusBall(),
     FrobeniusBall(tokens=(2,)),
     FrobeniusBall(tokens=(0, 3, 4)),
@@ -26,7 +27,7 @@ THREATS: tuple[Threat, ...] = (
 CONVEX = tuple(threat for threat in THREATS if not isinstance(threat, AnyToken))
 
 
-def every_threat_class(base: type[Threat] = Threat) -> Iterator[type[Threat]]:
+def every_threat_class(base: type[MoveThreat] = MoveThreat) -> Iterator[type[MoveThreat]]:
     for subclass in base.__subclasses__():
         yield subclass
         yield from every_threat_class(subclass)
@@ -36,7 +37,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def inside(threat: Threat, epsilon: float, count: int, *, seed: int = 0) -> Tensor:
+def inside(threat: MoveThreat, epsilon: float, count: int, *, seed: int = 0) -> Tensor:
     """Members of the set, made without ``project``: movable tokens, rescaled; every other one on the boundary."""
     delta = draw(count, N, D, seed=seed) * threat.movable(N)[:, None]
     # directions of every sparsity, so that the corners of linf and l1 balls are among them
@@ -54,9 +55,9 @@ def inside(threat: Threat, epsilon: float, count: int, *, seed: int = 0) -> Tens
 
 
 @pytest.fixture(params=THREATS, ids=lambda threat: threat.key)
-def threat(request: pytest.FixtureRequest) -> Threat:
+def threat(request: pytest.FixtureRequest) -> MoveThreat:
     chosen = request.param
-    assert isinstance(chosen, Threat)
+    assert isinstance(chosen, MoveThreat)
     return chosen
 
 
@@ -66,23 +67,23 @@ def test_every_class_is_in_the_table() -> None:
     assert not missing, f"add to THREATS: {sorted(missing)}"
 
 
-def test_keys_are_unique_and_read_back(threat: Threat) -> None:
+def test_keys_are_unique_and_read_back(threat: MoveThreat) -> None:
     assert [t.key for t in THREATS].count(threat.key) == 1
     assert parse_threat(threat.key) == threat
     assert parse_threat(threat.key).key == threat.key
 
 
-def test_distance_to_itself_is_zero(threat: Threat) -> None:
+def test_distance_to_itself_is_zero(threat: MoveThreat) -> None:
     assert float(threat.distance(torch.zeros(N, D, dtype=torch.float64))) == 0.0
 
 
-def test_distance_is_positively_homogeneous(threat: Threat) -> None:
+def test_distance_is_positively_homogeneous(threat: MoveThreat) -> None:
     delta = inside(threat, 1.0, 20)
     assert_close(threat.distance(3.5 * delta), 3.5 * threat.distance(delta), rtol=1e-14)
     assert_close(threat.distance(-delta), threat.distance(delta), rtol=0)
 
 
-def test_moving_a_token_outside_the_subset_is_infinite(threat: Threat) -> None:
+def test_moving_a_token_outside_the_subset_is_infinite(threat: MoveThreat) -> None:
     for token in (~threat.movable(N)).nonzero().flatten().tolist():
         delta = torch.zeros(N, D, dtype=torch.float64)
         delta[token, 1] = 1e-200
@@ -90,28 +91,28 @@ def test_moving_a_token_outside_the_subset_is_infinite(threat: Threat) -> None:
         assert_same_bits(threat.project(delta, 1.0), torch.zeros_like(delta))
 
 
-def test_points_inside_are_unchanged(threat: Threat) -> None:
+def test_points_inside_are_unchanged(threat: MoveThreat) -> None:
     delta = inside(threat, 0.7, 60)
     assert_same_bits(threat.project(delta, 0.7), delta, what="projection of members")
 
 
-def test_zero_budget_is_the_clean_input(threat: Threat) -> None:
+def test_zero_budget_is_the_clean_input(threat: MoveThreat) -> None:
     assert_same_bits(threat.project(draw(4, N, D), 0.0).abs(), torch.zeros(4, N, D, dtype=torch.float64))
 
 
-def test_points_outside_land_on_the_boundary(threat: Threat) -> None:
+def test_points_outside_land_on_the_boundary(threat: MoveThreat) -> None:
     delta = 10 * draw(40, N, D)
     projected = threat.project(delta, 0.7)
     # two roundings (quotient, product) a component and those of the norm: a few units in the last place
     assert_close(threat.distance(projected), torch.full((40,), 0.7, dtype=torch.float64), rtol=1e-14)
 
 
-def test_projection_is_idempotent(threat: Threat) -> None:
+def test_projection_is_idempotent(threat: MoveThreat) -> None:
     once = threat.project(3 * draw(40, N, D), 0.7)
     assert_close(threat.project(once, 0.7), once, rtol=1e-14)
 
 
-def test_projection_is_nearest_among_members(threat: Threat) -> None:
+def test_projection_is_nearest_among_members(threat: MoveThreat) -> None:
     outside = 2 * draw(25, N, D, seed=3)
     projected = threat.project(outside, 0.7)
     assert_in_set(threat, projected, 0.7)
@@ -122,7 +123,7 @@ def test_projection_is_nearest_among_members(threat: Threat) -> None:
     assert bool((reached <= apart * (1 + 1e-12)).all()), f"{threat.key}: a member is nearer than the projection"
 
 
-def near(threat: Threat, projected: Tensor, epsilon: float) -> Iterator[Tensor]:
+def near(threat: MoveThreat, projected: Tensor, epsilon: float) -> Iterator[Tensor]:
     """Members around a projection, made without ``project``: small moves, scaled back where they left the set."""
     for size in (1e-1, 1e-2, 1e-3):
         moved = projected + size * draw(*projected.shape, seed=7) * (projected != 0).any(dim=-1)[..., None]
@@ -131,7 +132,7 @@ def near(threat: Threat, projected: Tensor, epsilon: float) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("threat", CONVEX, ids=lambda threat: threat.key)
-def test_convex_projection_makes_an_obtuse_angle(threat: Threat) -> None:
+def test_convex_projection_makes_an_obtuse_angle(threat: MoveThreat) -> None:
     """A projection onto a convex set C is p with <x - p, y - p> <= 0 for every y of C, and nothing else."""
     outside = 2 * draw(25, N, D, seed=3)
     projected = threat.project(outside, 0.7)
@@ -141,14 +142,14 @@ def test_convex_projection_makes_an_obtuse_angle(threat: Threat) -> None:
     assert_close((away * projected).sum(dim=(-2, -1)), best, rtol=1e-12, what="support function at the projection")
 
 
-def test_budgets_of_a_batch_are_its_own(threat: Threat) -> None:
+def test_budgets_of_a_batch_are_its_own(threat: MoveThreat) -> None:
     delta, budgets = 5 * draw(4, N, D), torch.tensor([0.1, 0.5, 2.0, 1e3], dtype=torch.float64)
     together = threat.project(delta, budgets)
     for one, epsilon, row in zip(delta, budgets, together, strict=True):
         assert_same_bits(row, threat.project(one, float(epsilon)), what="row of a batch")
 
 
-def test_leading_dimensions_are_a_batch(threat: Threat) -> None:
+def test_leading_dimensions_are_a_batch(threat: MoveThreat) -> None:
     delta = draw(2, 3, N, D)
     for function in (threat.distance, threat.dual_norm, threat.steepest, lambda x: threat.project(x, 0.4)):
         whole = function(delta)
@@ -156,7 +157,7 @@ def test_leading_dimensions_are_a_batch(threat: Threat) -> None:
         assert_same_bits(whole[1, 2], function(delta[1, 2]))
 
 
-def test_dual_norm_bounds_every_member(threat: Threat) -> None:
+def test_dual_norm_bounds_every_member(threat: MoveThreat) -> None:
     members = inside(threat, 1.0, 400)
     for gradient in draw(10, N, D, seed=9):
         dual = float(threat.dual_norm(gradient))
@@ -164,27 +165,27 @@ def test_dual_norm_bounds_every_member(threat: Threat) -> None:
         assert_at_most(largest, dual, rtol=1e-14, what=f"{threat.key}: <g, D>")
 
 
-def test_steepest_attains_the_dual_norm(threat: Threat) -> None:
+def test_steepest_attains_the_dual_norm(threat: MoveThreat) -> None:
     gradient = draw(30, N, D, seed=9)
     step = threat.steepest(gradient)
     assert_in_set(threat, step, 1.0)
     assert_close((gradient * step).sum(dim=(-2, -1)), threat.dual_norm(gradient), rtol=1e-13, what="<g, steepest>")
 
 
-def test_no_gradient_gives_no_step(threat: Threat) -> None:
+def test_no_gradient_gives_no_step(threat: MoveThreat) -> None:
     zero = torch.zeros(N, D, dtype=torch.float64)
     assert_same_bits(threat.steepest(zero), zero)
     assert float(threat.dual_norm(zero)) == 0.0
 
 
-def test_dual_norm_needs_the_movable_tokens_only(threat: Threat) -> None:
+def test_dual_norm_needs_the_movable_tokens_only(threat: MoveThreat) -> None:
     gradient = draw(N, D)
     other = gradient + 100 * (~threat.movable(N))[:, None]
     assert_same_bits(threat.dual_norm(other), threat.dual_norm(gradient))
     assert_same_bits(threat.steepest(other), threat.steepest(gradient))
 
 
-def test_factors_hold_and_are_attained(threat: Threat) -> None:
+def test_factors_hold_and_are_attained(threat: MoveThreat) -> None:
     corner = torch.ones(N, D, dtype=torch.float64) * threat.movable(N)[:, None]
     if isinstance(threat, PerTokenBall) and threat.norm == "l1":
         corner = corner * torch.eye(D, dtype=torch.float64)[0]
@@ -202,7 +203,7 @@ def test_factors_hold_and_are_attained(threat: Threat) -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_visible(threat: Threat, bad: float) -> None:
+def test_what_is_not_finite_stays_visible(threat: MoveThreat, bad: float) -> None:
     """A broken point must not be projected to a harmless one: its distance is NaN or infinite, before and after."""
     delta = draw(N, D)
     delta[int(threat.movable(N).nonzero()[0, 0]), 0] = bad
@@ -213,7 +214,7 @@ def test_what_is_not_finite_stays_visible(threat: Threat, bad: float) -> None:
     assert finite_projection_of_infinity or not float(threat.distance(projected)) < torch.inf
 
 
-def test_gradients_flow_through_the_dual_norm(threat: Threat) -> None:
+def test_gradients_flow_through_the_dual_norm(threat: MoveThreat) -> None:
     """Attacks and certificates may differentiate it; the gradient is a maximiser (Danskin)."""
     gradient = draw(N, D, seed=9).requires_grad_()
     (slope,) = torch.autograd.grad(threat.dual_norm(gradient), gradient)

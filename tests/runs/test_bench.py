@@ -42,7 +42,7 @@ class Refusing(TokenMoving):
 
 @pytest.fixture(autouse=True)
 def more_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "ALL_ATTACKS", (TokenMoving(), Second(), Refusing()))
+    monkeypatch.setattr(registry, "ATTACKS", (TokenMoving(), Second(), Refusing()))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.certify import ALL_METHODS, CertificateMethod
+from attnrobust.certify import CertificateMethod
 from attnrobust.certify.closed_form.castin2024_mean_field import kernel_constant, masked_constant, mean_field_constant
 from attnrobust.certify.closed_form.castin2024_smooth import ball_constant
 from attnrobust.certify.closed_form.sigmoid_ball import mean_field_constant as sigmoid_constant
@@ -26,13 +26,14 @@ from tests import stress
 from tests.cases import Case, goals, threats
 from tests.certify.closed_form.test_other_layers import LAYERS
 from tests.measure_problems import Draw
+from tests.methods import MOVING_METHODS
 
 pytestmark = pytest.mark.slow
 RANDOM, ASCENDED = 1000, 100
 BLOCKS = 10  # of each
 OTHER = {method.name for _, method in LAYERS}
 OWN_MEASURE = {"conic-margin"}  # seconds a problem; its own tests sample its set
-FOR_ATTENTION = tuple(m for m in ALL_METHODS if m.name not in OTHER | OWN_MEASURE)
+FOR_ATTENTION = tuple(m for m in MOVING_METHODS if m.name not in OTHER | OWN_MEASURE)
 amounts = pytest.mark.parametrize(
     ("indices", "ascend"),
     [

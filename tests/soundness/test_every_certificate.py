@@ -4,11 +4,12 @@ from functools import cache
 
 import pytest
 
-from attnrobust.attacks import ALL_ATTACKS, AttackBudget, attack_many
-from attnrobust.certify import ALL_METHODS, CertificateMethod
+from attnrobust.attacks import AttackBudget, attack_many
+from attnrobust.certify import CertificateMethod
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
 from tests.cases import Case, cases, problems
+from tests.methods import MOVING_ATTACKS, MOVING_METHODS
 
 LARGE = 8  # cases with more tokens run with `-m slow`
 QUICK = AttackBudget(restarts=4, steps=30, rounds=1)
@@ -20,7 +21,7 @@ def _attacked(case: Case, budget: AttackBudget) -> tuple[tuple[Problem, AttackRe
     """Every problem of a case with the nearest violation that each attack finds."""
     chosen = tuple(problems(case))
     rows: list[tuple[Problem, AttackResult]] = []
-    for attack in ALL_ATTACKS:
+    for attack in MOVING_ATTACKS:
         rows += zip(chosen, attack_many(chosen, method=attack.name, seed=1, budget=budget), strict=True)
     return tuple(rows)
 
@@ -30,14 +31,16 @@ def _sized(case: Case) -> object:
     return pytest.param(case, id=case.name, marks=marks)
 
 
-@pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.name)  # runs fastest: a case is attacked once
+@pytest.mark.parametrize(
+    "method", MOVING_METHODS, ids=lambda method: method.name
+)  # runs fastest: a case is attacked once
 @pytest.mark.parametrize("case", [_sized(case) for case in cases()])
 def test_no_attack_inside_a_certified_radius(method: CertificateMethod, case: Case) -> None:
     _compare(method, case, QUICK)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", MOVING_METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_no_strong_attack_inside_a_certified_radius(method: CertificateMethod, case: Case) -> None:
     _compare(method, case, FULL)

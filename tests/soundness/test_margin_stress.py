@@ -11,12 +11,12 @@ from attnrobust.certify.margin.all_tokens.method import MarginCertificate
 from attnrobust.certify.margin.one_token.method import MarginTokenCertificate
 from attnrobust.goals import Margin, pool_weights
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.margin_problems import random_problem
 from tests.stress import Draw, Tally, finite_bound, largest_usage
 
-THREATS: tuple[Threat | None, ...] = (
+THREATS: tuple[MoveThreat | None, ...] = (
     None,
     FrobeniusBall(tokens=(0, 2)),
     FrobeniusBall(tokens=(1,)),

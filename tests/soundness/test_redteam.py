@@ -10,11 +10,11 @@ from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.eigenvalues import gram_eigenvalue
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import FrobeniusBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 from attnrobust.tokens import TokenMeasure
 
 
-def wide_problem(threat: Threat, *, n: int, d: int, k: int, gain: float, budget: float) -> Problem:
+def wide_problem(threat: MoveThreat, *, n: int, d: int, k: int, gain: float, budget: float) -> Problem:
     """A layer whose logits reach several hundreds inside moderate balls, at a margin that is far away."""
     generator = torch.Generator().manual_seed(1)
 

@@ -7,23 +7,14 @@ import torch
 from torch import Tensor
 
 from attnrobust.errors import InputError, UnknownNameError
-from attnrobust.numerics.transport import wasserstein
-from attnrobust.threats.measures import (
-    Copies,
-    CouplingBall,
-    MeasureThreat,
-    PerturbedTokens,
-    WassersteinBall,
-    all_measure_threats,
-    checked_fractions,
-    identity_perturbation,
-    parse_measure_threat,
-    question_digest,
-)
-from attnrobust.tokens import TokenMeasure
+from attnrobust.numerics.transport import Order, wasserstein
+from attnrobust.threats.measures import CouplingBall, MeasureThreat, WassersteinBall
+from attnrobust.threats.parse import parse_threat
+from attnrobust.tokens import PerturbedTokens, TokenMeasure
 from tests.assertions import assert_at_most, assert_close, assert_same_bits, shapes_unchecked
 
-THREATS = all_measure_threats()
+ORDERS: tuple[Order, ...] = (1, 2, math.inf)
+THREATS = tuple(kind(order) for kind in (CouplingBall, WassersteinBall) for order in ORDERS)
 CLEAN = TokenMeasure(
     torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
     torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64),
@@ -32,6 +23,11 @@ CLEAN = TokenMeasure(
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def at_rest(clean: TokenMeasure) -> PerturbedTokens:
+    """The clean input as a perturbation of itself."""
+    return PerturbedTokens(clean.points, clean.mass, torch.arange(clean.n))
 
 
 def split(seed: int, *, size: float = 1.0) -> PerturbedTokens:
@@ -50,14 +46,14 @@ def threat(request: pytest.FixtureRequest) -> MeasureThreat:
 
 
 def test_keys_read_back(threat: MeasureThreat) -> None:
-    assert parse_measure_threat(threat.key) == threat
+    assert parse_threat(threat.key) == threat
     assert [t.key for t in THREATS].count(threat.key) == 1
     with pytest.raises(UnknownNameError, match="wasserstein:2"):
-        parse_measure_threat("waserstein:2")
+        parse_threat("waserstein:2")
 
 
 def test_distance_to_itself_is_zero(threat: MeasureThreat) -> None:
-    assert threat.distance(CLEAN, identity_perturbation(CLEAN)) <= 1e-12
+    assert threat.distance(CLEAN, at_rest(CLEAN)) <= 1e-12
 
 
 def test_the_coupling_is_never_cheaper_than_transport() -> None:
@@ -137,10 +133,6 @@ def test_bad_masses_and_parents_are_named() -> None:
         PerturbedTokens(CLEAN.points, CLEAN.mass, torch.tensor([0, 1, 2, 2])).displacement(CLEAN)
     with pytest.raises(InputError, match="order 3"):
         CouplingBall(3.0)
-    with pytest.raises(InputError, match="mass fractions must sum to 1"):
-        checked_fractions(torch.tensor([0.5, 0.6]).double())
-    with pytest.raises(InputError, match="every mass fraction"):
-        checked_fractions(torch.tensor([1.5, -0.5]).double())
 
 
 def test_splitting_in_place_changes_nothing() -> None:
@@ -151,7 +143,7 @@ def test_splitting_in_place_changes_nothing() -> None:
     assert_close(half.displacement(CLEAN), torch.zeros(8, 3).double(), rtol=0)
 
 
-# ---- domains and copies ----------------------------------------------------------------------------------------------
+# ---- domains --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [CouplingBall, WassersteinBall])
@@ -172,23 +164,53 @@ def test_atoms_outside_of_the_domain_are_no_members(kind: type[MeasureThreat], o
 def test_domains_are_part_of_the_key() -> None:
     threat = WassersteinBall(2, domain_radius=3.5)
     assert threat.key == "wasserstein:2:within:3.5"
-    assert parse_measure_threat(threat.key) == threat != WassersteinBall(2)
-    assert hash(threat) == hash(WassersteinBall(2).within(3.5))
-    assert threat.within(None) == WassersteinBall(2)
+    assert parse_threat(threat.key) == threat != WassersteinBall(2)
+    assert hash(threat) == hash(WassersteinBall(2, domain_radius=3.5))
     for text in ("coupling:inf:within:x", "coupling:inf:within:-1", "coupling:inf:within:nan"):
         with pytest.raises(InputError, match=r"coupling:inf:within:3\.5"):
-            parse_measure_threat(text)
+            parse_threat(text)
     with pytest.raises(UnknownNameError, match="coupling:2"):
-        parse_measure_threat("couplin:2:within:3")
+        parse_threat("couplin:2:within:3")
 
 
-def test_questions_about_copies_have_their_own_digests() -> None:
-    assert Copies(2).key == "copies:2 tied"
-    assert question_digest("a", Copies(1).key) != question_digest("a", Copies(2).key)
-    with pytest.raises(InputError, match="copies must be >= 1"):
-        Copies(0)
-    with shapes_unchecked(), pytest.raises(UnknownNameError, match="tied"):
-        Copies(1, order="loose")  # type: ignore[arg-type]
+# ---- tokens that may move --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [CouplingBall, WassersteinBall])
+@pytest.mark.parametrize("order", ORDERS)
+def test_mass_of_other_tokens_stays(kind: type[MeasureThreat], order: Order) -> None:
+    threat, free = kind(order, tokens=(1, 3)), kind(order)
+    moved = split(3)
+    assert threat.distance(CLEAN, moved) == math.inf
+    projected = threat.project(CLEAN, moved, 0.3)
+    assert_at_most(threat.distance(CLEAN, projected), 0.3, rtol=1e-9)
+    assert threat.distance(CLEAN, projected) == pytest.approx(0.3, rel=1e-6)
+    fixed = ~torch.isin(projected.parent, torch.tensor([1, 3]))
+    assert float(projected.displacement(CLEAN)[fixed].abs().max()) == 0.0
+    # the whole measure is no farther than its movable part
+    assert_at_most(free.distance(CLEAN, projected), threat.distance(CLEAN, projected), rtol=1e-9)
+    nudged = PerturbedTokens(projected.points + 1e-200, projected.mass, projected.parent)
+    lone = projected.points.clone()
+    lone[fixed.nonzero()[0, 0], 0] += 1e-12
+    assert threat.distance(CLEAN, PerturbedTokens(lone, projected.mass, projected.parent)) == math.inf
+    assert threat.distance(CLEAN, nudged) < math.inf  # 1e-200 is lost in the tokens
+
+
+def test_mass_that_leaves_a_fixed_token_is_infinitely_far() -> None:
+    mass = torch.tensor([0.4, 0.2, 0.3, 0.1], dtype=torch.float64)
+    traded = PerturbedTokens(CLEAN.points, mass, torch.arange(4))
+    assert WassersteinBall(2, tokens=(1, 2)).distance(CLEAN, traded) == math.inf
+    assert 0 < WassersteinBall(2, tokens=(0, 3)).distance(CLEAN, traded) < math.inf
+
+
+def test_tokens_that_do_not_exist_are_named() -> None:
+    with pytest.raises(InputError, match="token 7 does not exist"):
+        WassersteinBall(2, tokens=(7,)).check(CLEAN)
+    with pytest.raises(InputError, match="is empty"):
+        CouplingBall(2, tokens=())
+
+
+# ---- tiny masses -----------------------------------------------------------------------------------------------------
 
 
 def test_a_tiny_mass_counts_in_the_largest_distance() -> None:
@@ -207,4 +229,4 @@ def test_a_tiny_mass_may_not_grow() -> None:
     clean = TokenMeasure(CLEAN.points[:2], torch.tensor([1.0 - 1e-12, 1e-12]).double())
     grown = PerturbedTokens(clean.points, torch.tensor([1.0 - 1e-10, 1e-10]).double(), torch.arange(2))
     assert not grown.keeps_masses(clean)
-    assert identity_perturbation(clean).keeps_masses(clean)
+    assert at_rest(clean).keeps_masses(clean)

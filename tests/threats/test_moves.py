@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnrobust.errors import InputError, UnknownNameError
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, parse_threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
+from attnrobust.threats.parse import parse_threat
 from tests.assertions import assert_close, assert_same_bits, refused, shapes_unchecked
 
 DELTA = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-6.0, 8.0]], dtype=torch.float64)  # row norms 5, 0, 10

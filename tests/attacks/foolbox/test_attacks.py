@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.attacks import AttackBudget, attack, duplication_attack
+from attnrobust.attacks import AttackBudget, attack
 from attnrobust.attacks.foolbox.attacks import (
     CopyCount,
     MassSplittingAttack,
@@ -28,7 +28,8 @@ from attnrobust.layers.attention import Attention
 from attnrobust.numerics.transport import wasserstein
 from attnrobust.problem import Problem
 from attnrobust.results import Status
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.copies import Copies
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most, assert_close, assert_same_bits, refused
 from tests.attacks.test_token_moving import draw
@@ -104,7 +105,7 @@ def test_the_gradient_with_respect_to_an_empty_slots_mass_is_finite() -> None:
 
 
 @pytest.mark.parametrize("threat", [FrobeniusBall(), PerTokenBall(norm="linf"), AnyToken()], ids=lambda t: t.key)
-def test_token_moving_finds_what_it_finds_alone(threat: Threat) -> None:
+def test_token_moving_finds_what_it_finds_alone(threat: MoveThreat) -> None:
     carrier = to_carrier(INPUTS, slots=6)
     labels = labels_of(carrier)
     ours = [attack(Problem(LAYER, TokenMeasure(x), threat, Margin(WEIGHT)), budget=QUICK).radius for x in INPUTS]
@@ -212,8 +213,8 @@ def test_copies_beyond_epsilon_are_clipped_in_the_order_of_the_slots() -> None:
 def test_copies_may_move_and_agree_with_the_search_on_problems() -> None:
     carrier = to_carrier(INPUTS, slots=8)
     labels = labels_of(carrier)
-    problem = Problem(LAYER, TokenMeasure(INPUTS[0]), FrobeniusBall(), Margin(WEIGHT))
-    reach = duplication_attack(problem, copies=2, budget=QUICK).radius
+    problem = Problem(LAYER, TokenMeasure(INPUTS[0]), Copies(2), Margin(WEIGHT))
+    reach = attack(problem, budget=QUICK).radius
     _, _, still = TokenDuplicationAttack()(model(), carrier, labels, epsilons=2.0)
     _, _, moving = TokenDuplicationAttack(move_epsilon=1.05 * reach, budget=QUICK)(
         model(), carrier, labels, epsilons=2.0

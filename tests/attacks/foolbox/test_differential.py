@@ -9,7 +9,7 @@ from torch import Tensor
 from attnrobust.attacks import AttackBudget, attack
 from attnrobust.attacks.foolbox.carrier import CarrierModel, to_carrier
 from attnrobust.attacks.foolbox.library import Misclassification, Model, attacks, foolbox_model
-from attnrobust.attacks.method import verify
+from attnrobust.attacks.verification import MovedTokens, verify
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
@@ -65,13 +65,13 @@ def foolbox_radius(problem: Problem, name: str, evaluations: int) -> float:
     if name == "DDN":
         ddn = attacks.DDNAttack(steps=evaluations)  # type: ignore[attr-defined]
         raw, _, _ = ddn(model, tokens, label, epsilons=None)
-        return verify(problem, raw - tokens, epsilon=None).radius
+        return verify(MovedTokens(problem), raw - tokens, epsilon=None).radius
     steps = evaluations // SIZES
     pgd = attacks.L2PGD(steps=steps, rel_stepsize=2.5 / steps)
     low, high, size, best = 0.0, math.inf, 1.0, math.inf
     for _ in range(SIZES):
         raw, _, success = pgd(model, tokens, label, epsilons=size)
-        best = min(best, verify(problem, raw - tokens, epsilon=None).radius)
+        best = min(best, verify(MovedTokens(problem), raw - tokens, epsilon=None).radius)
         low, high = (low, size) if bool(success) else (size, high)
         size = 2.0 * size if math.isinf(high) else 0.5 * (low + high)
     return best

@@ -22,7 +22,7 @@ from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most, assert_same_bits
 from tests.attacks.test_token_moving import check_verified, draw
@@ -31,7 +31,7 @@ from tests.cases import case_named, threats
 QUICK = AttackBudget(restarts=2, steps=8, rounds=2)
 
 
-def problem_of(name: str, threat: Threat, goal: Goal | None = None) -> Problem:
+def problem_of(name: str, threat: MoveThreat, goal: Goal | None = None) -> Problem:
     case = case_named(name)
     chosen = goal or Margin(draw(3, case.attention.out_width), pool="mean")
     return Problem(case.attention, case.tokens, threat, chosen)
@@ -85,7 +85,7 @@ SHORT = AttackBudget(restarts=2, steps=6, rounds=1)
 EVERY_NORM = (FrobeniusBall(), PerTokenBall(norm="linf"), AnyToken())
 
 
-def check_attack(name: str, threat: Threat, goal: Goal | None) -> None:
+def check_attack(name: str, threat: MoveThreat, goal: Goal | None) -> None:
     problem = problem_of("plain-h2-n3-d4", threat, goal)
     best = attack(problem, budget=SHORT).radius
     smallest = attack(problem, method=name, budget=SHORT)
@@ -122,7 +122,7 @@ def test_every_supported_attack_on_every_threat_and_goal(name: str) -> None:
     ],
     ids=lambda value: str(getattr(value, "key", value)),
 )
-def test_attacks_in_their_own_norm_come_close(name: str, threat: Threat) -> None:
+def test_attacks_in_their_own_norm_come_close(name: str, threat: MoveThreat) -> None:
     """The variables are scaled so that default step lengths fit, whatever the size of the tokens."""
     for case, goal in (("tiny-norms", None), ("large-norms", Displacement(0.1, relative=True))):
         problem = problem_of(case, threat, goal)

@@ -12,9 +12,8 @@ from attnrobust.goals import Displacement
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.transport import wasserstein
 from attnrobust.problem import Problem
-from attnrobust.threats.measures import CouplingBall, MeasureThreat, PerturbedTokens, WassersteinBall
-from attnrobust.threats.moves import FrobeniusBall
-from attnrobust.tokens import TokenMeasure
+from attnrobust.threats.measures import CouplingBall, MeasureThreat, WassersteinBall
+from attnrobust.tokens import PerturbedTokens, TokenMeasure
 
 
 def row(*numbers: float) -> Tensor:
@@ -64,9 +63,9 @@ SLIPS: dict[str, tuple[Attention, TokenMeasure, PerturbedTokens, float, MeasureT
 @pytest.mark.parametrize("name", SLIPS)
 def test_tolerances_of_masses_are_no_way_into_a_certified_radius(name: str) -> None:
     layer, clean, atoms, tolerance, threat = SLIPS[name]
-    problem = Problem(layer, clean, FrobeniusBall(), Displacement(tolerance, pool="mean"))
+    problem = Problem(layer, clean, threat, Displacement(tolerance, pool="mean"))
     used = float(MeasureReader(problem, atoms.mass, atoms.parent).usage(atoms.points[None])[0])
-    certificates = certify(problem, threat=threat).certificates
+    certificates = certify(problem).certificates
     assert max(c.radius for c in certificates) > 0
     for certificate in certificates:
         assert used < 1 or threat.distance(clean, atoms) > certificate.radius, certificate.method

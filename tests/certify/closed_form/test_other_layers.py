@@ -24,7 +24,7 @@ from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention
 from attnrobust.layers.variants.sigmoid import SigmoidAttention
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.cases import case_named
 from tests.stress import Draw, largest_usage
@@ -72,7 +72,7 @@ LAYERS: tuple[tuple[Build, CertificateMethod], ...] = (
 pairs = pytest.mark.parametrize(("build", "method"), LAYERS, ids=[method.name for _, method in LAYERS])
 
 
-def _problem(layer: Any, points: Tensor, threat: Threat, goal: Goal, mass: Tensor | None = None) -> Problem:
+def _problem(layer: Any, points: Tensor, threat: MoveThreat, goal: Goal, mass: Tensor | None = None) -> Problem:
     return Problem(layer, TokenMeasure(points) if mass is None else TokenMeasure(points, mass), threat, goal)
 
 
@@ -85,7 +85,7 @@ def test_above_everything_found(build: Build, method: CertificateMethod, seed: i
     masses = None if build is lipschitznorm else torch.softmax(torch.randn(5, generator=generator).double(), 0)
     readout = Margin(weight=torch.randn(3, layer.out_width, generator=generator).double())
     goals: tuple[Goal, ...] = (Displacement(0.1), Displacement(0.1, pool="mean"), Displacement(0.1, pool=2), readout)
-    threats: tuple[Threat, ...] = (FrobeniusBall(), PerTokenBall(), PerTokenBall(norm="linf"), AnyToken())
+    threats: tuple[MoveThreat, ...] = (FrobeniusBall(), PerTokenBall(), PerTokenBall(norm="linf"), AnyToken())
     for index, goal in enumerate(goals):
         for mass in (None, masses):
             problem = _problem(layer, points, threats[(index + seed) % 4], goal, mass)
@@ -235,7 +235,7 @@ def test_sigmoid_measures() -> None:
 
 
 @pytest.mark.parametrize("threat", [FrobeniusBall(), PerTokenBall()], ids=lambda threat: threat.key)
-def test_lipschitznorm_where_values_dominate(threat: Threat) -> None:
+def test_lipschitznorm_where_values_dominate(threat: MoveThreat) -> None:
     """Tiny queries and keys: the layer averages values, and the bound is (e_n + 1) ||w_v|| with sqrt(n) < e here."""
     generator = torch.Generator().manual_seed(0)
     w_q, w_k, w_v = torch.randn(3, 1, 3, 3, generator=generator, dtype=torch.float64)

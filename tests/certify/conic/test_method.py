@@ -25,7 +25,7 @@ from attnrobust.goals import Displacement, Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.results import Kind
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most
 from tests.cases import Case, case_named
@@ -47,7 +47,7 @@ THREATS: tuple[FrobeniusBall | PerTokenBall, ...] = (
 )  # fmt: skip
 
 
-def margin_problem(case: Case, threat: Threat, *, classes: int = 2, row: int | None = None) -> Problem:
+def margin_problem(case: Case, threat: MoveThreat, *, classes: int = 2, row: int | None = None) -> Problem:
     """A margin that holds at the clean input."""
     draw = torch.Generator().manual_seed(case.n + 7 * classes)
     weight = torch.randn(classes, case.attention.out_width, generator=draw, dtype=torch.float64)
@@ -415,7 +415,7 @@ def linear_layer(values: torch.Tensor) -> Attention:
 @pytest.mark.parametrize(
     "threat", [FrobeniusBall(), PerTokenBall(), PerTokenBall(norm="linf"), PerTokenBall(norm="l1")]
 )
-def test_a_linear_layer_is_exact_under_every_threat(threat: Threat) -> None:
+def test_a_linear_layer_is_exact_under_every_threat(threat: MoveThreat) -> None:
     layer = linear_layer(torch.diag(torch.tensor([1.0, 2.0, -3.0])))
     weight = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.5, 0.0]])
     goal = Margin(weight=weight, bias=torch.tensor([5.0, 0.0]))
@@ -483,7 +483,7 @@ def test_a_size_it_cannot_finish_is_refused_with_what_it_would_take() -> None:
     assert METHOD.refuses(replace_threat(problem, FrobeniusBall(tokens=(3,)))) is not None
 
 
-def replace_threat(problem: Problem, threat: Threat) -> Problem:
+def replace_threat(problem: Problem, threat: MoveThreat) -> Problem:
     return Problem(problem.network, problem.clean, threat, problem.goal)
 
 

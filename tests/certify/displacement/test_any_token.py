@@ -11,14 +11,14 @@ from attnrobust.certify.displacement.bound import FLOOR, balanced_shares
 from attnrobust.certify.displacement.method import DisplacementBound, DisplacementCertificate
 from attnrobust.goals import Displacement
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat
 from tests.cases import case_named
 from tests.displacement_tools import clean_rows
 
 METHOD = DisplacementCertificate()
 
 
-def _problem(name: str, threat: Threat) -> Problem:
+def _problem(name: str, threat: MoveThreat) -> Problem:
     case = case_named(name)
     return Problem(case.attention, case.tokens, threat, Displacement(0.1))
 

@@ -8,24 +8,24 @@ from torch import Tensor
 
 from attnrobust.certify.displacement.method import DisplacementBound, DisplacementCertificate
 from attnrobust.certify.displacement.remainder import Majorant, power_reach
-from attnrobust.certify.registry import ALL_METHODS
+from attnrobust.certify.registry import METHODS
 from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.results import Kind
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.cases import case_named
 from tests.displacement_tools import SMALL_CASES, clean_rows, dense_forms, form_root, worst_ratio
 
 METHOD = DisplacementCertificate()
-THREATS: tuple[Threat, ...] = (
+THREATS: tuple[MoveThreat, ...] = (
     FrobeniusBall(), FrobeniusBall(tokens=(0,)), PerTokenBall(), PerTokenBall(norm="linf"), PerTokenBall(norm="l1"),
     AnyToken(),
 )  # fmt: skip
 
 
-def _problem(name: str, threat: Threat, goal: Goal) -> Problem:
+def _problem(name: str, threat: MoveThreat, goal: Goal) -> Problem:
     case = case_named(name)
     return Problem(case.attention, case.tokens, threat, goal)
 
@@ -142,7 +142,7 @@ def test_output_that_only_curves_far_below_rounding(tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("threat", [FrobeniusBall(), AnyToken()])
-def test_nothing_is_certified_below_the_smallest_radius(threat: Threat) -> None:
+def test_nothing_is_certified_below_the_smallest_radius(threat: MoveThreat) -> None:
     certificate = METHOD.certify(_problem("biases", threat, Displacement(1e-14)))
     assert certificate.radius == 0.0
 
@@ -167,7 +167,7 @@ def test_refusals_and_registration() -> None:
     readout = Margin(weight=torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]], dtype=torch.float64), pool=0)
     assert "margin" in str(METHOD.refuses(_problem("biases", FrobeniusBall(), readout)))
     assert METHOD.refuses(_problem("biases", FrobeniusBall(), Displacement(0.1))) is None
-    assert any(isinstance(method, DisplacementCertificate) for method in ALL_METHODS)
+    assert any(isinstance(method, DisplacementCertificate) for method in METHODS)
 
 
 @pytest.mark.parametrize(

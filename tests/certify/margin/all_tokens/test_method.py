@@ -29,7 +29,7 @@ from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.eigenvalues import spread_eigenvalue
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.margin_problems import random_problem
 from tests.stress import Draw, boundary_moves
@@ -91,7 +91,7 @@ def worst_excess(problem: Problem, radius: float, seed: int, *, steps: int) -> f
     return worst
 
 
-THREATS: dict[str, Threat | None] = {
+THREATS: dict[str, MoveThreat | None] = {
     "frobenius": None,
     "subset": FrobeniusBall(tokens=(0, 2)),
     "one token": FrobeniusBall(tokens=(1,)),
