@@ -50,7 +50,7 @@ def _normal(x: Tensor) -> Tensor:
 
 def _gelu(x: Tensor) -> Derivatives:
     p = _normal(x)
-    return torch.special.ndtr(x) + x * p, p * (2.0 - x * x), p * x * (x * x - 4.0)
+    return 0.5 * torch.special.erfc(-x / math.sqrt(2.0)) + x * p, p * (2.0 - x * x), p * x * (x * x - 4.0)
 
 
 def _tanh(x: Tensor) -> Derivatives:

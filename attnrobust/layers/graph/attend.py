@@ -136,7 +136,7 @@ class AttentionState(NodeState[AttentionFeatures]):
 
     def _centre(self, scores: Tensor) -> Tensor:
         """``t - E t``, counted from the likeliest key, so that nothing cancels where its weight is nearly 1."""
-        shifted = scores - torch.take_along_dim(scores, self._top, dim=-1)
+        shifted = scores - scores.gather(-1, self._top.expand(*scores.shape[:-1], 1))
         return shifted - self._mean(shifted)
 
     def _weigh(self, scores: Tensor) -> Tensor:
