@@ -109,7 +109,8 @@ class NetworkGraph(Wiring):
         Raises:
             InputError: ``stop`` is not computed from ``start`` alone.
         """
-        part = NetworkGraph(self.widths[start], self.between(start, stop), depth_names=(start,), source=start)
+        steps = self.between(start, stop)
+        part = NetworkGraph(self.widths[start], steps, depth_names=(start,), source=start)
         inside = set(part.cuts()) - {start}
         return replace(part, depth_names=(start, *(name for name in self.depth_names if name in inside)))
 

@@ -159,9 +159,7 @@ class Sweeps:
                 raise InputError(f"a change of state {name} has shape {tuple(value.shape)}; it must end in {expected}")
         return wanted
 
-    def _filled(
-        self, found: Mapping[str, Tensor], targets: Iterable[str], batch: tuple[int, ...]
-    ) -> dict[str, Tensor]:
+    def _filled(self, found: Mapping[str, Tensor], targets: Iterable[str], batch: tuple[int, ...]) -> dict[str, Tensor]:
         """What was found at the targets in the full batch, zeros where nothing arrived."""
         zero = next(iter(self.clean.values())).new_zeros(())
         return {name: found.get(name, zero).expand(*batch, *self.clean[name].shape) for name in targets}

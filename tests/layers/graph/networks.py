@@ -84,8 +84,8 @@ def examples(activations: tuple[Any, ...] = SMOOTH) -> Iterator[tuple[str, Netwo
 def nested(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], *directions: tuple[Tensor, ...]) -> Tensor:
     """The derivative of order ``len(directions)`` along them by nested autodiff of ``<y, f>``, which is linear in y.
 
-    LayerNorm by its formula: through torch's fused one nested autodiff gives wrong values (2.13: forward from the second
-    derivative on, reverse from the third).
+    LayerNorm by its formula: through torch's fused one nested autodiff gives wrong values (2.13: forward from the
+    second derivative on, reverse from the third).
     """
     at = [value.clone().requires_grad_() for value in inputs]
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ from torch import Tensor
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
 from attnrobust.layers.graph import Linearisation, NetworkGraph
 from attnrobust.linear_map import largest_singular_value_upper
-from tests.assertions import assert_close, refused
+from tests.assertions import assert_close, refused, shapes_unchecked
 from tests.layers.graph.networks import D, examples, masses, nested, network, random
 
 RTOL = 1e-11  # up to 30 nodes in a row; each node by itself is checked to 1e-12
@@ -52,20 +52,20 @@ def test_gradient_and_hessian_of_a_readout() -> None:
     c, v = random(1, 3), random(N, D)
     (gradient,) = torch.autograd.grad((c * graph(at, mass)).sum(), at)
     assert_close(record.gradient(c), gradient, rtol=1e-12)
-    index = [float(t) for t in (record.hessian_product(c, v) * v).sum()[None]]
-    assert index[0] == pytest.approx(float((c * nested(lambda t: graph(t, mass), (x,), (v,), (v,))).sum()), rel=1e-11)
+    curvature = (c * nested(lambda t: graph(t, mass), (x,), (v,), (v,))).sum()
+    assert float((record.hessian_product(c, v) * v).sum()) == pytest.approx(float(curvature), rel=1e-11)
 
 
 def test_batches_and_directions_computed_once() -> None:
-    graph, x, mass = with_mass("pre-quick_gelu")
+    graph, x, mass = network("pre", 1, "quick_gelu", gated=True), random(N, D), masses(N)
     record = graph.linearise(x, mass)
-    a, b, c = random(3, 1, N, D), random(2, N, D), random(N, D)
+    a, b, c = random(2, 1, N, D), random(2, N, D), random(N, D)
     y = torch.randn_like(record.clean[graph.output])
     kept_a, kept_b = record.along(a), record.along(b)
     second, third = record.second(kept_a, kept_b), record.third(kept_a, kept_b, c)
     back, back_third = record.second_adjoint(kept_a, y), record.third_adjoint(kept_a, kept_b, y)
     assert_close(record.second(a, b), second, rtol=0.0)
-    for i in range(3):
+    for i in range(2):
         assert_close(back[i, 0], record.second_adjoint(a[i, 0], y), rtol=RTOL)
         for j in range(2):
             assert_close(second[i, j], record.second(a[i, 0], b[j]), rtol=RTOL)
@@ -171,7 +171,7 @@ def test_refuses() -> None:
         record.jvp(random(N, D + 1))
     with refused(UnknownNameError, "block0.norm_3", "block0.norm_1"):
         record.jvp(random(N, D), start="block0.norm_3")
-    with refused(InputError, "one input"):
+    with shapes_unchecked(), refused(InputError, "one input"):
         graph.linearise(random(2, N, D))
     with refused(InputError, "width 3"):
         graph.linearise(random(N, 3))

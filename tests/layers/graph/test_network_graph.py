@@ -10,6 +10,7 @@ from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.goal import Displacement, Margin
 from attnrobust.layers.graph import (
     Affine,
+    Attend,
     ConcatTokens,
     GraphBuilder,
     NetworkGraph,
@@ -128,25 +129,21 @@ def test_padding_has_no_mass_or_is_absent() -> None:
     assert_close(record.second(move, move), short.second(move[:3], move[:3]), rtol=1e-12)
     hidden = attention(mask=padding_mask(mass == 0))
     builder = GraphBuilder(D)
-    builder.add("attention", *[_attend(hidden)])
+    builder.add("attention", Attend(hidden))
     assert_close(builder.build()(x)[:3], hidden.with_mask(None)(x[:3]), rtol=1e-13)
 
 
-def _attend(layer: object) -> object:
-    from attnrobust.layers.graph import Attend
-
-    return Attend(layer)
-
-
 def test_a_problem_of_tokens_and_of_a_pooled_output() -> None:
-    x, readout = TokenMeasure(random(N, D), masses(N)), random(3, D)
-    budget = AttackBudget(restarts=1, steps=20)
-    tokens = network("post", 1, "gelu")
+    x, readout, move = TokenMeasure(random(N, D), masses(N)), random(3, D), random(2, N, D)
+    tokens, pooled = network("post", 1, "gelu"), network("post", 1, "gelu", head="mean")
     for goal in (Displacement(0.1), Displacement(0.1, pool="mean"), Margin(weight=readout, pool=0)):
-        found = attack(Problem(tokens, x, FrobeniusBall(), goal), budget=budget)
-        assert found.status is Status.FOUND
-    pooled = network("post", 1, "gelu", head="mean")
-    found = attack(Problem(pooled, x, FrobeniusBall(), Displacement(0.1)), budget=budget)
+        problem = Problem(tokens, x, FrobeniusBall(), goal)
+        expected = problem.resolved.usage(tokens(x.points + move, x.mass))
+        assert_close(problem.usage(move), expected, rtol=0.0)
+    problem = Problem(pooled, x, FrobeniusBall(), Displacement(0.02))
+    change = torch.linalg.vector_norm(pooled(x.points + move, x.mass) - pooled(x.points, x.mass), dim=(-2, -1))
+    assert_close(problem.usage(move), change / 0.02, rtol=1e-12)
+    found = attack(problem, budget=AttackBudget(restarts=1, steps=5))
     assert found.status is Status.FOUND
     output = pooled(x.points, x.mass)
     weights = Margin(weight=torch.eye(3).double()).resolve(output, pooled.output_mass(x.mass, N)).weights
