@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnrobust.errors import InputError, UnsupportedModelError
+from attnrobust.layers.agreement import disagreement
 from attnrobust.layers.capture import capture_tokens, read_texts
 from attnrobust.layers.from_torch import from_torch
 from attnrobust.layers.listing import adapter_for
@@ -79,13 +80,50 @@ def test_a_mask_that_only_the_model_knows_is_refused() -> None:
     encoder = nn.TransformerEncoderLayer(D, HEADS, 20, batch_first=True, dtype=torch.float64).eval()
     mask = torch.zeros(6, 6, dtype=torch.float64).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -torch.inf)
     inputs = {"src": torch.randn(1, 6, D, dtype=torch.float64), "src_mask": mask}
-    with refused(UnsupportedModelError, "adds a mask", "self_attn"):
+    with refused(UnsupportedModelError, "adds a causal mask", r"causal=True\)", "self_attn"):
         ModuleModel(encoder).capture_inputs(None, inputs)
     attention = encoder.self_attn
     adapter = adapter_for(attention)
     assert adapter is not None
     tokens = capture_tokens(encoder, attention, adapter, from_torch(attention, causal=True), inputs)
     assert_same_bits(tokens, inputs["src"][0])
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-200, 1e10])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_mask_is_noticed_at_any_size_of_the_output(size: float, offset: float) -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(D, HEADS, 20, batch_first=True, dtype=torch.float64).eval()
+    with torch.no_grad():
+        encoder.self_attn.out_proj.weight.mul_(size)
+        encoder.self_attn.out_proj.bias.fill_(offset * size * 1e4)  # hides the mask from a bound on the whole output
+    hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    inputs = {"src": torch.randn(1, 6, D, dtype=torch.float64), "src_mask": hidden}
+    with refused(UnsupportedModelError, "adds a causal mask"):
+        ModuleModel(encoder).capture_inputs(None, inputs)
+    assert ModuleModel(encoder).capture_inputs(None, {"src": inputs["src"]}).measure.n == 6
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e6])
+def test_a_mask_is_noticed_among_tokens_that_are_nearly_alike(shift: float) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(D, HEADS, batch_first=True, dtype=torch.float64).eval()
+    x = torch.randn(1, 1, D, dtype=torch.float64) * shift + 1e-3 * torch.randn(1, 6, D, dtype=torch.float64)
+    spec, hidden = from_torch(attention), torch.ones(6, 6, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        plain, masked = (attention(x, x, x, attn_mask=m, need_weights=False)[0][0] for m in (None, hidden))
+    assert disagreement(spec, x[0], plain) is None
+    assert disagreement(spec, x[0], masked) is not None
+
+
+def test_an_output_that_is_zero_agrees_with_zero_only() -> None:
+    attention = nn.MultiheadAttention(D, HEADS, batch_first=True, dtype=torch.float64).eval()
+    with torch.no_grad():
+        attention.out_proj.weight.zero_()
+    spec, x = from_torch(attention), torch.randn(4, D, dtype=torch.float64)
+    assert disagreement(spec, x, torch.zeros(4, D, dtype=torch.float64)) is None
+    assert disagreement(spec, x, torch.full((4, D), 1e-300, dtype=torch.float64)) == 1.0
+    assert disagreement(spec, x, torch.full((4, D), torch.nan, dtype=torch.float64)) == torch.inf
 
 
 def test_padding_is_refused() -> None:

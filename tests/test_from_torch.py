@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.from_torch import from_torch
+from attnrobust.layers.listing import list_layers
 from attnrobust.layers.masks import padding_mask
 from tests.assertions import assert_close, assert_same_bits, refused
 
@@ -118,6 +119,91 @@ def test_refuses(name: str) -> None:
     build, word = REFUSED[name]
     layer = build()
     with refused(UnsupportedModelError, word):
+        from_torch(layer)
+
+
+def _with_hook() -> nn.MultiheadAttention:
+    layer = module()
+    layer.register_forward_hook(lambda _, __, out: (3 * out[0], out[1]))
+    return layer
+
+
+def _with_pre_hook() -> nn.MultiheadAttention:
+    layer = module()
+    layer.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+    return layer
+
+
+def _with_own_forward() -> nn.MultiheadAttention:
+    layer = module()
+    original: Any = layer.forward
+    layer.forward = lambda q, k, v, **more: original(q, k, v, **(more | {"attn_mask": torch.eye(len(q)).bool()}))  # type: ignore[method-assign]
+    return layer
+
+
+def _with_breaking_hook() -> nn.MultiheadAttention:
+    layer = module()
+    layer.register_forward_hook(lambda _, __, out: (out[0].to_no_such_type(), out[1]))
+    return layer
+
+
+def _with_tiny_scores() -> nn.MultiheadAttention:
+    """Scores of 1e-20, and a hook that changes nothing but them: only scaled tokens tell."""
+    layer = module(bias=False)
+    with torch.no_grad():
+        layer.in_proj_weight[: 2 * D].mul_(1e-6)
+    layer.register_forward_pre_hook(_negative_queries)
+    return layer
+
+
+def _negative_queries(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (-args[0], *args[1:])
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (_with_hook, ("differs from the specification", "forward hooks", "remove them")),
+        (_with_pre_hook, ("differs from the specification", "forward hooks")),
+        (_with_own_forward, ("differs from the specification", "replaced forward")),
+        (_with_breaking_hook, ("could not be called", "forward hooks")),
+        (_with_tiny_scores, ("differs from the specification",)),
+    ],
+)
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+def test_refuses_a_module_whose_call_is_another_function(
+    build: Callable[[], nn.MultiheadAttention], words: tuple[str, ...], size: float
+) -> None:
+    layer = build()
+    with torch.no_grad():
+        layer.out_proj.weight.mul_(size)
+    with refused(UnsupportedModelError, *words):
+        from_torch(layer)
+    (listed,) = list_layers(layer)
+    assert not listed.supported
+
+
+def test_hooks_that_change_nothing_are_read_and_stay() -> None:
+    layer, seen = module(), list[Tensor]()
+    layer.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    x = torch.randn(N, D, dtype=torch.float64)
+    assert_close(from_torch(layer)(x), outputs(layer, x), rtol=1e-12)
+    assert len(layer._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("size", [1e-100, 1e-8, 1e8])
+def test_weights_of_any_size_are_read(size: float) -> None:
+    layer = module()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(size)
+    assert from_torch(layer).heads == HEADS
+
+
+def test_every_reason_is_named() -> None:
+    layer = module(add_bias_kv=True, add_zero_attn=True, dropout=0.5).train()
+    torch.nn.utils.parametrizations.weight_norm(layer.out_proj)
+    with refused(UnsupportedModelError, "add_bias_kv", "add_zero_attn", "dropout 0.5", "remove_parametrizations"):
         from_torch(layer)
 
 

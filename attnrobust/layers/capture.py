@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.layers.adapters import Adapter
+from attnrobust.layers.agreement import disagreement
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.files import read_arrays
 from attnrobust.tokens import TokenMeasure
-
-AGREEMENT = 1e-9  # relative; the model's float64 forward and the specification agree to ~1e-14
 
 
 @dataclass(frozen=True)
@@ -190,14 +189,24 @@ def _checked(module: nn.Module, spec: Attention, inputs: list[Tensor], outputs: 
         raise UnsupportedModelError(
             f"{name} is called on tokens of shape {tuple(inputs[0].shape)}, not on one input (1, n, d)"
         )
-    tokens, expected = inputs[0][0], outputs[0][0]
-    difference = float((spec(tokens) - expected).abs().max())
-    if not difference <= AGREEMENT * max(1.0, float(expected.abs().max())):
+    tokens, actual = inputs[0][0], outputs[0][0]
+    found = disagreement(spec, tokens, actual)
+    if found is not None:
         raise UnsupportedModelError(
-            f"{name}: its output inside the model differs from the specification by {difference:.3g}; the model adds a "
-            "mask, bias or cache that is not modelled, or rounds to float32 (load it with attn_implementation='sdpa')"
+            f"{name}: its output inside the model differs from the specification by {found:.3g} of its size; "
+            f"{_cause(module, spec, tokens, actual)}"
         )
     return tokens
+
+
+def _cause(module: nn.Module, spec: Attention, tokens: Tensor, actual: Tensor) -> str:
+    if not spec.causal and disagreement(replace(spec, causal=True), tokens, actual) is None:
+        cure = "; from_torch(module, causal=True) specifies it" if type(module) is nn.MultiheadAttention else ""
+        return f"the model adds a causal mask that the module itself does not tell of{cure}"
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+    if implementation != "sdpa":
+        return f"attn_implementation={implementation!r} may round to float32; load the model with 'sdpa'"
+    return "the model adds a mask (padding, say: delete the padded tokens), bias or cache that is not modelled"
 
 
 def _natural_order(key: str) -> list[tuple[int, str]]:
