@@ -20,6 +20,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Adapter(ABC):
     """Reads one kind of attention module into an ``Attention`` specification, or refuses it by name."""
 
+    takes_query_key_value = False
+    """Whether the module is called with query, key and value, so that its caller decides if it is self-attention."""
+
     @abstractmethod
     def reads(self, module: nn.Module) -> bool:
         """Whether this adapter is for exactly the module's class (subclasses may compute something else)."""

@@ -67,6 +67,8 @@ def from_torch(
 class TorchAdapter(Adapter):
     """Adapter of ``torch.nn.MultiheadAttention``."""
 
+    takes_query_key_value = True
+
     def reads(self, module: nn.Module) -> bool:
         return type(module) is nn.MultiheadAttention
 

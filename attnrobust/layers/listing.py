@@ -7,8 +7,9 @@ from typing import Literal
 from torch import nn
 
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
-from attnrobust.layers.adapters import Adapter
+from attnrobust.layers.adapters import Adapter, refuse
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.call_sites import is_called_across
 from attnrobust.layers.from_torch import TorchAdapter
 from attnrobust.layers.from_transformers import HF_ADAPTERS, known_ancestor, unmodelled_reason
 
@@ -80,7 +81,7 @@ def list_layers(model: nn.Module) -> tuple[LayerInfo, ...]:
     Returns:
         One record per layer.
     """
-    return tuple(_listed(name, module) for name, module in _attention_modules(model))
+    return tuple(_listed(model, name, module) for name, module in _attention_modules(model))
 
 
 def find_layer(layers: Sequence[LayerInfo], name: str | None) -> LayerInfo:
@@ -142,11 +143,16 @@ def _innermost_attention(module: nn.Module) -> bool:
     return named_so(module) and not any(named_so(m) for m in module.modules() if m is not module)
 
 
-def _listed(name: str, module: nn.Module) -> LayerInfo:
+def _listed(model: nn.Module, name: str, module: nn.Module) -> LayerInfo:
     adapter = adapter_for(module)
     if adapter is None:
         return LayerInfo(name=name, kind=type(module).__name__, supported=False, reason=unmodelled_reason(module))
     try:
+        if name and adapter.takes_query_key_value and is_called_across(model, name):
+            raise refuse(module, ACROSS)
         return describe(name, adapter.kind(module), adapter.spec(module))
     except InputError as error:
         return LayerInfo(name=name, kind=adapter.kind(module), supported=False, reason=str(error))
+
+
+ACROSS = "the model calls it with a key or value that is not its query: cross attention is not modelled"
