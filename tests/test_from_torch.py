@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
@@ -55,6 +56,8 @@ def test_causal_and_additive_masks() -> None:
     layer, x = module(batch_first=True), torch.randn(N, D, dtype=torch.float64)
     causal = torch.zeros(N, N, dtype=torch.float64).masked_fill(torch.ones(N, N, dtype=torch.bool).triu(1), -math.inf)
     assert_close(from_torch(layer, causal=True)(x), outputs(layer, x, attn_mask=causal), rtol=1e-12)
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
+    assert_close(from_torch(layer, mask=hidden)(x), outputs(layer, x, attn_mask=hidden), rtol=1e-12)
     bias = torch.randn(N, N, dtype=torch.float64)
     assert_close(from_torch(layer, mask=bias)(x), outputs(layer, x, attn_mask=bias), rtol=1e-12)
 
@@ -95,6 +98,18 @@ def _with_a_gate() -> nn.MultiheadAttention:
     return layer
 
 
+def _pruned() -> nn.MultiheadAttention:
+    layer = module()
+    prune.random_unstructured(layer, "in_proj_weight", 0.5)
+    return layer
+
+
+def _parametrised_input() -> nn.MultiheadAttention:
+    layer = module()
+    torch.nn.utils.parametrizations.weight_norm(layer, "in_proj_weight")
+    return layer
+
+
 def _old_spectral_norm() -> nn.MultiheadAttention:
     layer = module()
     torch.nn.utils.spectral_norm(layer.out_proj)
@@ -110,6 +125,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.MultiheadAttention], str]] = {
     "subclass": (lambda: _Louder(D, HEADS).eval(), "_Louder"),
     "parametrised": (_parametrised, "remove_parametrizations"),
     "hook": (_old_spectral_norm, "weight_orig|hook"),
+    "pruned": (_pruned, "prune.remove"),
+    "parametrised input": (_parametrised_input, "remove_parametrizations"),
+    "meta device": (lambda: module().to("meta"), "meta device, without values"),
     "extra parameter": (_with_a_gate, "gate"),
 }
 

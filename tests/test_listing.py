@@ -37,8 +37,11 @@ def test_bert_names_and_kinds() -> None:
     ("model", "word"),
     [
         ("t5", "relative position"),
-        ("mpnet", "relative position|no adapter"),
-        ("llama", "rotary"),
+        ("mpnet", "relative position.*no adapter"),
+        ("bloom", "ALiBi.*no adapter"),
+        ("mpt", "ALiBi"),
+        ("falcon", "rotary"),
+        ("llama", "rotary.*shared by 3 query heads.*no adapter"),
         ("albert", "no adapter for transformers.models.albert"),
     ],
 )
@@ -51,6 +54,28 @@ def test_unsupported_layers_are_listed_with_the_reason(model: str, word: str) ->
         assert not layer.supported
         assert layer.heads is None
         assert layer.mask == "unknown"
+
+
+def test_the_positions_that_a_model_uses_are_named() -> None:
+    (layer,) = list_layers(OTHERS["falcon"](alibi=True))
+    assert "ALiBi" in layer.reason
+    assert "rotary" not in layer.reason
+
+
+def test_every_reason_of_a_model_without_supported_layers_is_named() -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(D, HEADS, add_zero_attn=True), "b": OTHERS["mpnet"]()})
+    with refused(UnsupportedModelError, "a: .*add_zero_attn", "b.*relative position"):
+        find_layer(list_layers(model.eval()), None)
+
+
+def test_weights_without_values_are_a_reason() -> None:
+    with torch.device("meta"):
+        model = nn.TransformerEncoderLayer(D, HEADS, 20).eval()
+    (layer,) = list_layers(model)
+    assert "meta device" in layer.reason
+    assert "load the model" in layer.reason
+    (layer,) = ModuleModel(model).layers()
+    assert "meta device" in layer.reason
 
 
 def test_decoder_with_cross_attention_is_partly_supported() -> None:

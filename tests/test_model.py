@@ -18,7 +18,7 @@ from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelErro
 from attnrobust.layers import pretrained
 from attnrobust.layers.model import FILE_LAYER, ModuleModel, load_model
 from tests.assertions import assert_close, assert_same_bits, refused
-from tests.hf_models import MODELS, D
+from tests.hf_models import MODELS, OTHERS, D
 
 TEXTS = ["The old bridge was repaired.", "a b", "Überraschung \N{GRINNING FACE}!"]
 
@@ -276,6 +276,16 @@ def test_settings_that_are_empty_change_nothing(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_mixtures_of_experts_run_in_float64(tmp_path: Path) -> None:
+    original: Any = OTHERS["mixtral"]()
+    original.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    for model in (ModuleModel(OTHERS["mixtral"]()), load_model(tmp_path)):
+        assert isinstance(model, ModuleModel)
+        with torch.no_grad():
+            assert bool(torch.isfinite(model.module(input_ids=ids).last_hidden_state).all())
+
+
 def test_directories_that_are_not_models(tmp_path: Path) -> None:
     with refused(InputError, "no config.json"):
         load_model(tmp_path)
@@ -354,6 +364,11 @@ def test_weights_file(tmp_path: Path, suffix: str) -> None:
         model.layer("atention")
     with refused(InputError, "no tokenizer", "--tokens"):
         model.capture(None, ["hello"])
+
+
+def test_the_meta_device_is_refused(tmp_path: Path) -> None:
+    with refused(InputError, "meta", "give cpu"):
+        load_model(saved(tmp_path), device="meta")
 
 
 def test_missing_weights_file(tmp_path: Path) -> None:

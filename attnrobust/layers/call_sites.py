@@ -16,7 +16,7 @@ ARGUMENTS = ("query", "key", "value")
 
 
 def is_called_across(model: nn.Module, name: str) -> bool:
-    """Whether a parent's source calls the module ``name`` with a key or value that is written unlike its query.
+    """Whether a parent's source calls the module ``name`` with a key or value that cannot be its query.
 
     Args:
         model: The model.
@@ -28,7 +28,8 @@ def is_called_across(model: nn.Module, name: str) -> bool:
     if not path[-1] or path[-1].isdecimal():
         return False
     parent = model.get_submodule(".".join(path[:-1]))
-    return _class_calls_across(type(parent), path[-1])
+    owner: type = type(parent)
+    return _class_calls_across(owner, path[-1])
 
 
 @cache
@@ -53,13 +54,33 @@ def _methods(owner: type) -> Iterator[ast.AST]:
 
 
 def _calls(function: ast.AST, attribute: str) -> Iterator[bool]:
-    """For each call of ``self.attribute`` with readable arguments: whether key or value differ from the query."""
-    names = set(_loop_names(function, attribute))
+    """For each call of ``self.attribute`` with readable arguments: whether key or value cannot be the query."""
+    names, assigned = set(_loop_names(function, attribute)), _assigned(function)
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and _is_callee(node.func, attribute, names):
             given = _arguments(node)
             if given is not None:
-                yield len({ast.dump(argument) for argument in given}) > 1
+                query, *others = (_may_be(argument, assigned) for argument in given)
+                yield any(not query & other for other in others)
+
+
+def _assigned(function: ast.AST) -> dict[str, list[ast.expr]]:
+    """What is assigned to each name."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    found.setdefault(target.id, []).append(node.value)
+    return found
+
+
+def _may_be(value: ast.expr, assigned: dict[str, list[ast.expr]], depth: int = 4) -> frozenset[str]:
+    """The expressions whose value an argument may have, itself included; names of one value give the same one."""
+    if isinstance(value, ast.IfExp):
+        return _may_be(value.body, assigned, depth) | _may_be(value.orelse, assigned, depth)
+    sources = assigned.get(value.id, []) if isinstance(value, ast.Name) and depth else []
+    return frozenset({ast.dump(value)}).union(*(_may_be(source, assigned, depth - 1) for source in sources))
 
 
 def _is_callee(node: ast.expr, attribute: str, names: set[str]) -> bool:

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from attnrobust.errors import UnsupportedModelError
 from attnrobust.layers.adapters import (
@@ -23,12 +25,16 @@ from attnrobust.layers.adapters import (
     split_output_heads,
 )
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.masks import additive_mask
 
 _OUT_CLASSES = ("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", LINEAR)
 
 
 def from_torch(
-    module: nn.MultiheadAttention, *, mask: Float[Tensor, "n n"] | None = None, causal: bool = False
+    module: nn.MultiheadAttention,
+    *,
+    mask: Float[Tensor, "n n"] | Bool[Tensor, "n n"] | None = None,
+    causal: bool = False,
 ) -> Attention:
     """Read a ``torch.nn.MultiheadAttention`` that is used as self-attention (query = key = value).
 
@@ -37,7 +43,7 @@ def from_torch(
 
     Args:
         module: Exactly an ``nn.MultiheadAttention``; it is read, not changed, and may be trained on afterwards.
-        mask: Additive score mask (n, n), 0 = visible, -inf = hidden, as the module's float ``attn_mask``. For its
+        mask: Score mask (n, n) as the module's ``attn_mask``: added if float, hidden where True if boolean. For its
             ``key_padding_mask`` use ``attnrobust.layers.masks.padding_mask``.
         causal: Query i sees keys j <= i only.
 
@@ -58,9 +64,13 @@ def from_torch(
     """
     adapter = TorchAdapter()
     if not adapter.reads(module):
+        if parametrize.is_parametrized(module):
+            raise refuse(module, "is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first")
         raise UnsupportedModelError(
             f"{type(module).__name__} is not exactly torch.nn.MultiheadAttention; a subclass may compute something else"
         )
+    if mask is not None and mask.dtype is torch.bool:
+        mask = additive_mask(mask)
     return replace(adapter.spec(module), mask=mask, causal=causal)
 
 
@@ -79,7 +89,7 @@ class TorchAdapter(Adapter):
         assert isinstance(module, nn.MultiheadAttention)  # noqa: S101 - reads(); narrows the type
         yield from _unmodelled_reasons(module)
         yield from linear_reasons(module, "out_proj", classes=_OUT_CLASSES)
-        yield from foreign_reasons(module, ("out_proj",), own=_OWN)
+        yield from foreign_reasons(module, ("out_proj",), own=(*_OWN, *_sources(module)))
 
     def read(self, module: nn.Module) -> Attention:
         assert isinstance(module, nn.MultiheadAttention)  # noqa: S101 - reads(); narrows the type
@@ -118,6 +128,12 @@ class TorchAdapter(Adapter):
 
 _OWN = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v")
 """Parameters that are read, or refused by another name."""
+
+
+def _sources(module: nn.MultiheadAttention) -> list[str]:
+    """What a hook computes the input weights from; that hook is a reason of its own."""
+    computed = not isinstance(module.in_proj_weight, nn.Parameter)
+    return [f"in_proj_weight_{ending}" for ending in ("orig", "g", "v")] if computed else []
 
 
 def _unmodelled_reasons(module: nn.MultiheadAttention) -> Iterator[str]:

@@ -7,6 +7,7 @@ module before it is handed out (``Adapter.spec``).
 
 import inspect
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -208,7 +209,9 @@ def _positions(module: nn.Module) -> Iterator[str]:
     """Positions inside the scores; a class may carry the settings of several kinds and use one."""
     config, arguments = getattr(module, "config", None), _arguments(module)
     alibi = getattr(config, "alibi", getattr(getattr(config, "attn_config", None), "alibi", "alibi" in arguments))
-    if alibi:
+    if alibi or (
+        "position_bias" in arguments and any("alibi" in name for name in vars(sys.modules[type(module).__module__]))
+    ):
         yield "ALiBi position biases are not modelled"
     elif _has_relative_positions(module) or "position_bias" in arguments:
         yield "relative position biases are not modelled"

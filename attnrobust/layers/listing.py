@@ -17,6 +17,7 @@ ADAPTERS: tuple[Adapter, ...] = (TorchAdapter(), *HF_ADAPTERS)
 """Every adapter; a module is read by the first one that is for exactly its class."""
 
 MOST_CANDIDATES = 12
+MOST_REASONS = 4
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def _named_layer(layers: Sequence[LayerInfo], name: str) -> LayerInfo:
 def _only_layer(layers: Sequence[LayerInfo]) -> LayerInfo:
     supported = [layer for layer in layers if layer.supported]
     if not supported:
-        raise UnsupportedModelError(f"no attention layer is supported; {layers[0].name}: {layers[0].reason}")
+        first = {layer.reason: layer.name for layer in reversed(layers)}
+        shown = [f"{name or 'the model'}: {reason}" for reason, name in list(first.items())[::-1][:MOST_REASONS]]
+        raise UnsupportedModelError(f"no attention layer is supported; {'; '.join(shown)}")
     if len(supported) > 1:
         raise InputError(f"the model has {len(supported)} layers; name one: {_shortened([s.name for s in supported])}")
     return supported[0]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,6 +129,12 @@ class TextEncoder:
             return Encoded(tuple(ids), tuple(map(str, raw)))
         spans = zip(encoding["offset_mapping"], raw, strict=True)
         return Encoded(tuple(ids), tuple(text[start:end].strip() or token for (start, end), token in spans))
+
+
+def eager_experts(module: Any) -> None:
+    """Run the experts of a mixture one by one: the grouped products are not there in float64."""
+    with suppress(ValueError, AttributeError, NotImplementedError), _quiet():  # models without experts may refuse
+        module.set_experts_implementation("eager")
 
 
 def longest_input(module: nn.Module) -> int | None:
