@@ -67,6 +67,22 @@ OTHERS: Mapping[str, Callable[..., nn.Module]] = {
         "LlamaConfig", "LlamaModel", **COMMON, **TEXT, num_key_value_heads=1, bos_token_id=0, eos_token_id=0
     ),
     "mpnet": _named("MPNetConfig", "MPNetModel", **ROBERTA),
+    "siglip": _named("SiglipVisionConfig", "SiglipVisionModel", **COMMON, **IMAGE),
+    "bloom": _named("BloomConfig", "BloomModel", hidden_size=D, n_head=HEADS, n_layer=1, vocab_size=WORDS),
+    "falcon": _named(
+        "FalconConfig", "FalconModel", hidden_size=D, num_attention_heads=HEADS, num_hidden_layers=1, vocab_size=WORDS
+    ),
+    "mpt": _named("MptConfig", "MptModel", d_model=D, n_heads=HEADS, n_layers=1, vocab_size=WORDS),
+    "mixtral": _named(
+        "MixtralConfig",
+        "MixtralModel",
+        **COMMON,
+        **TEXT,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
     "albert": _named("AlbertConfig", "AlbertModel", **COMMON, **TEXT, embedding_size=D),
     "bert decoder": _named("BertConfig", "BertModel", **COMMON, **TEXT, is_decoder=True, add_cross_attention=True),
 }

@@ -87,11 +87,12 @@ def _print(ranking: "Scan") -> None:
     stdout.print(_table("layers, the most vulnerable first (medians over the inputs)", heading, lines))
     if ranking.heads:
         cells = [(f"{r.layer} head {r.head}", shown(r.relative), shown(r.sensitivity)) for r in ranking.heads]
-        title = f"heads, the most sensitive {SHOWN_HEADS} of {len(cells)} (first order, a ranking and no bound)"
+        count = f"{min(SHOWN_HEADS, len(cells))} of {len(cells)}"
+        title = f"heads, the most sensitive {count} (first order, a ranking and no bound)"
         stdout.print(_table(title, ("head", "relative", "singular value"), cells[:SHOWN_HEADS]))
     if ranking.tokens:
         cells = [(r.token, f"{r.share:.1%}", str(r.rows)) for r in ranking.tokens]
-        title = f"tokens, the {SHOWN_TOKENS} of {len(cells)} that attacks move most"
+        title = f"tokens, the {min(SHOWN_TOKENS, len(cells))} of {len(cells)} that attacks move most"
         stdout.print(_table(title, ("token", "mean share of the move", "rows"), cells[:SHOWN_TOKENS]))
     if ranking.unsupported:
         reasons = [(layer.name, layer.reason) for layer in ranking.unsupported]

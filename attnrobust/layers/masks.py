@@ -3,10 +3,35 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnrobust.errors import InputError
+
+
+def additive_mask(hidden: Bool[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The additive mask of a boolean ``attn_mask`` of ``torch.nn.MultiheadAttention``: -inf where True.
+
+    True means hidden there and in ``nn.TransformerEncoder``; in ``scaled_dot_product_attention`` and in transformers it
+    means visible (give ``~mask``).
+
+    Args:
+        hidden: True where query i may not see key j, (n, n).
+
+    Returns:
+        The mask, float64.
+
+    Raises:
+        InputError: Not boolean.
+
+    Example:
+        >>> additive_mask(torch.tensor([[False, True], [False, False]]))
+        tensor([[0., -inf],
+                [0., 0.]], dtype=torch.float64)
+    """
+    if hidden.dtype is not torch.bool:
+        raise InputError(f"hidden must be boolean; got {hidden.dtype}")
+    return torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device).masked_fill(hidden, -math.inf)
 
 
 def padding_mask(hidden: Tensor) -> Float[Tensor, "n n"]:

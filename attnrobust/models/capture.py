@@ -1,9 +1,10 @@
 """Inputs of a layer: texts captured from the model's own forward pass, or tokens from a file."""
 
 import hashlib
+import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.layers.attention import Attention
-from attnrobust.models.adapters import Adapter
+from attnrobust.models.adapters import Adapter, refuse
+from attnrobust.models.agreement import disagreement
 from attnrobust.models.arrays import read_arrays
 from attnrobust.tokens import TokenMeasure
-
-AGREEMENT = 1e-9  # relative; the model's float64 forward and the specification agree to ~1e-14
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ class Tap:
 
 
 def capture_tokens(
-    model: nn.Module, module: nn.Module, adapter: Adapter, spec: Attention, model_inputs: Mapping[str, Tensor]
+    model: nn.Module, module: nn.Module, adapter: Adapter, spec: Attention, model_inputs: Mapping[str, Any]
 ) -> Float[Tensor, "n d"]:
     """The tokens that enter one attention module; see ``capture_taps``."""
     return capture_taps(model, [Tap(module, adapter, spec)], model_inputs)[0]
 
 
 def capture_taps(
-    model: nn.Module, taps: Sequence[Tap], model_inputs: Mapping[str, Tensor]
+    model: nn.Module, taps: Sequence[Tap], model_inputs: Mapping[str, Any]
 ) -> tuple[Float[Tensor, "n d"], ...]:
     """The tokens that enter attention modules in one forward pass of their model on one input.
 
@@ -143,18 +143,36 @@ def capture_taps(
         UnsupportedModelError: A module is not called exactly once, is called on a batch, or puts out something else.
         InputError: The model refuses the input.
     """
+    meta = [name for name, value in model.named_parameters() if value.is_meta]
+    if meta:
+        raise UnsupportedModelError(
+            f"{meta[0]} is on the meta device, without values; load the model without offloading"
+        )
     probes = [_Probe(tap) for tap in taps]
     try:
         with torch.no_grad():
             model(**model_inputs)
-    except (IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"the model cannot be run on this input: {first_line(error)}") from error
+    except InputError:
+        raise
+    except Exception as error:  # a model may raise anything
+        raise InputError(f"the model cannot be run on this input: {first_line(error)}{_hint(model, error)}") from error
     finally:
         for probe in probes:
             probe.remove()
     return tuple(_checked(p.tap.module, p.tap.spec, p.inputs, p.outputs) for p in probes)
+
+
+def _hint(model: nn.Module, error: Exception) -> str:
+    """The likely cause of a model's own error, where it is known."""
+    config = getattr(model, "config", None)
+    if isinstance(error, IndexError):
+        sizes = {name: getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings")}
+        limits = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
+        return f"; a token id or position is outside of the model's table{f' ({limits})' if limits else ''}"
+    if isinstance(error, TypeError):
+        takes = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
+        return f"; its forward takes {', '.join(takes[:8])}"
+    return ""
 
 
 class _Probe:
@@ -170,7 +188,12 @@ class _Probe:
         )
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inputs.append(self.tap.adapter.input_tokens(self.tap.module, args, kwargs).detach().clone())
+        tokens = self.tap.adapter.input_tokens(self.tap.module, args, kwargs).detach()
+        if tokens.is_nested:
+            raise refuse(
+                self.tap.module, "is called on nested tensors; build the model with enable_nested_tensor=False"
+            )
+        self.inputs.append(tokens.clone())
 
     def _after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self.outputs.append(self.tap.adapter.output_tokens(self.tap.module, output).detach().clone())
@@ -190,14 +213,24 @@ def _checked(module: nn.Module, spec: Attention, inputs: list[Tensor], outputs: 
         raise UnsupportedModelError(
             f"{name} is called on tokens of shape {tuple(inputs[0].shape)}, not on one input (1, n, d)"
         )
-    tokens, expected = inputs[0][0], outputs[0][0]
-    difference = float((spec(tokens) - expected).abs().max())
-    if not difference <= AGREEMENT * max(1.0, float(expected.abs().max())):
+    tokens, actual = inputs[0][0], outputs[0][0]
+    found = disagreement(spec, tokens, actual)
+    if found is not None:
         raise UnsupportedModelError(
-            f"{name}: its output inside the model differs from the specification by {difference:.3g}; the model adds a "
-            "mask, bias or cache that is not modelled, or rounds to float32 (load it with attn_implementation='sdpa')"
+            f"{name}: its output inside the model differs from the specification by {found:.3g} of its size; "
+            f"{_cause(module, spec, tokens, actual)}"
         )
     return tokens
+
+
+def _cause(module: nn.Module, spec: Attention, tokens: Tensor, actual: Tensor) -> str:
+    if not spec.causal and disagreement(replace(spec, causal=True), tokens, actual) is None:
+        cure = "; from_torch(module, causal=True) specifies it" if type(module) is nn.MultiheadAttention else ""
+        return f"the model adds a causal mask that the module itself does not tell of{cure}"
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+    if implementation != "sdpa":
+        return f"attn_implementation={implementation!r} may round to float32; load the model with 'sdpa'"
+    return "the model adds a mask (padding, say: delete the padded tokens), bias or cache that is not modelled"
 
 
 def _natural_order(key: str) -> list[tuple[int, str]]:

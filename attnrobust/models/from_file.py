@@ -1,5 +1,7 @@
 """Bare attention weights in a ``.safetensors`` or ``.npz`` file."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ def from_file(path: str | Path) -> Attention:
         UnknownNameError: An array that has no meaning here (nothing is ignored).
     """
     arrays = read_arrays(path)
+    _refuse_state_dictionary(path, arrays)
     known = (*REQUIRED, *OPTIONAL, *SCALARS)
     for name in arrays:
         if name not in known:
@@ -85,9 +88,35 @@ def to_file(layer: Attention, path: str | Path) -> Path:
     return path
 
 
+_TORCH_KEY = re.compile(r"(^|\.)(in_proj_weight|[qkv]_proj_weight)$")
+_MODEL_KEY = re.compile(
+    r"(^|\.)(query|key|value|[qkv]_proj|[qkv]_lin|to_[qkv]|w[qkv]|c_attn|c_proj|qkv|qkv_proj|query_key_value|in_proj"
+    r"|out_proj|o_proj|out_lin)\.(weight|bias)$"
+)
+
+
+def _refuse_state_dictionary(path: str | Path, names: Iterable[str]) -> None:
+    """Say what to do with the weights of a torch or Hugging Face module, whose number of heads no array tells."""
+    names = sorted(names)
+    torch_keys, model_keys = ([n for n in names if pattern.search(n)] for pattern in (_TORCH_KEY, _MODEL_KEY))
+    if torch_keys:
+        raise InputError(
+            f"{path} is a state dictionary of torch.nn.MultiheadAttention ({torch_keys[0]}), which lacks the number of "
+            "heads; load it into the module by load_state_dict and write to_file(from_torch(module.eval()), path)"
+        )
+    if model_keys:
+        raise InputError(
+            f"{path} is a state dictionary of a model ({model_keys[0]}), not bare attention weights; give "
+            "the directory with its config.json, or load it into the model and read that "
+            f"(a weights file has {', '.join(REQUIRED)})"
+        )
+
+
 def _number(path: str | Path, name: str, value: Tensor | None) -> float | None:
     if value is None:
         return None
     if value.numel() != 1:
         raise InputError(f"{path}: {name} must be one number; got shape {tuple(value.shape)}")
+    if value.is_complex():
+        raise InputError(f"{path}: {name} has dtype {value.dtype}; it must be one real number")
     return float(value)

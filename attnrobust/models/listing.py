@@ -8,7 +8,8 @@ from torch import nn
 
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
-from attnrobust.models.adapters import Adapter
+from attnrobust.models.adapters import Adapter, refuse
+from attnrobust.models.call_sites import is_called_across
 from attnrobust.models.from_torch import TorchAdapter
 from attnrobust.models.from_transformers import HF_ADAPTERS, known_ancestor, unmodelled_reason
 
@@ -16,6 +17,7 @@ ADAPTERS: tuple[Adapter, ...] = (TorchAdapter(), *HF_ADAPTERS)
 """Every adapter; a module is read by the first one that is for exactly its class."""
 
 MOST_CANDIDATES = 12
+MOST_REASONS = 4
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def list_layers(model: nn.Module) -> tuple[LayerInfo, ...]:
     Returns:
         One record per layer.
     """
-    return tuple(_listed(name, module) for name, module in _attention_modules(model))
+    return tuple(_listed(model, name, module) for name, module in _attention_modules(model))
 
 
 def find_layer(layers: Sequence[LayerInfo], name: str | None) -> LayerInfo:
@@ -118,7 +120,9 @@ def _named_layer(layers: Sequence[LayerInfo], name: str) -> LayerInfo:
 def _only_layer(layers: Sequence[LayerInfo]) -> LayerInfo:
     supported = [layer for layer in layers if layer.supported]
     if not supported:
-        raise UnsupportedModelError(f"no attention layer is supported; {layers[0].name}: {layers[0].reason}")
+        first = {layer.reason: layer.name for layer in reversed(layers)}
+        shown = [f"{name or 'the model'}: {reason}" for reason, name in list(first.items())[::-1][:MOST_REASONS]]
+        raise UnsupportedModelError(f"no attention layer is supported; {'; '.join(shown)}")
     if len(supported) > 1:
         raise InputError(f"the model has {len(supported)} layers; name one: {_shortened([s.name for s in supported])}")
     return supported[0]
@@ -142,11 +146,16 @@ def _innermost_attention(module: nn.Module) -> bool:
     return named_so(module) and not any(named_so(m) for m in module.modules() if m is not module)
 
 
-def _listed(name: str, module: nn.Module) -> LayerInfo:
+def _listed(model: nn.Module, name: str, module: nn.Module) -> LayerInfo:
     adapter = adapter_for(module)
     if adapter is None:
         return LayerInfo(name=name, kind=type(module).__name__, supported=False, reason=unmodelled_reason(module))
     try:
+        if name and adapter.takes_query_key_value and is_called_across(model, name):
+            raise refuse(module, ACROSS)
         return describe(name, adapter.kind(module), adapter.spec(module))
     except InputError as error:
         return LayerInfo(name=name, kind=adapter.kind(module), supported=False, reason=str(error))
+
+
+ACROSS = "the model calls it with a key or value that is not its query: cross attention is not modelled"

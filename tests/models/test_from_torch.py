@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.masks import padding_mask
 from attnrobust.models.from_torch import from_torch
+from attnrobust.models.listing import list_layers
 from tests.assertions import assert_close, assert_same_bits, refused
 
 D, HEADS, N = 12, 3, 7
@@ -54,6 +56,8 @@ def test_causal_and_additive_masks() -> None:
     layer, x = module(batch_first=True), torch.randn(N, D, dtype=torch.float64)
     causal = torch.zeros(N, N, dtype=torch.float64).masked_fill(torch.ones(N, N, dtype=torch.bool).triu(1), -math.inf)
     assert_close(from_torch(layer, causal=True)(x), outputs(layer, x, attn_mask=causal), rtol=1e-12)
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
+    assert_close(from_torch(layer, mask=hidden)(x), outputs(layer, x, attn_mask=hidden), rtol=1e-12)
     bias = torch.randn(N, N, dtype=torch.float64)
     assert_close(from_torch(layer, mask=bias)(x), outputs(layer, x, attn_mask=bias), rtol=1e-12)
 
@@ -94,6 +98,18 @@ def _with_a_gate() -> nn.MultiheadAttention:
     return layer
 
 
+def _pruned() -> nn.MultiheadAttention:
+    layer = module()
+    prune.random_unstructured(layer, "in_proj_weight", 0.5)
+    return layer
+
+
+def _parametrised_input() -> nn.MultiheadAttention:
+    layer = module()
+    torch.nn.utils.parametrizations.weight_norm(layer, "in_proj_weight")
+    return layer
+
+
 def _old_spectral_norm() -> nn.MultiheadAttention:
     layer = module()
     torch.nn.utils.spectral_norm(layer.out_proj)
@@ -109,6 +125,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.MultiheadAttention], str]] = {
     "subclass": (lambda: _Louder(D, HEADS).eval(), "_Louder"),
     "parametrised": (_parametrised, "remove_parametrizations"),
     "hook": (_old_spectral_norm, "weight_orig|hook"),
+    "pruned": (_pruned, "prune.remove"),
+    "parametrised input": (_parametrised_input, "remove_parametrizations"),
+    "meta device": (lambda: module().to("meta"), "meta device, without values"),
     "extra parameter": (_with_a_gate, "gate"),
 }
 
@@ -118,6 +137,91 @@ def test_refuses(name: str) -> None:
     build, word = REFUSED[name]
     layer = build()
     with refused(UnsupportedModelError, word):
+        from_torch(layer)
+
+
+def _with_hook() -> nn.MultiheadAttention:
+    layer = module()
+    layer.register_forward_hook(lambda _, __, out: (3 * out[0], out[1]))
+    return layer
+
+
+def _with_pre_hook() -> nn.MultiheadAttention:
+    layer = module()
+    layer.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+    return layer
+
+
+def _with_own_forward() -> nn.MultiheadAttention:
+    layer = module()
+    original: Any = layer.forward
+    layer.forward = lambda q, k, v, **more: original(q, k, v, **(more | {"attn_mask": torch.eye(len(q)).bool()}))  # type: ignore[method-assign]
+    return layer
+
+
+def _with_breaking_hook() -> nn.MultiheadAttention:
+    layer = module()
+    layer.register_forward_hook(lambda _, __, out: (out[0].to_no_such_type(), out[1]))
+    return layer
+
+
+def _with_tiny_scores() -> nn.MultiheadAttention:
+    """Scores of 1e-20, and a hook that changes nothing but them: only scaled tokens tell."""
+    layer = module(bias=False)
+    with torch.no_grad():
+        layer.in_proj_weight[: 2 * D].mul_(1e-6)
+    layer.register_forward_pre_hook(_negative_queries)
+    return layer
+
+
+def _negative_queries(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (-args[0], *args[1:])
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (_with_hook, ("differs from the specification", "forward hooks", "remove them")),
+        (_with_pre_hook, ("differs from the specification", "forward hooks")),
+        (_with_own_forward, ("differs from the specification", "replaced forward")),
+        (_with_breaking_hook, ("could not be called", "forward hooks")),
+        (_with_tiny_scores, ("differs from the specification",)),
+    ],
+)
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+def test_refuses_a_module_whose_call_is_another_function(
+    build: Callable[[], nn.MultiheadAttention], words: tuple[str, ...], size: float
+) -> None:
+    layer = build()
+    with torch.no_grad():
+        layer.out_proj.weight.mul_(size)
+    with refused(UnsupportedModelError, *words):
+        from_torch(layer)
+    (listed,) = list_layers(layer)
+    assert not listed.supported
+
+
+def test_hooks_that_change_nothing_are_read_and_stay() -> None:
+    layer, seen = module(), list[Tensor]()
+    layer.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    x = torch.randn(N, D, dtype=torch.float64)
+    assert_close(from_torch(layer)(x), outputs(layer, x), rtol=1e-12)
+    assert len(layer._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("size", [1e-100, 1e-8, 1e8])
+def test_weights_of_any_size_are_read(size: float) -> None:
+    layer = module()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(size)
+    assert from_torch(layer).heads == HEADS
+
+
+def test_every_reason_is_named() -> None:
+    layer = module(add_bias_kv=True, add_zero_attn=True, dropout=0.5).train()
+    torch.nn.utils.parametrizations.weight_norm(layer.out_proj)
+    with refused(UnsupportedModelError, "add_bias_kv", "add_zero_attn", "dropout 0.5", "remove_parametrizations"):
         from_torch(layer)
 
 

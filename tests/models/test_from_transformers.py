@@ -206,6 +206,25 @@ def test_refuses_a_module_that_computes_something_else(monkeypatch: pytest.Monke
         from_transformers(module)
 
 
+@pytest.mark.parametrize("family", MODELS)
+def test_refuses_hooks_that_change_the_function(family: str) -> None:
+    module = second_layer(family, MODELS[family]())
+    module.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+    with refused(UnsupportedModelError, "differs from the specification", "forward hooks"):
+        from_transformers(module)
+
+
+@pytest.mark.parametrize("part", ["", "self", "self.query", "output.dense"])
+def test_refuses_hooks_inside_and_on_a_block(part: str) -> None:
+    block = MODELS["bert"]().get_submodule("encoder.layer.1.attention")
+    block.get_submodule(part).register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+    with refused(UnsupportedModelError, "differs from the specification", f"forward hooks.*{part}"):
+        from_transformers(block)
+    block.get_submodule(part)._forward_pre_hooks.clear()
+    assert from_transformers(block).heads == HEADS
+    assert not any(m._forward_hooks for m in block.modules())
+
+
 def test_refuses_contradicting_masks() -> None:
     module: Any = second_layer("gpt2", MODELS["gpt2"]())
     module.config = copy.copy(module.config)

@@ -1,11 +1,14 @@
 """Which layers a model has, and how a name finds one."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
 from attnrobust.models.listing import LayerInfo, find_layer, list_layers
+from attnrobust.models.model import ModuleModel
 from tests.assertions import assert_same_bits, refused
 from tests.hf_models import HEADS, LAYERS, MODELS, OTHERS, D
 
@@ -34,8 +37,11 @@ def test_bert_names_and_kinds() -> None:
     ("model", "word"),
     [
         ("t5", "relative position"),
-        ("mpnet", "relative position|no adapter"),
-        ("llama", "rotary"),
+        ("mpnet", "relative position.*no adapter"),
+        ("bloom", "ALiBi.*no adapter"),
+        ("mpt", "ALiBi"),
+        ("falcon", "rotary"),
+        ("llama", "rotary.*shared by 3 query heads.*no adapter"),
         ("albert", "no adapter for transformers.models.albert"),
     ],
 )
@@ -48,6 +54,28 @@ def test_unsupported_layers_are_listed_with_the_reason(model: str, word: str) ->
         assert not layer.supported
         assert layer.heads is None
         assert layer.mask == "unknown"
+
+
+def test_the_positions_that_a_model_uses_are_named() -> None:
+    (layer,) = list_layers(OTHERS["falcon"](alibi=True))
+    assert "ALiBi" in layer.reason
+    assert "rotary" not in layer.reason
+
+
+def test_every_reason_of_a_model_without_supported_layers_is_named() -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(D, HEADS, add_zero_attn=True), "b": OTHERS["mpnet"]()})
+    with refused(UnsupportedModelError, "a: .*add_zero_attn", "b.*relative position"):
+        find_layer(list_layers(model.eval()), None)
+
+
+def test_weights_without_values_are_a_reason() -> None:
+    with torch.device("meta"):
+        model = nn.TransformerEncoderLayer(D, HEADS, 20).eval()
+    (layer,) = list_layers(model)
+    assert "meta device" in layer.reason
+    assert "load the model" in layer.reason
+    (layer,) = ModuleModel(model).layers()
+    assert "meta device" in layer.reason
 
 
 def test_decoder_with_cross_attention_is_partly_supported() -> None:
@@ -64,6 +92,75 @@ def test_torch_layers_inside_any_model() -> None:
     assert [layer.supported for layer in list_layers(encoder.eval())] == [True, True]
     assert [layer.name for layer in list_layers(encoder)] == ["layers.0.self_attn", "layers.1.self_attn"]
     assert all("train mode" in layer.reason for layer in list_layers(encoder.train()))
+
+
+class Pooled(nn.Module):
+    """A learnt probe that asks the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(1, 1, D))
+        self.pool = nn.MultiheadAttention(D, HEADS, batch_first=True)
+        self.own = nn.MultiheadAttention(D, HEADS, batch_first=True)
+        self.positions = nn.MultiheadAttention(D, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.own(x, key=x, value=x, need_weights=False)[0]
+        q = k = x + 1.0
+        x = self.positions(q, k, value=x)[0]
+        pooled: Tensor = self.pool(self.probe.expand(len(x), -1, -1), x, x)[0]
+        return pooled
+
+
+class Listed(nn.Module):
+    """Self and cross attention in lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.ModuleList(nn.MultiheadAttention(D, HEADS) for _ in range(2))
+        self.cross = nn.ModuleList(nn.MultiheadAttention(D, HEADS) for _ in range(2))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        for own, cross in zip(self.own, self.cross, strict=True):
+            x = own(x, x, x)[0]
+            x = cross(x, memory, memory)[0]
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "supported", "refused_layers"),
+    [
+        (Pooled(), {"own"}, {"pool", "positions"}),
+        (Listed(), {"own.0", "own.1"}, {"cross.0", "cross.1"}),
+        (nn.TransformerDecoderLayer(D, HEADS, 20), {"self_attn"}, {"multihead_attn"}),
+        (nn.TransformerEncoderLayer(D, HEADS, 20), {"self_attn"}, set()),
+    ],
+)
+def test_cross_attention_is_refused_by_the_way_it_is_called(
+    model: nn.Module, supported: set[str], refused_layers: set[str]
+) -> None:
+    layers = list_layers(model.eval())
+    assert {layer.name for layer in layers if layer.supported} == supported
+    for name in refused_layers:
+        with refused(UnsupportedModelError, "cross attention", "not its query"):
+            find_layer(layers, name)
+
+
+def test_the_pooling_head_of_siglip_is_cross_attention() -> None:
+    layers = {layer.name.rsplit("head.", 1)[-1]: layer for layer in list_layers(OTHERS["siglip"]())}
+    assert not layers["attention"].supported
+    assert "cross attention" in layers["attention"].reason
+
+
+def test_a_module_without_source_is_left_to_the_capture() -> None:
+    space: dict[str, Any] = {"nn": nn}
+    exec("class Made(nn.Module):\n  def forward(self, x): return self.a(x, -x, x)[0]", space)  # noqa: S102 - a class without a file
+    made = space["Made"]()
+    made.a = nn.MultiheadAttention(D, HEADS)
+    model = ModuleModel(made)
+    assert model.resolve(None).supported
+    with refused(UnsupportedModelError, "cross attention"):
+        model.capture_inputs(None, {"x": torch.zeros(4, 1, D)})
 
 
 def test_a_single_module_is_one_layer() -> None:

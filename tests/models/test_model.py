@@ -18,7 +18,7 @@ from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelErro
 from attnrobust.models import pretrained
 from attnrobust.models.model import FILE_LAYER, ModuleModel, load_model
 from tests.assertions import assert_close, assert_same_bits, refused
-from tests.hf_models import MODELS, D
+from tests.hf_models import MODELS, OTHERS, D
 
 TEXTS = ["The old bridge was repaired.", "a b", "Überraschung \N{GRINNING FACE}!"]
 
@@ -198,6 +198,94 @@ def test_relative_positions_of_an_old_checkpoint(tmp_path: Path) -> None:
         load_model(tmp_path).layer("1.attention.self")
 
 
+ADAPTER = '{"peft_type": "LORA", "base_model_name_or_path": "x"}'
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["adapter_config.json", "adapter_model.safetensors", "pytorch_adapter.bin", "pytorch_lora_weights.safetensors",
+     "named/adapter_config.json", "my-LoRA.pt"],
+)  # fmt: skip
+@pytest.mark.parametrize("peft", [True, False])
+def test_adapters_that_are_not_merged_are_refused(
+    tmp_path: Path, file: str, peft: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.models.auto.auto_factory.is_peft_available", lambda: peft)
+    path = saved(tmp_path) / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(ADAPTER)
+    with refused(UnsupportedModelError, "adapter that is not merged", file, "merge_and_unload"):
+        load_model(tmp_path)
+    path.unlink()
+    assert load_model(tmp_path).layers()[0].supported
+
+
+def test_a_directory_of_an_adapter_alone_says_so(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(ADAPTER)
+    with refused(UnsupportedModelError, "merge_and_unload"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "cure"),
+    [
+        ("base_model.model.encoder.layer.0.attention.self.query.lora_A.weight", "merge_and_unload"),
+        ("encoder.layer.1.output.adapters.name.adapter_down.0.weight", "merge_and_unload"),
+        ("encoder.layer.0.intermediate.dense.qweight", "without quantisation"),
+    ],
+)
+def test_weights_of_adapters_and_quantisation_are_refused_anywhere(tmp_path: Path, key: str, cure: str) -> None:
+    saved(tmp_path)
+    rewrite(tmp_path, lambda w: w.update({key: torch.zeros(2, 2)}))
+    with refused(UnsupportedModelError, cure, key):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantised", "gptq", "without quantisation")),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, ("text_config.quantization_config", "fp8")),
+        ({"compression_config": {"format": "pack"}}, ("quantised",)),
+        ({"pruned_heads": {"0": [1]}}, ("pruned heads",)),
+        ({"auto_map": {"AutoModel": "house.Model"}}, ("code from its own repository", "never run")),
+        (
+            {"auto_map": {"AutoModel": "house.Model"}, "quantization_config": {"quant_method": "awq"}},
+            ("never run", "awq"),
+        ),
+    ],
+)
+def test_configurations_that_change_the_function_are_refused(
+    tmp_path: Path, change: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    path = saved(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with refused(UnsupportedModelError, *words):
+        load_model(tmp_path)
+
+
+def test_settings_that_are_empty_change_nothing(tmp_path: Path) -> None:
+    path = saved(tmp_path) / "config.json"
+    empty = {"quantization_config": None, "pruned_heads": {}, "auto_map": {"AutoTokenizer": ["a.B", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | empty))
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "quantize_config.json").write_text("{}")
+    assert load_model(tmp_path).layers()[0].supported
+    (tmp_path / "quantize_config.json").write_text("{}")
+    with refused(UnsupportedModelError, "is quantised"):
+        load_model(tmp_path)
+
+
+def test_mixtures_of_experts_run_in_float64(tmp_path: Path) -> None:
+    original: Any = OTHERS["mixtral"]()
+    original.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    for model in (ModuleModel(OTHERS["mixtral"]()), load_model(tmp_path)):
+        assert isinstance(model, ModuleModel)
+        with torch.no_grad():
+            assert bool(torch.isfinite(model.module(input_ids=ids).last_hidden_state).all())
+
+
 def test_directories_that_are_not_models(tmp_path: Path) -> None:
     with refused(InputError, "no config.json"):
         load_model(tmp_path)
@@ -276,6 +364,11 @@ def test_weights_file(tmp_path: Path, suffix: str) -> None:
         model.layer("atention")
     with refused(InputError, "no tokenizer", "--tokens"):
         model.capture(None, ["hello"])
+
+
+def test_the_meta_device_is_refused(tmp_path: Path) -> None:
+    with refused(InputError, "meta", "give cpu"):
+        load_model(saved(tmp_path), device="meta")
 
 
 def test_missing_weights_file(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from attnrobust.errors import UnsupportedModelError
 from attnrobust.layers.attention import Attention
-from attnrobust.layers.attention_jacobian import AttentionJacobian
 from attnrobust.layers.graph.node import Edges, Node, NodeState, require_width
+from attnrobust.layers.jacobian import AttentionJacobian
 
 
 @dataclass(frozen=True, eq=False)

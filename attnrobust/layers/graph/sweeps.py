@@ -14,7 +14,7 @@ from torch import Tensor
 from attnrobust.errors import InputError
 from attnrobust.layers.graph.node import Edges, NodeState
 from attnrobust.layers.graph.wiring import Step, Wiring
-from attnrobust.linear_map import LinearMap
+from attnrobust.numerics.linear_map import LinearMap
 
 Sources = Callable[[str], Tensor | None]
 InnerCotangents = Callable[[str], Edges | None]

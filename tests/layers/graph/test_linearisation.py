@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
 from attnrobust.layers.graph import Linearisation, NetworkGraph
-from attnrobust.linear_map import largest_singular_value_upper
+from attnrobust.numerics.linear_map import largest_singular_value_upper
 from tests.assertions import assert_close, refused, shapes_unchecked
 from tests.layers.graph.networks import D, examples, masses, nested, network, random
 

@@ -7,7 +7,7 @@ import torch
 
 from attnrobust.attacks import AttackBudget, attack
 from attnrobust.errors import InputError, UnknownNameError
-from attnrobust.goal import Displacement, Margin
+from attnrobust.goals import Displacement, Margin
 from attnrobust.layers.graph import (
     Affine,
     Attend,
@@ -27,7 +27,7 @@ from attnrobust.layers.normalisation import LayerNorm
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.problem import Problem
 from attnrobust.results import Status
-from attnrobust.threat import FrobeniusBall
+from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_close, refused
 from tests.layers.graph.networks import D, attention, block_parts, examples, masses, network, random

@@ -26,8 +26,8 @@ from attnrobust.layers.graph import (
     Sum,
 )
 from attnrobust.layers.graph.activation_functions import FUNCTIONS
-from attnrobust.layers.l2_attention import L2Attention
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
+from attnrobust.layers.variants.l2 import L2Attention
 from tests.assertions import assert_close, refused, shapes_unchecked
 from tests.cases import Case
 from tests.layers.graph.networks import D, attention, masses, nested, random
