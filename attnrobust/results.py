@@ -140,7 +140,7 @@ class CertificationReport:
 
     @property
     def why_none(self) -> str:
-        """Why there is no certificate: the reasons of the methods that speak about such problems; empty if there is one."""
+        """Why there is no certificate, from the methods that speak about such problems; empty if there is one."""
         if self.certificates:
             return ""
         reasons = dict.fromkeys(s.reason for s in self.skipped if s.declared)
