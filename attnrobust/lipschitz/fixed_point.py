@@ -13,7 +13,7 @@ from torch import Tensor
 from attnrobust.certify.closed_form.castin2024_mean_field import mean_field_constant
 from attnrobust.certify.closed_form.kim2021_l2 import spread_bound
 from attnrobust.certify.closed_form.sigmoid_ball import mean_field_constant as sigmoid_constant
-from attnrobust.certify.shared.change import OUTWARD, smallest
+from attnrobust.certify.shared.change import smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
 from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.goals import ResolvedGoal
@@ -21,6 +21,7 @@ from attnrobust.layers.attention import Attention
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.layers.variants.sigmoid import SigmoidAttention
+from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Lower, Upper, round_up
 from attnrobust.numerics.transport import Order, coupling_cost
 from attnrobust.tokens import TokenMeasure, tensor_digest
@@ -128,7 +129,7 @@ def contraction(layer: Attention | SigmoidAttention, *, radius: float, order: Or
     )
     views = head_norms(layer, layer.w_v, _all_rows(layer.w_v))
     largest = radius * float(smallest([view.total(view.norms) for view in views]).amax())
-    image = Upper(round_up(largest + _bias_norm(layer), relative=OUTWARD))
+    image = Upper(round_up(largest + _bias_norm(layer), relative=FORMULA))
     return Contraction(float(order), radius, rate, image)
 
 
@@ -189,7 +190,7 @@ def l2_constant(layer: L2Attention, n: int) -> Upper:
     views = head_norms(layer, root * layer.w_q.transpose(-1, -2) @ layer.w_v, _all_rows(layer.w_v))
     inner = root * spectral_norm(layer.w_q) * (n**0.5 * (1.0 + 2.0 * c) + 2.0 * c)
     value = float(smallest([view.total(view.norms * inner) for view in views]).amax())
-    return Upper(round_up(value, relative=OUTWARD))
+    return Upper(round_up(value, relative=FORMULA))
 
 
 @dataclass(frozen=True, eq=False)

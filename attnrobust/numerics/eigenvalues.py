@@ -4,11 +4,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.numerics.rounding import FORMULA, nonzero, outward
+
 DECOMPOSE_LIMIT = 24  # up to this size a batched eigenvalue decomposition is faster than matrix powers are tight
 BISECTIONS = 10  # of a bracket whose ends differ by a factor of at most n
 SLACK = 1e-11  # share of the absolute terms of a sum that a strict inequality must exceed
 ROUNDING = 1e-15  # of a weight near 1 and of 1 minus it
-OUTWARD = 1.0 + 1e-10
+BACKWARD_ERROR = 1e-12  # of a decomposition, in units of the Frobenius norm
 
 
 def spread_eigenvalue(
@@ -45,7 +47,7 @@ def spread_eigenvalue(
     triangle = (a.amax(-1).sqrt() + total.sqrt() * torch.linalg.vector_norm(w, dim=-1)) ** 2
     # Each e_j - w is known up to ROUNDING only, which counts where 1 - w is that small and a is not.
     pad = ROUNDING * total.sqrt()
-    high = (torch.minimum(trace, triangle).sqrt() * OUTWARD + pad) ** 2
+    high = (outward(torch.minimum(trace, triangle).sqrt(), FORMULA) + pad) ** 2
     low = trace / movable.sum().clamp_min(1.0)
     if a.shape[-1] > 1:
         low = torch.maximum(low, a.topk(2, dim=-1).values[..., 1])
@@ -53,7 +55,7 @@ def spread_eigenvalue(
         middle = low.sqrt() * high.sqrt()
         above = _definite(middle, a=a, w=w, fixed=fixed, missing=missing)
         high, low = torch.where(above, middle, high), torch.where(above, low, middle)
-    value = (high.sqrt() + pad) ** 2 * OUTWARD
+    value = outward((high.sqrt() + pad) ** 2, FORMULA)
     return torch.where(finite & torch.isfinite(value), value, torch.inf)
 
 
@@ -98,8 +100,8 @@ def _definite(x: Tensor, *, a: Tensor, w: Tensor, fixed: Tensor, missing: Tensor
 def gram_eigenvalue(gram: Float[Tensor, "*b n n"], coefficient: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
     """Upper bound of the largest eigenvalue of ``sum_j c_j l_j l_j^T`` from the Gram matrix of the l_j, c >= 0.
 
-    It equals that of ``B = C^{1/2} Gram C^{1/2}``; larger matrices use ``lambda <= ||B^8||_F^{1/8}``, at most n^{1/16}
-    too large.
+    It equals that of ``B = C^{1/2} Gram C^{1/2}``; larger matrices use ``power_eigenvalue``, at most n^{1/16} too
+    large.
     """
     finite = torch.isfinite(coefficient).all(-1)
     root = torch.where(finite[..., None], coefficient, 0.0).sqrt()
@@ -107,17 +109,25 @@ def gram_eigenvalue(gram: Float[Tensor, "*b n n"], coefficient: Float[Tensor, "*
     finite = finite & torch.isfinite(b).all(-1).all(-1)  # a decomposition of infinite entries raises
     b = torch.where(finite[..., None, None], b, 0.0)
     if gram.shape[-1] <= DECOMPOSE_LIMIT:
-        value = torch.linalg.eigvalsh(b)[..., -1].clamp_min(0.0)
+        value = outward(torch.linalg.eigvalsh(b)[..., -1].clamp_min(0.0), FORMULA)
     else:
-        scale = torch.linalg.matrix_norm(b).clamp_min(1e-300)
-        power = b / scale[..., None, None]
-        for _ in range(2):
-            power = power @ power
-        value = scale * torch.linalg.matrix_norm(power @ power) ** 0.125
-    # Rounding of the decomposition is relative to the norm; powers of tiny matrices only underflow towards 0.
-    value = value * OUTWARD + 1e-12 * torch.linalg.matrix_norm(b)
+        value = power_eigenvalue(b, squarings=3)
+    value = value + BACKWARD_ERROR * torch.linalg.matrix_norm(b)
     # Squares of entries beyond 1e154 overflow: infinity times an underflowed power is NaN, which bounds nothing.
     return torch.where(finite & torch.isfinite(value), value, torch.inf)
+
+
+def power_eigenvalue(matrix: Float[Tensor, "*b n n"], *, squarings: int) -> Float[Tensor, "*b"]:
+    """``||M^p||_F^{1/p}``, p = 2^squarings: at least the largest eigenvalue of a positive semidefinite M.
+
+    It is at most ``n^{1/(2 p)}`` times it. NaN where squares overflow; the callers report such a bound as infinite.
+    """
+    scale = nonzero(matrix.abs().amax(dim=(-2, -1)))  # powers of what is far below it would vanish
+    power = matrix / scale[..., None, None]
+    for _ in range(squarings):
+        power = power @ power
+    value: Tensor = scale * torch.linalg.matrix_norm(power) ** 0.5**squarings
+    return outward(value, FORMULA)
 
 
 def symmetric_top(matrix: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b"]:

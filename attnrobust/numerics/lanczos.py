@@ -12,6 +12,7 @@ from scipy.linalg import eigh_tridiagonal, solve_banded
 from torch import Tensor
 
 from attnrobust.errors import InputError
+from attnrobust.numerics.rounding import SMALLEST
 from attnrobust.numerics.sides import Lower, Upper
 
 ROUNDING = 1e-10  # outward share of the operator norm: covers products with errors up to 4e5 units in the last place
@@ -151,7 +152,7 @@ class _Chain:
         self.leak += float(coefficient.square().sum())
         self.steps += 1
         length = float(torch.linalg.vector_norm(image))
-        floor = STEP_ERROR * max(self.scale(), 1e-300)
+        floor = STEP_ERROR * max(self.scale(), SMALLEST)
         self.closed = length <= floor or self.steps >= image.numel()
         # A larger beta makes p_k smaller and its root larger: raising a vanishing one keeps the bound valid.
         self.beta.append(max(length, floor))

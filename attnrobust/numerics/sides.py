@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass
 
 from attnrobust.errors import InputError
+from attnrobust.numerics.rounding import round_down, round_up
+
+__all__ = ["Lower", "Upper", "round_down", "round_up"]
 
 
 @dataclass(frozen=True, slots=True, order=False)
@@ -41,24 +44,3 @@ class Upper:
 def _refuse_nan(value: float) -> None:
     if math.isnan(value):
         raise InputError("a bound is NaN; the computation behind it failed")
-
-
-def round_up(value: float, *, relative: float = 1e-12) -> float:
-    """Move a non-negative float64 result outward (up) by a relative amount.
-
-    Covers the rounding of a backward-stable float64 computation of moderate size; it is not a proof of
-    outward rounding (kind ``rigorous`` is).
-
-    Args:
-        value: Computed value, >= 0.
-        relative: Relative amount, default 1e-12 (about 4500 units in the last place).
-
-    Returns:
-        A float >= value.
-    """
-    return math.nextafter(value * (1.0 + relative), math.inf)
-
-
-def round_down(value: float, *, relative: float = 1e-12) -> float:
-    """Move a non-negative float64 result inward (down) by a relative amount, never below 0."""
-    return max(0.0, math.nextafter(value * (1.0 - relative), 0.0)) if value > 0 else 0.0

@@ -25,7 +25,6 @@ of the whole for the lower one); sums of masses round at about 1e-16."""
 STEEPEST = 1e6
 """Ratio of the prices of forbidden moves of light and heavy atoms; more would cost the simplex its accuracy."""
 SIMPLEX_STEPS = 10_000_000
-TINY = 1e-300
 
 
 class TransportError(AttnRobustError):

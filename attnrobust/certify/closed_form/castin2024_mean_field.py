@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.shared.change import OUTWARD
 from attnrobust.certify.shared.head_sizes import bilinear_norm, spectral_norm
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.variants.kernel import KernelAttention
+from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Upper, round_up
 
 EXPONENTS = 400  # grid of Hoelder exponents of the masked bound; every one gives a valid bound
@@ -123,7 +123,7 @@ def kernel_constant(attention: KernelAttention, *, order: float = 1.0) -> Upper:
     half = 0.5 * known.diameter
     oscillation = torch.tensor(known.oscillation / order, dtype=torch.float64)
     inner = half * known.query_slope + float(_exp(oscillation)) * (1.0 + hoelder_factor(order) * half * known.key_slope)
-    return Upper(round_up(float(spectral_norm(attention.w_v)) * inner, relative=OUTWARD))
+    return Upper(round_up(float(spectral_norm(attention.w_v)) * inner, relative=FORMULA))
 
 
 def slopes(attention: Attention, radius: float) -> tuple[Float[Tensor, "h"], Float[Tensor, "h"]]:
@@ -137,9 +137,9 @@ def _over_heads(attention: Attention, heads: Float[Tensor, "h"], order: float) -
     plain = spectral_norm(attention.w_v) * heads
     added = float((spectral_norm(attention.value_output) * heads).sum())
     if order < 2.0:
-        return Upper(round_up(added, relative=OUTWARD))
+        return Upper(round_up(added, relative=FORMULA))
     stack = 1.0 if attention.w_o is None else float(spectral_norm(attention.w_o.flatten(0, 1)))
-    return Upper(round_up(min(added, stack * float(torch.linalg.vector_norm(plain))), relative=OUTWARD))
+    return Upper(round_up(min(added, stack * float(torch.linalg.vector_norm(plain))), relative=FORMULA))
 
 
 def hoelder_factor(order: float) -> float:

@@ -8,12 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
-from attnrobust.certify.shared.change import OUTWARD, Change, ChangeBound, smallest
+from attnrobust.certify.shared.change import Change, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, spectral_norm, value_views
 from attnrobust.certify.shared.reach import Reach, Rows, attention_of, visible_tokens
 from attnrobust.errors import InputError
 from attnrobust.goals import Displacement
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, MoveThreat
@@ -136,7 +137,7 @@ def ball_constant(
     goal = Displacement(1.0, pool="mean" if pool == "mean" else "all")
     layer = _Layer.of(Problem(attention, clean, threat or FrobeniusBall(), goal))
     slope = _derived_slope if form == "derived" else _reported_slope
-    return Upper(round_up(float(slope(layer, radius)), relative=OUTWARD))
+    return Upper(round_up(float(slope(layer, radius)), relative=FORMULA))
 
 
 def large_radius_limit(attention: Attention, points: Float[Tensor, "n d"]) -> Upper:
@@ -166,4 +167,4 @@ def large_radius_limit(attention: Attention, points: Float[Tensor, "n d"]) -> Up
         raise InputError("two keys tie for a query; the limit is for tokens in general position")
     chosen = torch.nn.functional.one_hot(scores.argmax(dim=-1), scores.shape[-1])
     heads = chosen.sum(dim=-2).amax(dim=-1).to(points.dtype).sqrt()
-    return Upper(round_up(float((spectral_norm(attention.value_output) * heads).sum()), relative=OUTWARD))
+    return Upper(round_up(float((spectral_norm(attention.value_output) * heads).sum()), relative=FORMULA))

@@ -3,11 +3,12 @@
 import torch
 
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
-from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
+from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
 from attnrobust.certify.shared.reach import Reach, Rows
 from attnrobust.errors import InputError
 from attnrobust.layers.variants.cosine import CosineAttention
+from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
 
@@ -65,4 +66,4 @@ def reported_constant(attention: CosineAttention, n: int, *, form: str = "nair")
     key, query = (n * n, n) if form == "nair" else (2 * n * (n - 1), 2 * (n - 1))
     w_k, w_q, w_v = (float(spectral_norm(w)) for w in (attention.w_k, attention.w_q, attention.w_v))
     value = attention.nu * attention.eps**-0.5 * (attention.tau * (key * w_k + query * w_q) + 2 * n * w_v)
-    return Upper(round_up(value, relative=OUTWARD))
+    return Upper(round_up(value, relative=FORMULA))

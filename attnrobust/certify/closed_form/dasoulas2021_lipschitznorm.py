@@ -5,11 +5,12 @@ import math
 import torch
 
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
-from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
+from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
 from attnrobust.certify.shared.reach import Reach
 from attnrobust.errors import InputError
 from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention
+from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
 
@@ -65,7 +66,7 @@ def joint_constant(n: int, *, form: str = "derived") -> Upper:
     if form not in ("derived", "reported") or n < 1:
         raise InputError("give n >= 1 tokens and form 'derived' or 'reported'")
     if form == "reported":
-        return Upper(round_up(math.exp(math.sqrt(3.0)) + 2.0 * math.sqrt(6.0), relative=OUTWARD))
+        return Upper(round_up(math.exp(math.sqrt(3.0)) + 2.0 * math.sqrt(6.0), relative=FORMULA))
     values = min(math.e, math.sqrt(n))
     pairs = ((2.0, 2.0, values), (2.0, 1.0, values + 1.0))
-    return Upper(round_up(max(math.hypot(*pair) for pair in pairs), relative=OUTWARD))
+    return Upper(round_up(max(math.hypot(*pair) for pair in pairs), relative=FORMULA))

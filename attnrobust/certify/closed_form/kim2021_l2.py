@@ -9,11 +9,12 @@ from scipy.special import lambertw
 from torch import Tensor
 
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
-from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
+from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadNorms, diameter, head_norms, spectral_norm
 from attnrobust.certify.shared.reach import Reach, Rows
 from attnrobust.errors import InputError
 from attnrobust.layers.variants.l2 import L2Attention
+from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
 
@@ -112,7 +113,7 @@ def reported_constant(attention: L2Attention, n: int, *, norm: str = "l2") -> Up
         queries = (_row_sums(attention.w_q) * _row_sums(attention.w_q.transpose(-1, -2))).amax()
         weights = float(_row_sums(w_o.T) * queries * _row_sums(attention.w_v.transpose(-1, -2)).amax())
         value = attention.factor * (4.0 * c * attention.key_width**0.5 + 1.0) * weights
-    return Upper(round_up(value, relative=OUTWARD))
+    return Upper(round_up(value, relative=FORMULA))
 
 
 def _row_sums(matrices: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:

@@ -3,11 +3,12 @@
 import torch
 
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
-from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
+from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
 from attnrobust.certify.shared.reach import Reach, Rows
 from attnrobust.errors import InputError
 from attnrobust.layers.variants.sigmoid import SigmoidAttention
+from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
 
@@ -65,4 +66,4 @@ def mean_field_constant(attention: SigmoidAttention, radius: float) -> Upper:
     a = spectral_norm(attention.factor * attention.w_q @ attention.w_k.transpose(-1, -2)) * radius**2
     maps = attention.w_v if attention.w_o is None else attention.w_v @ attention.w_o
     heads = spectral_norm(maps) * (torch.sigmoid(a + attention.shift) + 0.5 * a)
-    return Upper(round_up(float(heads.sum()), relative=OUTWARD))
+    return Upper(round_up(float(heads.sum()), relative=FORMULA))

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from attnrobust.certify.conic.row import Row
+from attnrobust.numerics.rounding import ENTRY, outward
 
 Array = Float[np.ndarray, "..."]
 Bases = Literal["plain", "aligned", "full"]
@@ -62,4 +63,4 @@ def away_from(basis: Float[np.ndarray, "d r"]) -> Float[np.ndarray, "d d"]:
 
 def norm_upper(matrix: Array) -> float:
     """Upper bound of a spectral norm; exactly 0 for the zero matrix."""
-    return float(np.linalg.norm(matrix, 2)) * (1.0 + 1e-12) if matrix.any() else 0.0
+    return outward(float(np.linalg.norm(matrix, 2)), ENTRY) if matrix.any() else 0.0

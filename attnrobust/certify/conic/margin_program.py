@@ -12,11 +12,12 @@ from attnrobust.certify.conic.program import Affine, Box, Cone, ConicProgram, Mo
 from attnrobust.certify.conic.ranges import row_ranges
 from attnrobust.certify.conic.relaxation import Block
 from attnrobust.certify.conic.row import Reach, Row
+from attnrobust.numerics.rounding import ENTRY, outward
 
 Array = Float[np.ndarray, "..."]
 Index = Int[np.ndarray, "..."]
 
-OUTWARD = 1.0 + 1e-12
+ONE = outward(1.0, ENTRY)  # scaled quantities are at most 1
 
 
 def first_order(rows: tuple[Row, ...]) -> Float[np.ndarray, "m d"]:
@@ -70,7 +71,7 @@ def margin_program(rows: tuple[Row, ...], reach: Reach, *, budget: float, bases:
         np.add.at(cost, columns, -drop.coef[0] / budget)
         offset -= float(drop.const[0]) / budget
     moves = moves_of(np.arange(m * d).reshape(m, d), reach)
-    boxes = [Box(np.arange(m * d, m * d + m), np.zeros(m), np.full(m, OUTWARD))]
+    boxes = [Box(np.arange(m * d, m * d + m), np.zeros(m), np.full(m, ONE))]
     boxes += [box for block, columns in placed for box in _boxes(block, columns)]
     groups = [*_shared(m, d, reach, start), *(group for pair in placed for group in _groups(*pair, start))]
     program = ConicProgram(
@@ -84,17 +85,17 @@ def margin_program(rows: tuple[Row, ...], reach: Reach, *, budget: float, bases:
 def moves_of(index: Int[np.ndarray, "m d"], reach: Reach) -> Moves:
     """The set of moves in units of ``reach.token``."""
     if reach.norm is None:
-        return Moves(index, "frobenius", OUTWARD)
-    return Moves(index, reach.norm, reach.epsilon / reach.token * OUTWARD)
+        return Moves(index, "frobenius", ONE)
+    return Moves(index, reach.norm, outward(reach.epsilon / reach.token, ENTRY))
 
 
 def _shared(m: int, d: int, reach: Reach, width: int) -> Iterator[Rows]:
     """Energies ``|delta_l|^2 / rho^2``: each at most 1, together at most ``(r_F / rho)^2``."""
     place = np.arange(m * d, m * d + m)
     each = sparse.csr_array((-np.ones(m), (np.arange(m), place)), shape=(m, width))
-    yield Rows(Cone.NONNEGATIVE, each, np.full(m, OUTWARD), "energy of a token")
+    yield Rows(Cone.NONNEGATIVE, each, np.full(m, ONE), "energy of a token")
     total = sparse.csr_array((-np.ones(m), (np.zeros(m, dtype=np.int64), place)), shape=(1, width))
-    bound = min((reach.frobenius / reach.token) ** 2, float(m)) * OUTWARD
+    bound = outward(min((reach.frobenius / reach.token) ** 2, float(m)), ENTRY)
     yield Rows(Cone.NONNEGATIVE, total, np.array([bound]), "energy of all tokens")
 
 
@@ -121,7 +122,7 @@ def _widened(value: Affine, columns: Index, width: int) -> sparse.csr_array:
 def _moments(block: Block, columns: Index, reach: Reach) -> Moments:
     """Largest trace: 1 + |y|^2 + |eta|^2 + p^2 with the last two at most 1."""
     energy = min((reach.frobenius / reach.token) ** 2, float(len(block.places)))
-    return Moments(columns[block.columns["moments"]], block.size, (2.0 + energy + block.bends) * OUTWARD)
+    return Moments(columns[block.columns["moments"]], block.size, outward(2.0 + energy + block.bends, ENTRY))
 
 
 def _boxes(block: Block, columns: Index) -> Iterator[Box]:
@@ -135,13 +136,13 @@ def _boxes(block: Block, columns: Index) -> Iterator[Box]:
     }  # fmt: skip
     for name, (low, high) in limits.items():
         index = columns[block.columns[name]]
-        wide = np.full(len(index), OUTWARD)
+        wide = np.full(len(index), ONE)
         yield Box(index, low * np.where(np.asarray(low) < 0, wide, 1.0), high * wide)
 
 
 def _reach(width: int, boxes: list[Box]) -> Array:
     """Largest absolute value of every variable; 1 for moves and entries of moment matrices."""
-    out = np.full(width, OUTWARD)
+    out = np.full(width, ONE)
     for box in boxes:
         out[box.index] = np.maximum(np.abs(box.lower), np.abs(box.upper))
     return out

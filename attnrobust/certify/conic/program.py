@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
+from attnrobust.numerics.rounding import ENTRY, UNIT, outward
+
 Array = Float[np.ndarray, "..."]
 Index = Int[np.ndarray, "..."]
 MoveNorm = Literal["frobenius", "l2", "linf", "l1"]
-
-ROUNDING = 1e-12  # charged to every coefficient, relative: data from float64 formulas of a few hundred operations
 
 
 class Cone(StrEnum):
@@ -230,10 +230,10 @@ def repaired_bound(program: ConicProgram, multipliers: Sequence[Array]) -> float
         value -= float(y @ rows.const)
         size += abs(rows.coef).T @ np.abs(y)
         charge += float(np.abs(y) @ np.abs(rows.const))
-    charge = ROUNDING * (charge + abs(program.offset) + float(size @ program.reach))
+    charge = ENTRY * (charge + abs(program.offset) + float(size @ program.reach))
     value += sum(_box_minimum(box, gradient[box.index]) for box in program.boxes)
     value += sum(_moment_minimum(block, gradient[block.index]) for block in program.moments)
-    value -= program.moves.support(-gradient[program.moves.index]) * (1.0 + ROUNDING)
+    value -= outward(program.moves.support(-gradient[program.moves.index]), ENTRY)
     return float(value - charge) if np.isfinite(value - charge) else -np.inf
 
 
@@ -244,7 +244,7 @@ def _box_minimum(box: Box, gradient: Array) -> float:
 def _moment_minimum(block: Moments, gradient: Array) -> float:
     """``min <G, Omega>`` over positive semidefinite Omega with bounded trace."""
     matrix = block.matrix(gradient)
-    error = ROUNDING * float(np.linalg.norm(matrix))  # a symmetric eigenvalue moves by no more than the error matrix
+    error = ENTRY * float(np.linalg.norm(matrix))  # a symmetric eigenvalue moves by no more than the error matrix
     return block.trace * min(0.0, float(np.linalg.eigvalsh(matrix)[0]) - error)
 
 
@@ -261,7 +261,7 @@ def in_dual_cone(cone: Cone, y: Array) -> Array:
 
 def _second_order(y: Float[np.ndarray, "k 3"]) -> Float[np.ndarray, "k 3"]:
     """The cone is its own dual: raise the first entry."""
-    length = np.hypot(y[:, 1], y[:, 2]) * (1.0 + 4.0 * np.finfo(float).eps)
+    length = outward(np.hypot(y[:, 1], y[:, 2]), UNIT)
     return np.stack([np.maximum(y[:, 0], length), y[:, 1], y[:, 2]], axis=1)
 
 

@@ -4,16 +4,26 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from attnrobust.certify.conic.row import Reach, Row
-from attnrobust.certify.conic.scalar import log_phi, psi, saturation, second_difference
+from attnrobust.certify.shared.constants import (
+    DUAL_ORDER,
+    LogitNorms,
+    MoveBudget,
+    equal_sign_slope,
+    kept_curvature,
+    logit_range,
+    remainder_mass,
+)
+from attnrobust.numerics.rounding import ENTRY, FORMULA, outward
+from attnrobust.numerics.suprema import pair_slope, saturating_weight
 
 Array = Float[np.ndarray, "..."]
 
-OUTWARD = 1.0 + 1e-10  # covers norms and eigenvalues of matrices of a few hundred rows
-ANGLES = 64  # cells of the share of the budget that the query token takes
-SMALLEST = 1e-9  # ranges are raised to this: below, differences of exponentials cancel
+SMALLEST_RANGE = 1e-9  # ranges are raised to this: below, differences of exponentials cancel
 SMALLEST_SHARE = 1e-18  # p is scaled by its bound, which must not vanish where every weight but one underflows
 
 
@@ -53,40 +63,42 @@ class Ranges:
 def row_ranges(row: Row, reach: Reach) -> Ranges:
     """Evaluate all constants of a row; proofs in docs/conic-certificate.md."""
     spreads = np.array([_spread(row, reach, c) for c in (row.weight, *np.eye(row.keys))])
-    logit = np.maximum(_logit_range(row, reach) * OUTWARD, SMALLEST)
-    saturating, opposite = saturation(row.log_weight, logit)
-    remainder, share = _remainder(row, reach, logit, saturating)
-    psi_low = psi(-logit)
-    low, high = _weight_range(row, logit)
+    limit = logit_range(_logit_norms(row, reach), _budget(reach)).clamp_min(SMALLEST_RANGE)
+    log_weight, weight = torch.from_numpy(row.log_weight), torch.from_numpy(row.weight)
+    saturating = saturating_weight(log_weight, limit)
+
+    def quadratic(coefficient: Tensor) -> Tensor:
+        return coefficient.new_tensor(0.5 * _quadratic(row, reach, coefficient.numpy()))
+
+    remainder, share = remainder_mass(log_weight, limit, saturating, quadratic)
+    share = share.clamp_min(SMALLEST_SHARE)
+    low, high = _weight_range(row, limit.numpy())
     return Ranges(
-        logit=logit, log_low=low, log_high=high, value=row.value_range(reach) * OUTWARD,
-        bilinear=row.bilinear_norm * reach.token * math.sqrt(_spread(row, reach, np.ones(row.keys))) * OUTWARD,
-        spread=spreads, remainder=remainder, share=share, saturating=saturating,
-        flat=row.weight * second_difference(-logit) / (1.0 + remainder) / OUTWARD,
-        slope_opposite=opposite,
-        slope_same=row.weight * (share + (1.0 - share) * psi_low / logit) * OUTWARD,
+        logit=limit.numpy(), log_low=low, log_high=high, value=outward(row.value_range(reach), FORMULA),
+        bilinear=outward(row.bilinear_norm * reach.token * math.sqrt(_spread(row, reach, np.ones(row.keys))), FORMULA),
+        spread=spreads, remainder=float(remainder), share=float(share), saturating=saturating.numpy(),
+        flat=kept_curvature(weight, limit, remainder).numpy(),
+        slope_opposite=pair_slope(log_weight, limit).numpy(),
+        slope_same=equal_sign_slope(weight, limit, share).numpy(),
     )  # fmt: skip
 
 
 # ---- logits and weights --------------------------------------------------------------------------------------------
 
 
-def _logit_range(row: Row, reach: Reach) -> Array:
-    """U_j: the largest ``|l_j.D| + |q_j|``, by the share of the budget that the query takes and by token norms."""
-    own, others = row.direction_norms(2.0)
-    bilinear_own = row.numerical_radius * np.abs(row.mixing_own)
-    bilinear_rest = row.bilinear_norm * row.mixing_rest(2.0) * row.query_moves
-    r, best = reach.frobenius, np.zeros(row.keys)
-    angle = np.linspace(0.0, 0.5 * math.pi, ANGLES + 1)
-    for sine, cosine in zip(np.sin(angle[1:]), np.cos(angle[:-1]), strict=True):
-        linear = r * (own * sine + others * cosine)
-        quadratic = r * r * sine * (bilinear_own * sine + bilinear_rest * cosine)
-        best = np.maximum(best, linear + quadratic)
-    if reach.norm is None:
-        return best
-    own, others = row.direction_norms({"l2": 2.0, "linf": 1.0, "l1": math.inf}[reach.norm], by_token=True)
-    quadratic = bilinear_own + row.bilinear_norm * row.mixing_rest(1.0) * row.query_moves
-    return np.asarray(np.minimum(best, reach.epsilon * (own + others) + reach.token**2 * quadratic))
+def _budget(reach: Reach) -> MoveBudget:
+    return MoveBudget(frobenius=reach.frobenius, token=reach.token, epsilon=reach.epsilon)
+
+
+def _logit_norms(row: Row, reach: Reach) -> LogitNorms:
+    """Norms of the blocks of every l_j and of its bilinear part."""
+    own, other = row.direction_norms(2.0)
+    scale = row.bilinear_norm * row.query_moves
+    norms = [own, other, row.numerical_radius * np.abs(row.mixing_own), scale * row.mixing_rest(2.0)]
+    if reach.norm is not None:
+        own, other = row.direction_norms(DUAL_ORDER[reach.norm], by_token=True)
+        norms += [own + other, scale * row.mixing_rest(1.0)]
+    return LogitNorms(*(torch.from_numpy(norm) for norm in norms))
 
 
 def _weight_range(row: Row, logit: Array) -> tuple[Array, Array]:
@@ -94,7 +106,7 @@ def _weight_range(row: Row, logit: Array) -> tuple[Array, Array]:
     raised, lowered = row.log_weight + logit, row.log_weight - logit
     low = lowered - np.logaddexp(lowered, _others(raised))
     high = np.minimum(np.minimum(raised - np.logaddexp(raised, _others(lowered)), raised), 0.0)
-    pad = 1e-12 * (1.0 + np.abs(logit) + np.abs(row.log_weight))
+    pad = ENTRY * (1.0 + np.abs(logit) + np.abs(row.log_weight))
     return low - pad, np.minimum(high + pad, 0.0)
 
 
@@ -112,7 +124,7 @@ def _spread(row: Row, reach: Reach, c: Array) -> float:
     weighted = np.sqrt(c)[:, None] * row.mixing
     by_norm = float(np.linalg.norm(weighted, 2)) ** 2 * reach.frobenius**2
     by_token = float(c @ np.abs(row.mixing).sum(axis=1) ** 2) * reach.token**2
-    return min(by_norm, by_token) * OUTWARD
+    return outward(min(by_norm, by_token), FORMULA)
 
 
 def _quadratic(row: Row, reach: Reach, c: Array) -> float:
@@ -122,15 +134,4 @@ def _quadratic(row: Row, reach: Reach, c: Array) -> float:
     with np.errstate(over="ignore"):
         linear = float(np.linalg.norm(np.sqrt(c)[:, None] * row.directions.reshape(row.keys, -1), 2)) * reach.frobenius
         bilinear = row.bilinear_norm * reach.token * math.sqrt(_spread(row, reach, c)) * row.query_moves
-        return (linear + bilinear) * (linear + bilinear) * OUTWARD  # a product overflows to infinity, a power raises
-
-
-def _remainder(row: Row, reach: Reach, logit: Array, saturating: Array) -> tuple[float, float]:
-    """``s = E psi(u)`` and ``p = s / (1 + s)`` from above."""
-    largest = float(logit.max())
-    by_range = math.expm1(largest) if largest < 600.0 else math.inf
-    with np.errstate(over="ignore"):
-        remainder = min(by_range, 0.5 * _quadratic(row, reach, np.exp(row.log_weight + log_phi(logit)))) * OUTWARD
-    share = 1.0 if math.isinf(remainder) else remainder / (1.0 + remainder)
-    share = min(1.0, share * OUTWARD, 0.5 * _quadratic(row, reach, saturating) * OUTWARD)
-    return remainder, max(share, SMALLEST_SHARE)
+        return outward((linear + bilinear) * (linear + bilinear), FORMULA)  # a product overflows, a power raises

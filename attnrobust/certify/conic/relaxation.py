@@ -16,9 +16,12 @@ from attnrobust.certify.conic.basis import away_from, norm_upper
 from attnrobust.certify.conic.program import Affine, Cone, interleaved, product_at_least_square, stacked
 from attnrobust.certify.conic.ranges import Ranges
 from attnrobust.certify.conic.row import Reach, Row
+from attnrobust.numerics.rounding import ENTRY, SMALLEST, outward
 
 Array = Float[np.ndarray, "..."]
 Fact = tuple[str, Cone, Affine]
+
+SMALLEST_ENERGY = 1e-200  # of a q_j; one below vanishes identically
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,13 +179,13 @@ class Block:
     @property
     def unit(self) -> float:
         """Unit of the change of a value."""
-        return max(float(self.ranges.value.max()), 1e-300)
+        return max(float(self.ranges.value.max()), SMALLEST)
 
     @cached_property
     def largest_log_mass(self) -> float:
         """Bound of kappa = log E e^u."""
         bound = min(float(self.ranges.logit.max()), math.log1p(self.ranges.remainder))
-        return bound if self.ranges.share >= 1.0 else min(bound, -math.log1p(-self.ranges.share) * (1.0 + 1e-12))
+        return bound if self.ranges.share >= 1.0 else min(bound, outward(-math.log1p(-self.ranges.share), ENTRY))
 
     def remainder_vector(self) -> Float[np.ndarray, "1 M"]:
         """The share p, over pbar, as a vector over xi."""
@@ -263,7 +266,7 @@ class Block:
         inside[0, self.places[query], self.places[query]] = own.T @ gram @ own
         cross = norm_upper(away @ gram @ away)
         # Any positive ratio is sound; this one balances the two parts.
-        ratio = max(math.sqrt(cross / max(norm_upper(own.T @ gram @ own), 1e-300)), 1e-6)
+        ratio = max(math.sqrt(cross / max(norm_upper(own.T @ gram @ own), SMALLEST)), 1e-6)
         bound = self.entries(inside)
         if cross > 0.0:
             bound = bound * (1.0 + ratio) + (self.energy(query) - self.trace(query)) * ((1.0 + 1.0 / ratio) * cross)
@@ -273,7 +276,7 @@ class Block:
         squares = self.moment(q, q)
         weights = np.vstack([row.weight[None, :], np.eye(self.keys)])
         limit = self.ranges.spread * (row.bilinear_norm * self.reach.token) ** 2
-        kept = limit > 1e-200  # 0: that q_j vanishes identically
+        kept = limit > SMALLEST_ENERGY  # 0: that q_j vanishes identically
         scaled = squares.mapped(weights[kept]) * (1.0 / limit[kept])
         yield "energy of the bilinear part", Cone.NONNEGATIVE, length.repeated(int(kept.sum())) - scaled
 
@@ -312,7 +315,7 @@ class Block:
         yield "mass by exponential", Cone.EXPONENTIAL, interleaved(-mass, one[[0]], 1.0 - p)
         top = self.largest_log_mass
         yield "largest log-mass", Cone.NONNEGATIVE, top - mass
-        yield "mass by chord", Cone.NONNEGATIVE, p - mass * (-math.expm1(-top) / max(top, 1e-300))
+        yield "mass by chord", Cone.NONNEGATIVE, p - mass * (-math.expm1(-top) / max(top, SMALLEST))
         yield from self._remainder_weights(weight, p)
 
     def _remainder_weights(self, weight: Affine, p: Affine) -> Iterator[Fact]:

@@ -1,6 +1,5 @@
 """One softmax row (one head, one query) of a margin at the clean input, as numpy arrays over its visible keys."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attnrobust.certify.shared.constants import DUAL_ORDER
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics.rounding import ENTRY, NONE, UNIT, outward
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, PerTokenBall, TokenNorm
 
@@ -37,11 +38,11 @@ class Reach:
 def reach_of(threat: FrobeniusBall | PerTokenBall, n: int, d: int, radius: float) -> Reach:
     """Enclosing norms of a threat's set of size ``radius``."""
     norm = threat.norm if isinstance(threat, PerTokenBall) else None
-    outward = 1.0 + 1e-15 * (norm is not None)  # the factors are square roots of integers
+    share = UNIT if norm is not None else NONE  # the factors are square roots of integers
     return Reach(
         epsilon=radius,
-        frobenius=radius * threat.frobenius_factor(n, d) * outward,
-        token=radius * threat.token_factor(n, d) * outward,
+        frobenius=outward(radius * threat.frobenius_factor(n, d), share),
+        token=outward(radius * threat.token_factor(n, d), share),
         norm=norm,
     )
 
@@ -142,7 +143,7 @@ class Row:
     @cached_property
     def bilinear_norm(self) -> float:
         """Upper bound of ``||A||_2``; 0 where token i does not move."""
-        return float(np.linalg.norm(self.bilinear, 2)) * (1.0 + 1e-12) if self.query_moves else 0.0
+        return outward(float(np.linalg.norm(self.bilinear, 2)), ENTRY) if self.query_moves else 0.0
 
     @cached_property
     def numerical_radius(self) -> float:
@@ -150,11 +151,11 @@ class Row:
         if not self.query_moves:
             return 0.0
         symmetric = float(np.abs(np.linalg.eigvalsh(0.5 * (self.bilinear + self.bilinear.T))).max())
-        return symmetric + 1e-12 * self.bilinear_norm
+        return symmetric + ENTRY * self.bilinear_norm
 
     def value_range(self, reach: Reach) -> Float[np.ndarray, "keys"]:
         """Bound of ``|gamma . delta_j|``; 0 where key j does not move."""
-        order = {None: 2.0, "l2": 2.0, "linf": 1.0, "l1": math.inf}[reach.norm]
+        order = 2.0 if reach.norm is None else DUAL_ORDER[reach.norm]
         return float(np.linalg.norm(self.value, ord=order)) * reach.epsilon * self.key_moves
 
 

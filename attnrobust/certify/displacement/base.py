@@ -4,7 +4,6 @@ Notation of docs/displacement-certificate.md: row-heads g = (h, i), weights w, d
 ``l_j = b.(delta_j - dbar) + W_q^T delta_i . (k_j - E k)`` linear in the move, ``q_j = delta_i A (delta_j - dbar)``.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,13 +13,13 @@ from torch import Tensor
 
 from attnrobust.certify.shared.head_sizes import without_common_part
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics.rounding import CANCELLATION, outward
 
 SHARED = (
     "log_w", "w", "_split_output", "w_v", "values", "averages", "keys", "slopes", "slope_norms", "spread",
     "query_factor", "centred_keys", "cross", "value_norms", "bilinear_factors", "bilinear_norms",
 )  # fmt: skip
 GRAM_LIMIT = 128  # up to this n the (h, n, n, n) arrays are built: 12 heads at 128 tokens are 200 MB
-CANCELLATION = 1e-13  # outward share for differences of moments; sums of up to 1e4 terms stay inside
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,15 +260,10 @@ class CleanRows:
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:
     """``|points_j - centres_i|`` for every i, j, rounded outward: (h, n, n)."""
-    return torch.cdist(centres, points, compute_mode="donot_use_mm_for_euclid_dist") * (1.0 + CANCELLATION)
+    return outward(torch.cdist(centres, points, compute_mode="donot_use_mm_for_euclid_dist"), CANCELLATION)
 
 
 def stack_weights(rows: CleanRows) -> Float[Tensor, "n"]:
     """Row weights rho of the squared norms: 1 for the whole output, pi for a pooled one (eq. 11)."""
     ones = torch.ones(rows.n, dtype=rows.points.dtype, device=rows.points.device)
     return ones if rows.row_weights is None else rows.row_weights
-
-
-def largest_of(values: Tensor) -> float:
-    """Largest entry, refusing NaN (a NaN must never become a bound)."""
-    return math.inf if bool(torch.isnan(values).any()) else float(values.max())

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.displacement.base import CleanRows, stack_weights
+from attnrobust.numerics.rounding import SMALLEST_UNIT, nonzero
 
 POWER_STEPS = 8  # only balances two factors; any value is sound
 ESTIMATE_STREAM = 0x5EED_0000  # estimates draw from another stream: a matrix must not depend on its own start vector
@@ -31,7 +32,7 @@ class ValueLogitForm:
         """The same with other coefficients; the balance follows their energy."""
         reach = self.rows.logit_reach.square()
         energies = [((weight * self.rows.moves).square() * reach).sum(dim=(1, 2)) for weight in (self.paired, paired)]
-        ratio = (energies[0].clamp_min(1e-200) / energies[1].clamp_min(1e-200)).sqrt()
+        ratio = (nonzero(energies[0]) / nonzero(energies[1])).sqrt()
         return ValueLogitForm(self.rows, paired, (self.balance * ratio).nan_to_num(1.0).clamp(1e-12, 1e12))
 
     @cached_property
@@ -55,9 +56,9 @@ def value_logit_form(rows: CleanRows, *, seed: int) -> ValueLogitForm:
     for head in range(rows.layer.heads):
         vector, length = start, start.new_tensor(1.0)
         for _ in range(POWER_STEPS):
-            vector = _logit_part(rows, head, vector / torch.linalg.vector_norm(vector).clamp_min(1e-300))
+            vector = _logit_part(rows, head, vector / nonzero(torch.linalg.vector_norm(vector)))
             length = torch.linalg.vector_norm(vector)
-        ratios.append(rows.value_norms[head] / length.sqrt().clamp_min(1e-150))
+        ratios.append(rows.value_norms[head] / nonzero(length.sqrt(), SMALLEST_UNIT))
     return ValueLogitForm(rows, rows.w, torch.stack(ratios).clamp(1e-12, 1e12))
 
 

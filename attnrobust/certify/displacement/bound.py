@@ -11,12 +11,13 @@ from torch import Tensor
 from attnrobust.certify.displacement.base import CleanRows
 from attnrobust.certify.displacement.bilinear import ESTIMATE_STREAM, QueryKeyForm, value_logit_form
 from attnrobust.certify.displacement.joint_form import JointProduct
-from attnrobust.certify.displacement.remainder import LogitForms, Majorant, padded
+from attnrobust.certify.displacement.remainder import LogitForms, Majorant
 from attnrobust.certify.method import PreparedBound
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.numerics.linear_map import EigenvalueBounds, LinearMap, largest_eigenvalue_upper
+from attnrobust.numerics.rounding import FORMULA, SMALLEST, SMALLEST_UNIT, nonzero, used_share
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import PerTokenBall
@@ -29,6 +30,7 @@ TOKEN_ROUNDS = 5  # the same where token scales adapt too
 SETTLED = 2e-3  # relative distance to the least that any shares can give on the directions seen
 REMEMBERED = 4  # directions that choose the shares
 FLOOR = 1e-4  # smallest share
+SMALLEST_PART = 1e-30  # of the largest part; parts and weights below count as this while shares are chosen
 BALANCE_STEPS = 150  # of the shares' small concave problem; any shares are sound
 
 
@@ -81,9 +83,9 @@ class DisplacementBound(PreparedBound):
         vector = torch.randn(self._rows.points.shape, generator=generator, dtype=torch.float64).to(self._rows.points)
         norm = 0.0
         for _ in range(POWER_STEPS):
-            vector = self._jacobian.rmatvec(self._jacobian.matvec(vector / max(norm, 1e-300) if norm else vector))
+            vector = self._jacobian.rmatvec(self._jacobian.matvec(vector / max(norm, SMALLEST) if norm else vector))
             norm = float(torch.linalg.vector_norm(vector))
-        return max(math.sqrt(norm), 1e-150), [vector / max(norm, 1e-300)]
+        return max(math.sqrt(norm), SMALLEST_UNIT), [vector / max(norm, SMALLEST)]
 
     @property
     def failure_probability(self) -> float:
@@ -108,7 +110,7 @@ class DisplacementBound(PreparedBound):
         mixing = self._rows.mixing
         scales = self._rows.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
         value = self._joint(forms, scales, self.budget / reach) * reach
-        return Upper(padded(value / self.budget), self._random)
+        return Upper(used_share(value, self.budget, share=FORMULA), self._random)
 
     def _joint(self, forms: LogitForms, scales: Float[Tensor, "5"], limit: float) -> float:
         """Upper bound of ``sup over |D| = 1 of sum_k scales_k X_k(D)^{1/2}``: Cauchy-Schwarz with shares (eq. 19).
@@ -182,15 +184,17 @@ def balanced_shares(parts: Float[Tensor, "s k"]) -> tuple[Float[Tensor, "k"], fl
     For weights p on the rows, ``min_theta sum_k (p parts)_k / theta_k = (sum_k (p parts)_k^{1/2})^2`` by
     Cauchy-Schwarz, concave in p; exponentiated gradient steps raise it.
     """
-    scaled = parts / parts.max().clamp_min(1e-300)
+    scaled = parts / nonzero(parts.max())
     weights = torch.full_like(scaled[:, 0], 1.0 / scaled.shape[0])
     best, value = weights, -1.0
     for step in range(BALANCE_STEPS if scaled.shape[0] > 1 else 1):
-        roots = (weights @ scaled).clamp_min(1e-30).sqrt()
+        roots = (weights @ scaled).clamp_min(SMALLEST_PART).sqrt()
         total = float(roots.sum())
         if total > value:
             best, value = weights, total
         gradient = total * (scaled / roots).sum(dim=1)
-        weights = torch.softmax(weights.clamp_min(1e-30).log() + 2.0 / (1.0 + 0.1 * step) * gradient / total**2, dim=0)
+        weights = torch.softmax(
+            weights.clamp_min(SMALLEST_PART).log() + 2.0 / (1.0 + 0.1 * step) * gradient / total**2, dim=0
+        )
     roots = (best @ scaled).clamp_min(0.0).sqrt()
-    return (roots / roots.sum().clamp_min(1e-300)).clamp_min(FLOOR), float(parts.max().sqrt()) * value
+    return (roots / nonzero(roots.sum())).clamp_min(FLOOR), float(parts.max().sqrt()) * value

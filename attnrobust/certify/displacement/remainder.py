@@ -8,18 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.displacement.base import CANCELLATION, GRAM_LIMIT, CleanRows
-from attnrobust.certify.displacement.scalar import (
-    cumulant_modulus,
-    growing_weight,
-    log_phi,
-    log_psi,
-    phi_negative,
-    psd_root,
-    saturating_weight,
-)
+from attnrobust.certify.displacement.base import GRAM_LIMIT, CleanRows
+from attnrobust.certify.displacement.cumulant import cumulant_modulus, psd_root
+from attnrobust.numerics.eigenvalues import power_eigenvalue
+from attnrobust.numerics.exponential import log_phi, log_psi, phi_negative
+from attnrobust.numerics.rounding import CANCELLATION, ENTRY, FORMULA, SMALLEST, SMALLEST_UNIT, inward, nonzero, outward
+from attnrobust.numerics.suprema import growing_weight, saturating_weight
 
-TINY = 600.0  # minus the log of weights whose products may underflow
+UNDERFLOW_LOG = 600.0  # minus the log of weights whose products may underflow
 SINE_COSINE = 2.0 / (3.0 * math.sqrt(3.0))  # sup of sin(x) cos(x)^2 and of sin(x)^2 cos(x)
 
 
@@ -81,7 +77,7 @@ class Majorant:
         parts, chosen = [], self._own_only
         for modulus, gram in zip(self.modulus[:, chosen], self.gram, strict=True):
             root = psd_root(modulus)
-            parts.append(torch.linalg.eigvalsh(root @ gram @ root)[..., -1].clamp_min(0.0) * (1.0 + 1e-10))
+            parts.append(outward(torch.linalg.eigvalsh(root @ gram @ root)[..., -1].clamp_min(0.0), FORMULA))
         return self._with_single(
             torch.stack(parts), 0.5 * self.rows.w * (1.0 - 2.0 * self.rows.w).abs() * self.rows.spread
         )
@@ -96,7 +92,7 @@ class Majorant:
         token = self.rows.single
         if token is None:
             return own
-        out = self.rows.slope_norms.square() * other[..., token] * (1.0 + 1e-10)
+        out = outward(self.rows.slope_norms.square() * other[..., token], FORMULA)
         out[:, self._own_only] = own
         return out
 
@@ -105,10 +101,10 @@ class Majorant:
         rows = self.rows
         if self.small:
             root = coefficient[:, self._own_only].sqrt()
-            reach = power_reach(root[..., :, None] * self.gram * root[..., None, :])
+            reach = power_eigenvalue(root[..., :, None] * self.gram * root[..., None, :], squarings=2)
             if rows.single is None:
                 return reach
-            other = rows.slope_norms.square() * (coefficient * rows.contrast.square()).sum(dim=-1) * (1.0 + 1e-10)
+            other = outward(rows.slope_norms.square() * (coefficient * rows.contrast.square()).sum(dim=-1), FORMULA)
             other[:, self._own_only] = reach
             return other
         largest = (coefficient * rows.moves).amax(dim=-1).sqrt()
@@ -116,7 +112,7 @@ class Majorant:
         rotated, mean = rows.centred_keys
         distance = torch.cdist(mean, rotated, compute_mode="donot_use_mm_for_euclid_dist").square()
         query = (coefficient * distance).sum(dim=-1).sqrt() * rows.moves
-        return (rows.slope_norms * key + query).square() * (1.0 + 1e-10)
+        return outward((rows.slope_norms * key + query).square(), FORMULA)
 
     @cached_property
     def _variance_reach(self) -> Float[Tensor, "h n"]:
@@ -135,7 +131,9 @@ class Majorant:
         bilinear = radius**2 * rows.bilinear_norms[:, None] * rows.w.amax(dim=-1).sqrt() * rows.moves
         visible = reach.masked_fill(torch.isneginf(rows.log_w), 0.0)  # a weight that underflows may still grow back
         # Such a token's w_j U_j^2, with a weight large enough that no product underflows.
-        tiny = torch.exp(rows.log_w.clamp_min(-TINY - 100.0)) * (rows.log_w < -TINY) * visible.square()
+        tiny = (
+            torch.exp(rows.log_w.clamp_min(-UNDERFLOW_LOG - 100.0)) * (rows.log_w < -UNDERFLOW_LOG) * visible.square()
+        )
         deviation = (radius * self._variance_reach.sqrt() + bilinear).square() + tiny.sum(dim=-1)
         by_variance = 0.5 * deviation * torch.exp(log_phi(visible.amax(dim=-1)))
         by_term = torch.exp(rows.log_w + log_psi(visible)).sum(dim=-1)
@@ -149,9 +147,9 @@ class Majorant:
         upper = saturating_weight(rows.log_w, reach)
         paired = growing_weight(rows.log_w, reach)
         drift = radius * self._drift()
-        exact, extra, largest = self._curved(upper, rows.w * phi_negative(reach) * inverse, drift)
+        exact, extra, largest = self._curved(upper, inward(rows.w * phi_negative(reach) * inverse, ENTRY), drift)
         linear = rows.logit_reach.masked_fill(torch.isneginf(rows.log_w), 0.0).amax(dim=-1)
-        slack = (radius * rows.bilinear_norms[:, None] / linear.clamp_min(1e-300)).clamp(1e-9, 1.0)
+        slack = (radius * rows.bilinear_norms[:, None] / nonzero(linear)).clamp(1e-9, 1.0)
         first, second = self._bent(exact, extra)
         bent = ((1.0 + 1.0 / slack).sqrt() * first, (1.0 + 1.0 / slack).sqrt() * second)
         largest = (1.0 + slack) * largest
@@ -176,7 +174,7 @@ class Majorant:
         reach_triangle = self.diagonal_reach(triangle)
         if not self.small:
             return torch.zeros_like(reach_triangle), triangle, reach_triangle
-        size = (rows.w * rows.spread).sum(dim=-1, keepdim=True).clamp_min(1e-300)
+        size = nonzero((rows.w * rows.spread).sum(dim=-1, keepdim=True))
         centre = (0.5 * ((upper + lower) * rows.spread).sum(dim=-1, keepdim=True) / size).clamp(0.0, 1.0)
         excess = torch.maximum(upper - centre * rows.w, centre * rows.w - lower) * rows.spread + upper * drift
         reach_exact = centre[..., 0] * self._modulus_reach + self.diagonal_reach(0.5 * excess)
@@ -192,7 +190,7 @@ class Majorant:
         share = share.gather(-1, index)
         total = 1.0 - inverse + CANCELLATION  # sum s = P / (1 + P); a P below 1e-16 is lost in the difference
         left = total - (share.cumsum(dim=-1) - share)  # what the larger ones leave of it
-        return (torch.minimum(share, left.clamp_min(0.0)) * ordered).sum(dim=-1) * (1.0 + 1e-10) + 1e-300
+        return outward((torch.minimum(share, left.clamp_min(0.0)) * ordered).sum(dim=-1), FORMULA) + SMALLEST
 
     def _bent(self, exact: Float[Tensor, "h n"], extra: Float[Tensor, "h n n"]) -> tuple[Tensor, Tensor]:
         """``q^T (exact N + diag(extra)) q <= |A^T delta_i|^2 |D|^2 (a t^{1/2} + b (1 - t)^{1/2})^2``, t the share of i.
@@ -213,7 +211,7 @@ class Majorant:
             own = torch.diagonal(torch.diagonal(matrix, dim1=-2, dim2=-1))
             firsts.append((own.clamp_min(0.0) + rounding).sqrt())
             rest = matrix * other[:, :, None] * other[:, None, :]
-            seconds.append((power_reach(rest) + rounding).sqrt())
+            seconds.append((power_eigenvalue(rest, squarings=2) + rounding).sqrt())
         return torch.stack(firsts), torch.stack(seconds)
 
     def _centred(self, matrix: Float[Tensor, "n n n"], head: int) -> tuple[Tensor, Tensor]:
@@ -233,7 +231,7 @@ class Majorant:
             parts = []
             for head, weights in enumerate(paired):
                 matrix, rounding = self._centred(torch.diag_embed(weights.square()), head)
-                parts.append((power_reach(matrix) + rounding).sqrt())
+                parts.append((power_eigenvalue(matrix, squarings=2) + rounding).sqrt())
             return torch.stack(parts)
         shift = torch.linalg.vector_norm(paired, dim=-1) * rows.weight_energy[..., 0].sqrt()
         reach: Tensor = (paired * rows.moves).amax(dim=-1) + shift
@@ -257,18 +255,8 @@ class Majorant:
             quartic * rows.row_weights.sqrt(),
         )
         cubic = cubic * rows.row_weights.sqrt()
-        ratio = (cubic.amax(dim=-1) / quartic.amax(dim=-1).clamp_min(1e-150)).clamp(1e-9, 1e9)[:, None]
+        ratio = (cubic.amax(dim=-1) / nonzero(quartic.amax(dim=-1), SMALLEST_UNIT)).clamp(1e-9, 1e9)[:, None]
         return (1.0 + ratio) * quartic.square() + (1.0 + 1.0 / ratio) * cubic.square()
-
-
-def power_reach(matrix: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b"]:
-    """``||M^4||_F^{1/4}``: at least the largest eigenvalue of a positive semidefinite M, at most n^{1/8} times it."""
-    scale = matrix.abs().amax(dim=(-2, -1)).clamp_min(1e-300)  # eighth powers of what is far below it would vanish
-    power = matrix / scale[..., None, None]
-    power = power @ power
-    power = power @ power
-    reach: Tensor = scale * torch.linalg.matrix_norm(power).pow(0.25) * (1.0 + 1e-10)
-    return reach
 
 
 def stack_multiplier(rows: CleanRows, largest: Float[Tensor, "h n"]) -> Float[Tensor, "h n"]:
@@ -276,8 +264,3 @@ def stack_multiplier(rows: CleanRows, largest: Float[Tensor, "h n"]) -> Float[Te
     if rows.row_weights is None:
         return largest
     return (rows.row_weights * largest).sum(dim=1, keepdim=True) * rows.row_weights
-
-
-def padded(value: float) -> float:
-    """Outward move that covers the rounding of sums of up to 1e6 terms."""
-    return value * (1.0 + CANCELLATION * 1e3)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnrobust.certify.margin.rows import CleanRows
 from attnrobust.certify.shared.head_sizes import without_common_part
+from attnrobust.numerics.rounding import SMALLEST_UNIT, nonzero
 
 LARGEST = 1e130  # coefficients beyond (or NaN) say nothing, and their squares would overflow
 
@@ -38,7 +39,7 @@ class ClassRows:
     def value_norm(self) -> Float[Tensor, "h 1"]:
         """``|gamma|``, kept away from 0 for divisions in parameters."""
         norm: Tensor = torch.linalg.vector_norm(self.gamma, dim=-1, keepdim=True)
-        return norm.clamp_min(1e-100)
+        return nonzero(norm, SMALLEST_UNIT)
 
     @cached_property
     def first_norm(self) -> Float[Tensor, "h n"]:

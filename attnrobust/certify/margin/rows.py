@@ -9,10 +9,10 @@ from torch import Tensor
 
 from attnrobust.certify.shared.head_sizes import without_common_part
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics.rounding import CANCELLATION, FORMULA, outward
 from attnrobust.problem import Problem
 
 GRAM_LIMIT = 96  # up to this many tokens the Gram tensors of all rows are kept (h n^3 numbers)
-PAD = 1e-13  # outward share of squared norms that come from differences of Gram entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def _rest_norm(weight: Tensor, movable: Tensor) -> Tensor:
     eye = torch.eye(n, dtype=weight.dtype, device=weight.device)
     squares = (weight**2) @ movable - weight.diagonal(dim1=1, dim2=2) ** 2 * movable  # sum over T without i
     jump = (1.0 - 2.0 * weight) * movable * (1.0 - eye)  # (1 - w_j)^2 - w_j^2 where j itself may move
-    return ((squares[..., None] + jump).clamp_min(0.0) + PAD).sqrt()
+    return ((squares[..., None] + jump).clamp_min(0.0) + CANCELLATION).sqrt()
 
 
 def _small_bilinear(layer: Attention) -> list[Tensor]:
@@ -121,7 +121,8 @@ def _small_bilinear(layer: Attention) -> list[Tensor]:
 def _norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
     spectral = torch.linalg.matrix_norm(matrix, 2)
     symmetric = torch.linalg.eigvalsh(0.5 * (matrix + matrix.T)).abs().amax()
-    return spectral * (1.0 + 1e-10), torch.minimum(symmetric + 1e-10 * spectral, spectral * (1.0 + 1e-10))
+    norm = outward(spectral, FORMULA)
+    return norm, torch.minimum(symmetric + FORMULA * spectral, norm)
 
 
 def own_block(rows: CleanRows, order: float) -> Float[Tensor, "h n n"]:
@@ -147,7 +148,7 @@ def _own_norm(rows: CleanRows) -> Float[Tensor, "h n n"]:
     cross = rows.beta @ rows.alpha.mT
     cross = cross - (cross * rows.weight).sum(-1)[..., None]
     length = (rows.beta**2).sum(-1)[..., None]
-    pad = 16.0 * PAD * (gram.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None] + length)
+    pad = 16.0 * CANCELLATION * (gram.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None] + length)
     total = rows.own**2 * length + 2.0 * rows.own * cross + square
     return (total.clamp_min(0.0) + pad).sqrt() * rows.movable[:, None]
 

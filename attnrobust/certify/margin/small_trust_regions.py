@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.numerics.rounding import PROOF, outward
+
 DECOMPOSE_LIMIT = 96  # up to here the eigenvalue decompositions are cheap enough to be used in every round
 KRYLOV_STEPS = 14
 MAX_RAISES = 60  # of a multiplier, by 1 % each, until its factorisation succeeds
-OUTWARD = 1.0 + 1e-9
+SMALLEST_MULTIPLIER = 1e-200  # above the largest eigenvalue of a matrix that vanishes
 SHIFT = 1e-11  # share of the Frobenius norm that covers the backward error of a factorisation or decomposition
 
 
@@ -65,7 +67,7 @@ def _krylov_basis(product: Callable[[Tensor], Tensor], block: Tensor, steps: int
 
 def _solve(values: Tensor, vectors: Tensor, gradient: Tensor, radius: float) -> tuple[Tensor, Tensor, Tensor]:
     g = (vectors.mT @ gradient[..., None])[..., 0]
-    start = values[..., -1].clamp_min(0.0) + 1e-9 * values.abs().amax(-1) + 1e-200
+    start = values[..., -1].clamp_min(0.0) + PROOF * values.abs().amax(-1) + SMALLEST_MULTIPLIER
 
     def length(multiplier: Tensor) -> Tensor:
         found: Tensor = torch.linalg.vector_norm(g / (multiplier[..., None] - values), dim=-1)
@@ -97,7 +99,7 @@ def many_certified(
     matrix = 0.5 * (matrix + matrix.mT)
     shift = SHIFT * torch.linalg.matrix_norm(matrix)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    level = multiplier * (1.0 + 1e-4) + 2.0 * shift + 1e-200
+    level = multiplier * (1.0 + 1e-4) + 2.0 * shift + SMALLEST_MULTIPLIER
     factor, info = torch.linalg.cholesky_ex((level - shift)[:, None, None] * eye - matrix)
     for _ in range(MAX_RAISES):
         if bool((info == 0).all()):
@@ -106,4 +108,4 @@ def many_certified(
         factor, info = torch.linalg.cholesky_ex((level - shift)[:, None, None] * eye - matrix)
     x = torch.cholesky_solve(gradient[..., None], factor)[..., 0]
     value = 0.5 * (gradient * x).sum(-1) + 0.5 * level * radius**2
-    return torch.where(info == 0, value * OUTWARD, torch.inf)
+    return torch.where(info == 0, outward(value, PROOF), torch.inf)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.numerics.linear_map import largest_eigenvalue_upper
+from attnrobust.numerics.rounding import PROOF, SMALLEST, outward
 from attnrobust.numerics.sides import Upper
 
 DECOMPOSE_LIMIT = 320  # an eigenvalue decomposition takes milliseconds up to here
@@ -17,8 +18,7 @@ BLOCK_STEPS = 16
 START = 1e-9  # of Newton's method above the largest eigenvalue, as a share of the largest number in the problem
 NEWTON_STEPS = 40  # of the multiplier; quadratic convergence needs about 6
 MAX_RAISES = 80  # of the multiplier by 1 % each until the factorisation succeeds
-OUTWARD = 1e-9  # outward share of a bound: rounding of products and factorisations
-TINY = 1e-300
+SHIFT = 1e-11  # share of a norm that covers the backward error of a factorisation or decomposition
 
 Product = Callable[[Tensor], Tensor]
 
@@ -70,7 +70,7 @@ def approximate(
     images = fresh = problem.product(found.T).T
     width, (values, vectors, value) = found.shape[1], _projected(found, images, problem, radius)
     for _ in range(min(steps, size // width) - 1):
-        scale = float(torch.linalg.vector_norm(fresh)) + TINY
+        scale = float(torch.linalg.vector_norm(fresh)) + SMALLEST
         fresh = fresh - found @ (found.T @ fresh)
         fresh = fresh - found @ (found.T @ fresh)
         if float(torch.linalg.vector_norm(fresh)) <= 1e-10 * scale:
@@ -92,16 +92,16 @@ def _projected(found: Tensor, images: Tensor, problem: Quadratic, radius: float)
     values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
     g = vectors.T @ (found.T @ problem.gradient)
     multiplier = _multiplier(values, g, radius)
-    value = 0.5 * float(g @ (g / (multiplier - values).clamp_min(TINY))) + 0.5 * multiplier * radius**2
+    value = 0.5 * float(g @ (g / (multiplier - values).clamp_min(SMALLEST))) + 0.5 * multiplier * radius**2
     return values, vectors, value
 
 
 def _small_solution(values: Tensor, vectors: Tensor, problem: Quadratic, radius: float) -> Maximiser:
     g = vectors.T @ problem.gradient
     multiplier = _multiplier(values, g, radius)
-    x = g / (multiplier - values).clamp_min(TINY)
+    x = g / (multiplier - values).clamp_min(SMALLEST)
     missing = max(radius**2 - float(x @ x), 0.0) ** 0.5
-    hard = missing > 1e-3 * radius and multiplier <= float(values[-1]) + 1e-6 * abs(float(values[-1])) + TINY * 10
+    hard = missing > 1e-3 * radius and multiplier <= float(values[-1]) + 1e-6 * abs(float(values[-1])) + SMALLEST * 10
     points = [x]
     if hard:
         fill = torch.zeros_like(x)
@@ -118,8 +118,8 @@ def _multiplier(values: Tensor, g: Tensor, radius: float) -> float:
     """
     linear = float(torch.linalg.vector_norm(g)) / radius
     unit = max(float(values.abs().amax()), linear)
-    if unit <= TINY:
-        return TINY
+    if unit <= SMALLEST:
+        return SMALLEST
     eigenvalues, terms = (values / unit).cpu().numpy(), (g / (unit * radius)).square().cpu().numpy()
     low = max(float(eigenvalues[-1]), 0.0) + START
     high = low + linear / unit
@@ -136,9 +136,9 @@ def decomposed_bound(problem: Quadratic, radius: float) -> tuple[Upper, Maximise
     """Deterministic: eigenvalue decomposition of the dense matrix (small sizes)."""
     matrix = dense(problem)
     values, vectors = torch.linalg.eigh(matrix)
-    shift = 1e-11 * float(values.abs().amax())  # backward error of the decomposition: it proves M - shift I only
+    shift = SHIFT * float(values.abs().amax())  # backward error of the decomposition: it proves M - shift I only
     solution = _small_solution(values + shift, vectors, problem, radius)
-    return Upper(max(solution.value, 0.0) * (1.0 + OUTWARD)), solution
+    return Upper(outward(max(solution.value, 0.0), PROOF)), solution
 
 
 def dense(problem: Quadratic) -> Float[Tensor, "N N"]:
@@ -161,8 +161,8 @@ def factorised_bound(problem: Quadratic, radius: float, guess: Maximiser) -> Upp
     with the smaller matrix only enlarges the value.
     """
     matrix = dense(problem)
-    shift = 1e-11 * float(torch.linalg.matrix_norm(matrix))
-    multiplier = guess.multiplier * (1.0 + 1e-3) + 2.0 * shift + TINY
+    shift = SHIFT * float(torch.linalg.matrix_norm(matrix))
+    multiplier = guess.multiplier * (1.0 + 1e-3) + 2.0 * shift + SMALLEST
     for _ in range(MAX_RAISES):
         shifted = -matrix
         shifted.diagonal().add_(multiplier - shift)
@@ -170,7 +170,7 @@ def factorised_bound(problem: Quadratic, radius: float, guess: Maximiser) -> Upp
         if int(info) == 0:
             x = torch.cholesky_solve(problem.gradient[:, None], factor)[:, 0]
             value = 0.5 * float(problem.gradient @ x) + 0.5 * multiplier * radius**2 + problem.constant
-            return Upper(max(value, 0.0) * (1.0 + OUTWARD))
+            return Upper(outward(max(value, 0.0), PROOF))
         multiplier = 1.01 * multiplier + shift
     return Upper(math.inf)
 
@@ -188,14 +188,14 @@ def iterated_bound(
         max_steps=80, device=problem.gradient.device,
     )  # fmt: skip
     top = max(bounds.upper.value, 0.0)
-    best = _dual_value(problem, radius, max(guess.multiplier, top * (1.0 + 2e-3) + TINY), top)
-    return Upper(max(best, 0.0) * (1.0 + OUTWARD), bounds.upper.failure_probability)
+    best = _dual_value(problem, radius, max(guess.multiplier, top * (1.0 + 2e-3) + SMALLEST), top)
+    return Upper(outward(max(best, 0.0), PROOF), bounds.upper.failure_probability)
 
 
 def _dual_value(problem: Quadratic, radius: float, multiplier: float, top: float) -> float:
     x, residual = _solve(problem, multiplier)
     inner = float(problem.gradient @ x) + float(residual @ x)  # 2 G.x - x (l - M) x = G.x + res.x
-    slack = float(residual @ residual) / max(multiplier - top, TINY)
+    slack = float(residual @ residual) / max(multiplier - top, SMALLEST)
     return 0.5 * (inner + slack + multiplier * radius**2) + problem.constant
 
 

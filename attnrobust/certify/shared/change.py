@@ -1,6 +1,5 @@
 """Bounds of the change of the goal's quantities on the set of a given size, as prepared certificates."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -9,10 +8,10 @@ from torch import Tensor
 
 from attnrobust.certify.method import PreparedBound
 from attnrobust.certify.radius import LARGEST
-from attnrobust.numerics.sides import Upper, round_up
+from attnrobust.numerics.rounding import FORMULA, used_share
+from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 
-OUTWARD = 1e-10  # relative; the formulas are sums and products of positive terms with far smaller rounding
 PROBE = 1e-9  # a size at which every bound is in its linear part
 
 Change = Callable[[float], Float[Tensor, "c"]]
@@ -33,10 +32,7 @@ class ChangeBound(PreparedBound):
         self._failure = failure_probability
 
     def usage(self, radius: float) -> Upper:
-        share = float((self._change(radius) / self._budgets).amax())
-        if math.isnan(share):  # an intermediate product left float64: this size is not covered
-            share = math.inf
-        return Upper(round_up(share, relative=OUTWARD), self._failure)
+        return Upper(used_share(self._change(radius), self._budgets, share=FORMULA), self._failure)
 
     @property
     def failure_probability(self) -> float:

@@ -15,6 +15,7 @@ from attnrobust.numerics.linear_map import (
     scale_tokens,
     select_tokens,
 )
+from attnrobust.numerics.rounding import FORMULA, outward
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import AnyToken, PerTokenBall
 
@@ -24,7 +25,6 @@ FEW_TOKENS = 8  # so many tokens get a norm each under the threat "any token"
 REWEIGHTINGS = 2  # rounds of token scalings under per-token budgets
 ACCURACY = 1e-3  # of the iteration: what the radius search resolves
 CLASSES_AT_ONCE = 16  # gradients computed together; each needs h n^2 numbers
-RELATIVE_ROUNDING = 1e-10  # of gradients, which are exact sums of products
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ def first_order(problem: Problem, linear: LinearMap, *, seed: int, accuracy: flo
         raise InputError("a functional of the output needs row weights")
     directions = goal.weights[:, None] * goal.functionals[:, None, :]
     slopes = [problem.moves.dual_norm(linear.rmatvec(part)) for part in directions.split(CLASSES_AT_ONCE)]
-    return FirstOrder(torch.cat(slopes) * (1.0 + RELATIVE_ROUNDING), 0.0)
+    return FirstOrder(outward(torch.cat(slopes), FORMULA), 0.0)
 
 
 def _displacement(problem: Problem, linear: LinearMap, norms: "_Norms") -> FirstOrder:

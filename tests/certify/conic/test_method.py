@@ -16,13 +16,13 @@ from attnrobust.certify.conic.method import ConicMargin
 from attnrobust.certify.conic.program import Affine, Box, Cone, ConicProgram, Moments, in_dual_cone, repaired_bound
 from attnrobust.certify.conic.ranges import row_ranges
 from attnrobust.certify.conic.row import Reach, Row, reach_of, rows_of
-from attnrobust.certify.conic.scalar import log_phi, log_psi, psi, saturation, second_difference
 from attnrobust.certify.conic.size import size_of
 from attnrobust.certify.conic.solver import solve
 from attnrobust.certify.radius import LARGEST
 from attnrobust.certify.registry import method_named
 from attnrobust.goals import Displacement, Margin
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics import exponential, suprema
 from attnrobust.problem import Problem
 from attnrobust.results import Kind
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
@@ -33,6 +33,18 @@ from tests.conic_points import true_point, violations
 
 Array = NDArray[np.float64]
 METHOD = ConicMargin()
+
+
+def psi(u: Array) -> Array:
+    return np.asarray(exponential.psi(torch.from_numpy(u)).numpy())
+
+
+def suprema_at(log_weight: Array, limit: Array) -> tuple[Array, Array]:
+    """f and k of lemma 3."""
+    both = torch.from_numpy(log_weight), torch.from_numpy(limit)
+    return suprema.saturating_weight(*both).numpy(), suprema.pair_slope(*both).numpy()
+
+
 KINDS: tuple[Bases, ...] = ("plain", "aligned", "full")
 
 HARD = (
@@ -146,37 +158,13 @@ def test_first_order_is_the_gradient_of_the_drop() -> None:
 # ---- scalar envelopes ----------------------------------------------------------------------------------------------
 
 
-def test_psi_and_its_second_difference_near_and_far_from_zero() -> None:
-    for u in (-700.0, -5.0, -1e-2, -1e-5, 1e-9, 1e-5, 1e-2, 5.0, 300.0):
-        exact = float(sum(math.exp(k * math.log(abs(u)) - math.lgamma(k + 1)) * (1 if u > 0 or k % 2 == 0 else -1)
-                          for k in range(2, 60))) if abs(u) < 6 else math.exp(u) - 1 - u  # fmt: skip
-        assert float(psi(np.array([u]))[0]) == pytest.approx(exact, rel=1e-10)
-        assert float(second_difference(np.array([u]))[0]) == pytest.approx(2 * exact / u**2, rel=1e-10)
-    assert float(log_psi(np.array([5000.0]))[0]) == pytest.approx(5000.0)
-    assert float(log_phi(np.array([1e-8]))[0]) == pytest.approx(1e-8 / 3, rel=1e-6)
-
-
-@pytest.mark.parametrize("log_weight", [-1e-9, -0.7, -3.0, -30.0, -460.0])
-@pytest.mark.parametrize("limit", [1e-9, 0.01, 0.8, 4.0, 40.0, 470.0, 900.0])
-def test_saturation_is_above_both_suprema_and_close(log_weight: float, limit: float) -> None:
-    above, slope = (float(v[0]) for v in saturation(np.array([log_weight]), np.array([limit])))
-    u = np.concatenate([limit * np.logspace(-6, 0, 2000), np.linspace(limit / 5000, limit, 5000)])
-    share = log_weight + log_psi(u)
-    share = np.exp(share - np.logaddexp(0.0, share))  # w psi / (1 + w psi)
-    first, second = 2 * share / u**2, share / u * np.maximum(1 - math.exp(log_weight) * u, 0)
-    assert_at_most(float(first.max()), above)
-    assert_at_most(float(second.max()), slope)
-    assert_at_most(above, 1.25 * float(first.max()))
-    assert_at_most(slope, 1.25 * float(second.max()) + 1e-300)
-
-
 def test_third_order_term_is_below_its_two_slopes() -> None:
     """``-t w (1 - p)(psi(u) - s u) <= max(k- u t, -k+ u t)`` for every s between w psi(u) and its bound."""
     draw = np.random.default_rng(0)
     for _ in range(60):
         log_weight, limit = -float(draw.exponential(3.0)), float(draw.uniform(0.05, 8.0))
         weight, share = math.exp(log_weight), float(draw.uniform(0.02, 0.999))
-        _, opposite = saturation(np.array([log_weight]), np.array([limit]))
+        _, opposite = suprema_at(np.array([log_weight]), np.array([limit]))
         same = weight * (share + (1 - share) * float(psi(np.array([-limit]))[0]) / limit)
         u = np.linspace(-limit, limit, 201)[:, None]
         s = weight * psi(u) + np.linspace(0.0, 1.0, 101) ** 3 * (share / (1 - share))
@@ -198,11 +186,11 @@ def test_remainder_weight_is_between_its_two_quadratics() -> None:
         u = a - weight @ a
         limit = np.abs(u) * draw.uniform(1.0, 2.0, size=5) + 1e-9
         s = float(weight @ psi(u))
-        above, _ = saturation(np.log(weight), limit)
+        above, _ = suprema_at(np.log(weight), limit)
         mass = weight * psi(u) / (1 + s)
         assert (mass <= above * u**2 / 2 + 1e-14).all()
         assert s / (1 + s) <= above @ u**2 / 2 + 1e-14
-        low = weight * second_difference(-limit) / (1 + 1.5 * s)
+        low = weight * exponential.phi_negative(torch.from_numpy(limit)).numpy() / (1 + 1.5 * s)
         assert (mass >= low * u**2 / 2 - 1e-14).all()
 
 

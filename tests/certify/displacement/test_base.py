@@ -9,8 +9,8 @@ from torch import Tensor
 from attnrobust.certify.displacement import remainder as displacement_majorant
 from attnrobust.certify.displacement.base import CleanRows, stack_weights
 from attnrobust.certify.displacement.remainder import Majorant
-from attnrobust.certify.displacement.scalar import log_psi
 from attnrobust.layers.jacobian import AttentionJacobian
+from attnrobust.numerics.exponential import log_psi
 from tests.displacement_tools import (
     RADII,
     SMALL_CASES,

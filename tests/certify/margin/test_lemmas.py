@@ -6,22 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.certify.margin.all_tokens.constants import Budget, constants, largest_quadratic
+from attnrobust.certify.margin.all_tokens.constants import constants, largest_quadratic
 from attnrobust.certify.margin.all_tokens.functional import ellipsoid
 from attnrobust.certify.margin.all_tokens.majorant import initial_parameters, majorant, pieces
 from attnrobust.certify.margin.all_tokens.method import MarginBound, MarginCertificate
 from attnrobust.certify.margin.one_token.logistic import remainder_range
 from attnrobust.certify.margin.quadratic_form import moments
 from attnrobust.certify.margin.rows import direction_gram, own_block
-from attnrobust.certify.margin.scalar import (
-    largest_remainder,
-    log_phi,
-    log_psi,
-    phi_negative,
-    psi,
-    saturating_coefficient,
-    weighted_phi,
-)
 from attnrobust.certify.margin.small_trust_regions import many_approximate, many_certified
 from attnrobust.certify.margin.trust_region import (
     Quadratic,
@@ -30,9 +21,11 @@ from attnrobust.certify.margin.trust_region import (
     factorised_bound,
     iterated_bound,
 )
+from attnrobust.certify.shared.constants import MoveBudget
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.eigenvalues import gram_eigenvalue, spread_eigenvalue
+from attnrobust.numerics.exponential import psi
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, PerTokenBall
 from attnrobust.tokens import TokenMeasure
@@ -42,85 +35,14 @@ from tests.stress import Draw, boundary_moves
 SEEDS = range(8)
 
 
-def frobenius(problem: Problem, radius: float) -> Budget:
+def frobenius(problem: Problem, radius: float) -> MoveBudget:
     n, d = problem.clean.points.shape
     threat = problem.threat
-    return Budget(radius * threat.frobenius_factor(n, d), radius * threat.token_factor(n, d), radius)
+    return MoveBudget(radius * threat.frobenius_factor(n, d), radius * threat.token_factor(n, d), radius)
 
 
 def radius_of(problem: Problem, share: float) -> float:
     return share * float(problem.clean.points.norm()) / problem.clean.n**0.5
-
-
-# ---- scalars ---------------------------------------------------------------------------------------------------------
-
-
-def test_psi_and_its_logarithm_against_high_precision() -> None:
-    from decimal import Decimal, getcontext
-
-    getcontext().prec = 60
-    for u in (1e-6, 1e-3, 0.3, 5.0, 29.0, 31.0, 400.0):
-        exact = Decimal(u).exp() - 1 - Decimal(u)
-        got = torch.tensor([u], dtype=torch.float64)
-        assert float(log_psi(got)) == pytest.approx(float(exact.ln()), rel=1e-9)
-        assert float(log_phi(got)) >= float((2 * exact / Decimal(u) ** 2).ln()) - 1e-12
-        negative = (-Decimal(u)).exp() - 1 + Decimal(u)
-        assert float(psi(-got)) == pytest.approx(float(negative), rel=1e-9)
-        assert float(phi_negative(got)) == pytest.approx(float(2 * negative / Decimal(u) ** 2), rel=1e-6)
-
-
-def test_saturating_suprema_are_upper_bounds_and_sharp() -> None:
-    draw = Draw(0)
-    log_w = torch.cat([-5.0 * draw.normal(300).abs(), -300.0 * draw.normal(40).abs(), torch.zeros(1).double()])
-    limit = torch.cat([10 ** (0.7 * draw.normal(300)), 200.0 * draw.normal(40).abs() + 1.0, torch.ones(1).double()])
-    curve, ramp = saturating_coefficient(log_w, limit)
-    u = limit[:, None] * torch.linspace(1e-4, 1.0, 4001, dtype=torch.float64)
-    share = log_w[:, None] + log_psi(u)
-    log_s = share - torch.nn.functional.softplus(share)
-    true_curve = (log_s + math.log(2.0) - 2.0 * u.log()).exp().amax(-1)
-    true_ramp = ((log_s - u.log()).exp() * (1.0 - log_w.exp()[:, None] * u).clamp_min(0.0)).amax(-1)
-    assert bool((curve >= true_curve).all())
-    assert bool((ramp >= true_ramp * (1.0 - 1e-12)).all())
-    assert float((curve / true_curve)[:300].median()) < 1.01
-    assert float((ramp / true_ramp.clamp_min(1e-300))[:300].median()) < 1.02
-
-
-def test_saturated_row_is_not_clamped() -> None:
-    """w ~ e^-460 and U = 480: clamping psi at e^300 would report about 0 for a coefficient of 2 / U^2."""
-    log_w, limit = torch.tensor([-460.0]).double(), torch.tensor([480.0]).double()
-    curve, _ = saturating_coefficient(log_w, limit)
-    share = log_w + log_psi(limit)
-    assert float(curve) >= float(2.0 * torch.sigmoid(share) / limit**2)
-    assert math.isinf(float(weighted_phi(torch.tensor([0.0]).double(), torch.tensor([700.0]).double())))
-
-
-def test_hidden_tokens_have_zero_coefficients() -> None:
-    hidden = torch.tensor([-math.inf]).double()
-    for limit in (0.0, 1.0):
-        curve, ramp = saturating_coefficient(hidden, torch.tensor([limit]).double())
-        assert float(curve) == 0.0
-        assert float(ramp) == 0.0
-
-
-def test_largest_remainder_of_centred_changes() -> None:
-    draw = Draw(5)
-    for spread in (0.0, 1.0, 8.0):
-        weight = torch.softmax(spread * draw.normal(40, 5), dim=-1)
-        limit = 4.0 * draw.normal(40, 5).abs()
-        bound = largest_remainder(weight, limit)
-        best = torch.zeros(40, dtype=torch.float64)
-        for _ in range(300):
-            u = limit * (draw.normal(40, 5).sign() if draw.between(0.0, 1.0) < 0.7 else draw.normal(40, 5).clamp(-1, 1))
-            up, down = (weight * u.clamp_min(0.0)).sum(-1), (weight * (-u).clamp_min(0.0)).sum(-1)
-            least = torch.minimum(up, down)  # the larger side shrinks until the mean is 0
-            factor = torch.where(u > 0.0, (least / up)[:, None], (least / down)[:, None]).nan_to_num(0.0)
-            best = torch.maximum(best, (weight * psi(u * factor)).sum(-1))
-        assert bool((best <= bound).all())
-        assert float((best / bound).amax()) > 0.9
-    equal = torch.full((1, 4), 0.25, dtype=torch.float64)
-    assert float(largest_remainder(equal, 12.0 * equal)) == pytest.approx(math.cosh(3.0) - 1.0, rel=1e-9)
-    huge = largest_remainder(equal, torch.full((1, 4), 640.0, dtype=torch.float64))
-    assert torch.isfinite(huge).all()
 
 
 def test_logistic_remainder_range() -> None:

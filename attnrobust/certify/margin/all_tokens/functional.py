@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.margin.all_tokens.constants import Budget, Constants
+from attnrobust.certify.margin.all_tokens.constants import Constants
 from attnrobust.certify.margin.all_tokens.descent import Descent, detached
 from attnrobust.certify.margin.all_tokens.majorant import (
     Parameters,
@@ -31,6 +31,8 @@ from attnrobust.certify.margin.trust_region import (
     factorised_bound,
     iterated_bound,
 )
+from attnrobust.certify.shared.constants import MoveBudget
+from attnrobust.numerics.rounding import ENTRY, SMALLEST_UNIT, outward
 from attnrobust.numerics.sides import Upper
 from attnrobust.threats.moves import MoveThreat, PerTokenBall
 
@@ -63,7 +65,7 @@ class Ellipsoid:
     radius: float
 
 
-def ellipsoid(threat: MoveThreat, budget: Budget, scale: Float[Tensor, "m _"]) -> Ellipsoid:
+def ellipsoid(threat: MoveThreat, budget: MoveBudget, scale: Float[Tensor, "m _"]) -> Ellipsoid:
     """An ellipsoid around the set (lemma 9 of docs/margin-certificate.md).
 
     Frobenius ball: itself. Per token: ``sum_j s_j^2 |delta_j|^2 <= eps^2 sum_j s_j^2``, and the same coordinate by
@@ -71,7 +73,7 @@ def ellipsoid(threat: MoveThreat, budget: Budget, scale: Float[Tensor, "m _"]) -
     """
     if not isinstance(threat, PerTokenBall):
         return Ellipsoid(torch.ones_like(scale[:, :1]), budget.frobenius)
-    return Ellipsoid(scale, budget.epsilon * float(scale.square().sum()) ** 0.5 * (1.0 + 1e-12))
+    return Ellipsoid(scale, outward(budget.epsilon * float(scale.square().sum()) ** 0.5, ENTRY))
 
 
 @dataclass(eq=False)
@@ -107,7 +109,7 @@ class ClassBound:
         size = self.gradient.abs()
         if not (isinstance(self.threat, PerTokenBall) and self.threat.norm == "linf"):
             size = torch.linalg.vector_norm(self.gradient, dim=1, keepdim=True)
-        size = size + FLOOR * size.mean() + 1e-100
+        size = size + FLOOR * size.mean() + SMALLEST_UNIT
         return (size / size.amax()).sqrt()
 
     def settle(self, constants_at: Callable[[float], Constants | None], budget: float, radius: float) -> float:
@@ -292,7 +294,7 @@ class ClassBound:
         self.memory = new if self.memory is None else self.memory.followed_by(new, keep=keep)
         return self.memory
 
-    def _next_scale(self, scale: Tensor, moves: Tensor, budget: Budget, power: float) -> Tensor:
+    def _next_scale(self, scale: Tensor, moves: Tensor, budget: MoveBudget, power: float) -> Tensor:
         """Raise the weight of coordinates that leave the set and lower that of unused ones (any weights are sound)."""
         if not isinstance(self.threat, PerTokenBall):
             return scale

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from attnrobust.certify.margin.all_tokens.constants import Constants
 from attnrobust.certify.margin.quadratic_form import ClassRows, Majorant, Moments, moments, spread_back
+from attnrobust.certify.shared.constants import shifted_slopes
 from attnrobust.numerics.eigenvalues import spread_eigenvalue, spread_slope
+from attnrobust.numerics.rounding import SMALLEST_UNIT
 
-TINY = 1e-100
 LARGEST_MASS = 0.5  # of a row's remainder at the reference moves, as a share of its bound
 ROUGH = 3  # bisections of an eigenvalue that only chooses a parameter
 LIMITS = (1e-3, 1e3)  # parameters are kept in this range around their unit
@@ -58,9 +59,8 @@ class Pieces:
 def pieces(cls: ClassRows, const: Constants, first_norm: Float[Tensor, "h n"]) -> Pieces:
     """Parameter-free coefficients."""
     weight = cls.rows.weight
-    shift = torch.minimum(weight, 0.5 * (const.slope_same - const.slope).clamp_min(0.0))
-    slope = torch.maximum(const.slope + shift, const.slope_same - shift)
-    unit = (first_norm * const.budget.frobenius).clamp_min(TINY)
+    shift, slope = shifted_slopes(weight, const.slope, const.slope_same)
+    unit = (first_norm * const.budget.frobenius).clamp_min(SMALLEST_UNIT)
     return Pieces(shift=shift, slope=slope, unit=unit)
 
 
@@ -186,26 +186,26 @@ def balanced(
 
     def mean(value: Tensor, dims: tuple[int, ...]) -> Tensor:
         average = value.mean(0)
-        return average + smooth * average.mean(dims, keepdim=True) + TINY
+        return average + smooth * average.mean(dims, keepdim=True) + SMALLEST_UNIT
 
     x2, t = mean(found.x.square(), (1, 2)), found.t.mean(0)
-    t2 = (found.t - t).square().mean(0) + smooth * found.t.square().mean((0, 2))[:, None] + TINY
+    t2 = (found.t - t).square().mean(0) + smooth * found.t.square().mean((0, 2))[:, None] + SMALLEST_UNIT
     first = (weighted * found.x).sum(-1) - (rows.weight @ found.t[..., None])[..., 0]
     average = first.mean(0)
-    variance = (first - average).square().mean(0) + smooth * first.square().mean((0, 2))[:, None] + TINY
+    variance = (first - average).square().mean(0) + smooth * first.square().mean((0, 2))[:, None] + SMALLEST_UNIT
     query = mean(found.query, (1,))
     mixed = mean(((weighted @ found.gram[:, None]) * weighted).sum(-1).clamp_min(0.0), (1,))
     pair = (t2[:, None, :] / x2).sqrt() / cls.value_norm[..., None]
     e = par.pair * cls.value_norm[..., None]
     curve, effect = _mass_curve(cls, const, par, piece.unit)
-    mass = (effect * x2).sum(-1).clamp_min(TINY)
+    mass = (effect * x2).sum(-1).clamp_min(SMALLEST_UNIT)
     # Stationary point of ``(tau - e) m / 2 + pbar mean (d - e)^2 / (4 tau)`` in tau and e, m the mass.
-    ratio = (0.5 * mass / const.share.clamp_min(TINY)).clamp_max(LARGEST_MASS)
+    ratio = (0.5 * mass / const.share.clamp_min(SMALLEST_UNIT)).clamp_max(LARGEST_MASS)
     split = (0.5 * const.share * variance / (mass * (1.0 - ratio))).sqrt() / piece.unit
     reference = average / piece.unit + 2.0 * split * ratio
     curve = (curve + e * piece.slope).abs()
     energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.movable, bisections=ROUGH)
-    eps = (energy * query / (curve * x2).sum(-1).clamp_min(TINY)).sqrt()[..., None].expand_as(x2)
+    eps = (energy * query / (curve * x2).sum(-1).clamp_min(SMALLEST_UNIT)).sqrt()[..., None].expand_as(x2)
     s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / cls.value_norm
     s2 = (mixed / query).sqrt()
 

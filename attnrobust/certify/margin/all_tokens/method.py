@@ -4,13 +4,15 @@ from typing import ClassVar
 
 import torch
 
-from attnrobust.certify.margin.all_tokens.constants import Budget, Constants, constants, geometry
+from attnrobust.certify.margin.all_tokens.constants import Constants, constants, row_geometry
 from attnrobust.certify.margin.all_tokens.functional import ClassBound
 from attnrobust.certify.margin.quadratic_form import class_rows
 from attnrobust.certify.margin.rows import clean_rows
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.certify.shared.constants import MoveBudget
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics.rounding import used_share
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.results import Kind
@@ -51,7 +53,7 @@ class MarginBound(PreparedBound):
     def __init__(self, problem: Problem, *, seed: int) -> None:
         self.problem, self.seed = problem, seed
         self.rows = clean_rows(problem)
-        self.geometry = geometry(self.rows, problem.moves)
+        self.geometry = row_geometry(self.rows, problem.moves)
         goal = problem.resolved
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before
         self.budgets = goal.budgets.tolist()
@@ -79,7 +81,7 @@ class MarginBound(PreparedBound):
     def _constants(self, radius: float) -> Constants | None:
         """Constants of the threat's set of this radius; None where they overflow."""
         threat, (n, d) = self.problem.moves, self.rows.points.shape
-        budget = Budget(
+        budget = MoveBudget(
             frobenius=radius * threat.frobenius_factor(n, d), token=radius * threat.token_factor(n, d), epsilon=radius
         )
         const = constants(self.rows, self.geometry, budget)
@@ -96,7 +98,7 @@ class MarginBound(PreparedBound):
             share = FAILURE_PROBABILITY / EVALUATIONS if self.starts < EVALUATIONS else 0.0
             bound = cls.bound(const, failure_probability=share)
             self.starts += bound.failure_probability > 0.0
-            worst = max(worst, bound.value / class_budget)
+            worst = max(worst, used_share(bound.value, class_budget))
             if worst == torch.inf:
                 break
         return Upper(worst, self.failure_probability)

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from attnrobust.certify.margin.one_token.logistic import logistic_change, remainder_range, steepest_turn
 from attnrobust.certify.margin.one_token.rows import TokenClass
+from attnrobust.numerics.rounding import CANCELLATION, ENTRY, SMALLEST_UNIT, outward
 
 SEARCH_NODES, PROOF_NODES = 33, 121  # of the range of a, while parameters are chosen and for the bound
 START_SHARE, START_SPREAD = 0.6, 0.1  # of the range of a, of the largest remainder: a first curve and spread
 LARGEST = 4.0  # first curve and spread in their units
-ROUNDING = 1e-13  # share of the sum of absolute terms
-TINY = 1e-100
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +61,13 @@ def foreign_rows(group: TokenClass, radius: float) -> ForeignRows:
     """Ranges and units at a radius."""
     rows = group.cls.rows
     logit, value = group.token.logit, group.rest_advantage
-    reach = radius * torch.linalg.vector_norm(rows.beta, dim=-1)[..., None] * (1.0 + 1e-12)
-    reach = reach.expand_as(logit).clamp_min(TINY)
-    lift = (radius * group.cls.value_norm * (1.0 + 1e-12))[:, None].expand_as(logit).clamp_min(TINY)
+    reach = outward(radius * torch.linalg.vector_norm(rows.beta, dim=-1)[..., None], ENTRY)
+    reach = reach.expand_as(logit).clamp_min(SMALLEST_UNIT)
+    lift = outward(radius * group.cls.value_norm, ENTRY)[:, None].expand_as(logit).clamp_min(SMALLEST_UNIT)
     x = logit.clamp(-1e6, 1e6)
     change = torch.maximum(logistic_change(x, reach), -logistic_change(x, -reach))
     size = change * value.abs() + torch.sigmoid(x + reach) * lift
-    return ForeignRows(group, x, value, reach, lift, size.clamp_min(TINY))
+    return ForeignRows(group, x, value, reach, lift, size.clamp_min(SMALLEST_UNIT))
 
 
 def foreign_start(found: ForeignRows) -> ForeignParameters:
@@ -103,13 +102,13 @@ def foreign_constant(found: ForeignRows, par: ForeignParameters, *, nodes: int) 
     curve, spread = par.curve[..., None], par.spread[..., None]
     # Everything in units: t in lift, a in reach, values in size.
     pull = -(change * lift / unit) - par.lean[..., None] - par.mixed[..., None] * share
-    t = (pull / spread.clamp_min(TINY)).detach().clamp(-1.0, 1.0)
+    t = (pull / spread.clamp_min(SMALLEST_UNIT)).detach().clamp(-1.0, 1.0)
     above = (change - slope * a) * v / unit - par.tilt[..., None] * share - 0.5 * curve * share**2
     above = above + pull * t - 0.5 * spread * t**2
     bend = steepest_turn(found.logit, found.reach) * (found.value.abs() + found.lift) * (found.reach**2 / size)
     pad = (par.curve + bend).clamp_min(0.0) * (2.0 / (nodes - 1)) ** 2 / 8.0
     terms = 2.0 + par.tilt.abs() + par.curve.abs() + par.lean.abs() + par.mixed.abs() + par.spread
-    return (above.amax(-1) + pad + ROUNDING * terms) * size
+    return (above.amax(-1) + pad + CANCELLATION * terms) * size
 
 
 def foreign_form(

@@ -19,7 +19,6 @@ from attnrobust.certify.margin.one_token.foreign_rows import (
     foreign_start,
 )
 from attnrobust.certify.margin.one_token.own_row import (
-    TINY,
     OwnConstants,
     OwnParameters,
     largest_average,
@@ -35,6 +34,7 @@ from attnrobust.certify.margin.small_trust_regions import (
     many_certified,
     many_iterated,
 )
+from attnrobust.numerics.rounding import PROOF, SMALLEST_UNIT, outward
 
 STEPS, RATE = 50, 0.1  # of the descent at the first radius
 AGAIN_STEPS, AGAIN_RATE = 25, 0.06  # the same at a radius far from the last one
@@ -43,7 +43,6 @@ NEAR = 0.04  # change of the radius, in its logarithm, that is near
 FIRST_KRYLOV, KRYLOV = 14, 5  # steps of an approximate maximum at first, and from the last one
 EXPONENT_CAP = 600.0
 CHUNK_NUMBERS = 12_000_000  # float64 numbers per temporary: about 100 MB
-OUTWARD = 1.0 + 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +223,7 @@ class TokenClassBound:
         """Proved bounds at given parameters."""
         matrix, gradient, constant = self._majorant(found, par)
         _, _, multiplier = many_approximate(matrix, gradient, found.radius)
-        return many_certified(matrix, gradient, found.radius, multiplier) + constant * OUTWARD
+        return many_certified(matrix, gradient, found.radius, multiplier) + outward(constant, PROOF)
 
     def _majorant(self, found: _Set, par: TokenParameters) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix (l, d, d), gradient (l, d) and constant (l,) of the majorant at given parameters."""
@@ -246,7 +245,7 @@ class TokenClassBound:
     def _cap(self, found: _Set, par: TokenParameters) -> tuple[Tensor, Tensor, Tensor]:
         """Quadratic, linear part beyond the first-order drop and constant of the own row's range."""
         group, heaviest = found.group, found.own.heaviest
-        unit = (par.cap_split * found.radius * self.cls.value_norm).clamp_min(TINY)
+        unit = (par.cap_split * found.radius * self.cls.value_norm).clamp_min(SMALLEST_UNIT)
         width = group.own_gradient.shape[-1]
         last = torch.zeros(width, dtype=unit.dtype, device=unit.device)
         last[-1] = 1.0

@@ -10,6 +10,7 @@ from attnrobust.certify.margin.rows import clean_rows
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics.rounding import used_share
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.results import Kind
@@ -72,5 +73,5 @@ class TokenBound(PreparedBound):
             return Upper(torch.inf)
         worst = 0.0
         for budget, cls in zip(self.budgets, self.classes, strict=True):
-            worst = max(worst, cls.bound(length) / budget)
+            worst = max(worst, used_share(cls.bound(length), budget))
         return Upper(worst)

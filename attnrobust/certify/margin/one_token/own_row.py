@@ -7,10 +7,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.margin.one_token.rows import TokenClass, TokenRows
-from attnrobust.certify.margin.scalar import phi_negative, psi, saturating_coefficient, weighted_phi
+from attnrobust.certify.shared.constants import (
+    LogitNorms,
+    MoveBudget,
+    equal_sign_slope,
+    kept_curvature,
+    logit_range,
+    remainder_mass,
+    shifted_slopes,
+)
 from attnrobust.numerics.eigenvalues import symmetric_top
+from attnrobust.numerics.rounding import ENTRY, outward
+from attnrobust.numerics.suprema import pair_slope, saturating_weight
 
-TINY = 1e-100
+BISECTIONS = 40  # of the largest average
+AVERAGE_ERROR = 1e-11  # of it, in units of the largest advantage
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +51,11 @@ class OwnConstants:
 
 def own_constants(token: TokenRows, radius: float) -> OwnConstants:
     """Bounds over ``|delta| <= radius`` of ``u_j = l_j.delta + own_j delta A delta`` and of the remainder's mass."""
-    numerical = token.rows.numerical[:, None]
-    limit = (radius * token.norm + radius**2 * numerical[..., None] * token.own.abs()) * (1.0 + 1e-10)
-    limit = limit.masked_fill(torch.isneginf(token.log_weight), 0.0)
-    saturating, slope = saturating_coefficient(token.log_weight, limit)
+    numerical, hidden = token.rows.numerical[:, None], torch.isneginf(token.log_weight)
+    diagonal, budget = numerical[..., None] * token.own.abs(), MoveBudget(radius, radius, radius)
+    none = torch.zeros_like(diagonal)
+    limit = logit_range(LogitNorms(token.norm, none, diagonal, none), budget).masked_fill(hidden, 0.0)
+    saturating = saturating_weight(token.log_weight, limit)
 
     def quadratic(coefficient: Tensor) -> Tensor:
         """``sup sum_j c_j u_j^2 / 2``."""
@@ -54,24 +66,19 @@ def own_constants(token: TokenRows, radius: float) -> OwnConstants:
         bilinear = (c * token.own**2).sum(-1).sqrt() * radius * numerical
         return torch.where(finite, 0.5 * radius**2 * (linear.sqrt() + bilinear) ** 2, torch.inf)
 
-    by_range = torch.expm1(limit.amax(-1))
-    remainder = torch.minimum(quadratic(weighted_phi(token.log_weight, limit)), by_range) * (1.0 + 1e-10)
-    ratio = torch.where(torch.isinf(remainder), 1.0, remainder / (1.0 + remainder)) * (1.0 + 1e-12)
-    share = torch.minimum(ratio, quadratic(saturating)).clamp_max(1.0)
+    remainder, share = remainder_mass(token.log_weight, limit, saturating, quadratic)
     at, tokens = token.place, token.tokens
-    self_limit = limit[:, at, tokens]
-    flat = torch.where(self_limit < 1e-3, 0.5 * self_limit, psi(-self_limit) / self_limit.clamp_min(1e-150))
-    logit = token.logit[:, tokens, at]
+    self_limit, logit = limit[:, at, tokens], token.logit[:, tokens, at]
     return OwnConstants(
         radius=radius,
         limit=limit,
         saturating=saturating,
-        curvature=token.weight * phi_negative(limit) / (1.0 + remainder)[..., None],
-        slope=slope[:, at, tokens],
-        slope_same=token.self_weight * (share + (1.0 - share) * flat),
+        curvature=kept_curvature(token.weight, limit, remainder),
+        slope=pair_slope(token.log_weight[:, at, tokens], self_limit),
+        slope_same=equal_sign_slope(token.self_weight, self_limit, share),
         share=share,
         # No logit moves by more than the largest limit, so the weight's own logit grows by at most twice that.
-        heaviest=(torch.sigmoid(logit + 2.0 * limit.amax(-1)) * (1.0 + 1e-12)).clamp_max(1.0),
+        heaviest=outward(torch.sigmoid(logit + 2.0 * limit.amax(-1)), ENTRY).clamp_max(1.0),
     )
 
 
@@ -85,13 +92,13 @@ def largest_average(group: TokenClass, const: OwnConstants) -> Float[Tensor, "h 
     hidden = torch.isneginf(log_weight)
     low, high = v.masked_fill(hidden, torch.inf).amin(-1), v.masked_fill(hidden, -torch.inf).amax(-1)
     scale = torch.maximum(low.abs(), high.abs())
-    for _ in range(40):
+    for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
         gain = v - middle[..., None]
         share = torch.softmax(log_weight + const.limit * gain.sign(), dim=-1)
-        above = (share * gain).sum(-1) > -1e-12 * scale
+        above = (share * gain).sum(-1) > -ENTRY * scale
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return high + 1e-11 * scale
+    return high + AVERAGE_ERROR * scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +144,7 @@ def own_form(group: TokenClass, const: OwnConstants, par: OwnParameters) -> OwnF
     unit = radius * group.own_gradient_norm
     theta, omega = par.value * radius * length, par.reference * unit
     mine = (slice(None), token.place, token.tokens)
-    shift = torch.minimum(token.self_weight, 0.5 * (const.slope_same - const.slope).clamp_min(0.0))
-    slope = torch.maximum(const.slope + shift, const.slope_same - shift)
+    shift, slope = shifted_slopes(token.self_weight, const.slope, const.slope_same)
     own, toward = token.own[mine], token.direction[mine]
     kept, weight = token.self_weight - shift, token.self_weight
 

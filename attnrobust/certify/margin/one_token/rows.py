@@ -9,6 +9,9 @@ from torch import Tensor
 
 from attnrobust.certify.margin.quadratic_form import ClassRows, token_values
 from attnrobust.certify.margin.rows import CleanRows
+from attnrobust.numerics.rounding import FORMULA, SMALLEST_UNIT, nonzero, outward
+
+SMALLEST_LENGTH = 1e-14  # added to every |l_j|: absolute rounding of a difference of keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,7 @@ class TokenRows:
         """Upper bound of ``|l_j|``."""
         image = self.direction @ self.triangle.mT[:, None]
         length: Tensor = torch.linalg.vector_norm(image, dim=-1)
-        return length * (1.0 + 1e-10) + 1e-14
+        return outward(length, FORMULA) + SMALLEST_LENGTH
 
     @cached_property
     def log_complement(self) -> Float[Tensor, "h n l"]:
@@ -163,4 +166,4 @@ class TokenClass:
         """``|D|``, kept away from 0; only the unit of a parameter."""
         dense = torch.einsum("hla,hda->hld", self.own_gradient, self.basis)
         length: Tensor = torch.linalg.vector_norm(dense, dim=-1)
-        return length.clamp_min(1e-100)
+        return nonzero(length, SMALLEST_UNIT)

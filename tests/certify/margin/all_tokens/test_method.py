@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.certify.margin.all_tokens.constants import Budget, Constants, constants
+from attnrobust.certify.margin.all_tokens.constants import Constants, constants
 from attnrobust.certify.margin.all_tokens.majorant import (
     Parameters,
     balanced,
@@ -24,10 +24,11 @@ from attnrobust.certify.margin.all_tokens.majorant import (
 from attnrobust.certify.margin.all_tokens.method import MarginBound, MarginCertificate
 from attnrobust.certify.margin.one_token.method import MarginTokenCertificate
 from attnrobust.certify.margin.quadratic_form import ClassRows, Majorant
-from attnrobust.certify.margin.scalar import psi
+from attnrobust.certify.shared.constants import MoveBudget
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.eigenvalues import spread_eigenvalue
+from attnrobust.numerics.exponential import psi
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
@@ -40,7 +41,7 @@ ROUNDING = 1e-9  # share of the compared terms; they are sums of a few thousand 
 def constants_at(bound: MarginBound, radius: float) -> Constants:
     n, d = bound.problem.clean.points.shape
     threat = bound.problem.threat
-    budget = Budget(radius * threat.frobenius_factor(n, d), radius * threat.token_factor(n, d), radius)
+    budget = MoveBudget(radius * threat.frobenius_factor(n, d), radius * threat.token_factor(n, d), radius)
     return constants(bound.rows, bound.geometry, budget)
 
 
