@@ -26,6 +26,8 @@ ROUNDING_MARGIN = 1e-10
 """Polished points use the budget by this much more than needed, so that adding them to the tokens cannot undo it."""
 NUDGES = (1.0, 1.0 + 1e-9, 1.0 + 1e-6, 1.0 + 1e-4)
 """Stretches tried in turn where rounding undoes a violation (a perturbation that is tiny against its tokens)."""
+ADDITIONS = 8
+"""Times that a perturbation is shortened until the moved tokens, rounded, lie inside of a fixed budget."""
 GROWTH_LIMIT = 1e4
 """A proposal that does not violate the goal is stretched along its ray by at most this factor."""
 
@@ -210,7 +212,7 @@ def verify(problem: Problem, candidates: Float[Tensor, "k n d"], *, epsilon: flo
 def _measure(problem: Problem, delta: Tensor, *, epsilon: float | None, queries: int) -> VerifiedPoint:
     """Evaluate what is handed out (clean + delta in float64) and measure delta back from it."""
     if epsilon is not None:
-        delta = _strictly_inside(problem.threat, problem.clean.points + delta - problem.clean.points, epsilon)
+        delta = _inside_once_added(problem, delta, epsilon)
     perturbed = problem.clean.points + delta
     delta = perturbed - problem.clean.points
     usage = problem.resolved.usage(problem.network(perturbed, _expand(problem.mass, perturbed.shape[0])))
@@ -300,6 +302,20 @@ def build_result(
         seed=seed,
         epsilon=epsilon,
     )
+
+
+def _inside_once_added(problem: Problem, delta: Tensor, epsilon: float) -> Tensor:
+    """Shorten where needed: adding a small move to large tokens rounds each entry, by more than 1e-12 of the budget."""
+    clean = problem.clean.points
+    for _ in range(ADDITIONS):
+        delta = _strictly_inside(problem.threat, clean + delta - clean, epsilon)
+        over = problem.threat.distance(clean + delta - clean) / epsilon
+        if not bool((over > 1.0 + 1e-12).any()):
+            break
+        # Each round aims below the budget by twice the excess that rounding caused.
+        aim = torch.where((over > 1.0 + 1e-12) & torch.isfinite(over), (1.0 - 2.0 * (over - 1.0)).clamp_min(0.25), 1.0)
+        delta = delta * aim[:, None, None]
+    return delta
 
 
 def _strictly_inside(threat: Threat, delta: Tensor, epsilon: float) -> Tensor:
