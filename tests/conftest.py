@@ -21,10 +21,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import variation
+
+variation.install()  # before the first case is built
+
 from tests.cases import Case, cases
 from tests.stress import Tally
 
-torch.set_num_threads(1)  # the tests run in several processes; the results then do not depend on the machine's cores
+torch.set_num_threads(variation.threads())
 settings.register_profile(
     "attnrobust", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -43,7 +43,7 @@ class TokenMoving(MovingAttack):
         evaluator, generators = search.evaluator, search.generators()
         start, first_order = first_starts(search, evaluator, generators)
         finish = search_rows(search, evaluator, start, steps=search.budget.steps)
-        found = [finish.points]
+        found = [finish.points, finish.violating]
         best, radius = finish, first_order
         for _ in range(1, search.budget.rounds):
             open_problems = _curved(search, best, radius)
@@ -59,9 +59,10 @@ class TokenMoving(MovingAttack):
             again = _next_starts(search, evaluator, generators, start, best)
             finish = search_rows(search, evaluator, again, steps=search.budget.steps)
             best = _better(best, finish)
-            padded = torch.full_like(found[0], torch.nan)
-            padded[_position(search, evaluator)] = best.points
-            found.append(padded)
+            for points in (best.points, finish.violating):
+                padded = points.new_full((found[0].shape[0], *points.shape[1:]), torch.nan)
+                padded[_position(search, evaluator)] = points
+                found.append(padded)
         return torch.cat(found, dim=1)
 
 
@@ -77,7 +78,7 @@ def _curved(search: Search, best: Finish, first_order: Float[Tensor, "p"]) -> In
 
 
 def _take_finish(finish: Finish, index: Tensor) -> Finish:
-    return Finish(finish.points[index], finish.targets[index], finish.merit[index])
+    return Finish(finish.points[index], finish.targets[index], finish.merit[index], finish.violating[index])
 
 
 def _better(old: Finish, new: Finish) -> Finish:
@@ -85,7 +86,7 @@ def _better(old: Finish, new: Finish) -> Finish:
     order = merit.argsort(dim=1, stable=True)[:, : old.merit.shape[1]]
     at = torch.arange(order.shape[0], device=order.device)[:, None]
     points, targets = torch.cat([old.points, new.points], dim=1), torch.cat([old.targets, new.targets], dim=1)
-    return Finish(points[at, order], targets[at, order], merit[at, order])
+    return Finish(points[at, order], targets[at, order], merit[at, order], new.violating)
 
 
 def _next_starts(

@@ -18,6 +18,8 @@ ROUNDING_MARGIN = 1e-10
 """Polished points use the budget by this much more than needed, so that adding them to the tokens cannot undo it."""
 NUDGES = (1.0, 1.0 + 1e-9, 1.0 + 1e-6, 1.0 + 1e-4)
 """Stretches tried in turn where rounding undoes a violation (a perturbation that is tiny against its tokens)."""
+ADDITIONS = 8
+"""Times that a perturbation is shortened until the moved tokens, rounded, lie inside of a fixed budget."""
 GROWTH_LIMIT = 1e4
 """A proposal that does not violate the goal is stretched along its ray by at most this factor."""
 
@@ -162,7 +164,7 @@ def verify(reading: Reading, candidates: Float[Tensor, "k m d"], *, epsilon: flo
 def _measure(reading: Reading, delta: Tensor, *, epsilon: float | None, queries: int) -> VerifiedPoint:
     """Evaluate what is handed out (rest + delta in float64) and measure delta back from it."""
     if epsilon is not None:
-        delta = _strictly_inside(reading, reading.place(delta) - reading.anchors, epsilon)
+        delta = _inside_once_added(reading, delta, epsilon)
     points = reading.place(delta)
     usage, distance = reading.usage(points), reading.distance(points - reading.anchors)
     queries += points.shape[0]
@@ -176,6 +178,19 @@ def _measure(reading: Reading, delta: Tensor, *, epsilon: float | None, queries:
     if epsilon is not None or math.isinf(float(violating[best])):
         best = int(torch.where(good, usage, -math.inf).argmax())
     return VerifiedPoint(float(distance[best]), float(usage[best]), points[best].clone(), queries, epsilon)
+
+
+def _inside_once_added(reading: Reading, delta: Tensor, epsilon: float) -> Tensor:
+    """Shorten where needed: adding a small move to large tokens rounds each entry, by more than the budget allows."""
+    for _ in range(ADDITIONS):
+        delta = _strictly_inside(reading, reading.place(delta) - reading.anchors, epsilon)
+        over = reading.distance(reading.place(delta) - reading.anchors) / epsilon
+        outside = (over > 1.0 + reading.inside) & torch.isfinite(over)
+        if not bool(outside.any()):
+            break
+        # Each round aims below the budget by twice the excess that rounding caused.
+        delta = delta * torch.where(outside, (1.0 - 2.0 * (over - 1.0)).clamp_min(0.25), 1.0)[:, None, None]
+    return delta
 
 
 def _strictly_inside(reading: Reading, delta: Tensor, epsilon: float) -> Tensor:

@@ -33,6 +33,8 @@ PATIENCE, PROGRESS = 6, 3e-4
 """A row ends when its merit improves by less than this share within so many steps."""
 MAX_RESCALES = 5
 """Moves along the ray in a row before a point is taken as it is."""
+REACHED = 1e-12
+"""A share within this distance of 1 uses the whole budget; ends of a bracket count as inside it by as much."""
 TINY = 1e-300
 
 
@@ -85,6 +87,8 @@ class _Rows:
     milestone: Tensor
     low: Tensor
     high: Tensor
+    violating: Tensor
+    violation: Tensor
 
     @classmethod
     def begin(cls, start: Start) -> "_Rows":
@@ -95,7 +99,7 @@ class _Rows:
             trial, start.targets, keep, trial, trial, torch.zeros_like(trial), torch.zeros_like(merit), merit,
             torch.ones_like(merit), torch.zeros_like(merit, dtype=torch.bool),
             torch.zeros_like(merit), torch.zeros_like(merit, dtype=torch.bool), merit,
-            torch.zeros_like(merit), merit,
+            torch.zeros_like(merit), merit, torch.full_like(trial, math.nan), merit,
         )  # fmt: skip
 
     def take(self, problems: Tensor, rows: Tensor) -> "_Rows":
@@ -111,11 +115,13 @@ class Finish:
         points: (p, k, n, d).
         targets: Budget that each attacked, (p, k).
         merit: Predicted radius of its ray, or minus its share at a fixed epsilon; infinity where nothing was found.
+        violating: The nearest violation that any row met; NaN where none did, and at a fixed epsilon.
     """
 
     points: Float[Tensor, "p k n d"]
     targets: Int[Tensor, "p k"]
     merit: Float[Tensor, "p k"]
+    violating: Float[Tensor, "p 1 n d"]
 
 
 def search_rows(search: Search, evaluator: Evaluator, start: Start, *, steps: int, finalists: int = 2) -> "Finish":
@@ -134,7 +140,10 @@ def search_rows(search: Search, evaluator: Evaluator, start: Start, *, steps: in
     rows = _Rows.begin(start)
     total = rows.targets.shape[1]
     count = min(finalists, total)
-    result = Finish(rows.trial[:, :count].clone(), rows.targets[:, :count].clone(), rows.merit[:, :count].clone())
+    result = Finish(
+        rows.trial[:, :count].clone(), rows.targets[:, :count].clone(), rows.merit[:, :count].clone(),
+        torch.full_like(rows.trial[:, :1], math.nan),
+    )  # fmt: skip
     problems = torch.arange(rows.targets.shape[0], device=evaluator.device)
     cuts = [(max(2, round(share * steps)), max(count, math.ceil(kept * total))) for share, kept in KEEP_AFTER]
     for step in range(steps):
@@ -153,13 +162,29 @@ def search_rows(search: Search, evaluator: Evaluator, start: Start, *, steps: in
         first = rows.take(everyone, order[:, :count])
         result.points[problems] = _finished(search, start.threat, first)
         result.targets[problems], result.merit[problems] = first.targets, first.merit
+        result.violating[problems] = _nearest_violation(rows)
         stay = going.nonzero().flatten()
         if stay.numel() == 0:
             break
         if stay.numel() < problems.shape[0]:
             evaluator = evaluator.take(stay)
-        rows, problems = rows.take(stay, order[stay, :wanted]), problems[stay]
+        rows, problems = _with_violation_kept(rows, stay, order[stay, :wanted]), problems[stay]
     return result
+
+
+def _with_violation_kept(rows: _Rows, problems: Tensor, chosen: Tensor) -> _Rows:
+    """Some rows of some problems; the nearest violation of the others goes on in the first row."""
+    kept = rows.take(problems, chosen)
+    kept.violating[:, :1], kept.violation[:, 0] = (
+        _nearest_violation(rows)[problems],
+        rows.violation.amin(dim=1)[problems],
+    )
+    return kept
+
+
+def _nearest_violation(rows: _Rows) -> Tensor:
+    nearest = rows.violation.argmin(dim=1)
+    return rows.violating[torch.arange(nearest.shape[0], device=nearest.device), nearest][:, None]
 
 
 def _step(search: Search, evaluator: Evaluator, threat: Geometry, rows: _Rows) -> None:
@@ -169,12 +194,14 @@ def _step(search: Search, evaluator: Evaluator, threat: Geometry, rows: _Rows) -
     slope = _dot(gradient, rows.trial)
     distance = threat.distance(rows.trial)
     finite = torch.isfinite(share) & torch.isfinite(gradient).flatten(2).all(dim=-1)
-    predicted = distance * (1.0 + (1.0 - share) / slope)
+    reached = (share - 1.0).abs() <= REACHED
+    predicted = torch.where(reached, distance, distance * (1.0 + (1.0 - share) / slope))
     if search.epsilon is None:
         predicted = _bracketed(rows, distance, share, predicted)
         near = (share - 1.0).abs() <= TRUSTED
-        merit = torch.where(near & (slope > 0), predicted, math.inf)
+        merit = torch.where(near & ((slope > 0) | reached), predicted, math.inf)
         rescale = ~near & torch.isfinite(predicted) & (rows.rescaled < MAX_RESCALES)
+        _remember(rows, distance, share)
     else:
         merit, rescale = -share, torch.zeros_like(finite)
     merit = torch.where(finite, merit, math.inf)
@@ -202,10 +229,18 @@ def _bracketed(rows: _Rows, distance: Tensor, share: Tensor, predicted: Tensor) 
     """
     rows.low = torch.where(share < 1.0, torch.maximum(rows.low, distance), rows.low)
     rows.high = torch.where(share >= 1.0, torch.minimum(rows.high, distance), rows.high)
-    inside = (predicted > rows.low) & (predicted < rows.high)
+    # A share that misses 1 by rounding predicts an end of the bracket itself, or misses it by rounding.
+    inside = (predicted >= rows.low * (1.0 - REACHED)) & (predicted <= rows.high * (1.0 + REACHED))
     middle = torch.where(torch.isinf(rows.high), 2.0 * distance, (rows.low * rows.high).sqrt())
     middle = torch.where(rows.low > 0, middle, 0.5 * rows.high)
     return torch.where(inside, predicted, middle)
+
+
+def _remember(rows: _Rows, distance: Tensor, share: Tensor) -> None:
+    """Keep the nearest violation that each row met, whatever becomes of the row."""
+    nearer = (share >= 1.0 - REACHED) & (distance < rows.violation)
+    rows.violation = torch.where(nearer, distance, rows.violation)
+    rows.violating = _pick(nearer, rows.trial, rows.violating)
 
 
 def _propose(search: Search, threat: Geometry, rows: _Rows, *, momentum: Tensor) -> Tensor:

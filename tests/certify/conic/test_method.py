@@ -416,13 +416,16 @@ def test_a_linear_layer_is_exact_under_every_threat(threat: MoveThreat) -> None:
 
 
 def test_small_radii_cost_little_more_than_the_first_order() -> None:
+    """At most a little more than linear, and never below what an attack uses (negative curvature: below linear)."""
     problem = margin_problem(case_named("plain-h1-n2-d2"), FrobeniusBall())
     bound = METHOD.prepare(problem, seed=0)
     gradient = first_order(rows_for(problem, FrobeniusBall()))
     for radius in (1e-3, 1e-2):
         linear = radius * float(np.linalg.norm(gradient)) / float(problem.resolved.budgets[0])
-        used = bound.usage(radius).value
-        assert linear <= used <= linear * (1 + 60 * radius)
+        used, reached = bound.usage(radius).value, attack(problem, epsilon=radius).usage
+        assert_at_most(linear * (1 - 60 * radius), reached, what="the attack is near its first order")
+        assert_at_most(reached, used, rtol=1e-10, what="no point inside uses more than the bound")
+        assert_at_most(used, linear * (1 + 60 * radius))
 
 
 def test_any_token_is_the_worst_of_its_tokens() -> None:
