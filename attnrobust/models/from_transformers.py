@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from attnrobust.layers.attention import Attention
 from attnrobust.models.adapters import (
     LINEAR,
     Adapter,

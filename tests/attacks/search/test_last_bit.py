@@ -10,7 +10,7 @@ from attnrobust.goals import Displacement, Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.results import Status
-from attnrobust.threats.moves import FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most
 
@@ -18,7 +18,7 @@ QUICK = AttackBudget(restarts=12, steps=12, rounds=1)
 JUST_REACHED = (1.0 - 2.0**-52, 1.0 - 2.0**-53, 1.0, 1.0 + 2.0**-52, 1.0 + 2.0**-51)
 
 
-def linear_problem(seed: int, n: int, threat: Threat) -> tuple[Problem, float]:
+def linear_problem(seed: int, n: int, threat: MoveThreat) -> tuple[Problem, float]:
     """Uniform attention and a margin, with the exact radius."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -36,7 +36,7 @@ def linear_problem(seed: int, n: int, threat: Threat) -> tuple[Problem, float]:
 @pytest.mark.parametrize("shown", JUST_REACHED)
 @pytest.mark.parametrize("threat", [FrobeniusBall(), PerTokenBall()], ids=lambda threat: threat.key)
 def test_a_first_order_optimum_is_kept_whichever_way_its_share_rounds(
-    shown: float, threat: Threat, monkeypatch: pytest.MonkeyPatch
+    shown: float, threat: MoveThreat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact_shares = StackedGoal.shares
 
