@@ -209,15 +209,18 @@ def _positions(module: nn.Module) -> Iterator[str]:
     """Positions inside the scores; a class may carry the settings of several kinds and use one."""
     config, arguments = getattr(module, "config", None), _arguments(module)
     alibi = getattr(config, "alibi", getattr(getattr(config, "attn_config", None), "alibi", "alibi" in arguments))
-    if alibi or (
-        "position_bias" in arguments and any("alibi" in name for name in vars(sys.modules[type(module).__module__]))
-    ):
+    alibi = alibi or ("position_bias" in arguments and _file_has_alibi(module))
+    if alibi:
         yield "ALiBi position biases are not modelled"
     elif _has_relative_positions(module) or "position_bias" in arguments:
         yield "relative position biases are not modelled"
     rotary = any(getattr(config, name, None) is not None for name in _ROTARY)
     if not alibi and (rotary or any("rotary" in name for name, _ in module.named_modules())):
         yield "rotary position embeddings are not modelled"
+
+
+def _file_has_alibi(module: nn.Module) -> bool:
+    return any("alibi" in name for name in vars(sys.modules[type(module).__module__]))
 
 
 _ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim")

@@ -192,6 +192,7 @@ def test_the_given_module_stays_as_it_is() -> None:
         assert_same_bits(parameter.detach(), value)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("padded", [0, 2])
 def test_padding_of_a_torch_encoder(padded: int) -> None:
     layer = nn.TransformerEncoderLayer(D, 4, 20, batch_first=True, dtype=torch.float64)
