@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
-from attnrobust.layers.jacobian import AttentionJacobian
-from attnrobust.numerics.linear_map import largest_singular_value_lower, scale_rows, scale_tokens
+from attnrobust.lipschitz.derivative_map import derivative_map, mass_weighted
+from attnrobust.numerics.linear_map import largest_singular_value_lower
 from attnrobust.numerics.sides import Lower, round_down
 from attnrobust.tokens import TokenMeasure
 
@@ -170,9 +170,8 @@ def _best(attention: Attention, inputs: list[TokenMeasure], *, seed: int) -> Wit
 
 def _norm(attention: Attention, tokens: TokenMeasure, *, seed: int, tol: float) -> Lower:
     """Norm of ``D^{1/2} J D^{-1/2}`` from below, D the masses; equal masses cancel."""
-    linear = AttentionJacobian(attention, tokens.points, None if tokens.uniform else tokens.mass).linear_map()
-    root = tokens.mass.sqrt()
-    return largest_singular_value_lower(scale_rows(scale_tokens(linear, 1.0 / root), root), seed=seed, tol=tol)[0]
+    linear = mass_weighted(derivative_map(attention, tokens), tokens.mass)
+    return largest_singular_value_lower(linear, seed=seed, tol=tol)[0]
 
 
 def _refuse_mask(attention: Attention) -> None:

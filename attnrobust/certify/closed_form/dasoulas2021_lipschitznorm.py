@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from attnrobust.certify.closed_form.claims import slope_claims
 from attnrobust.certify.method import CertificateMethod
 from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
@@ -73,3 +74,6 @@ def joint_constant(n: int, *, form: str = "derived") -> Upper:
     values = min(math.e, math.sqrt(n))
     pairs = ((2.0, 2.0, values), (2.0, 1.0, values + 1.0))
     return Upper(round_up(max(math.hypot(*pair) for pair in pairs), relative=OUTWARD))
+
+
+CLAIMS = slope_claims(LipschitzNormGlobal(), LipschitzNormAttention)

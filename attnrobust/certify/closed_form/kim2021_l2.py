@@ -8,6 +8,7 @@ from jaxtyping import Float
 from scipy.special import lambertw
 from torch import Tensor
 
+from attnrobust.certify.closed_form.claims import PAGE, SPACE_REGION, Asked, Claim, Quantity, refuted, slope_claims
 from attnrobust.certify.method import CertificateMethod
 from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadNorms, diameter, head_norms, spectral_norm
@@ -18,6 +19,8 @@ from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
 
 REFERENCE = "Kim, Papamakarios, Mnih, The Lipschitz constant of self-attention, ICML 2021 (arXiv 2006.04710)"
+SATURATED = 1e3
+"""Size, in units at which the spread reaches its limit on all of space, that stands for all of space."""
 
 
 def spread_bound(odds: float) -> float:
@@ -123,3 +126,36 @@ def _row_sums(matrices: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
     """Largest absolute row sum: the norm of a matrix between largest entries."""
     sums: Tensor = matrices.abs().sum(dim=-1).amax(dim=-1)
     return sums
+
+
+def _everywhere(layer: L2Attention, asked: Asked) -> tuple[Tensor, float]:
+    """Moves so large that the spread is at its limit on all of space."""
+    slopes = layer.factor**0.5 * torch.linalg.matrix_norm(layer.w_q, 2)
+    spread = max(spread_bound(asked.n - 1.0), 1.0)
+    size = SATURATED * math.sqrt(spread) / float(slopes[slopes > 0].min()) if bool((slopes > 0).any()) else 1.0
+    return torch.ones(asked.n, layer.width, dtype=torch.float64, device=asked.device), size
+
+
+def _reported(quantity: Quantity, norm: str, repaired: str) -> Claim:
+    return Claim(
+        name="kim2021-l2-reported",
+        quantity=quantity,
+        layer=L2Attention,
+        region=SPACE_REGION,
+        conditions=f"L2 attention; equal masses{repaired}",
+        reference=f"{REFERENCE}; form reported from the paper",
+        value=lambda layer, asked: reported_constant(layer, asked.n, norm=norm),
+    )
+
+
+CLAIMS = slope_claims(KimL2(), L2Attention, around=_everywhere)
+PUBLISHED_CLAIMS = (
+    _reported(Quantity.BALL, "l2", "; exponent repaired"),
+    _reported(Quantity.ENTRY, "linf", ""),
+    refuted(
+        "kim2021-l2-printed-exponent",
+        Quantity.BALL,
+        L2Attention,
+        f"not a bound: it gives 682.8 where the norm is 10^4 ({PAGE}, section 11)",
+    ),
+)
