@@ -14,6 +14,7 @@ from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadNorms, diameter, head_norms, spectral_norm
 from attnrobust.certify.shared.reach import Reach, Rows
 from attnrobust.errors import InputError
+from attnrobust.goals import ResolvedGoal
 from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
@@ -82,6 +83,41 @@ class KimL2(CertificateMethod):
             limit=spread_bound(1.0 / float(problem.clean.mass.min()) - 1.0),
         )
         return ChangeBound(problem, bound.change)
+
+
+def derived_constant(attention: L2Attention, n: int) -> Upper:
+    """Frobenius Lipschitz constant of L2 attention on at most n tokens of equal mass, on all of space.
+
+    One head, ``c e^{c+1} = n - 1``: ``scale ||w_q|| ||w_q^T w_v w_o|| [ sqrt(n) (1 + 2c) + 2c ]``.
+
+    Args:
+        attention: The attention.
+        n: Largest number of tokens, >= 1.
+
+    Returns:
+        An upper bound on all of space.
+
+    Raises:
+        InputError: No tokens.
+
+    References:
+        Derived, docs/certificates-literature.md, section 12, after Kim, Papamakarios and Mnih, ICML 2021.
+    """
+    if n < 1:
+        raise InputError(f"n must be >= 1; got {n}")
+    c, root = spread_bound(n - 1.0), attention.factor**0.5
+    views = head_norms(
+        attention, root * attention.w_q.transpose(-1, -2) @ attention.w_v, whole_output(attention.device)
+    )
+    inner = root * spectral_norm(attention.w_q) * (n**0.5 * (1.0 + 2.0 * c) + 2.0 * c)
+    value = float(smallest([view.total(view.norms * inner) for view in views]).amax())
+    return Upper(round_up(value, relative=OUTWARD))
+
+
+def whole_output(device: torch.device) -> ResolvedGoal:
+    """The goal that measures whole outputs, to ask for norms."""
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    return ResolvedGoal(weights=None, functionals=None, budgets=one, clean=one)
 
 
 def reported_constant(attention: L2Attention, n: int, *, norm: str = "l2") -> Upper:
