@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from attnrobust.certify.closed_form.castin2024_mean_field import mean_field_constant
-from attnrobust.certify.closed_form.kim2021_l2 import whole_output
+from attnrobust.certify.closed_form.claims import whole_output
 from attnrobust.certify.closed_form.sigmoid_ball import mean_field_constant as sigmoid_constant
 from attnrobust.certify.shared.change import OUTWARD, smallest
 from attnrobust.certify.shared.head_sizes import head_norms

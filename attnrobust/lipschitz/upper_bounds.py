@@ -26,6 +26,7 @@ CLOSED_FORMS: tuple[Claim, ...] = (
     *sigmoid.CLAIMS,
     *l2.PUBLISHED_CLAIMS,
     *cosine.PUBLISHED_CLAIMS,
+    *lipschitznorm.PUBLISHED_CLAIMS,
     # token measures
     *measures.CLAIMS,
     *sigmoid.MEASURE_CLAIMS,

@@ -69,7 +69,7 @@ APPLIES = {
     "L2": {"kim2021-l2", "kim2021-l2-reported", "singular-value"},
     "cosine": {"cosine-lipschitz", "cosine-reported-nair", "cosine-reported-lipsformer", "singular-value"},
     "sigmoid": {"sigmoid-ball", "sigmoid-measures", "singular-value"},
-    "LipschitzNorm": {"dasoulas2021-lipschitznorm", "singular-value"},
+    "LipschitzNorm": {"dasoulas2021-lipschitznorm", "dasoulas2021-joint-reported", "singular-value"},
     "kernel": {"kernel-measures", "singular-value"},
 }
 

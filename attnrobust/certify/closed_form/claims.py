@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnrobust.certify.method import CertificateMethod
 from attnrobust.errors import InputError
-from attnrobust.goals import Displacement
+from attnrobust.goals import Displacement, ResolvedGoal
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.layers.variants.cosine import CosineAttention
@@ -189,3 +189,9 @@ def _slope(network: TokenMap, asked: Asked, *, method: CertificateMethod, quanti
 def per_size(usage: Upper, size: float) -> Upper:
     """A change within a size as a change per unit of size."""
     return Upper(round_up(usage.value / size), usage.failure_probability)
+
+
+def whole_output(device: torch.device) -> ResolvedGoal:
+    """The goal that measures whole outputs, to ask for norms."""
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    return ResolvedGoal(weights=None, functionals=None, budgets=one, clean=one)

@@ -8,13 +8,21 @@ from jaxtyping import Float
 from scipy.special import lambertw
 from torch import Tensor
 
-from attnrobust.certify.closed_form.claims import PAGE, SPACE_REGION, Asked, Claim, Quantity, refuted, slope_claims
+from attnrobust.certify.closed_form.claims import (
+    PAGE,
+    SPACE_REGION,
+    Asked,
+    Claim,
+    Quantity,
+    refuted,
+    slope_claims,
+    whole_output,
+)
 from attnrobust.certify.method import CertificateMethod
 from attnrobust.certify.shared.change import OUTWARD, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadNorms, diameter, head_norms, spectral_norm
 from attnrobust.certify.shared.reach import Reach, Rows
 from attnrobust.errors import InputError
-from attnrobust.goals import ResolvedGoal
 from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
@@ -112,12 +120,6 @@ def derived_constant(attention: L2Attention, n: int) -> Upper:
     inner = root * spectral_norm(attention.w_q) * (n**0.5 * (1.0 + 2.0 * c) + 2.0 * c)
     value = float(smallest([view.total(view.norms * inner) for view in views]).amax())
     return Upper(round_up(value, relative=OUTWARD))
-
-
-def whole_output(device: torch.device) -> ResolvedGoal:
-    """The goal that measures whole outputs, to ask for norms."""
-    one = torch.ones(1, dtype=torch.float64, device=device)
-    return ResolvedGoal(weights=None, functionals=None, budgets=one, clean=one)
 
 
 def reported_constant(attention: L2Attention, n: int, *, norm: str = "l2") -> Upper:
