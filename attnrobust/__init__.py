@@ -23,6 +23,9 @@ from attnrobust.layers.variants.kernel import KernelAttention
 from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention
 from attnrobust.layers.variants.sigmoid import SigmoidAttention
+from attnrobust.lipschitz.contraction import Contraction, contraction
+from attnrobust.lipschitz.fixed_point import FixedPoint, fixed_point
+from attnrobust.lipschitz.invertible import ContractiveResidual
 from attnrobust.lipschitz.search import lipschitz_search
 from attnrobust.lipschitz.table import bounds_table
 from attnrobust.models.from_file import from_file
@@ -95,6 +98,11 @@ __all__ = [
     # more questions
     "bounds_table",
     "lipschitz_search",
+    "contraction",
+    "Contraction",
+    "fixed_point",
+    "FixedPoint",
+    "ContractiveResidual",
     "token_radii",
     # what can go wrong
     "AttnRobustError",

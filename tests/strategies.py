@@ -114,7 +114,7 @@ class Affine:
         if self.kind == "uniform":
             layer = replace(layer, w_q=torch.zeros_like(layer.w_q), b_q=None)
         elif self.kind == "self-only":
-            layer = layer.with_mask(torch.full((n, n), -math.inf).fill_diagonal_(0.0))
+            layer = replace(layer, mask=torch.full((n, n), -math.inf).fill_diagonal_(0.0))
         mass = torch.softmax(2 * self.masses * torch.randn(n, generator=generator, dtype=torch.float64), dim=0)
         clean = TokenMeasure(torch.randn(n, self.width, generator=generator, dtype=torch.float64), mass)
         threat, movable = make_threat(self.shape, n)

@@ -1,8 +1,8 @@
 """The tests on other numbers: inputs a few units in the last place away, other thread counts, other BLAS paths.
 
-``ATTNROBUST_ULP=SEED`` moves every weight, token and mass that a test gives by up to three units in the last place, each
-by its own amount (the same tensor always by the same), and lets torch use ``OMP_NUM_THREADS`` threads instead of one.
-What a test expects must hold all the same: another CPU adds its sums in another order and differs by as much.
+``ATTNROBUST_ULP=SEED`` moves every weight, token and mass that a test gives by up to three units in the last place,
+each by its own amount (the same tensor always by the same), and lets torch use ``OMP_NUM_THREADS`` threads instead of
+one. What a test expects must hold all the same: another CPU adds its sums in another order and differs by as much.
 ``make test-variation`` runs the fast tests of attacks and certificates so.
 """
 

@@ -15,6 +15,7 @@ from attnrobust.cli.bench import benching
 from attnrobust.cli.bounds import bounding
 from attnrobust.cli.compare import Job, print_json, print_layers, run_job
 from attnrobust.cli.exits import ExitCode, guarded
+from attnrobust.cli.fixed_point import repeating
 from attnrobust.cli.runs import many
 from attnrobust.cli.scan import scanning
 from attnrobust.demo import DEMO_LAYER, DEMO_MODEL, DEMO_TOLERANCE, demo_sentences
@@ -208,6 +209,7 @@ app.registered_commands.extend(
         *many.registered_commands,
         *scanning.registered_commands,
         *bounding.registered_commands,
+        *repeating.registered_commands,
         *benching.registered_commands,
     ]
 )

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from attnrobust.errors import InputError
 from attnrobust.layers.features import PLAIN, used_features
-from attnrobust.tokens import require_finite, tensor_digest
+from attnrobust.layers.heads import ScaledHeadSpecification, combine, log_mass, project
+from attnrobust.tokens import tensor_digest
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
+class Attention(ScaledHeadSpecification):
     """Dot-product attention ``f(X)_i = sum_h (sum_j P^h_ij v^h_j) w_o^h + b_o``.
 
     ``q = x w_q + b_q``, ``k = x w_k + b_k``, ``v = x w_v + b_v`` per head, scores
@@ -62,81 +63,15 @@ class Attention:
     }
 
     def __post_init__(self) -> None:
-        for name in ("w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "w_o", "b_o"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, require_finite(name, value))
-        self._check_shapes()
-        if self.scale is None:
-            object.__setattr__(self, "scale", 1.0 / math.sqrt(self.key_width))
-        if not math.isfinite(self.factor):
-            raise InputError(f"scale is {self.scale}; it must be finite")
+        super().__post_init__()
         if self.mask is not None:
             object.__setattr__(self, "mask", _checked_mask(self.mask, causal=self.causal).to(self.w_q.device))
-
-    def _check_shapes(self) -> None:
-        for name in ("w_q", "w_k", "w_v"):
-            if getattr(self, name).ndim != 3:
-                raise InputError(f"{name} must have shape (heads, d, width); got {tuple(getattr(self, name).shape)}")
-        h, d, k = self.w_q.shape
-        v = self.w_v.shape[2]
-        expected: dict[str, tuple[int, ...]] = {"w_k": (h, d, k), "w_v": (h, d, v)}
-        expected |= {"b_q": (h, k), "b_k": (h, k), "b_v": (h, v)}
-        if self.w_o is not None:
-            if self.w_o.ndim != 3:
-                raise InputError(f"w_o must have shape (heads, v, e); got {tuple(self.w_o.shape)}")
-            expected["w_o"] = (h, v, self.w_o.shape[2])
-        expected["b_o"] = (self.out_width,)
-        for name, shape in expected.items():
-            value = getattr(self, name)
-            if value is not None and tuple(value.shape) != shape:
-                raise InputError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
-        if min(h, d, k, v, self.out_width) < 1:
-            raise InputError("every dimension of the attention weights must be >= 1")
 
     @property
     def features(self) -> frozenset[str]:
         """The optional parts in use: bias, out_projection, scale (another than 1/sqrt(k)), mask, causal."""
         used = used_features(self, self.feature_names)
         return used - {"scale"} if self.factor == 1.0 / math.sqrt(self.key_width) else used
-
-    # ---- sizes -----------------------------------------------------------------------------------------------------
-
-    @property
-    def heads(self) -> int:
-        """Number of heads h."""
-        return int(self.w_q.shape[0])
-
-    @property
-    def width(self) -> int:
-        """Token width d."""
-        return int(self.w_q.shape[1])
-
-    @property
-    def key_width(self) -> int:
-        """Query and key width k of one head."""
-        return int(self.w_q.shape[2])
-
-    @property
-    def value_width(self) -> int:
-        """Value width v of one head."""
-        return int(self.w_v.shape[2])
-
-    @property
-    def out_width(self) -> int:
-        """Output width e (h v when the heads are concatenated)."""
-        return int(self.w_o.shape[2]) if self.w_o is not None else self.heads * self.value_width
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights live."""
-        return self.w_q.device
-
-    @property
-    def factor(self) -> float:
-        """The score factor as a float (``scale`` after its default was filled in)."""
-        assert self.scale is not None  # noqa: S101 - set in __post_init__; narrows the type
-        return float(self.scale)
 
     # ---- derived weights -------------------------------------------------------------------------------------------
 
@@ -167,15 +102,15 @@ class Attention:
 
     def queries(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b h n k"]:
         """Query vectors of every head."""
-        return _project(x, self.w_q, self.b_q)
+        return project(x, self.w_q, self.b_q)
 
     def keys(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b h n k"]:
         """Key vectors of every head."""
-        return _project(x, self.w_k, self.b_k)
+        return project(x, self.w_k, self.b_k)
 
     def values(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b h n v"]:
         """Value vectors of every head, bias included."""
-        return _project(x, self.w_v, self.b_v)
+        return project(x, self.w_v, self.b_v)
 
     def score_bias(self, n: int, mass: Float[Tensor, "*m n"] | None = None) -> Float[Tensor, "..."] | None:
         """What is added to the scores: mask, causal mask and log-mass.
@@ -192,8 +127,7 @@ class Attention:
             zero = self.w_q.new_zeros(n, n) if bias is None else bias
             bias = zero.masked_fill(hidden, -math.inf)
         if mass is not None:
-            log_mass = mass.log()[..., None, None, :]
-            bias = log_mass if bias is None else bias + log_mass
+            bias = log_mass(mass) if bias is None else bias + log_mass(mass)
         return bias
 
     def scores(
@@ -212,9 +146,7 @@ class Attention:
 
     def combine(self, heads: Float[Tensor, "*b h n v"]) -> Float[Tensor, "*b n e"]:
         """Per-head averages to the layer's output, WITHOUT the output bias (so it is linear)."""
-        if self.w_o is not None:
-            return torch.einsum("...hnv,hve->...ne", heads, self.w_o)
-        return heads.transpose(-3, -2).flatten(-2)
+        return combine(heads, self.w_o, None)
 
     def __call__(
         self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None
@@ -230,18 +162,6 @@ class Attention:
 
     # ---- identity --------------------------------------------------------------------------------------------------
 
-    def with_mask(self, mask: Float[Tensor, "n n"] | None) -> "Attention":
-        """The same layer with another additive mask (for one padded input, say)."""
-        return replace(self, mask=mask)
-
-    def to(self, device: torch.device | str) -> "Attention":
-        """The same layer on another device."""
-        moved: dict[str, Any] = {
-            name: None if getattr(self, name) is None else getattr(self, name).to(device)
-            for name in ("w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "w_o", "b_o", "mask")
-        }
-        return replace(self, **moved)
-
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that defines the layer."""
@@ -249,11 +169,6 @@ class Attention:
             self.w_q, self.w_k, self.w_v, self.b_q, self.b_k, self.b_v, self.w_o, self.b_o, self.mask,
             extra=f"attention;{self.factor!r};{self.causal}",
         )  # fmt: skip
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = torch.einsum("...nd,hdk->...hnk", x, weight)
-    return out if bias is None else out + bias[:, None, :]
 
 
 def _checked_mask(mask: Tensor, *, causal: bool) -> Tensor:

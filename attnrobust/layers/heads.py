@@ -1,8 +1,8 @@
-"""What the multi-head specifications share: checked weights, projections, masses, identity."""
+"""What the layers share: checked weights, sizes, projections, masses, identity."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -48,33 +48,53 @@ class Specification(ABC):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the class and everything in the record."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        values = record(self)
         tensors = [value for value in values.values() if isinstance(value, Tensor)]
         rest = {name: "tensor" if isinstance(value, Tensor) else repr(value) for name, value in values.items()}
         return tensor_digest(*tensors, extra=f"{type(self).__name__};{rest}")
 
     def to(self: S, device: torch.device | str) -> S:
         """The same map on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        moved: dict[str, Any] = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {name: v.to(device) for name, v in record(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)  # type: ignore[type-var]
 
 
 class HeadSpecification(Specification):
-    """A specification with value weights ``w_v`` (h, d, v) and an output projection ``w_o`` (h, v, e) or none."""
+    """Multi-head self-attention: weights of shape (h, d, k or v), an output projection ``w_o`` (h, v, e) or none.
 
+    Subclasses are frozen dataclasses with ``w_q`` (h, d, k), ``w_v`` (h, d, v), ``w_o``, ``b_o`` and, where their
+    formula has them, ``w_k`` (h, d, k), biases and numbers. ``formula`` evaluates a layer from its fields.
+    """
+
+    formula: ClassVar[Callable[..., Tensor]]
+    """Tokens, masses and every field by name to the output, in the precision of the fields."""
+
+    w_q: Float[Tensor, "h d k"]
     w_v: Float[Tensor, "h d v"]
     w_o: Float[Tensor, "h v e"] | None
     b_o: Float[Tensor, "e"] | None
 
+    def __post_init__(self) -> None:
+        known = {field.name for field in fields(self)}  # type: ignore[arg-type]
+        adopt_weights(self, **{name: rank for name, rank in RANKS.items() if name in known})
+        h, d, k, v = (*self.w_q.shape, self.value_width)
+        shapes: dict[str, tuple[int, ...]] = {"w_k": (h, d, k), "w_v": (h, d, v)}
+        shapes |= {"b_q": (h, k), "b_k": (h, k), "b_v": (h, v), "w_o": (h, v, self.out_width), "b_o": (self.out_width,)}
+        require_shapes(self, {name: shape for name, shape in shapes.items() if name in known})
+
     @property
     def heads(self) -> int:
         """Number of heads h."""
-        return int(self.w_v.shape[0])
+        return int(self.w_q.shape[0])
 
     @property
     def width(self) -> int:
-        return int(self.w_v.shape[1])
+        return int(self.w_q.shape[1])
+
+    @property
+    def key_width(self) -> int:
+        """Query and key width k of one head."""
+        return int(self.w_q.shape[2])
 
     @property
     def value_width(self) -> int:
@@ -83,12 +103,31 @@ class HeadSpecification(Specification):
 
     @property
     def out_width(self) -> int:
-        return out_width(self.w_v, self.w_o)
+        """Output token width e: that of ``w_o``, or h v where the heads are concatenated."""
+        return self.heads * self.value_width if self.w_o is None else int(self.w_o.shape[2])
 
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
-        return self.w_v.device
+        return self.w_q.device
+
+    def __call__(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
+        return type(self).formula(x, mass, **record(self))
+
+
+class ScaledHeadSpecification(HeadSpecification):
+    """Heads with a factor ``scale`` on their scores; None means 1/sqrt(k)."""
+
+    scale: float | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        adopt_number(self, "scale", positive=False, default=1.0 / math.sqrt(self.key_width))
+
+    @property
+    def factor(self) -> float:
+        """The scale as a float (after its default was filled in)."""
+        return float(self.scale)  # type: ignore[arg-type]
 
 
 HEAD_FEATURES: Mapping[str, str] = {
@@ -98,10 +137,13 @@ HEAD_FEATURES: Mapping[str, str] = {
 }
 """The features of the fields that most head specifications have."""
 
+RANKS = {"w_q": 3, "w_k": 3, "w_v": 3, "b_q": 2, "b_k": 2, "b_v": 2, "w_o": 3, "b_o": 1}
+"""Dimensions of the weights, in the order in which they are checked."""
 
-def out_width(w_v: Tensor, w_o: Tensor | None) -> int:
-    """Output width e: that of ``w_o``, or h v where the heads are concatenated."""
-    return int(w_v.shape[0] * w_v.shape[2]) if w_o is None else int(w_o.shape[2])
+
+def record(spec: object) -> dict[str, Any]:
+    """The fields of a frozen record by name."""
+    return {field.name: getattr(spec, field.name) for field in fields(spec)}  # type: ignore[arg-type]
 
 
 def adopt_weights(spec: Specification, **ranks: int) -> None:
@@ -112,7 +154,7 @@ def adopt_weights(spec: Specification, **ranks: int) -> None:
             continue
         value = require_finite(name, value)
         if value.ndim != rank or 0 in value.shape:
-            raise InputError(f"{name} must have {rank} dimensions, none of them 0; got shape {tuple(value.shape)}")
+            raise InputError(f"{name} must have {rank} dimensions, each >= 1; got shape {tuple(value.shape)}")
         object.__setattr__(spec, name, value)
 
 
@@ -124,13 +166,6 @@ def require_shapes(spec: Specification, shapes: Mapping[str, tuple[int, ...]]) -
             raise InputError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
 
 
-def require_output_shapes(spec: HeadSpecification) -> None:
-    """Refuse ``w_o`` and ``b_o`` that do not fit the heads."""
-    if spec.w_o is not None:
-        require_shapes(spec, {"w_o": (spec.heads, spec.value_width, spec.out_width)})
-    require_shapes(spec, {"b_o": (spec.out_width,)})
-
-
 def adopt_number(spec: Specification, name: str, *, positive: bool = True, default: float | None = None) -> None:
     """Replace a number of a record by a checked float; ``default`` stands for None."""
     value = getattr(spec, name)
@@ -140,9 +175,12 @@ def adopt_number(spec: Specification, name: str, *, positive: bool = True, defau
     object.__setattr__(spec, name, number)
 
 
-def project(x: Float[Tensor, "*b n d"], weight: Float[Tensor, "h d k"]) -> Float[Tensor, "*b h n k"]:
-    """Tokens times the weights of every head."""
-    return torch.einsum("...nd,hdk->...hnk", x, weight)
+def project(
+    x: Float[Tensor, "*b n d"], weight: Float[Tensor, "h d k"], bias: Float[Tensor, "h k"] | None = None
+) -> Float[Tensor, "*b h n k"]:
+    """Tokens times the weights of every head, plus its bias."""
+    out = torch.einsum("...nd,hdk->...hnk", x, weight)
+    return out if bias is None else out + bias[:, None, :]
 
 
 def combine(heads: Tensor, w_o: Tensor | None, b_o: Tensor | None) -> Tensor:
@@ -151,11 +189,11 @@ def combine(heads: Tensor, w_o: Tensor | None, b_o: Tensor | None) -> Tensor:
     return flat if b_o is None else flat + b_o
 
 
-def log_mass(mass: Tensor | None) -> Tensor | float:
-    """What masses (*m, n) add to scores (*b, h, n, n); 0 for equal masses, which cancel in a softmax."""
-    return 0.0 if mass is None else mass.log()[..., None, None, :]
+def log_mass(mass: Float[Tensor, "*m n"]) -> Float[Tensor, "*m 1 1 n"]:
+    """What masses add to scores (*b, h, n, n)."""
+    return mass.log()[..., None, None, :]
 
 
 def softmax_average(scores: Tensor, values: Tensor, mass: Tensor | None) -> Tensor:
-    """``sum_j softmax_j(scores_ij + log mass_j) values_j`` of every head."""
-    return torch.softmax(scores + log_mass(mass), dim=-1) @ values
+    """``sum_j softmax_j(scores_ij + log mass_j) values_j`` of every head; equal masses (None) cancel."""
+    return torch.softmax(scores if mass is None else scores + log_mass(mass), dim=-1) @ values

@@ -1,7 +1,8 @@
 """Trainable torch modules of the layers whose Lipschitz bounds are known; each gives its exact specification."""
 
 import math
-from abc import ABC, abstractmethod
+from dataclasses import fields
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -9,13 +10,15 @@ from torch import Tensor, nn
 
 from attnrobust.errors import InputError
 from attnrobust.layers.heads import HeadSpecification
-from attnrobust.layers.variants.cosine import CosineAttention, cosine_attention
-from attnrobust.layers.variants.l2 import L2Attention, l2_attention
-from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention, lipschitznorm_attention
-from attnrobust.layers.variants.sigmoid import SigmoidAttention, sigmoid_attention
+from attnrobust.layers.variants.cosine import CosineAttention
+from attnrobust.layers.variants.l2 import L2Attention
+from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention
+from attnrobust.layers.variants.sigmoid import SigmoidAttention
+
+S = TypeVar("S", bound=HeadSpecification)
 
 
-class TrainableAttention(nn.Module, ABC):
+class TrainableAttention(nn.Module, Generic[S]):
     """Multi-head self-attention on (*b, n, d) with parameters of the same names and shapes as its specification.
 
     ``spec()`` gives what an attack or a certificate takes: the same function in float64 at the present weights. It owns
@@ -34,6 +37,8 @@ class TrainableAttention(nn.Module, ABC):
         InputError: Sizes below 1, or a width that does not divide into the heads.
     """
 
+    kind: type[S]
+    """The specification, whose formula is evaluated."""
     weights: tuple[str, ...] = ("w_q", "w_k", "w_v")
     """Parameters of shape (h, d, head width)."""
 
@@ -72,20 +77,29 @@ class TrainableAttention(nn.Module, ABC):
         if self.b_o is not None:
             nn.init.zeros_(self.b_o)
 
-    w_v: Tensor
+    w_q: Tensor
     w_o: Tensor | None
     b_o: Tensor | None
 
-    @abstractmethod
     def forward(self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None) -> Float[Tensor, "*b n e"]:
         """Evaluate; ``mass`` None means equal masses."""
+        return self.kind.formula(x, mass, **self._record())
 
-    @abstractmethod
-    def spec(self) -> HeadSpecification:
+    def spec(self) -> S:
         """The specification at the present weights."""
+        return self.kind(**self._record())
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores, where the formula has one: 1/sqrt(head width)."""
+        return 1.0 / math.sqrt(self.w_q.shape[2])
+
+    def _record(self) -> dict[str, Any]:
+        """The specification's fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self.kind)}  # type: ignore[arg-type]
 
 
-class TrainableL2Attention(TrainableAttention):
+class TrainableL2Attention(TrainableAttention[L2Attention]):
     """Trainable ``L2Attention`` (scale 1/sqrt(head width)).
 
     Example:
@@ -95,18 +109,11 @@ class TrainableL2Attention(TrainableAttention):
         True
     """
 
+    kind = L2Attention
     weights = ("w_q", "w_v")
-    w_q: Tensor
-
-    def forward(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
-        scale = 1.0 / math.sqrt(self.w_q.shape[2])
-        return l2_attention(x, mass, w_q=self.w_q, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o, scale=scale)
-
-    def spec(self) -> L2Attention:
-        return L2Attention(w_q=self.w_q, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o)
 
 
-class TrainableCosineAttention(TrainableAttention):
+class TrainableCosineAttention(TrainableAttention[CosineAttention]):
     """Trainable ``CosineAttention``; ``tau``, ``nu`` and ``eps`` are fixed numbers.
 
     Args:
@@ -118,8 +125,7 @@ class TrainableCosineAttention(TrainableAttention):
         **sizes: As in ``TrainableAttention``.
     """
 
-    w_q: Tensor
-    w_k: Tensor
+    kind = CosineAttention
 
     def __init__(
         self,
@@ -141,46 +147,18 @@ class TrainableCosineAttention(TrainableAttention):
         self.tau, self.nu, self.eps = float(tau), float(nu), float(eps)
         self.spec()  # refuses numbers that are not positive
 
-    def forward(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
-        return cosine_attention(
-            x, mass, w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o,
-            tau=self.tau, nu=self.nu, eps=self.eps,
-        )  # fmt: skip
 
-    def spec(self) -> CosineAttention:
-        return CosineAttention(
-            w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o,
-            tau=self.tau, nu=self.nu, eps=self.eps,
-        )  # fmt: skip
-
-
-class TrainableSigmoidAttention(TrainableAttention):
+class TrainableSigmoidAttention(TrainableAttention[SigmoidAttention]):
     """Trainable ``SigmoidAttention`` (scale 1/sqrt(head width), no shift)."""
 
-    w_q: Tensor
-    w_k: Tensor
-
-    def forward(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
-        return sigmoid_attention(
-            x, mass, w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o,
-            scale=1.0 / math.sqrt(self.w_q.shape[2]), shift=0.0,
-        )  # fmt: skip
-
-    def spec(self) -> SigmoidAttention:
-        return SigmoidAttention(w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o)
+    kind = SigmoidAttention
+    shift = 0.0
 
 
-class TrainableLipschitzNormAttention(TrainableAttention):
+class TrainableLipschitzNormAttention(TrainableAttention[LipschitzNormAttention]):
     """Trainable ``LipschitzNormAttention``."""
 
-    w_q: Tensor
-    w_k: Tensor
-
-    def forward(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
-        return lipschitznorm_attention(x, mass, w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o)
-
-    def spec(self) -> LipschitzNormAttention:
-        return LipschitzNormAttention(w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o)
+    kind = LipschitzNormAttention
 
 
 def _head_width(width: int, heads: int, head_width: int | None) -> int:

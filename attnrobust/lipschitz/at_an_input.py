@@ -1,4 +1,4 @@
-"""Deterministic closed-form upper bounds of the norm of the attention derivative at given tokens."""
+"""Upper bounds of the norm of the derivative at given tokens: closed forms for attention, and the singular value."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,11 +7,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.certify.closed_form.claims import PAGE, Asked, Claim, Quantity, input_of
 from attnrobust.errors import InputError
+from attnrobust.layers.attention import Attention
 from attnrobust.layers.jacobian import AttentionJacobian
+from attnrobust.layers.token_map import TokenMap
+from attnrobust.lipschitz.derivative_map import attention_jacobian, derivative_map, mass_weighted
+from attnrobust.numerics.linear_map import largest_singular_value_upper
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.numerics.softmax import derivative_norm_upper
 
+AT_X = "the input X alone"
 CANCELLATION = 1e-14  # error of E[v k] - E[v] E[k] in units of the second moments: sums of up to 1e4 terms stay inside
 
 
@@ -180,3 +186,66 @@ def _covariance(weights: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor,
     mean = (weights @ first)[..., :, None] * (weights @ second)[..., None, :]
     sizes = (weights @ first.square().sum(-1, keepdim=True)) * (weights @ second.square().sum(-1, keepdim=True))
     return joint - mean, CANCELLATION * sizes.squeeze(-1).sqrt()
+
+
+# ---- claims --------------------------------------------------------------------------------------------------------
+
+
+def _singular_value(network: TokenMap, asked: Asked) -> Upper:
+    return largest_singular_value_upper(derivative_map(network, input_of(asked)), seed=asked.seed)
+
+
+def _weighted_singular_value(network: TokenMap, asked: Asked) -> Upper:
+    clean = input_of(asked)
+    return largest_singular_value_upper(mass_weighted(derivative_map(network, clean), clean.mass), seed=asked.seed)
+
+
+def _weighted_covariances(layer: Attention, asked: Asked) -> Upper:
+    clean = input_of(asked)
+    return local_norm_upper(attention_jacobian(layer, clean), mass=clean.mass)
+
+
+def _exact(quantity: Quantity, value: Callable[[TokenMap, Asked], Upper]) -> Claim:
+    return Claim(
+        name="singular-value",
+        quantity=quantity,
+        layer=None,
+        region=AT_X,
+        conditions="every differentiable layer",
+        reference="decomposition or Lanczos bound (docs/spectral-norms.md)",
+        value=value,
+    )
+
+
+def _closed_form(
+    name: str, section: int, value: Callable[[Attention, Asked], Upper], quantity: Quantity, masses: str
+) -> Claim:
+    return Claim(
+        name=f"local-{name}",
+        quantity=quantity,
+        layer=Attention,
+        region=AT_X,
+        conditions=f"dot-product attention; every mask{masses}",
+        reference=f"derived ({PAGE}, section {section})",
+        value=value,
+    )
+
+
+def _at_input(name: str, section: int, bound: Callable[[AttentionJacobian], Upper]) -> Claim:
+    def value(layer: Attention, asked: Asked) -> Upper:
+        return bound(attention_jacobian(layer, input_of(asked)))
+
+    return _closed_form(name, section, value, Quantity.LOCAL, ", all masses")
+
+
+CLAIMS = (
+    _exact(Quantity.LOCAL, _singular_value),
+    _at_input("covariances", 6, local_norm_upper),
+    _at_input("softmax-norm", 7, softmax_norm_upper),
+    _at_input("diameter", 7, diameter_norm_upper),
+)
+MASS_CLAIMS = (
+    _exact(Quantity.LOCAL_MASS, _weighted_singular_value),
+    _closed_form("covariances", 6, _weighted_covariances, Quantity.LOCAL_MASS, ""),
+)
+"""Where the masses differ."""

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
-from attnrobust.layers.jacobian import AttentionJacobian
-from attnrobust.numerics.linear_map import largest_singular_value_lower, scale_rows, scale_tokens
-from attnrobust.numerics.sides import Lower, round_down
+from attnrobust.lipschitz.derivative_map import derivative_map, mass_weighted
+from attnrobust.numerics.linear_map import largest_singular_value_lower
+from attnrobust.numerics.sides import Lower
 from attnrobust.tokens import TokenMeasure
 
 REAL = 1e-9  # imaginary part, relative to the largest eigenvalue, up to which an eigenvalue counts as real
@@ -108,32 +108,6 @@ def mean_field_lower(attention: Attention, radius: float, *, seed: int = 0) -> W
     return _best(attention, measures, seed=seed)
 
 
-def closed_form_lower(attention: Attention, radius: float, *, n: int | None = None) -> Lower:
-    """The closed forms of ``finite_lower`` (n given) and ``mean_field_lower`` (n None) for one head without query bias.
-
-    Args:
-        attention: One head, no query bias, no mask, not causal.
-        radius: R >= 0.
-        n: Token count, or None for measures.
-
-    Raises:
-        InputError: A layer of another kind.
-    """
-    _refuse_mask(attention)
-    if attention.heads != 1 or attention.causal or bool((attention.key_offset != 0).any()):
-        raise InputError("the closed form is for one head without query bias and mask; use finite_lower")
-    best = 0.0
-    for value, vector in _real_eigenvectors(attention):
-        growth = max(-value, value / 8.0) * radius**2
-        reach = float(torch.linalg.vector_norm(vector @ attention.value_output[0]))
-        if n is None:
-            best = max(best, 0.5 * reach * (1.0 + growth) * math.exp(growth))
-        elif n > 1:
-            share = 1.0 / (1.0 + (n - 1) * math.exp(-2.0 * growth))
-            best = max(best, reach * math.sqrt(n - 1) * share * (1.0 + 2.0 * growth * (1.0 - share)))
-    return Lower(round_down(best, relative=1e-9))  # eigenvectors of a matrix that is not symmetric are less accurate
-
-
 def _positions(value: float, radius: float) -> tuple[float, float]:
     """Where the single token and the others sit on the eigenvector's line."""
     return (radius, 0.5 * radius) if value > 0 and value / 8.0 >= -value else (-radius, radius)
@@ -170,9 +144,8 @@ def _best(attention: Attention, inputs: list[TokenMeasure], *, seed: int) -> Wit
 
 def _norm(attention: Attention, tokens: TokenMeasure, *, seed: int, tol: float) -> Lower:
     """Norm of ``D^{1/2} J D^{-1/2}`` from below, D the masses; equal masses cancel."""
-    linear = AttentionJacobian(attention, tokens.points, None if tokens.uniform else tokens.mass).linear_map()
-    root = tokens.mass.sqrt()
-    return largest_singular_value_lower(scale_rows(scale_tokens(linear, 1.0 / root), root), seed=seed, tol=tol)[0]
+    linear = mass_weighted(derivative_map(attention, tokens), tokens.mass)
+    return largest_singular_value_lower(linear, seed=seed, tol=tol)[0]
 
 
 def _refuse_mask(attention: Attention) -> None:

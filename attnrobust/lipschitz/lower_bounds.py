@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from attnrobust.attacks import AttackBudget, attack
+from attnrobust.certify.closed_form.claims import Quantity
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.token_map import TokenMap
@@ -14,28 +15,22 @@ from attnrobust.layers.variants.kernel import KernelAttention
 from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.layers.variants.sigmoid import SigmoidAttention
 from attnrobust.lipschitz.derivative import JacobianNorm
+from attnrobust.lipschitz.derivative_map import derivative_map, largest_entry_lower, largest_row_lower, mass_weighted
 from attnrobust.lipschitz.eigenvector_inputs import finite_lower, mean_field_lower
-from attnrobust.lipschitz.question import Question, derivative
-from attnrobust.lipschitz.records import LowerRow, Quantity
+from attnrobust.lipschitz.question import Question
+from attnrobust.lipschitz.records import LowerRow
 from attnrobust.lipschitz.search import Masses, lipschitz_search
-from attnrobust.numerics.linear_map import LinearMap, largest_singular_value_lower, pool_rows, scale_rows, scale_tokens
+from attnrobust.numerics.linear_map import LinearMap, largest_singular_value_lower, pool_rows
 from attnrobust.numerics.sides import round_down
 from attnrobust.tokens import TokenMeasure
 
 BUDGET = AttackBudget(restarts=4, steps=40, rounds=1)
 """Of the attack; displacements are nearly linear at small sizes."""
-ALTERNATIONS = 8
-"""Steps of the search for the most sensitive row; every step gives a lower bound."""
-ROWS = 64
-"""Most output rows that this search looks at."""
-ENTRIES = 256
-"""Output entries whose derivatives are added up for the largest-entry norm."""
 LIGHTER = (1.0, 1e-4, 1e-8)
 """Shares of the two-atom measure's light mass: the W_1 constant is approached as the light atom vanishes."""
 FAR = 200.0
 """Score gap at which attention is hard to e^-200."""
 RESTARTS = 4
-TINY = 1e-300
 TWO_ATOMS = "two atoms"
 
 
@@ -116,7 +111,7 @@ def _searched(question: Question) -> Iterator[_Candidate]:
 
 def _at(question: Question, candidate: _Candidate) -> Iterator[LowerRow]:
     tokens, seed = candidate.tokens, question.seed
-    linear = derivative(question.network, tokens)
+    linear = derivative_map(question.network, tokens)
 
     def row(quantity: Quantity, value: float) -> LowerRow:
         return LowerRow(name=candidate.name, quantity=quantity, value=value, where=candidate.where)
@@ -126,16 +121,15 @@ def _at(question: Question, candidate: _Candidate) -> Iterator[LowerRow]:
         yield row(Quantity.LOCAL, norm)
     weighted = norm
     if not tokens.uniform:
-        root = tokens.mass.sqrt()
-        weighted = largest_singular_value_lower(scale_rows(scale_tokens(linear, 1.0 / root), root), seed=seed)[0].value
+        weighted = largest_singular_value_lower(mass_weighted(linear, tokens.mass), seed=seed)[0].value
         if candidate.tokens is question.clean:
             yield row(Quantity.LOCAL_MASS, weighted)
     same_length = tokens.n == question.n
     if same_length and (tokens.uniform or tokens is question.clean):
         yield row(Quantity.BALL, norm)
         yield row(Quantity.MEAN, largest_singular_value_lower(pool_rows(linear, tokens.mass), seed=seed)[0].value)
-        yield row(Quantity.ENTRY, _entries(linear))
-    largest = _rows(linear)
+        yield row(Quantity.ENTRY, largest_entry_lower(linear).value)
+    largest = largest_row_lower(linear).value
     if same_length:
         yield row(Quantity.TOKEN, largest)
     if isinstance(question.network, Attention) and (question.network.causal or question.network.mask is not None):
@@ -144,39 +138,6 @@ def _at(question: Question, candidate: _Candidate) -> Iterator[LowerRow]:
         return
     yield row(Quantity.W2, weighted)
     yield row(Quantity.W_INF, largest)
-
-
-def _rows(linear: LinearMap) -> float:
-    """Largest change of one output row per unit of the largest token move, from below.
-
-    For an output row i and a unit u, moving every token by the unit vector along its block of ``J^T (e_i u)`` changes
-    ``u . f_i`` by the sum of their norms; then u is turned towards the change that this move makes.
-    """
-    n, e = linear.out_shape
-    chosen = torch.linspace(0, n - 1, min(n, ROWS), device=linear.device).long()
-    place = torch.nn.functional.one_hot(chosen, n).to(torch.float64)[:, :, None]  # (rows, n, 1)
-    u = torch.ones(len(chosen), e, dtype=torch.float64, device=linear.device) / math.sqrt(e)
-    best = 0.0
-    for _ in range(ALTERNATIONS):
-        blocks = linear.rmatvec(place * u[:, None, :])  # J^T (e_i u_i) of every chosen row, (rows, n, d)
-        lengths = torch.linalg.vector_norm(blocks, dim=-1, keepdim=True)
-        changed = (linear.matvec(blocks / lengths.clamp_min(TINY)) * place).sum(dim=-2)  # row i by its own move
-        size = torch.linalg.vector_norm(changed, dim=-1, keepdim=True)
-        best = max(best, float(size.max()))
-        u = changed / size.clamp_min(TINY)
-    return round_down(best)
-
-
-def _entries(linear: LinearMap) -> float:
-    """Largest sum of absolute derivatives of one output entry, over the first ``ENTRIES`` entries."""
-    count = min(linear.out_size, ENTRIES)
-    best = 0.0
-    for part in torch.arange(count).split(32):
-        unit = torch.zeros(len(part), linear.out_size, dtype=torch.float64, device=linear.device)
-        unit[torch.arange(len(part)), part] = 1.0
-        rows = linear.rmatvec(unit.reshape(-1, *linear.out_shape))
-        best = max(best, float(rows.abs().sum(dim=(-2, -1)).max()))
-    return round_down(best)
 
 
 # ---- measures, finite moves, the limit -----------------------------------------------------------------------------
@@ -188,7 +149,7 @@ def _light_atom(network: TokenMap, found: TokenMeasure) -> LowerRow:
     for share in LIGHTER:
         light = float(found.mass[0]) * share  # the first atom is the light one
         tokens = TokenMeasure(found.points, found.mass.new_tensor([light, 1.0]) / (1.0 + light))
-        best = max(best, _moving_one(derivative(network, tokens), tokens))
+        best = max(best, _moving_one(derivative_map(network, tokens), tokens))
     where = "a vanishing atom against a heavy one"
     return LowerRow(name=TWO_ATOMS, quantity=Quantity.W1, value=round_down(best), where=where)
 
@@ -226,9 +187,5 @@ def _far_out(question: Question) -> Iterator[LowerRow]:
     if not (math.isfinite(float(best[..., 0].abs().max())) and gap > 1e-6 * float(best[..., 0].abs().max())):
         return
     far = TokenMeasure(clean.points * math.sqrt(FAR / gap) if math.isfinite(gap) else clean.points, clean.mass)
-    norm = _norm(network, far, question.seed)
+    norm = largest_singular_value_lower(derivative_map(network, far), seed=question.seed)[0].value
     yield LowerRow(name="derivative", quantity=Quantity.LIMIT, value=norm, where="X scaled until attention is hard")
-
-
-def _norm(network: Attention, tokens: TokenMeasure, seed: int) -> float:
-    return largest_singular_value_lower(derivative(network, tokens), seed=seed)[0].value

@@ -5,14 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from attnrobust.errors import InputError
 from attnrobust.goals import Displacement
-from attnrobust.layers.attention import Attention
-from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.layers.token_map import TokenMap
-from attnrobust.numerics.linear_map import LinearMap
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import MoveThreat
 from attnrobust.tokens import TokenMeasure
@@ -21,8 +17,6 @@ SEARCH_STEPS, SEARCHED_SIZE = 40, 256
 """Steps of the ascent for lower bounds where none are given, on inputs of at most so many numbers."""
 SHARE = 0.01
 """Size of the finite moves where none is given: this share of the input's Frobenius norm."""
-LARGEST_MATRIX = 1 << 24
-CHUNK = 64  # rows of a derivative that are pulled back together
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,32 +110,3 @@ def _positive(name: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{name} must be a positive number; got {value}")
     return value
-
-
-def derivative(network: TokenMap, tokens: TokenMeasure) -> LinearMap:
-    """The derivative of a layer at an input: exact products for dot-product attention, else its matrix.
-
-    Raises:
-        InputError: A matrix of more than ``LARGEST_MATRIX`` entries.
-    """
-    mass = None if tokens.uniform else tokens.mass
-    if isinstance(network, Attention):
-        return AttentionJacobian(network, tokens.points, mass).linear_map()
-    shape_in, shape_out = (tokens.n, network.width), (tokens.n, network.out_width)
-    rows, columns = math.prod(shape_out), math.prod(shape_in)
-    if rows * columns > LARGEST_MATRIX:
-        raise InputError(f"the derivative of this layer is a {rows} x {columns} matrix; give fewer or narrower tokens")
-    pull = torch.func.vjp(lambda x: network(x, mass), tokens.points)[1]
-    unit = torch.eye(rows, dtype=torch.float64, device=tokens.points.device).reshape(-1, *shape_out)
-    matrix = torch.func.vmap(pull, chunk_size=CHUNK)(unit)[0].flatten(1).detach()
-
-    def times(matrix: Tensor, vectors: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return (vectors.flatten(-2) @ matrix.T).reshape(*vectors.shape[:-2], *shape)
-
-    return LinearMap(
-        matvec=lambda v: times(matrix, v, shape_out),
-        rmatvec=lambda u: times(matrix.T, u, shape_in),
-        in_shape=shape_in,
-        out_shape=shape_out,
-        device=tokens.points.device,
-    )

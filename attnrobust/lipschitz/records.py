@@ -5,41 +5,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from attnrobust.certify.closed_form.claims import Quantity
 from attnrobust.results import Kind, NotApplicable
-
-
-class Quantity(StrEnum):
-    """What a bound bounds: only values of one quantity are compared."""
-
-    BALL = "frobenius"
-    MEAN = "frobenius -> mean row"
-    TOKEN = "largest token move -> largest row"  # noqa: S105 - a token of text
-    ENTRY = "largest entry -> largest entry"
-    W1 = "W_1 -> W_1"
-    W2 = "W_2 -> W_2"
-    W_INF = "W_inf -> W_inf"
-    D2 = "d_2 -> d_2"
-    LOCAL = "derivative at X"
-    LOCAL_MASS = "derivative at X, weighted by the masses"
-    FINITE = "change per size around X"
-    LIMIT = "derivative at sX, s -> infinity"
-
-
-MEANING = {
-    Quantity.BALL: "Frobenius norm of the output's change over that of the tokens'",
-    Quantity.MEAN: "change of the mean of the output rows over the Frobenius norm of the tokens' change",
-    Quantity.TOKEN: "largest l2 change of an output row over the largest l2 move of a token",
-    Quantity.ENTRY: "largest change of an output entry over the largest change of an input entry",
-    Quantity.W1: "Wasserstein distance W_1 of the outputs over that of the inputs, any token measures",
-    Quantity.W2: "Wasserstein distance W_2 of the outputs over that of the inputs, any token measures",
-    Quantity.W_INF: "Wasserstein distance W_inf of the outputs over that of the inputs, any token measures",
-    Quantity.D2: "distance d_2 (W_2 position by position) of the outputs over that of the inputs",
-    Quantity.LOCAL: "spectral norm of the derivative at the input X; says nothing about a ball",
-    Quantity.LOCAL_MASS: "the same of D^{1/2} J D^{-1/2}, D = diag(masses)",
-    Quantity.FINITE: "largest change of the output within the given distance of X, divided by that distance",
-    Quantity.LIMIT: "limit of the spectral norm of the derivative far out on the ray through X",
-}
-"""Each quantity in words."""
 
 
 @dataclass(frozen=True, kw_only=True)

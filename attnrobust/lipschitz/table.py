@@ -2,17 +2,18 @@
 
 import math
 
+from attnrobust.certify.closed_form.claims import Quantity
 from attnrobust.errors import InputError
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.lipschitz.lower_bounds import lower_bounds
 from attnrobust.lipschitz.question import checked
-from attnrobust.lipschitz.records import MEANING, BoundRow, BoundsTable, LowerRow, Quantity
+from attnrobust.lipschitz.records import BoundRow, BoundsTable, LowerRow
 from attnrobust.lipschitz.upper_bounds import claims
 from attnrobust.results import Kind, NotApplicable
 from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 from attnrobust.tokens import TokenMeasure
 
-__all__ = ["MEANING", "BoundRow", "BoundsTable", "LowerRow", "Quantity", "bounds_table"]
+__all__ = ["BoundRow", "BoundsTable", "LowerRow", "Quantity", "bounds_table"]
 
 
 def bounds_table(
@@ -66,7 +67,7 @@ def bounds_table(
     found, skipped = [], []
     for claim in claims(question):
         try:
-            upper = claim.value(question)
+            upper = claim.upper(question)
         except InputError as error:
             skipped.append(NotApplicable(method=claim.name, reason=str(error)))
             continue

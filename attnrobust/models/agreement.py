@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def disagreement(
         The largest difference, relative to the larger of the two outputs at that entry's column (1 or more: nothing in
         common; infinite for NaN), or None.
     """
-    layer = spec if mask is None else spec.with_mask(mask)
+    layer = spec if mask is None else replace(spec, mask=mask)
     expected = layer(tokens)
     if actual.shape != expected.shape:
         return float("inf")

@@ -74,11 +74,6 @@ def upper_float(value: Ball) -> float:
     return nearest if ball(nearest) >= top else math.nextafter(nearest, math.inf)
 
 
-def lower_float(value: Ball) -> float:
-    """A float that is at most every number in the ball; minus infinity where it has no finite lower end."""
-    return -upper_float(-value)
-
-
 def largest(values: Sequence[Ball]) -> Ball:
     """A ball that holds the maximum."""
     result = values[0]

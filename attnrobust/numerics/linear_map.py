@@ -18,7 +18,6 @@ __all__ = [
     "EigenvalueBounds",
     "LinearMap",
     "add",
-    "compose",
     "largest_eigenvalue_upper",
     "largest_singular_value_lower",
     "largest_singular_value_upper",
@@ -96,19 +95,6 @@ def transpose(linear: LinearMap) -> LinearMap:
     """The transposed map."""
     return replace(
         linear, matvec=linear.rmatvec, rmatvec=linear.matvec, in_shape=linear.out_shape, out_shape=linear.in_shape
-    )
-
-
-def compose(outer: LinearMap, inner: LinearMap) -> LinearMap:
-    """``outer @ inner``."""
-    if inner.out_shape != outer.in_shape:
-        raise InputError(f"the inner map gives {inner.out_shape}, the outer one takes {outer.in_shape}")
-    return LinearMap(
-        matvec=lambda v: outer.matvec(inner.matvec(v)),
-        rmatvec=lambda u: inner.rmatvec(outer.rmatvec(u)),
-        in_shape=inner.in_shape,
-        out_shape=outer.out_shape,
-        device=inner.device,
     )
 
 

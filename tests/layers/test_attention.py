@@ -289,10 +289,10 @@ def test_digest_is_of_the_content() -> None:
 
 def test_changed_copies() -> None:
     mask = random(3, 3)
-    masked = layer().with_mask(mask)
+    masked = replace(layer(), mask=mask)
     assert masked.mask is not None
     assert_same_bits(masked.mask, mask)
-    assert masked.with_mask(None).digest == layer().digest
+    assert replace(masked, mask=None).digest == layer().digest
     assert layer(mask=mask).to("cpu").digest == layer(mask=mask).digest
 
 
@@ -340,7 +340,7 @@ def test_refuses_weights_that_are_not_finite(name: str, bad: float) -> None:
     ],
 )
 def test_refuses_shapes_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
-    with shapes_unchecked(), refused(InputError, "must have shape"):
+    with shapes_unchecked(), refused(InputError, r"must have (shape|\d dimensions)"):
         layer(**{name: random(*shape)})
 
 

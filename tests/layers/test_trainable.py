@@ -17,7 +17,8 @@ from attnrobust.layers.trainable import (
 from tests.assertions import assert_close, assert_same_bits, refused
 
 D, HEADS, N = 6, 2, 5
-KINDS: list[type[TrainableAttention]] = [
+Kind = type[TrainableAttention[Any]]
+KINDS: list[Kind] = [
     TrainableL2Attention,
     TrainableCosineAttention,
     TrainableSigmoidAttention,
@@ -29,7 +30,7 @@ SIZES: list[dict[str, Any]] = [{}, {"head_width": 5}, {"out_width": 3}, {"out_wi
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @each_kind
-def test_the_specification_is_the_same_function(kind: type[TrainableAttention], sizes: dict[str, Any]) -> None:
+def test_the_specification_is_the_same_function(kind: Kind, sizes: dict[str, Any]) -> None:
     layer = kind(D, HEADS, dtype=torch.float64, **sizes)
     if layer.b_o is not None:
         nn.init.normal_(layer.b_o)
@@ -41,7 +42,7 @@ def test_the_specification_is_the_same_function(kind: type[TrainableAttention], 
 
 
 @each_kind
-def test_initial_weights(kind: type[TrainableAttention]) -> None:
+def test_initial_weights(kind: Kind) -> None:
     layer = kind(48, 4)
     assert layer.b_o is not None
     assert_same_bits(layer.b_o.detach(), torch.zeros(48))
@@ -54,7 +55,7 @@ def test_initial_weights(kind: type[TrainableAttention]) -> None:
 
 
 @each_kind
-def test_single_precision(kind: type[TrainableAttention]) -> None:
+def test_single_precision(kind: Kind) -> None:
     layer, x = kind(D, HEADS), torch.randn(N, D)
     output = layer(x).detach()
     assert output.dtype == torch.float32
@@ -62,14 +63,14 @@ def test_single_precision(kind: type[TrainableAttention]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_masses(kind: type[TrainableAttention]) -> None:
+def test_masses(kind: Kind) -> None:
     layer = kind(D, HEADS, dtype=torch.float64)
     x, mass = torch.randn(N, D, dtype=torch.float64), torch.softmax(torch.randn(N, dtype=torch.float64), dim=0)
     assert_same_bits(layer.spec()(x, mass), layer(x, mass).detach())
 
 
 @each_kind
-def test_training_reaches_every_weight_and_leaves_the_specification(kind: type[TrainableAttention]) -> None:
+def test_training_reaches_every_weight_and_leaves_the_specification(kind: Kind) -> None:
     torch.manual_seed(3)
     layer = kind(D, HEADS)
     inputs, target = torch.randn(16, N, D), torch.randn(16, N, D)
@@ -91,7 +92,7 @@ def test_training_reaches_every_weight_and_leaves_the_specification(kind: type[T
 
 
 @each_kind
-def test_inside_a_model_and_its_state_dictionary(kind: type[TrainableAttention]) -> None:
+def test_inside_a_model_and_its_state_dictionary(kind: Kind) -> None:
     model = nn.Sequential(nn.Linear(4, D), kind(D, HEADS))
     again = nn.Sequential(nn.Linear(4, D), kind(D, HEADS))
     again.load_state_dict(model.state_dict())

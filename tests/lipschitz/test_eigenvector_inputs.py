@@ -10,8 +10,9 @@ from attnrobust.certify.closed_form.castin2024_mean_field import mean_field_cons
 from attnrobust.certify.closed_form.castin2024_smooth import ball_constant
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
-from attnrobust.lipschitz.eigenvector_inputs import closed_form_lower, finite_lower, mean_field_lower
-from tests.cases import case_named, cases
+from attnrobust.lipschitz.eigenvector_inputs import finite_lower, mean_field_lower
+from tests.cases import cases
+from tests.eigenvector_lower import eigenvector_lower
 
 
 def _scalar(a: float, *, causal: bool = False) -> Attention:
@@ -39,7 +40,7 @@ def test_finite_bound_is_attained_by_its_input(n: int, radius: float) -> None:
         assert bool((torch.linalg.vector_norm(witness.tokens.points, dim=-1) <= radius * (1 + 1e-12)).all())
         assert witness.lower.value == pytest.approx(_autograd_norm(layer, witness.tokens.points), rel=1e-8)
         assert witness.lower.value <= ball_constant(layer, n, radius).value
-        assert closed_form_lower(layer, radius, n=n).value <= witness.lower.value * (1 + 1e-9)
+        assert eigenvector_lower(layer, radius, n=n) <= witness.lower.value * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("a", [-1.0, 1.0])
@@ -56,9 +57,9 @@ def test_measures_grow_super_exponentially(a: float, growth: float) -> None:
     closed = 0.0
     for size in (0.5, 2.0, 6.0, 20.0):
         witness = mean_field_lower(_scalar(a), math.sqrt(size))
-        closed = closed_form_lower(_scalar(a), math.sqrt(size)).value
+        closed = eigenvector_lower(_scalar(a), math.sqrt(size))
         assert closed == pytest.approx(0.5 * (1 + growth * size) * math.exp(growth * size), rel=1e-8)
-        assert witness.lower.value >= closed
+        assert witness.lower.value >= closed * (1 - 1e-9)
         assert witness.lower.value <= mean_field_constant(_scalar(a), math.sqrt(size)).value
     # The true exponent is a = ||B|| R^2: both sides agree within a factor 2.5 where A < 0.
     if a < 0:
@@ -84,5 +85,3 @@ def test_refusals() -> None:
         mean_field_lower(_scalar(1.0, causal=True), 1.0)
     with pytest.raises(InputError, match="radius >= 0"):
         finite_lower(_scalar(1.0), 3, -1.0)
-    with pytest.raises(InputError, match="one head"):
-        closed_form_lower(case_named("biases").attention, 1.0)

@@ -10,7 +10,6 @@ from attnrobust.errors import InputError
 from attnrobust.numerics.linear_map import (
     LinearMap,
     add,
-    compose,
     largest_singular_value_lower,
     largest_singular_value_upper,
     pool_rows,
@@ -61,7 +60,6 @@ def test_composition_against_matrices(n: int, d: int, e: int) -> None:
     columns = (matrix * scale.repeat_interleave(d))[:, movable.repeat_interleave(d)]
     _assert_is(both, torch.einsum("n,nem->em", weights, columns.reshape(n, e, -1)))
     _assert_is(add(linear, linear), 2 * matrix)
-    _assert_is(compose(transpose(linear), linear), matrix.T @ matrix)
 
 
 def test_wrong_shapes_are_refused() -> None:
@@ -72,8 +70,6 @@ def test_wrong_shapes_are_refused() -> None:
         pool_rows(linear, torch.ones(4, dtype=torch.float64))
     with pytest.raises(InputError, match="at least one token"):
         select_tokens(linear, torch.zeros(3, dtype=torch.bool))
-    with pytest.raises(InputError, match="inner map"):
-        compose(linear, pool_rows(linear, torch.ones(3, dtype=torch.float64)))
     with pytest.raises(InputError, match="different shapes"):
         add(linear, pool_rows(linear, torch.ones(3, dtype=torch.float64)))
     with pytest.raises(InputError, match="too large to build"):

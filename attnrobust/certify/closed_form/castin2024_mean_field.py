@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.certify.closed_form.castin2024_smooth import REFERENCE
+from attnrobust.certify.closed_form.claims import MEASURES_REGION, PAGE, Claim, Quantity
 from attnrobust.certify.shared.head_sizes import bilinear_norm, spectral_norm
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
@@ -160,3 +162,52 @@ def _check(attention: Attention, radius: float, order: float, form: str) -> None
         raise InputError("an additive mask is for one sequence of tokens; measures have no rows to mask")
     if not radius >= 0 or not order >= 1.0 or form not in ("derived", "reported"):
         raise InputError("give a radius >= 0, an order p >= 1, and form 'derived' or 'reported'")
+
+
+ORDERS = ((Quantity.W1, 1.0), (Quantity.W2, 2.0), (Quantity.W_INF, math.inf))
+
+
+def _measures(quantity: Quantity, order: float, form: str, reference: str) -> Claim:
+    return Claim(
+        name=f"castin2024-measures-{form}",
+        quantity=quantity,
+        layer=Attention,
+        region=MEASURES_REGION,
+        conditions="dot-product attention without mask; moving, splitting, duplication, any masses",
+        reference=reference,
+        value=lambda layer, asked: mean_field_constant(layer, asked.radius, order=order, form=form),
+    )
+
+
+def _kernel(quantity: Quantity, order: float) -> Claim:
+    return Claim(
+        name="kernel-measures",
+        quantity=quantity,
+        layer=KernelAttention,
+        region="token measures on the set E of the kernel's constants",
+        conditions="kernel attention; as true as the constants that were stated",
+        reference=f"derived ({PAGE}, section 9), in place of Vuckovic et al. 2020 (arXiv 2007.02876)",
+        value=lambda layer, _: kernel_constant(layer, order=order),
+    )
+
+
+CLAIMS = tuple(
+    _measures(quantity, order, form, reference)
+    for quantity, order in ORDERS
+    for form, reference in (
+        ("reported", f"{REFERENCE}; form reported from the paper"),
+        ("derived", f"derived ({PAGE}, section 9)"),
+    )
+)
+KERNEL_CLAIMS = tuple(_kernel(quantity, order) for quantity, order in ORDERS)
+CAUSAL_CLAIMS = (
+    Claim(
+        name="castin2024-measures-causal",
+        quantity=Quantity.D2,
+        layer=Attention,
+        region=MEASURES_REGION + ", equal position marginals",
+        conditions="causal dot-product attention without additive mask",
+        reference=f"derived ({PAGE}, section 10)",
+        value=lambda layer, asked: masked_constant(layer, asked.radius),
+    ),
+)

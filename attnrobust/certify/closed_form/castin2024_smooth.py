@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.certify.closed_form.claims import BALL_REGION, PAGE, Asked, Claim, Quantity, input_of, refuted
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import Change, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, spectral_norm, value_views
@@ -17,7 +19,7 @@ from attnrobust.layers.attention import Attention
 from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import FrobeniusBall, MoveThreat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 
 REFERENCE = "Castin, Ablin, Peyre, How smooth is attention?, ICML 2024 (arXiv 2312.14820)"
@@ -168,3 +170,49 @@ def large_radius_limit(attention: Attention, points: Float[Tensor, "n d"]) -> Up
     chosen = torch.nn.functional.one_hot(scores.argmax(dim=-1), scores.shape[-1])
     heads = chosen.sum(dim=-2).amax(dim=-1).to(points.dtype).sqrt()
     return Upper(round_up(float((spectral_norm(attention.value_output) * heads).sum()), relative=FORMULA))
+
+
+def _ball(quantity: Quantity, form: str, reference: str, condition: str = "") -> Claim:
+    # of one row and of the mean: the formula is the same
+    pool, threat = "all" if quantity is Quantity.BALL else "mean", FrobeniusBall()
+    return Claim(
+        name=f"castin2024-{form}",
+        quantity=quantity,
+        layer=Attention,
+        region=BALL_REGION,
+        conditions=f"dot-product attention; every mask, query bias, all masses{condition}",
+        reference=reference,
+        value=partial(_constant, form=form, pool=pool, threat=PerTokenBall() if quantity is Quantity.TOKEN else threat),
+    )
+
+
+def _constant(layer: Attention, asked: Asked, *, form: str, pool: str, threat: MoveThreat) -> Upper:
+    return ball_constant(layer, asked.n, asked.radius, form=form, pool=pool, threat=threat)
+
+
+CLAIMS = (
+    *(_ball(quantity, "reported", CastinReported.reference) for quantity in (Quantity.BALL, Quantity.MEAN)),
+    *(_ball(quantity, "derived", f"derived ({PAGE}, section 2)") for quantity in (Quantity.BALL, Quantity.MEAN)),
+    _ball(Quantity.TOKEN, "derived", f"derived ({PAGE}, section 2)", "; no n in it"),
+    Claim(
+        name="castin2024-large-radius",
+        quantity=Quantity.LIMIT,
+        layer=Attention,
+        region="the ray through X",
+        conditions="no query bias; every query has one best key",
+        reference=f"{REFERENCE}; proof in {PAGE}, section 2",
+        value=lambda layer, asked: large_radius_limit(layer, input_of(asked).points),
+    ),
+    refuted(
+        "castin2024-code-estimate",
+        Quantity.LOCAL,
+        Attention,
+        f"not a bound: it gives 1.414 where the norm is 100.01 ({PAGE}, section 11)",
+    ),
+    refuted(
+        "kim2021-unbounded",
+        Quantity.BALL,
+        Attention,
+        "dot-product attention is not Lipschitz on all of space (Kim et al. 2021)",
+    ),
+)

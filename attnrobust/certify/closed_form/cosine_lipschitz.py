@@ -2,6 +2,7 @@
 
 import torch
 
+from attnrobust.certify.closed_form.claims import SPACE_REGION, Claim, Quantity, slope_claims
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
@@ -67,3 +68,19 @@ def reported_constant(attention: CosineAttention, n: int, *, form: str = "nair")
     w_k, w_q, w_v = (float(spectral_norm(w)) for w in (attention.w_k, attention.w_q, attention.w_v))
     value = attention.nu * attention.eps**-0.5 * (attention.tau * (key * w_k + query * w_q) + 2 * n * w_v)
     return Upper(round_up(value, relative=FORMULA))
+
+
+def _reported(form: str) -> Claim:
+    return Claim(
+        name=f"cosine-reported-{form}",
+        quantity=Quantity.BALL,
+        layer=CosineAttention,
+        region=SPACE_REGION,
+        conditions="scaled cosine attention, one head without output projection",
+        reference="Nair 2025 (arXiv 2510.23012), Theorem 2, which also states the form of Qi et al. 2023",
+        value=lambda layer, asked: reported_constant(layer, asked.n, form=form),
+    )
+
+
+CLAIMS = slope_claims(CosineLipschitz(), CosineAttention)
+PUBLISHED_CLAIMS = (_reported("nair"), _reported("lipsformer"))

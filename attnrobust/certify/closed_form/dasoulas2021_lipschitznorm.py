@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from attnrobust.certify.closed_form.claims import PAGE, SPACE_REGION, Claim, Quantity, slope_claims, whole_output
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
@@ -70,3 +71,47 @@ def joint_constant(n: int, *, form: str = "derived") -> Upper:
     values = min(math.e, math.sqrt(n))
     pairs = ((2.0, 2.0, values), (2.0, 1.0, values + 1.0))
     return Upper(round_up(max(math.hypot(*pair) for pair in pairs), relative=FORMULA))
+
+
+def constant_through_joint(attention: LipschitzNormAttention, n: int, *, form: str = "derived") -> Upper:
+    """Frobenius Lipschitz constant in X through the joint one: ``joint ||[w_q w_k w_v]||`` per head.
+
+    Args:
+        attention: The layer; heads add up or are stacked.
+        n: Token count, >= 1.
+        form: As in ``joint_constant``.
+
+    Returns:
+        An upper bound on all of space.
+
+    Raises:
+        InputError: Another form, or no tokens.
+
+    References:
+        As in ``joint_constant``; ``|(dQ, dK, dV)|_F = |H [w_q w_k w_v]|_F``.
+    """
+    side_by_side = torch.cat([attention.w_q, attention.w_k, attention.w_v], dim=-1)
+    heads = joint_constant(n, form=form).value * spectral_norm(side_by_side)
+    eye = torch.eye(attention.value_width, dtype=torch.float64, device=attention.device)
+    views = head_norms(attention, eye.expand(attention.heads, -1, -1), whole_output(attention.device))
+    value = float(smallest([view.total(view.norms * heads) for view in views]).amax())
+    return Upper(round_up(value, relative=FORMULA))
+
+
+def _through_joint(form: str, reference: str) -> Claim:
+    return Claim(
+        name=f"dasoulas2021-joint-{form}",
+        quantity=Quantity.BALL,
+        layer=LipschitzNormAttention,
+        region=SPACE_REGION,
+        conditions="LipschitzNorm attention; equal masses; through the constant in (Q, K, V)",
+        reference=reference,
+        value=lambda layer, asked: constant_through_joint(layer, asked.n, form=form),
+    )
+
+
+PUBLISHED_CLAIMS = (
+    _through_joint("reported", "Dasoulas, Scaman, Virmaux, ICML 2021; form reported from the paper"),
+    _through_joint("derived", f"derived ({PAGE}, section 15)"),
+)
+CLAIMS = slope_claims(LipschitzNormGlobal(), LipschitzNormAttention)

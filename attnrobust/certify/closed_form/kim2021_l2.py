@@ -8,6 +8,16 @@ from jaxtyping import Float
 from scipy.special import lambertw
 from torch import Tensor
 
+from attnrobust.certify.closed_form.claims import (
+    PAGE,
+    SPACE_REGION,
+    Asked,
+    Claim,
+    Quantity,
+    refuted,
+    slope_claims,
+    whole_output,
+)
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadNorms, diameter, head_norms, spectral_norm
@@ -19,6 +29,8 @@ from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.problem import Problem
 
 REFERENCE = "Kim, Papamakarios, Mnih, The Lipschitz constant of self-attention, ICML 2021 (arXiv 2006.04710)"
+SATURATED = 1e3
+"""Size, in units at which the spread reaches its limit on all of space, that stands for all of space."""
 
 
 def spread_bound(odds: float) -> float:
@@ -78,6 +90,35 @@ class KimL2(CertificateMethod):
         return ChangeBound(problem, bound.change)
 
 
+def derived_constant(attention: L2Attention, n: int) -> Upper:
+    """Frobenius Lipschitz constant of L2 attention on at most n tokens of equal mass, on all of space.
+
+    One head, ``c e^{c+1} = n - 1``: ``scale ||w_q|| ||w_q^T w_v w_o|| [ sqrt(n) (1 + 2c) + 2c ]``.
+
+    Args:
+        attention: The attention.
+        n: Largest number of tokens, >= 1.
+
+    Returns:
+        An upper bound on all of space.
+
+    Raises:
+        InputError: No tokens.
+
+    References:
+        Derived, docs/certificates-literature.md, section 12, after Kim, Papamakarios and Mnih, ICML 2021.
+    """
+    if n < 1:
+        raise InputError(f"n must be >= 1; got {n}")
+    c, root = spread_bound(n - 1.0), attention.factor**0.5
+    views = head_norms(
+        attention, root * attention.w_q.transpose(-1, -2) @ attention.w_v, whole_output(attention.device)
+    )
+    inner = root * spectral_norm(attention.w_q) * (n**0.5 * (1.0 + 2.0 * c) + 2.0 * c)
+    value = float(smallest([view.total(view.norms * inner) for view in views]).amax())
+    return Upper(round_up(value, relative=FORMULA))
+
+
 def reported_constant(attention: L2Attention, n: int, *, norm: str = "l2") -> Upper:
     """The constants of the paper in their reported form, with the l2 exponent repaired; equal masses.
 
@@ -120,3 +161,36 @@ def _row_sums(matrices: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
     """Largest absolute row sum: the norm of a matrix between largest entries."""
     sums: Tensor = matrices.abs().sum(dim=-1).amax(dim=-1)
     return sums
+
+
+def _everywhere(layer: L2Attention, asked: Asked) -> tuple[Tensor, float]:
+    """Moves so large that the spread is at its limit on all of space."""
+    slopes = layer.factor**0.5 * torch.linalg.matrix_norm(layer.w_q, 2)
+    spread = max(spread_bound(asked.n - 1.0), 1.0)
+    size = SATURATED * math.sqrt(spread) / float(slopes[slopes > 0].min()) if bool((slopes > 0).any()) else 1.0
+    return torch.ones(asked.n, layer.width, dtype=torch.float64, device=asked.device), size
+
+
+def _reported(quantity: Quantity, norm: str, repaired: str) -> Claim:
+    return Claim(
+        name="kim2021-l2-reported",
+        quantity=quantity,
+        layer=L2Attention,
+        region=SPACE_REGION,
+        conditions=f"L2 attention; equal masses{repaired}",
+        reference=f"{REFERENCE}; form reported from the paper",
+        value=lambda layer, asked: reported_constant(layer, asked.n, norm=norm),
+    )
+
+
+CLAIMS = slope_claims(KimL2(), L2Attention, around=_everywhere)
+PUBLISHED_CLAIMS = (
+    _reported(Quantity.BALL, "l2", "; exponent repaired"),
+    _reported(Quantity.ENTRY, "linf", ""),
+    refuted(
+        "kim2021-l2-printed-exponent",
+        Quantity.BALL,
+        L2Attention,
+        f"not a bound: it gives 682.8 where the norm is 10^4 ({PAGE}, section 11)",
+    ),
+)

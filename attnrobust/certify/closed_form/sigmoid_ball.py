@@ -2,6 +2,15 @@
 
 import torch
 
+from attnrobust.certify.closed_form.claims import (
+    BALL_REGION,
+    MEASURES_REGION,
+    PAGE,
+    Asked,
+    Claim,
+    Quantity,
+    slope_claims,
+)
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
@@ -67,3 +76,22 @@ def mean_field_constant(attention: SigmoidAttention, radius: float) -> Upper:
     maps = attention.w_v if attention.w_o is None else attention.w_v @ attention.w_o
     heads = spectral_norm(maps) * (torch.sigmoid(a + attention.shift) + 0.5 * a)
     return Upper(round_up(float(heads.sum()), relative=FORMULA))
+
+
+def _centred_ball(layer: SigmoidAttention, asked: Asked) -> tuple[torch.Tensor, float]:
+    return torch.zeros(asked.n, layer.width, dtype=torch.float64, device=asked.device), asked.radius
+
+
+CLAIMS = slope_claims(SigmoidBall(), SigmoidAttention, region=BALL_REGION, around=_centred_ball)
+MEASURE_CLAIMS = tuple(
+    Claim(
+        name="sigmoid-measures",
+        quantity=quantity,
+        layer=SigmoidAttention,
+        region=MEASURES_REGION,
+        conditions="sigmoid attention; any masses; no exponential",
+        reference=f"derived ({PAGE}, section 14)",
+        value=lambda layer, asked: mean_field_constant(layer, asked.radius),
+    )
+    for quantity in (Quantity.W1, Quantity.W2, Quantity.W_INF)
+)

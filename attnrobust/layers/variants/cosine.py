@@ -9,17 +9,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.layers.features import PLAIN
-from attnrobust.layers.heads import (
-    HEAD_FEATURES,
-    HeadSpecification,
-    adopt_number,
-    adopt_weights,
-    combine,
-    project,
-    require_output_shapes,
-    require_shapes,
-    softmax_average,
-)
+from attnrobust.layers.heads import HEAD_FEATURES, HeadSpecification, adopt_number, combine, project, softmax_average
+
+
+def smooth_unit(y: Float[Tensor, "..."], eps: float) -> Float[Tensor, "..."]:
+    """``y / sqrt(|y|^2 + eps)`` along the last axis: length below 1, Lipschitz constant 1/sqrt(eps)."""
+    return y * torch.rsqrt(y.square().sum(dim=-1, keepdim=True) + eps)
+
+
+def cosine_attention(
+    x: Float[Tensor, "*b n d"],
+    mass: Float[Tensor, "*m n"] | None,
+    *,
+    w_q: Float[Tensor, "h d k"],
+    w_k: Float[Tensor, "h d k"],
+    w_v: Float[Tensor, "h d v"],
+    w_o: Float[Tensor, "h v e"] | None,
+    b_o: Float[Tensor, "e"] | None,
+    tau: float,
+    nu: float,
+    eps: float,
+) -> Float[Tensor, "*b n e"]:
+    """The formula of ``CosineAttention`` in the precision of its arguments, differentiable."""
+    q, k, v = (smooth_unit(project(x, weight), eps) for weight in (w_q, w_k, w_v))
+    return combine(nu * softmax_average(tau * q @ k.transpose(-1, -2), v, mass), w_o, b_o)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,45 +69,9 @@ class CosineAttention(HeadSpecification):
     eps: float = 1e-6
 
     feature_names: ClassVar[Mapping[str, str]] = {**HEAD_FEATURES, "tau": PLAIN, "nu": PLAIN, "eps": PLAIN}
+    formula = staticmethod(cosine_attention)
 
     def __post_init__(self) -> None:
-        adopt_weights(self, w_q=3, w_k=3, w_v=3, w_o=3, b_o=1)
-        shape = (self.heads, self.width, self.key_width)
-        require_shapes(self, {"w_q": shape, "w_k": shape})
-        require_output_shapes(self)
+        super().__post_init__()
         for name in ("tau", "nu", "eps"):
             adopt_number(self, name)
-
-    @property
-    def key_width(self) -> int:
-        """Query and key width k of one head."""
-        return int(self.w_q.shape[2])
-
-    def __call__(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
-        return cosine_attention(
-            x, mass, w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o,
-            tau=self.tau, nu=self.nu, eps=self.eps,
-        )  # fmt: skip
-
-
-def smooth_unit(y: Float[Tensor, "..."], eps: float) -> Float[Tensor, "..."]:
-    """``y / sqrt(|y|^2 + eps)`` along the last axis: length below 1, Lipschitz constant 1/sqrt(eps)."""
-    return y * torch.rsqrt(y.square().sum(dim=-1, keepdim=True) + eps)
-
-
-def cosine_attention(
-    x: Float[Tensor, "*b n d"],
-    mass: Float[Tensor, "*m n"] | None,
-    *,
-    w_q: Float[Tensor, "h d k"],
-    w_k: Float[Tensor, "h d k"],
-    w_v: Float[Tensor, "h d v"],
-    w_o: Float[Tensor, "h v e"] | None,
-    b_o: Float[Tensor, "e"] | None,
-    tau: float,
-    nu: float,
-    eps: float,
-) -> Float[Tensor, "*b n e"]:
-    """The formula of ``CosineAttention`` in the precision of its arguments, differentiable."""
-    q, k, v = (smooth_unit(project(x, weight), eps) for weight in (w_q, w_k, w_v))
-    return combine(nu * softmax_average(tau * q @ k.transpose(-1, -2), v, mass), w_o, b_o)

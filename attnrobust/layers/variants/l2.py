@@ -1,6 +1,5 @@
 """L2 self-attention: weights from distances, Lipschitz on all of space."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,19 +11,38 @@ from torch import Tensor
 from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import (
     HEAD_FEATURES,
-    HeadSpecification,
+    ScaledHeadSpecification,
     adopt_number,
-    adopt_weights,
     combine,
     project,
-    require_output_shapes,
-    require_shapes,
     softmax_average,
 )
 
 
+def l2_attention(
+    x: Float[Tensor, "*b n d"],
+    mass: Float[Tensor, "*m n"] | None,
+    *,
+    w_q: Float[Tensor, "h d k"],
+    w_v: Float[Tensor, "h d v"],
+    w_o: Float[Tensor, "h v e"] | None,
+    b_o: Float[Tensor, "e"] | None,
+    scale: float,
+) -> Float[Tensor, "*b n e"]:
+    """The formula of ``L2Attention`` in the precision of its arguments, differentiable."""
+    y = project(x, w_q)
+    # Distances do not change when all tokens are shifted; near 0 their expansion keeps the most digits. As the result
+    # does not depend on the shift, neither does its derivative.
+    z = y - y.mean(dim=-2, keepdim=True).detach()
+    # |z_i|^2 is the same for every j and cancels in the softmax.
+    scores = scale * (2.0 * z @ z.transpose(-1, -2) - z.square().sum(dim=-1)[..., None, :])
+    # (P X) A w_v = P (scale (X w_q) (w_q^T w_v)): the d x d matrix A is never formed.
+    values = scale * y @ (w_q.transpose(-1, -2) @ w_v)
+    return combine(softmax_average(scores, values, mass), w_o, b_o)
+
+
 @dataclass(frozen=True, eq=False)
-class L2Attention(HeadSpecification):
+class L2Attention(ScaledHeadSpecification):
     """L2 attention with one weight for queries and keys: ``f(X)_i = sum_h (sum_j P^h_ij x_j) A_h w_v^h w_o^h + b_o``.
 
     ``P_ij`` is proportional to ``mass_j exp(-scale |x_i w_q - x_j w_q|^2)`` and ``A_h = scale w_q w_q^T``. With
@@ -58,49 +76,13 @@ class L2Attention(HeadSpecification):
     scale: float | None = None
 
     feature_names: ClassVar[Mapping[str, str]] = {**HEAD_FEATURES, "scale": PLAIN}
+    formula = staticmethod(l2_attention)
 
     def __post_init__(self) -> None:
-        adopt_weights(self, w_q=3, w_v=3, w_o=3, b_o=1)
-        require_shapes(self, {"w_q": (self.heads, self.width, self.key_width)})
-        require_output_shapes(self)
-        adopt_number(self, "scale", default=1.0 / math.sqrt(self.key_width))
-
-    @property
-    def key_width(self) -> int:
-        """Query and key width k of one head."""
-        return int(self.w_q.shape[2])
-
-    @property
-    def factor(self) -> float:
-        """The scale as a float (after its default was filled in)."""
-        return float(self.scale)  # type: ignore[arg-type]
+        super().__post_init__()
+        adopt_number(self, "scale")  # positive
 
     @cached_property
     def metric(self) -> Float[Tensor, "h d d"]:
         """``A_h = scale w_q w_q^T``."""
         return self.factor * self.w_q @ self.w_q.transpose(-1, -2)
-
-    def __call__(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
-        return l2_attention(x, mass, w_q=self.w_q, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o, scale=self.factor)
-
-
-def l2_attention(
-    x: Float[Tensor, "*b n d"],
-    mass: Float[Tensor, "*m n"] | None,
-    *,
-    w_q: Float[Tensor, "h d k"],
-    w_v: Float[Tensor, "h d v"],
-    w_o: Float[Tensor, "h v e"] | None,
-    b_o: Float[Tensor, "e"] | None,
-    scale: float,
-) -> Float[Tensor, "*b n e"]:
-    """The formula of ``L2Attention`` in the precision of its arguments, differentiable."""
-    y = project(x, w_q)
-    # Distances do not change when all tokens are shifted; near 0 their expansion keeps the most digits. As the result
-    # does not depend on the shift, neither does its derivative.
-    z = y - y.mean(dim=-2, keepdim=True).detach()
-    # |z_i|^2 is the same for every j and cancels in the softmax.
-    scores = scale * (2.0 * z @ z.transpose(-1, -2) - z.square().sum(dim=-1)[..., None, :])
-    # (P X) A w_v = P (scale (X w_q) (w_q^T w_v)): the d x d matrix A is never formed.
-    values = scale * y @ (w_q.transpose(-1, -2) @ w_v)
-    return combine(softmax_average(scores, values, mass), w_o, b_o)

@@ -9,16 +9,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import UnsupportedModelError
-from attnrobust.layers.heads import (
-    HEAD_FEATURES,
-    HeadSpecification,
-    adopt_weights,
-    combine,
-    project,
-    require_output_shapes,
-    require_shapes,
-    softmax_average,
-)
+from attnrobust.layers.heads import HEAD_FEATURES, HeadSpecification, combine, project, softmax_average
+
+
+def lipschitznorm_attention(
+    x: Float[Tensor, "*b n d"],
+    mass: Float[Tensor, "*m n"] | None,
+    *,
+    w_q: Float[Tensor, "h d k"],
+    w_k: Float[Tensor, "h d k"],
+    w_v: Float[Tensor, "h d v"],
+    w_o: Float[Tensor, "h v e"] | None,
+    b_o: Float[Tensor, "e"] | None,
+) -> Float[Tensor, "*b n e"]:
+    """The formula of ``LipschitzNormAttention`` in the precision of its arguments, differentiable almost everywhere."""
+    if mass is not None:
+        raise UnsupportedModelError(
+            "LipschitzNorm attention divides by a norm that counts tokens; unequal token masses have no meaning for it"
+        )
+    queries, keys, values = (project(x, weight) for weight in (w_q, w_k, w_v))
+    u = torch.linalg.vector_norm(queries, dim=(-2, -1))
+    v = torch.linalg.vector_norm(keys, dim=-1).amax(dim=-1)
+    w = torch.linalg.vector_norm(values, dim=-1).amax(dim=-1)
+    largest = torch.maximum(torch.maximum(u * v, u * w), v * w)
+    divisor = torch.where(largest > 0, largest, torch.ones_like(largest))[..., None, None]
+    return combine(softmax_average(queries @ keys.transpose(-1, -2) / divisor, values, None), w_o, b_o)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,41 +68,4 @@ class LipschitzNormAttention(HeadSpecification):
     b_o: Float[Tensor, "e"] | None = None
 
     feature_names: ClassVar[Mapping[str, str]] = HEAD_FEATURES
-
-    def __post_init__(self) -> None:
-        adopt_weights(self, w_q=3, w_k=3, w_v=3, w_o=3, b_o=1)
-        shape = (self.heads, self.width, self.key_width)
-        require_shapes(self, {"w_q": shape, "w_k": shape})
-        require_output_shapes(self)
-
-    @property
-    def key_width(self) -> int:
-        """Query and key width k of one head."""
-        return int(self.w_q.shape[2])
-
-    def __call__(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
-        return lipschitznorm_attention(x, mass, w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o)
-
-
-def lipschitznorm_attention(
-    x: Float[Tensor, "*b n d"],
-    mass: Float[Tensor, "*m n"] | None,
-    *,
-    w_q: Float[Tensor, "h d k"],
-    w_k: Float[Tensor, "h d k"],
-    w_v: Float[Tensor, "h d v"],
-    w_o: Float[Tensor, "h v e"] | None,
-    b_o: Float[Tensor, "e"] | None,
-) -> Float[Tensor, "*b n e"]:
-    """The formula of ``LipschitzNormAttention`` in the precision of its arguments, differentiable almost everywhere."""
-    if mass is not None:
-        raise UnsupportedModelError(
-            "LipschitzNorm attention divides by a norm that counts tokens; unequal token masses have no meaning for it"
-        )
-    queries, keys, values = (project(x, weight) for weight in (w_q, w_k, w_v))
-    u = torch.linalg.vector_norm(queries, dim=(-2, -1))
-    v = torch.linalg.vector_norm(keys, dim=-1).amax(dim=-1)
-    w = torch.linalg.vector_norm(values, dim=-1).amax(dim=-1)
-    largest = torch.maximum(torch.maximum(u * v, u * w), v * w)
-    divisor = torch.where(largest > 0, largest, torch.ones_like(largest))[..., None, None]
-    return combine(softmax_average(queries @ keys.transpose(-1, -2) / divisor, values, None), w_o, b_o)
+    formula = staticmethod(lipschitznorm_attention)

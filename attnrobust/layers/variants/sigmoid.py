@@ -1,6 +1,5 @@
 """Sigmoid attention: every token is weighed by itself, without a softmax."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,20 +9,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.layers.features import PLAIN
-from attnrobust.layers.heads import (
-    HEAD_FEATURES,
-    HeadSpecification,
-    adopt_number,
-    adopt_weights,
-    combine,
-    project,
-    require_output_shapes,
-    require_shapes,
-)
+from attnrobust.layers.heads import HEAD_FEATURES, ScaledHeadSpecification, adopt_number, combine, project
+
+
+def sigmoid_attention(
+    x: Float[Tensor, "*b n d"],
+    mass: Float[Tensor, "*m n"] | None,
+    *,
+    w_q: Float[Tensor, "h d k"],
+    w_k: Float[Tensor, "h d k"],
+    w_v: Float[Tensor, "h d v"],
+    w_o: Float[Tensor, "h v e"] | None,
+    b_o: Float[Tensor, "e"] | None,
+    scale: float,
+    shift: float,
+) -> Float[Tensor, "*b n e"]:
+    """The formula of ``SigmoidAttention`` in the precision of its arguments, differentiable."""
+    scores = scale * project(x, w_q) @ project(x, w_k).transpose(-1, -2)
+    weights = torch.sigmoid(scores + shift) * (1.0 / x.shape[-2] if mass is None else mass[..., None, None, :])
+    return combine(weights @ project(x, w_v), w_o, b_o)
 
 
 @dataclass(frozen=True, eq=False)
-class SigmoidAttention(HeadSpecification):
+class SigmoidAttention(ScaledHeadSpecification):
     """Sigmoid attention: ``f(X)_i = sum_h (sum_j mass_j sigma(s_ij + shift) x_j w_v^h) w_o^h + b_o``.
 
     ``s_ij = scale <x_i w_q, x_j w_k>``, ``sigma(t) = 1/(1 + e^-t)``; equal masses are 1/n each. The sum over tokens is
@@ -51,45 +59,8 @@ class SigmoidAttention(HeadSpecification):
     shift: float = 0.0
 
     feature_names: ClassVar[Mapping[str, str]] = {**HEAD_FEATURES, "scale": PLAIN, "shift": PLAIN}
+    formula = staticmethod(sigmoid_attention)
 
     def __post_init__(self) -> None:
-        adopt_weights(self, w_q=3, w_k=3, w_v=3, w_o=3, b_o=1)
-        shape = (self.heads, self.width, self.key_width)
-        require_shapes(self, {"w_q": shape, "w_k": shape})
-        require_output_shapes(self)
-        adopt_number(self, "scale", positive=False, default=1.0 / math.sqrt(self.key_width))
+        super().__post_init__()
         adopt_number(self, "shift", positive=False)
-
-    @property
-    def key_width(self) -> int:
-        """Query and key width k of one head."""
-        return int(self.w_q.shape[2])
-
-    @property
-    def factor(self) -> float:
-        """The scale as a float (after its default was filled in)."""
-        return float(self.scale)  # type: ignore[arg-type]
-
-    def __call__(self, x: Tensor, mass: Tensor | None = None) -> Tensor:
-        return sigmoid_attention(
-            x, mass, w_q=self.w_q, w_k=self.w_k, w_v=self.w_v, w_o=self.w_o, b_o=self.b_o,
-            scale=self.factor, shift=self.shift,
-        )  # fmt: skip
-
-
-def sigmoid_attention(
-    x: Float[Tensor, "*b n d"],
-    mass: Float[Tensor, "*m n"] | None,
-    *,
-    w_q: Float[Tensor, "h d k"],
-    w_k: Float[Tensor, "h d k"],
-    w_v: Float[Tensor, "h d v"],
-    w_o: Float[Tensor, "h v e"] | None,
-    b_o: Float[Tensor, "e"] | None,
-    scale: float,
-    shift: float,
-) -> Float[Tensor, "*b n e"]:
-    """The formula of ``SigmoidAttention`` in the precision of its arguments, differentiable."""
-    scores = scale * project(x, w_q) @ project(x, w_k).transpose(-1, -2)
-    weights = torch.sigmoid(scores + shift) * (1.0 / x.shape[-2] if mass is None else mass[..., None, None, :])
-    return combine(weights @ project(x, w_v), w_o, b_o)

@@ -131,7 +131,7 @@ def test_does_not_depend_on_the_order_of_tokens(method: CertificateMethod) -> No
         case = case_named(name)
         order = torch.randperm(case.n)
         mask = case.attention.mask
-        layer = case.attention.with_mask(None if mask is None else mask[order][:, order])
+        layer = replace(case.attention, mask=None if mask is None else mask[order][:, order])
         shuffled = TokenMeasure(case.tokens.points[order], case.tokens.mass[order])
         for pool in ("all", "mean"):
             goal = Displacement(0.1, pool=pool)

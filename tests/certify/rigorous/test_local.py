@@ -39,7 +39,7 @@ def exact_norm_2x2(rows: list[list[float]]) -> Decimal:
 def test_floats_leave_a_ball_on_the_right_side() -> None:
     with rigorous.precision():
         third = rigorous.ball(1.0) / 3
-        assert Fraction(rigorous.lower_float(third)) < Fraction(1, 3) < Fraction(rigorous.upper_float(third))
+        assert Fraction(-rigorous.upper_float(-third)) < Fraction(1, 3) < Fraction(rigorous.upper_float(third))
         assert rigorous.upper_float(rigorous.ball(1e308) * 1e10) == math.inf
         assert rigorous.upper_float(rigorous.ball(0.25)) == 0.25
 
@@ -83,9 +83,9 @@ def test_softmax_holds_the_true_weights_and_exact_zeros() -> None:
         balls = rigorous.softmax_rows(rigorous.ball_matrix(scores.masked_fill(~visible, 0.0)), visible).tolist()
         for row, expected in zip(balls, torch.softmax(scores, dim=-1).tolist(), strict=True):
             for entry, value in zip(row, expected, strict=True):
-                assert rigorous.lower_float(entry) <= value * (1 + 1e-12)
+                assert -rigorous.upper_float(-entry) <= value * (1 + 1e-12)
                 assert value <= rigorous.upper_float(entry) * (1 + 1e-12)
-                assert rigorous.upper_float(entry) - rigorous.lower_float(entry) < 1e-15
+                assert rigorous.upper_float(entry) + rigorous.upper_float(-entry) < 1e-15
 
 
 def test_a_missing_extra_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:

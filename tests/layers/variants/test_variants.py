@@ -282,8 +282,8 @@ def test_weights_are_owned(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"w_v": torch.zeros(H, D + 1, V)}, "w_q must have shape"),
-        ({"w_q": torch.zeros(H + 1, D, K)}, "w_q must have shape"),
+        ({"w_v": torch.zeros(H, D + 1, V)}, "w_v must have shape"),
+        ({"w_q": torch.zeros(H + 1, D, K)}, "must have shape"),
         ({"w_q": torch.zeros(D, K)}, "w_q must have 3 dimensions"),
         ({"w_v": torch.zeros(H, D, 0)}, "w_v must have 3 dimensions"),
         ({"w_o": torch.zeros(H, V + 1, E)}, "w_o must have shape"),
