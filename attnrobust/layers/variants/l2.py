@@ -11,7 +11,6 @@ from torch import Tensor
 
 from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import (
-    HEAD_FEATURES,
     HeadSpecification,
     adopt_number,
     adopt_weights,
@@ -57,7 +56,11 @@ class L2Attention(HeadSpecification):
     b_o: Float[Tensor, "e"] | None = None
     scale: float | None = None
 
-    feature_names: ClassVar[Mapping[str, str]] = {**HEAD_FEATURES, "scale": PLAIN}
+    feature_names: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("w_q", "w_v", "scale"), PLAIN),
+        "w_o": "out_projection",
+        "b_o": "bias",
+    }
 
     def __post_init__(self) -> None:
         adopt_weights(self, w_q=3, w_v=3, w_o=3, b_o=1)
