@@ -37,7 +37,7 @@ def pose(question: Question) -> Posed:
     if "threat" in inspect.signature(ar.compare).parameters:
         return Posed(ar.Problem(layer, clean, question.moves, goal), {"threat": threat})
     if question.moves != SHARED:
-        raise NotImplementedError(f"say in pose() how {threat.key} is told that {question.moves.key} moves")
+        threat = dataclasses.replace(typing.cast("Any", threat), moves=question.moves)
     return Posed(ar.Problem(layer, clean, typing.cast("ar.Threat", threat), goal), {})
 
 

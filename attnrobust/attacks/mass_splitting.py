@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from attnrobust.attacks.measures.expand import goal_row
+import torch
+
+from attnrobust.attacks.measures.expand import expand_layer, goal_row
 from attnrobust.attacks.measures.goal import MeasureReader, nearer, query_sensitivity
 from attnrobust.attacks.measures.masses import refine_masses
 from attnrobust.attacks.measures.split_starts import far_starts, kicked_starts, near_starts
@@ -13,7 +15,7 @@ from attnrobust.attacks.method import AttackMethod, Attempt, Work
 from attnrobust.attacks.search.projected_gradient import search_rows
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.attacks.verification import VerifiedPoint, nothing, verify
-from attnrobust.errors import InputError
+from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.problem import Problem
 from attnrobust.threats.measures import MeasureThreat
 from attnrobust.tokens import PerturbedTokens
@@ -54,6 +56,14 @@ class MassSplitting(AttackMethod):
             raise InputError(f"mass fractions must be in (0, 1); got {bad[0] if bad else 'none'}")
         self.tokens = None if tokens is None else tuple(tokens)
         self.fractions = None if fractions is None else tuple(fractions)
+
+    def refuses_more(self, problem: Problem, epsilon: float | None) -> str | None:
+        n = problem.clean.n
+        try:
+            expand_layer(problem.network, torch.arange(n, device=problem.clean.points.device), n)
+        except UnsupportedModelError as error:
+            return first_line(error)
+        return None
 
     def search(self, work: Work) -> list[Attempt]:
         return [self._one(_Splitting(problem, work), work) for problem in work.problems]

@@ -1,16 +1,24 @@
 """What every threat model owes, over all of them; a threat that is missing from the table below fails."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from attnrobust.errors import InputError
+from attnrobust.numerics.transport import Order
+from attnrobust.threats.base import Threat
+from attnrobust.threats.copies import Copies
+from attnrobust.threats.measures import CouplingBall, WassersteinBall
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.threats.parse import parse_threat
+from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most, assert_close, assert_in_set, assert_same_bits
 
 N, D = 5, 3
+ORDERS: tuple[Order, ...] = (1, 2, math.inf)
 THREATS: tuple[MoveThreat, ...] = (
     FrobeniusBall(),
     FrobeniusBall(tokens=(2,)),
@@ -24,10 +32,24 @@ THREATS: tuple[MoveThreat, ...] = (
     AnyToken(),
     AnyToken(tokens=(1, 4)),
 )
+OTHERS: tuple[Threat, ...] = (
+    *(kind(order) for kind in (CouplingBall, WassersteinBall) for order in ORDERS),
+    CouplingBall(1, domain_radius=3.5),
+    WassersteinBall(2, domain_radius=1e-3 / 3 + 10.0),
+    CouplingBall(math.inf, tokens=(2,)),
+    WassersteinBall(2, domain_radius=3.5, tokens=(0, 3)),
+    Copies(1),
+    Copies(2),
+    Copies(2, "strict"),
+    Copies(1, moves=PerTokenBall()),
+    Copies(1, "strict", PerTokenBall(norm="linf", tokens=(0, 4))),
+    Copies(3, moves=FrobeniusBall(tokens=(1,))),
+    Copies(3, moves=FrobeniusBall(tokens=(1, 2))),
+)
 CONVEX = tuple(threat for threat in THREATS if not isinstance(threat, AnyToken))
 
 
-def every_threat_class(base: type[MoveThreat] = MoveThreat) -> Iterator[type[MoveThreat]]:
+def every_threat_class(base: type[Threat] = Threat) -> Iterator[type[Threat]]:
     for subclass in base.__subclasses__():
         yield subclass
         yield from every_threat_class(subclass)
@@ -63,14 +85,53 @@ def threat(request: pytest.FixtureRequest) -> MoveThreat:
 
 def test_every_class_is_in_the_table() -> None:
     missing = {c.__name__ for c in every_threat_class() if not c.__module__.startswith("tests")}
-    missing -= {type(threat).__name__ for threat in THREATS}
+    missing -= {type(threat).__name__ for threat in (*THREATS, *OTHERS)} | {"MoveThreat", "MeasureThreat"}
     assert not missing, f"add to THREATS: {sorted(missing)}"
 
 
-def test_keys_are_unique_and_read_back(threat: MoveThreat) -> None:
-    assert [t.key for t in THREATS].count(threat.key) == 1
-    assert parse_threat(threat.key) == threat
-    assert parse_threat(threat.key).key == threat.key
+@pytest.mark.parametrize("threat", [*THREATS, *OTHERS], ids=lambda threat: threat.key)
+def test_keys_are_unique_and_read_back(threat: Threat) -> None:
+    assert [t.key for t in (*THREATS, *OTHERS)].count(threat.key) == 1
+    again = parse_threat(threat.key)
+    assert again == threat
+    assert again.key == threat.key
+    assert hash(again) == hash(threat)
+
+
+def test_digests_are_unique_and_those_of_moves_are_the_keys() -> None:
+    digests = [threat.digest(lambda key: f"moves {key}") for threat in (*THREATS, *OTHERS)]
+    assert len(set(digests)) == len(digests)
+    assert digests[: len(THREATS)] == [f"moves {threat.key}" for threat in THREATS]
+
+
+@pytest.mark.parametrize("threat", [*THREATS, *OTHERS], ids=lambda threat: threat.key)
+def test_tokens_that_do_not_exist_are_refused_by_every_threat(threat: Threat) -> None:
+    tokens = getattr(getattr(threat, "moves", threat), "tokens", None)
+    clean = TokenMeasure(0.1 * draw(N, D))
+    threat.check(clean)
+    movable = threat.movable(N).nonzero().flatten().tolist()
+    assert movable == (list(range(N)) if tokens is None else list(tokens))
+    if tokens is not None:
+        with pytest.raises(InputError, match=f"token {max(tokens)} does not exist"):
+            threat.check(TokenMeasure(draw(max(tokens), D)))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("frobenus", "frobenius"), ("coupling:3", "coupling:2"), ("waserstein:2", "wasserstein:2"),
+        ("copies:2:per-tokn", "per-token"), ("copies:1:loose", "unknown order or moves"), ("copies", "copies:2"),
+        ("copies:x", "copies:2"), ("copies:0", ">= 1"), ("copies:1:any-token", "per-token"),
+        ("wasserstein:2:within:-1", "within:3.5"), ("wasserstein:2:within:nan", "within:3.5"),
+        ("coupling:2:tokens:", "token indices"), ("coupling:2:tokens:1,1x", "token indices"),
+        ("coupling:2:tokens:1:within:3", "coupling:2"), ("token:1,2", "token indices"), ("tokens", "token indices"),
+        ("per-token:", "token indices"),
+    ],
+)  # fmt: skip
+def test_misspelt_keys_say_what_was_meant(text: str, word: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_threat(text)
+    assert word in str(caught.value)
 
 
 def test_distance_to_itself_is_zero(threat: MoveThreat) -> None:

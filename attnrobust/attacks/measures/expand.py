@@ -9,9 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.attacks.search.evaluate import ScaledGoal
+from attnrobust.attacks.search.pullback import FEATURES, covers
 from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
 from attnrobust.goals import Goal, ResolvedGoal
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.features import features_of
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.threats.copies import CausalOrder
 from attnrobust.threats.moves import FrobeniusBall
@@ -51,10 +53,14 @@ def expand_layer(layer: TokenMap, parent: Int[Tensor, "m"], n: int, *, order: Ca
         masses are those of the parents.
 
     Raises:
-        UnsupportedModelError: A map with a mask that is not known to act on scores.
+        UnsupportedModelError: A map with a mask that is not known to act on scores; a subclass of ``Attention``, or one
+            with a feature added later.
         InputError: "strict" with atoms that are not in the order of their parents.
     """
     if isinstance(layer, Attention):
+        if not covers(layer):
+            unknown = ", ".join(sorted(features_of(layer) - FEATURES)) or f"the subclass {type(layer).__name__}"
+            raise UnsupportedModelError(f"it is not known what {unknown} of Attention does with split or copied tokens")
         return _expand_attention(layer, parent, n, order)
     inner = {"layers", "inner"} & ({f.name for f in fields(layer)} if is_dataclass(layer) else set())
     if inner:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import (
-    HEAD_FEATURES,
     ScaledHeadSpecification,
     adopt_number,
     combine,
