@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.numerics.projections import shortened
 
 TokenNorm = Literal["l2", "linf", "l1"]
 TINY = 1e-300  # keeps 0/0 out of normalisations; far below every meaningful norm
@@ -272,15 +273,8 @@ class AnyToken(Threat):
 
 
 def _project_l1(delta: Tensor, eps: Tensor) -> Tensor:
-    """Euclidean projection of each row onto the l1 ball (sort-and-threshold, Duchi et al. 2008)."""
-    magnitude = delta.abs()
-    ordered = magnitude.sort(dim=-1, descending=True).values
-    count = torch.arange(1, delta.shape[-1] + 1, device=delta.device, dtype=delta.dtype)
-    level = (ordered.cumsum(dim=-1) - eps) / count
-    active = (ordered > level).sum(dim=-1, keepdim=True).clamp_min(1)
-    threshold = level.gather(-1, active - 1).clamp_min(0.0)
-    inside = magnitude.sum(dim=-1, keepdim=True) <= eps
-    return torch.where(inside, delta, delta.sign() * (magnitude - threshold).clamp_min(0.0))
+    """Euclidean projection of each row onto the l1 ball."""
+    return delta.sign() * shortened(delta.abs(), eps)
 
 
 _WITHOUT_TOKENS = ("frobenius", "per-token", "per-token-linf", "per-token-l1", "any-token")

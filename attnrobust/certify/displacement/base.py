@@ -14,6 +14,7 @@ from torch import Tensor
 from attnrobust.certify.shared.head_sizes import without_common_part
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.rounding import CANCELLATION, outward
+from attnrobust.numerics.triangle import triangle
 
 SHARED = (
     "log_w", "w", "_split_output", "w_v", "values", "averages", "keys", "slopes", "slope_norms", "spread",
@@ -161,8 +162,7 @@ class CleanRows:
     @cached_property
     def query_factor(self) -> Float[Tensor, "h r k"]:
         """R with ``|R x| = |W_q x|``."""
-        factor: Tensor = torch.linalg.qr(self.layer.w_q).R
-        return factor
+        return triangle(self.layer.w_q)
 
     @cached_property
     def centred_keys(self) -> tuple[Tensor, Tensor]:

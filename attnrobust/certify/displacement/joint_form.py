@@ -11,6 +11,7 @@ from attnrobust.certify.displacement.base import CleanRows
 from attnrobust.certify.displacement.bilinear import QueryKeyForm, ValueLogitForm
 from attnrobust.certify.displacement.remainder import LogitForms, Majorant
 from attnrobust.certify.shared.head_sizes import without_common_part
+from attnrobust.layers.jacobian import from_heads, to_heads
 
 KEPT = ("_into", "_widths", "_queries", "_plain_values", "_value_gram", "_projections")
 
@@ -109,7 +110,7 @@ class JointProduct:
         mask = rows.moves[:, None]
         heads = layer.heads
         parts = ((moves * mask) @ self._into).split(self._widths, dim=-1)
-        dq, dk, dv, left, right = (_to_heads(part, heads) for part in parts)
+        dq, dk, dv, left, right = (to_heads(part, heads) for part in parts)
         change = self._change(dq, dk)
         output = self._pool(layer.combine(w @ dv + (w * change) @ self._plain_values))
         back = self._unpool(output)
@@ -136,7 +137,7 @@ class JointProduct:
             factors[3] * query + factors[4] * bent,
             factors[3] * key,
         )
-        return torch.cat([_from_heads(part) for part in out], dim=-1) @ self._into.T * mask, values
+        return torch.cat([from_heads(part) for part in out], dim=-1) @ self._into.T * mask, values
 
     def _pool(self, output: Tensor) -> Tensor:
         return output if self.rows.row_weights is None else self.rows.row_weights @ output
@@ -146,12 +147,4 @@ class JointProduct:
         if self.rows.row_weights is not None:
             output = self.rows.row_weights[:, None] * output
         flat = output if layer.w_o is None else output @ layer.w_o.flatten(0, 1).T
-        return _to_heads(flat, layer.heads)
-
-
-def _to_heads(flat: Tensor, heads: int) -> Tensor:
-    return flat.reshape(flat.shape[0], heads, -1).transpose(0, 1).contiguous()
-
-
-def _from_heads(per_head: Tensor) -> Tensor:
-    return per_head.transpose(0, 1).flatten(1)
+        return to_heads(flat, layer.heads)

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnrobust.certify.shared.head_sizes import without_common_part
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.rounding import CANCELLATION, FORMULA, outward
+from attnrobust.numerics.triangle import triangle
 from attnrobust.problem import Problem
 
 GRAM_LIMIT = 96  # up to this many tokens the Gram tensors of all rows are kept (h n^3 numbers)
@@ -114,8 +115,8 @@ def _small_bilinear(layer: Attention) -> list[Tensor]:
     k = layer.key_width
     if 2 * k >= layer.width:
         return list(layer.bilinear)
-    triangle = torch.linalg.qr(torch.cat([layer.w_q, layer.w_k], dim=-1), mode="r").R
-    return list(layer.factor * triangle[..., :k] @ triangle[..., k:].mT)
+    small = triangle(torch.cat([layer.w_q, layer.w_k], dim=-1))
+    return list(layer.factor * small[..., :k] @ small[..., k:].mT)
 
 
 def _norms(matrix: Tensor) -> tuple[Tensor, Tensor]:

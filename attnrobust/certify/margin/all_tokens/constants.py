@@ -19,6 +19,7 @@ from attnrobust.certify.shared.constants import (
 from attnrobust.numerics.eigenvalues import gram_eigenvalue, power_eigenvalue, spread_eigenvalue
 from attnrobust.numerics.rounding import FORMULA, outward
 from attnrobust.numerics.suprema import pair_slope, saturating_weight
+from attnrobust.numerics.triangle import triangle
 from attnrobust.threats.moves import PerTokenBall, Threat
 
 
@@ -106,9 +107,9 @@ def _query_eigenvalue(rows: CleanRows, coefficient: Tensor) -> Tensor:
     cross = first[..., :, None] * mean[..., None, :]
     moment = second - cross - cross.mT + total * mean[..., :, None] * mean[..., None, :]
     # w_q S w_q^T has the eigenvalues of R S R^T, w_q = Q R.
-    triangle = torch.linalg.qr(rows.layer.w_q, mode="r").R
-    inner = triangle[:, None] @ moment @ triangle.mT[:, None]
-    scale = torch.linalg.matrix_norm(second) * torch.linalg.matrix_norm(triangle)[:, None] ** 2
+    small = triangle(rows.layer.w_q)
+    inner = small[:, None] @ moment @ small.mT[:, None]
+    scale = torch.linalg.matrix_norm(second) * torch.linalg.matrix_norm(small)[:, None] ** 2
     value = (power_eigenvalue(inner, squarings=3) + FORMULA * scale) * rows.movable
     return torch.where(finite & torch.isfinite(value), value, torch.inf)  # overflowed squares bound nothing
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnrobust.certify.margin.quadratic_form import ClassRows, token_values
 from attnrobust.certify.margin.rows import CleanRows
 from attnrobust.numerics.rounding import FORMULA, SMALLEST_UNIT, nonzero, outward
+from attnrobust.numerics.triangle import triangle
 
 SMALLEST_LENGTH = 1e-14  # added to every |l_j|: absolute rounding of a difference of keys
 
@@ -69,8 +70,7 @@ class TokenRows:
     def triangle(self) -> Float[Tensor, "h r y"]:
         """R of ``[w_k w_q] = Q R``: ``|l_j| = |R y_j|``."""
         layer = self.rows.layer
-        found: Tensor = torch.linalg.qr(torch.cat([layer.w_k, layer.w_q], dim=-1), mode="r").R
-        return found
+        return triangle(torch.cat([layer.w_k, layer.w_q], dim=-1))
 
     @cached_property
     def norm(self) -> Float[Tensor, "h l n"]:
