@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnrobust.certify.shared.constants import DUAL_ORDER
+from attnrobust.certify.shared.softmax_rows import SoftmaxRows
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.rounding import ENTRY, NONE, UNIT, outward
 from attnrobust.problem import Problem
@@ -172,12 +172,10 @@ def rows_of(
     """
     layer, x = problem.network, problem.clean.points
     assert isinstance(layer, Attention)  # noqa: S101 - the method refuses other networks; narrows the type
-    log_weight = torch.log_softmax(layer.scores(x, problem.mass), dim=-1)
-    queries, keys = layer.factor * layer.queries(x), layer.factor * layer.keys(x)
-    beta = _numpy(torch.einsum("hnk,hdk->hnd", queries, layer.w_k))
-    alpha = _numpy(torch.einsum("hnk,hdk->hnd", keys, layer.w_q))
+    clean = SoftmaxRows(layer, x, problem.mass)
+    beta, alpha = _numpy(clean.beta), _numpy(clean.alpha)
     gamma = layer.value_output @ functional
-    values, logs, bilinear = _numpy(gamma @ x.T), _numpy(log_weight), _numpy(layer.bilinear)
+    values, logs, bilinear = _numpy(gamma @ x.T), _numpy(clean.log_weight), _numpy(layer.bilinear)
     number = np.where(_numpy(movable) > 0, np.cumsum(_numpy(movable)) - 1, -1).astype(np.int64)
     for h in range(layer.heads):
         for i in np.flatnonzero(_numpy(weights)):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from attnrobust.certify.displacement.base import CleanRows
+from attnrobust.certify.displacement.base import ValueRows
 from attnrobust.certify.displacement.bound import DisplacementBound
 from attnrobust.certify.method import PreparedBound
 from attnrobust.certify.radius import largest_radius
@@ -41,7 +41,7 @@ class AnyTokenBound(PreparedBound):
         if not isinstance(threat, AnyToken):
             raise TypeError(f"the threat is {threat.key}, not any-token")
         self._tokens: list[FrobeniusBall] = list(threat.branches(clean.n))
-        self._clean: CleanRows | None = None
+        self._clean: ValueRows | None = None
         self._bounds: dict[int, DisplacementBound] = {}
         self._created = 0
 
@@ -89,7 +89,7 @@ class AnyTokenBound(PreparedBound):
                 self._bounds.clear()
             self._created += 1  # a bound that is built again must not use its first start vectors again
             one = replace(self.problem, threat=self._tokens[index])
-            bound = DisplacementBound(one, self.seed + SEEDS_APART * self._created, like=self._clean)
-            self._clean = self._clean or bound.rows
+            bound = DisplacementBound(one, self.seed + SEEDS_APART * self._created, clean=self._clean)
+            self._clean = bound.rows.clean
             self._bounds[index] = bound
         return self._bounds[index]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.displacement.base import CleanRows
+from attnrobust.certify.displacement.base import MovingRows, ValueRows
 from attnrobust.certify.displacement.bilinear import ESTIMATE_STREAM, QueryKeyForm, value_logit_form
 from attnrobust.certify.displacement.joint_form import JointProduct
 from attnrobust.certify.displacement.remainder import LogitForms, Majorant
@@ -41,20 +41,22 @@ class DisplacementBound(PreparedBound):
     Args:
         problem: The question.
         seed: Seed of random start vectors.
-        like: Clean rows of the same layer and input with other movable tokens, whose work is taken over.
+        clean: Clean rows of the same layer and input, whose work is shared; None computes them.
     """
 
     problem: Problem
     seed: int
-    like: CleanRows | None = None
+    clean: ValueRows | None = None
 
     def __post_init__(self) -> None:
         layer, clean = self.problem.network, self.problem.clean
         assert isinstance(layer, Attention)  # noqa: S101 - `refuses` was asked first; narrows the type
         movable = self.problem.threat.movable(clean.n)
         weights = self.problem.resolved.weights
-        rows = CleanRows(layer, clean.points, self.problem.mass, weights, movable)
-        self._rows = rows if self.like is None else rows.taking_over(self.like)
+        shared = self.clean or ValueRows(layer, clean.points, self.problem.mass)
+        if shared.layer is not layer or shared.points is not clean.points or shared.mass is not self.problem.mass:
+            raise ValueError("the clean rows belong to another layer or input")
+        self._rows = MovingRows(shared, weights, movable)
         jacobian = AttentionJacobian(layer, clean.points, self.problem.mass)
         self._jacobian: LinearMap = jacobian.linear_map(pool=weights, token_scale=self._rows.moves)
         self._majorant = Majorant(self._rows)
@@ -69,8 +71,8 @@ class DisplacementBound(PreparedBound):
         self._first, self._seen = self._first_order()
 
     @property
-    def rows(self) -> CleanRows:
-        """The clean rows."""
+    def rows(self) -> MovingRows:
+        """The rows, and which tokens move."""
         return self._rows
 
     def _next_seed(self) -> int:
@@ -80,7 +82,9 @@ class DisplacementBound(PreparedBound):
     def _first_order(self) -> tuple[float, list[Float[Tensor, "n d"]]]:
         """A rough norm of J for the first guess (any value is sound) and the direction where it is reached."""
         generator = torch.Generator().manual_seed(self.seed ^ ESTIMATE_STREAM)
-        vector = torch.randn(self._rows.points.shape, generator=generator, dtype=torch.float64).to(self._rows.points)
+        vector = torch.randn(self._rows.clean.points.shape, generator=generator, dtype=torch.float64).to(
+            self._rows.clean.points
+        )
         norm = 0.0
         for _ in range(POWER_STEPS):
             vector = self._jacobian.rmatvec(self._jacobian.matvec(vector / max(norm, SMALLEST) if norm else vector))
@@ -107,8 +111,8 @@ class DisplacementBound(PreparedBound):
         if not forms.finite:
             return Upper(math.inf)
         self._product = self._product.with_values(self._clean_pair.grown(forms.paired))
-        mixing = self._rows.mixing
-        scales = self._rows.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
+        mixing = self._rows.clean.mixing
+        scales = self._rows.clean.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
         value = self._joint(forms, scales, self.budget / reach) * reach
         return Upper(used_share(value, self.budget, share=FORMULA), self._random)
 
@@ -155,15 +159,15 @@ class DisplacementBound(PreparedBound):
             image = self._product.apply(tokens * self._embedded(flat), forms, factors)[0]
             return (tokens * image)[self._rows.movable].reshape(-1)
 
-        size = int(self._rows.movable.sum()) * self._rows.points.shape[1]
+        size = int(self._rows.movable.sum()) * self._rows.clean.points.shape[1]
         return largest_eigenvalue_upper(
             product, size, failure_probability=FAILURE, seed=self._next_seed(), tol=2e-3,
-            dense_limit=DENSE_LIMIT, device=self._rows.points.device,
+            dense_limit=DENSE_LIMIT, device=self._rows.clean.points.device,
         )  # fmt: skip
 
     def _embedded(self, flat: Float[Tensor, "N"]) -> Float[Tensor, "n d"]:
         """A vector over the movable tokens as a move of all."""
-        moves = torch.zeros_like(self._rows.points)
+        moves = torch.zeros_like(self._rows.clean.points)
         moves[self._rows.movable] = flat.reshape(-1, moves.shape[1])
         return moves
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.margin.rows import CleanRows
+from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.certify.shared.head_sizes import without_common_part
 from attnrobust.numerics.rounding import SMALLEST_UNIT, nonzero
 
@@ -25,7 +25,7 @@ class ClassRows:
         advantage: ``v_j = E z - z_j``; its mean under w is 0.
     """
 
-    rows: CleanRows
+    rows: MarginRows
     pooling: Float[Tensor, "n"]
     gamma: Float[Tensor, "h d"]
     advantage: Float[Tensor, "h n n"]
@@ -72,7 +72,7 @@ class ClassRows:
         return replace(self, advantage=self.advantage + mean - change[:, None])
 
 
-def class_rows(rows: CleanRows, pooling: Float[Tensor, "n"], functional: Float[Tensor, "e"]) -> ClassRows:
+def class_rows(rows: MarginRows, pooling: Float[Tensor, "n"], functional: Float[Tensor, "e"]) -> ClassRows:
     """Specialise the clean rows to one functional of the pooled output."""
     gamma = rows.layer.value_output @ functional
     z = token_values(rows, gamma)
@@ -80,7 +80,7 @@ def class_rows(rows: CleanRows, pooling: Float[Tensor, "n"], functional: Float[T
     return ClassRows(rows=rows, pooling=pooling, gamma=gamma, advantage=advantage)
 
 
-def token_values(rows: CleanRows, gamma: Float[Tensor, "h d"]) -> Float[Tensor, "h n"]:
+def token_values(rows: MarginRows, gamma: Float[Tensor, "h d"]) -> Float[Tensor, "h n"]:
     """Z of every token up to a common shift of its head, which cancels in v as the value bias does."""
     z = torch.einsum("nd,hd->hn", rows.points, gamma)
     return without_common_part(z[..., None])[..., 0]

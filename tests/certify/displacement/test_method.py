@@ -70,10 +70,10 @@ def test_the_bound_covers_the_sum_of_its_five_parts(name: str, pool: Pool) -> No
     bound = DisplacementBound(_problem(name, FrobeniusBall(), Displacement(1.0, pool=pool)), 0)
     for radius in (0.1, 1.5):
         forms = dense_forms(rows, radius)
-        inner = rows.mixing * radius
+        inner = rows.clean.mixing * radius
 
         def total(moves: Tensor, forms: list[Tensor] = forms, inner: float = inner) -> Tensor:
-            parts = zip((1.0, inner, inner, inner, rows.mixing), forms, strict=True)
+            parts = zip((1.0, inner, inner, inner, rows.clean.mixing), forms, strict=True)
             return torch.stack([scale * form_root(form, moves) for scale, form in parts]).sum(dim=0)
 
         worst = worst_ratio(rows, radius, total)

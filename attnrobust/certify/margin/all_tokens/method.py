@@ -7,7 +7,7 @@ import torch
 from attnrobust.certify.margin.all_tokens.constants import Constants, constants, row_geometry
 from attnrobust.certify.margin.all_tokens.functional import ClassBound
 from attnrobust.certify.margin.quadratic_form import class_rows
-from attnrobust.certify.margin.rows import clean_rows
+from attnrobust.certify.margin.rows import margin_rows
 from attnrobust.certify.method import CertificateMethod, PreparedBound
 from attnrobust.certify.shared.constants import MoveBudget
 from attnrobust.layers.attention import Attention
@@ -58,7 +58,7 @@ class MarginBound(PreparedBound):
     @torch.no_grad()
     def __init__(self, problem: Problem, *, seed: int) -> None:
         self.problem, self.seed = problem, seed
-        self.rows = clean_rows(problem)
+        self.rows = margin_rows(problem)
         self.geometry = row_geometry(self.rows, problem.threat)
         goal = problem.resolved
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before

@@ -6,7 +6,7 @@ import torch
 
 from attnrobust.certify.margin.one_token.functional import TokenClassBound
 from attnrobust.certify.margin.quadratic_form import class_rows
-from attnrobust.certify.margin.rows import clean_rows
+from attnrobust.certify.margin.rows import margin_rows
 from attnrobust.certify.method import CertificateMethod, PreparedBound
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.rounding import used_share
@@ -54,7 +54,7 @@ class TokenBound(PreparedBound):
     @torch.no_grad()
     def __init__(self, problem: Problem) -> None:
         threat, (n, d) = problem.threat, problem.clean.points.shape
-        self.rows = clean_rows(problem, everywhere=True)
+        self.rows = margin_rows(problem, everywhere=True)
         # l2, l1 and maximum-norm balls of one token lie in an l2 ball of this size.
         self.factor = threat.token_factor(n, d)
         tokens = threat.movable(n).nonzero().flatten().to(self.rows.points.device)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.certify.margin.quadratic_form import ClassRows, token_values
-from attnrobust.certify.margin.rows import CleanRows
+from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.numerics.rounding import FORMULA, SMALLEST_UNIT, nonzero, outward
 from attnrobust.numerics.triangle import triangle
 
@@ -28,7 +28,7 @@ class TokenRows:
         tokens: The candidates l.
     """
 
-    rows: CleanRows
+    rows: MarginRows
     tokens: Int[Tensor, "l"]
 
     @cached_property
