@@ -8,7 +8,7 @@ from torch import Tensor
 from attnrobust.certify.displacement.base import MovingRows, ValueRows
 from attnrobust.certify.displacement.bilinear import QueryKeyForm, value_logit_form
 from attnrobust.certify.displacement.joint_form import JointProduct
-from attnrobust.certify.displacement.remainder import Majorant
+from attnrobust.certify.displacement.remainder import RemainderMajorant
 from attnrobust.goals import pool_weights
 from attnrobust.threats.moves import FrobeniusBall
 from tests.cases import Case, case_named
@@ -121,7 +121,7 @@ def worst_ratio(
 
 def joint_product(rows: MovingRows, radius: float | None = None) -> JointProduct:
     """The certificate's product with deterministic eigenvalues; without radius, values are paired by the weights."""
-    majorant = Majorant(rows)
+    majorant = RemainderMajorant(rows)
     pair = value_logit_form(rows, seed=0)
     pair = pair if radius is None else pair.grown(majorant.forms(radius).paired)
     return JointProduct(rows, majorant, pair, QueryKeyForm(rows))

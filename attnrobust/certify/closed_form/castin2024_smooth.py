@@ -10,7 +10,7 @@ from torch import Tensor
 from attnrobust.certify.method import CertificateMethod
 from attnrobust.certify.shared.change import Change, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, spectral_norm, value_views
-from attnrobust.certify.shared.reach import Reach, Rows, attention_of, refusal, visible_tokens
+from attnrobust.certify.shared.reach import Reach, RowSums, attention_of, refusal, visible_tokens
 from attnrobust.errors import InputError
 from attnrobust.goals import Displacement
 from attnrobust.layers.attention import Attention
@@ -29,7 +29,7 @@ class _Layer:
 
     sizes: HeadSizes
     views: tuple[ValueView, ...]
-    rows: Rows
+    rows: RowSums
     n: int
     radius0: float
 
@@ -40,7 +40,7 @@ class _Layer:
         return cls(
             sizes=HeadSizes.of(layer, points, visible),
             views=value_views(layer, points, visible, problem.resolved),
-            rows=Rows(problem.resolved.weights, Reach.of(problem, visible)),
+            rows=RowSums(problem.resolved.weights, Reach.of(problem, visible)),
             n=problem.clean.n,
             radius0=float(torch.linalg.vector_norm(points, dim=-1).max()),
         )

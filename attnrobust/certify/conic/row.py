@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnrobust.certify.shared.constants import DUAL_ORDER
+from attnrobust.certify.shared.constants import DUAL_ORDER, MoveBudget
 from attnrobust.certify.shared.softmax_rows import SoftmaxRows
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.rounding import ENTRY, NONE, UNIT, outward
@@ -19,27 +19,21 @@ Array = Float[np.ndarray, "..."]
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How far tokens move in one perturbation set.
+class MoveSet(MoveBudget):
+    """How far tokens move in one perturbation set, and in which norm.
 
     Args:
-        epsilon: The threat's own size.
-        frobenius: Bound of ``||D||_F``.
-        token: Bound of every ``|delta_j|_2``.
         norm: Token norm of a per-token threat; None for a shared Frobenius budget.
     """
 
-    epsilon: float
-    frobenius: float
-    token: float
     norm: TokenNorm | None
 
 
-def reach_of(threat: FrobeniusBall | PerTokenBall, n: int, d: int, radius: float) -> Reach:
+def move_set(threat: FrobeniusBall | PerTokenBall, n: int, d: int, radius: float) -> MoveSet:
     """Enclosing norms of a threat's set of size ``radius``."""
     norm = threat.norm if isinstance(threat, PerTokenBall) else None
     share = UNIT if norm is not None else NONE  # the factors are square roots of integers
-    return Reach(
+    return MoveSet(
         epsilon=radius,
         frobenius=outward(radius * threat.frobenius_factor(n, d), share),
         token=outward(radius * threat.token_factor(n, d), share),
@@ -153,7 +147,7 @@ class Row:
         symmetric = float(np.abs(np.linalg.eigvalsh(0.5 * (self.bilinear + self.bilinear.T))).max())
         return symmetric + ENTRY * self.bilinear_norm
 
-    def value_range(self, reach: Reach) -> Float[np.ndarray, "keys"]:
+    def value_range(self, reach: MoveSet) -> Float[np.ndarray, "keys"]:
         """Bound of ``|gamma . delta_j|``; 0 where key j does not move."""
         order = 2.0 if reach.norm is None else DUAL_ORDER[reach.norm]
         return float(np.linalg.norm(self.value, ord=order)) * reach.epsilon * self.key_moves

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnrobust.certify.displacement.base import MovingRows, ValueRows
 from attnrobust.certify.displacement.bilinear import ESTIMATE_STREAM, QueryKeyForm, value_logit_form
 from attnrobust.certify.displacement.joint_form import JointProduct
-from attnrobust.certify.displacement.remainder import LogitForms, Majorant
+from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajorant
 from attnrobust.certify.method import PreparedBound
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
@@ -59,7 +59,7 @@ class DisplacementBound(PreparedBound):
         self._rows = MovingRows(shared, weights, movable)
         jacobian = AttentionJacobian(layer, clean.points, self.problem.mass)
         self._jacobian: LinearMap = jacobian.linear_map(pool=weights, token_scale=self._rows.moves)
-        self._majorant = Majorant(self._rows)
+        self._majorant = RemainderMajorant(self._rows)
         self._calls = 0
         self._random = 0.0
         self._clean_pair = value_logit_form(self._rows, seed=self._next_seed())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnrobust.certify.displacement.base import MovingRows
 from attnrobust.certify.displacement.bilinear import QueryKeyForm, ValueLogitForm
-from attnrobust.certify.displacement.remainder import LogitForms, Majorant
+from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajorant
 from attnrobust.layers.jacobian import from_heads, to_heads
 
 
@@ -27,7 +27,7 @@ class JointProduct:
     """
 
     rows: MovingRows
-    majorant: Majorant
+    majorant: RemainderMajorant
     value_form: ValueLogitForm
     key_form: QueryKeyForm
 

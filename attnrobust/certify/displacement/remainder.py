@@ -45,7 +45,7 @@ class LogitForms:
 
 
 @dataclass(frozen=True, eq=False)
-class Majorant:
+class RemainderMajorant:
     """Builds ``LogitForms`` for any radius (Frobenius norm of the move).
 
     Args:

@@ -14,8 +14,7 @@ from attnrobust.certify.measures.question import MeasureQuestion
 from attnrobust.certify.method import PreparedBound
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, value_views
-from attnrobust.certify.shared.reach import Reach, visible_tokens
-from attnrobust.certify.shared.reach import Rows as RowSums
+from attnrobust.certify.shared.reach import Reach, RowSums, visible_tokens
 from attnrobust.errors import UnsupportedThreatError
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnrobust.certify.displacement import remainder as displacement_majorant
 from attnrobust.certify.displacement.base import MovingRows, stack_weights
-from attnrobust.certify.displacement.remainder import Majorant
+from attnrobust.certify.displacement.remainder import RemainderMajorant
 from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.numerics.exponential import log_psi
 from tests.displacement_tools import (
@@ -94,7 +94,7 @@ def test_identity_of_the_remainder(name: str, tokens: tuple[int, ...] | None) ->
 @selected
 def test_reach_of_logits_and_partition(name: str, tokens: tuple[int, ...] | None) -> None:
     rows = clean_rows(name, tokens=tokens)
-    majorant = Majorant(rows)
+    majorant = RemainderMajorant(rows)
     for radius in RADII:
         reach = majorant.reach(radius)
         inverse = majorant.inverse_partition(reach, radius)
@@ -141,7 +141,7 @@ def test_diagonal_reach(name: str, tokens: tuple[int, ...] | None, limit: int, m
     monkeypatch.setattr(displacement_majorant, "GRAM_LIMIT", limit)
     rows = clean_rows(name, tokens=tokens)
     coefficient = rows.clean.weight * rows.clean.spread
-    bound = Majorant(rows).diagonal_reach(coefficient)
+    bound = RemainderMajorant(rows).diagonal_reach(coefficient)
 
     def ratio(moves: Tensor) -> Tensor:
         value = (coefficient * ExactRows(rows, moves).linear.square()).sum(dim=-1)
@@ -159,7 +159,7 @@ def test_curved_part_is_inside_its_form(
     """Equations 3a, 5, 12-17: the curved part and what the values' change adds, below the sum of their forms."""
     monkeypatch.setattr(displacement_majorant, "GRAM_LIMIT", limit)
     rows = clean_rows(name, tokens=tokens, pool=pool)
-    majorant = Majorant(rows)
+    majorant = RemainderMajorant(rows)
     for radius in RADII:
         forms = majorant.forms(radius)
         if not forms.finite:
@@ -190,7 +190,7 @@ def test_values_weighted_by_grown_weights(
     """Equation 5a pointwise, and the part of it with q (equation 15)."""
     monkeypatch.setattr(displacement_majorant, "GRAM_LIMIT", limit)
     rows = clean_rows(name, tokens=tokens)
-    majorant = Majorant(rows)
+    majorant = RemainderMajorant(rows)
     for radius in RADII:
         paired = majorant.forms(radius).paired
         crossed = majorant.crossed(paired)
@@ -235,7 +235,7 @@ def test_bilinear_parts_are_inside_their_forms(name: str, tokens: tuple[int, ...
 def test_query_form(name: str, tokens: tuple[int, ...] | None, pool: str | int) -> None:
     """Equations 15 and 16, each part by itself: quartic sums and E[q gamma] against ``|A^T delta_i|``."""
     rows = clean_rows(name, tokens=tokens, pool=pool)
-    majorant, radius = Majorant(rows), 0.7
+    majorant, radius = RemainderMajorant(rows), 0.7
     coefficient = rows.clean.weight * rows.clean.spread
     bent = majorant.quartic_roots(torch.zeros_like(rows.clean.beta_norm), coefficient)
     none = torch.zeros_like(bent[0])
@@ -269,7 +269,7 @@ def test_bent_sum_by_the_share_of_the_query(
     """Equation 16 before it is stacked: ``q^T (N + diag(f)) q`` by the query token's share t, for any query vector."""
     monkeypatch.setattr(displacement_majorant, "GRAM_LIMIT", limit)
     rows = clean_rows(name, tokens=tokens)
-    majorant, coefficient = Majorant(rows), rows.clean.weight * (rows.clean.spread + 0.1)
+    majorant, coefficient = RemainderMajorant(rows), rows.clean.weight * (rows.clean.spread + 0.1)
     exact = torch.full_like(rows.clean.beta_norm, 1.0 if majorant.small else 0.0)
     first, second = majorant.quartic_roots(exact, coefficient)
     matrix = torch.diag_embed(coefficient) + exact[..., None, None] * majorant.modulus
@@ -290,7 +290,7 @@ def test_bent_sum_by_the_share_of_the_query(
 def test_split_of_the_curved_part_holds_for_any_slack(name: str, tokens: tuple[int, ...] | None) -> None:
     """``|E[w u^2 vh]| / 2 <= (1 + e) l^T N l + (1 + 1/e) q^T N q`` pointwise: the modulus holds for u, not only l."""
     rows = clean_rows(name, tokens=tokens)
-    modulus = Majorant(rows).modulus
+    modulus = RemainderMajorant(rows).modulus
 
     for slack in (0.05, 3.0):
 
@@ -311,7 +311,7 @@ def test_split_of_the_curved_part_holds_for_any_slack(name: str, tokens: tuple[i
 def test_cap_of_the_curved_part(name: str, tokens: tuple[int, ...] | None) -> None:
     """Equation 13a, where it matters: at large radii."""
     rows = clean_rows(name, tokens=tokens)
-    majorant = Majorant(rows)
+    majorant = RemainderMajorant(rows)
     for radius in (1.0, 8.0):
         reach = majorant.reach(radius)
         inverse = majorant.inverse_partition(reach, radius)
@@ -332,7 +332,7 @@ def test_one_moving_token_in_closed_form(name: str) -> None:
     """Equation 13b: rows that are not the token's own see one direction; the general branch bounds the same."""
     for token in (0, 1):
         rows = clean_rows(name, tokens=(token,))
-        majorant = Majorant(rows)
+        majorant = RemainderMajorant(rows)
         coefficient = rows.clean.weight * rows.clean.spread
         closed, cumulant = majorant.diagonal_reach(coefficient), majorant.modulus_reach
 
@@ -347,7 +347,7 @@ def test_one_moving_token_in_closed_form(name: str) -> None:
 
         assert worst_ratio(rows, 1.0, ratio) <= SLACK
         assert worst_ratio(rows, 1.0, cumulant_ratio) <= SLACK
-        general = Majorant(rows, one_direction=False).diagonal_reach(coefficient)
+        general = RemainderMajorant(rows, one_direction=False).diagonal_reach(coefficient)
         outward = 1e-12 * rows.clean.beta_norm.square() * coefficient.sum(dim=-1) + 1e-20  # the padding of ``contrast``
         assert bool((closed <= general * (1 + 1e-9) + outward).all())
         assert bool((closed >= 0.4 * general - 1e-9 * general.max()).all())
@@ -375,7 +375,7 @@ def test_shrinking_rows_is_allowed_only_where_nothing_cancels(
 @selected
 def test_stack_factors_have_a_limit_at_radius_zero(name: str, tokens: tuple[int, ...] | None) -> None:
     """The cap over the squared radius tends to a constant; a sum P / (1 + P) lost to rounding would make it vanish."""
-    majorant = Majorant(clean_rows(name, tokens=tokens))
+    majorant = RemainderMajorant(clean_rows(name, tokens=tokens))
     several = (
         majorant.rows.clean.spread.amax(dim=-1) > 1e-6
     )  # where the values are equal only the drift is left: order r

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnrobust.certify.displacement.method import DisplacementBound, DisplacementCertificate
-from attnrobust.certify.displacement.remainder import Majorant
+from attnrobust.certify.displacement.remainder import RemainderMajorant
 from attnrobust.certify.registry import ALL_METHODS
 from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.layers.attention import Attention
@@ -186,7 +186,7 @@ def test_hidden_tokens_of_a_fixed_row_grow_back(size: float, gap: float, share: 
     direction[1:3, 1] = 0.5**0.5
     problem = Problem(layer, TokenMeasure(x), threat, Displacement(1.0))
     bound = DisplacementBound(problem, 0)
-    majorant, tested = Majorant(bound.rows), 0
+    majorant, tested = RemainderMajorant(bound.rows), 0
     for reached in (gap - 5.0, gap, gap + 3.0):
         radius = reached * size
         usage = bound.usage(radius).value

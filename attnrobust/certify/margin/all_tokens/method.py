@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 
 from attnrobust.certify.margin.all_tokens.constants import Constants, constants, row_geometry
-from attnrobust.certify.margin.all_tokens.functional import ClassBound
-from attnrobust.certify.margin.quadratic_form import class_rows
+from attnrobust.certify.margin.all_tokens.functional import FunctionalBound
+from attnrobust.certify.margin.quadratic_form import functional_rows
 from attnrobust.certify.margin.rows import margin_rows
 from attnrobust.certify.method import CertificateMethod, PreparedBound
 from attnrobust.certify.shared.constants import MoveBudget
@@ -64,8 +64,8 @@ class MarginBound(PreparedBound):
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before
         self.budgets = goal.budgets.tolist()
         weights = goal.weights.clone()  # made in inference mode, they could not enter a slope
-        self.classes = [
-            ClassBound(class_rows(self.rows, weights, f), problem.threat, seed=seed) for f in goal.functionals
+        self.functionals = [
+            FunctionalBound(functional_rows(self.rows, weights, f), problem.threat, seed=seed) for f in goal.functionals
         ]
         self.starts = 0
 
@@ -78,10 +78,10 @@ class MarginBound(PreparedBound):
     @torch.no_grad()
     def first_guess(self) -> float | None:
         guesses = []
-        for budget, cls in zip(self.budgets, self.classes, strict=True):
-            slope = float(self.problem.threat.dual_norm(cls.rows.gradient))
+        for budget, functional in zip(self.budgets, self.functionals, strict=True):
+            slope = float(self.problem.threat.dual_norm(functional.rows.gradient))
             if slope > 0.0:
-                guesses.append(cls.settle(self._constants, budget, START * budget / slope))
+                guesses.append(functional.choose_parameters(self._constants, budget, START * budget / slope))
         return min(guesses, default=None)
 
     def _constants(self, radius: float) -> Constants | None:
@@ -100,11 +100,11 @@ class MarginBound(PreparedBound):
         if const is None:
             return Upper(torch.inf)
         worst = 0.0
-        for class_budget, cls in zip(self.budgets, self.classes, strict=True):
+        for one_budget, functional in zip(self.budgets, self.functionals, strict=True):
             share = FAILURE_PROBABILITY / EVALUATIONS if self.starts < EVALUATIONS else 0.0
-            bound = cls.bound(const, failure_probability=share)
+            bound = functional.bound(const, failure_probability=share)
             self.starts += bound.failure_probability > 0.0
-            worst = max(worst, used_share(bound.value, class_budget))
+            worst = max(worst, used_share(bound.value, one_budget))
             if worst == torch.inf:
                 break
         return Upper(worst, self.failure_probability)
