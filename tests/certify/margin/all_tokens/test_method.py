@@ -264,9 +264,8 @@ def test_majorant_touches_the_drop_where_the_values_become_equal(seed: int) -> N
     )  # fmt: skip
     form = majorant(functional, const, pieces(functional, const, functional.first_norm), par)
     over, size = excess(problem, 0, form, move)
-    spent = (
-        small * radius * float(functional.value_norm.max())
-    )  # equal tokens: there is nothing to drop, but tau still costs
+    # Equal tokens: there is nothing to drop, but tau still costs.
+    spent = small * radius * float(functional.value_norm.max())
     assert -1e-4 * float(size) - spent <= float(over) <= ROUNDING * float(size)
     near = problem.threat.project(move + 0.2 * scale * draw.normal(40, *move.shape), radius)
     over, size = excess(problem, 0, form, torch.cat([near, boundary_moves(problem, radius, 40, draw)]))
