@@ -56,7 +56,7 @@ class AnyTokenBound(PreparedBound):
         for index in self._by_first_order():
             if radius < math.inf and self._usage(index, radius) <= 1.0:
                 continue
-            guess = self._bound(index).first_guess if radius == math.inf else 0.9 * radius
+            guess = self.bound_of(index).first_guess if radius == math.inf else 0.9 * radius
             usage = partial(self._usage, index)
             found, _ = largest_radius(usage, first_guess=guess, relative_tolerance=self.tolerance)
             radius = min(radius, found)
@@ -72,17 +72,17 @@ class AnyTokenBound(PreparedBound):
         known = self._passed.get(index)
         if known is not None and radius <= known[0]:
             return known[1]
-        value = self._bound(index).usage(radius).value
+        value = self.bound_of(index).usage(radius).value
         if value <= 1.0:
             self._passed[index] = (radius, value)
         return value
 
     def _by_first_order(self) -> list[int]:
         """Tokens, the one with the largest first order first."""
-        guesses = [self._bound(index).first_guess or 0.0 for index in range(len(self._tokens))]
+        guesses = [self.bound_of(index).first_guess or 0.0 for index in range(len(self._tokens))]
         return sorted(range(len(guesses)), key=guesses.__getitem__)
 
-    def _bound(self, index: int) -> DisplacementBound:
+    def bound_of(self, index: int) -> DisplacementBound:
         if index not in self._bounds:
             if len(self._bounds) * self.problem.clean.n**2 >= KEPT_NUMBERS:
                 self._random = self.failure_probability

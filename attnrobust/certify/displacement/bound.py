@@ -67,7 +67,7 @@ class DisplacementBound(PreparedBound):
         factor = self.problem.threat.frobenius_factor(clean.n, clean.width)
         self._scale = factor
         # Token scales t with sum over movable tokens of 1/t_j^2 = their number; they only adapt for per-token balls.
-        self._tokens = torch.ones_like(clean.points[:, :1])
+        self.token_scales = torch.ones_like(clean.points[:, :1])
         self._first, self._seen = self._first_order()
 
     @property
@@ -130,7 +130,7 @@ class DisplacementBound(PreparedBound):
             shares, least = balanced_shares(parts)
             if number and (least > limit or best <= least * (1.0 + SETTLED)) and not per_token:
                 break
-            tokens, factors = self._tokens, scales.square() / shares
+            tokens, factors = self.token_scales, scales.square() / shares
             try:
                 bounds = self._bounded(forms, factors)
             except InputError:  # a product left float64 in another direction
@@ -140,20 +140,20 @@ class DisplacementBound(PreparedBound):
             vector = self._embedded(bounds.vector)
             self._seen = [vector, *self._seen[: REMEMBERED - 1]]
             if per_token:
-                self._tokens = self._rescaled(tokens, vector)
+                self.token_scales = self._rescaled(tokens, vector)
         return best
 
     def _parts(self, forms: LogitForms, scales: Float[Tensor, "5"]) -> Float[Tensor, "s 5"]:
         """``scales_k^2 X_k`` of the directions that were worst so far; they only choose the shares."""
         parts = []
         for vector in self._seen:
-            move = self._tokens * vector
+            move = self.token_scales * vector
             parts.append(self._product.apply(move, forms, scales.square())[1].clamp_min(0.0) * scales.square())
         return torch.stack(parts)
 
     def _bounded(self, forms: LogitForms, factors: Float[Tensor, "5"]) -> EigenvalueBounds:
         """The largest eigenvalue of the joint form with these factors."""
-        tokens = self._tokens
+        tokens = self.token_scales
 
         def product(flat: Tensor) -> Tensor:
             image = self._product.apply(tokens * self._embedded(flat), forms, factors)[0]

@@ -154,7 +154,7 @@ class RemainderMajorant:
         inverse = self.inverse_partition(reach, radius)
         upper = saturating_weight(rows.clean.log_weight, reach)
         paired = growing_weight(rows.clean.log_weight, reach)
-        drift = radius * self._drift()
+        drift = radius * self.drift()
         exact, extra, largest = self._curved(
             upper, inward(rows.clean.weight * phi_negative(reach) * inverse, ENTRY), drift
         )
@@ -172,7 +172,7 @@ class RemainderMajorant:
             paired=paired,
         )
 
-    def _drift(self) -> Float[Tensor, "h n 1"]:
+    def drift(self) -> Float[Tensor, "h n 1"]:
         """What psi averages beside vh_j, per unit of the move: ``|a|``, or 0 where a may shrink (eq. 3, 3a, 8)."""
         reach = self.rows.average_reach[..., None]
         return torch.zeros_like(reach) if self.rows.separate else reach

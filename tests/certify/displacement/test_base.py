@@ -315,7 +315,7 @@ def test_cap_of_the_curved_part(name: str, tokens: tuple[int, ...] | None) -> No
     for radius in (1.0, 8.0):
         reach = majorant.reach(radius)
         inverse = majorant.inverse_partition(reach, radius)
-        drift = radius * majorant._drift()
+        drift = radius * majorant.drift()
         cap = majorant.cap(reach, inverse, rows.clean.spread + drift)
 
         def ratio(moves: Tensor, cap: Tensor = cap) -> Tensor:

@@ -106,7 +106,7 @@ def test_token_scales_keep_their_sum_and_help() -> None:
     plain = bound.usage(0.003).value
     for _ in range(3):
         adapted = bound.usage(0.003).value
-        assert float(bound._tokens.square().reciprocal().sum()) <= problem.clean.n * (1 + 1e-12)
+        assert float(bound.token_scales.square().reciprocal().sum()) <= problem.clean.n * (1 + 1e-12)
     enclosing = METHOD.prepare(_problem("causal-masses", FrobeniusBall(), Displacement(0.01)), seed=0)
     ball = enclosing.usage(0.003 * math.sqrt(problem.clean.n)).value
     assert adapted <= plain * (1 + 1e-9)
@@ -194,7 +194,7 @@ def test_hidden_tokens_of_a_fixed_row_grow_back(size: float, gap: float, share: 
         for move in (radius * direction, radius * direction * (2.0**0.5 * torch.eye(4, dtype=x.dtype)[1][:, None])):
             assert float(problem.usage(move[None])) <= usage
             weight = layer.weights(x + move)[0, 0, 0::3].sum()  # of the fixed tokens: their logits hardly change
-            inverse = float(majorant._inverse_partition(majorant.reach(radius), radius)[0, 0, 0])
+            inverse = float(majorant.inverse_partition(majorant.reach(radius), radius)[0, 0, 0])
             assert inverse <= float(weight) * (1.0 + 1e-9)
     assert tested == 3
 

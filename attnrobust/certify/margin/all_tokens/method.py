@@ -81,10 +81,10 @@ class MarginBound(PreparedBound):
         for budget, functional in zip(self.budgets, self.functionals, strict=True):
             slope = float(self.problem.threat.dual_norm(functional.rows.gradient))
             if slope > 0.0:
-                guesses.append(functional.choose_parameters(self._constants, budget, START * budget / slope))
+                guesses.append(functional.choose_parameters(self.constants_at, budget, START * budget / slope))
         return min(guesses, default=None)
 
-    def _constants(self, radius: float) -> Constants | None:
+    def constants_at(self, radius: float) -> Constants | None:
         """Constants of the threat's set of this radius; None where they overflow."""
         threat, (n, d) = self.problem.threat, self.rows.points.shape
         budget = MoveBudget(
@@ -96,7 +96,7 @@ class MarginBound(PreparedBound):
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def usage(self, radius: float) -> Upper:
-        const = self._constants(radius)
+        const = self.constants_at(radius)
         if const is None:
             return Upper(torch.inf)
         worst = 0.0

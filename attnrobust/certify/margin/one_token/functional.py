@@ -115,7 +115,7 @@ class TokenFunctionalBound:
         while left.numel() and float(known.amax()) > worst:
             order = known.argsort(descending=True)
             left, known = left[order], known[order]
-            found = _bounded(torch.minimum(self._refined(radius, left[:size]), known[:size]))
+            found = _bounded(torch.minimum(self.refined(radius, left[:size]), known[:size]))
             worst = max(worst, float(found.amax()))
             left, known = left[size:], known[size:]
             if bool((self.seen[left] == 0).any()):  # they start from better parameters now
@@ -127,7 +127,7 @@ class TokenFunctionalBound:
         parts = [self._first(radius, part) for part in tokens.split(self.chunk)]
         return _bounded(torch.cat(parts)) if parts else self.gradient.new_zeros(0)
 
-    def _set(self, radius: float, tokens: Tensor) -> _Set | None:
+    def at_radius(self, radius: float, tokens: Tensor) -> _Set | None:
         token = TokenRows(self.functional.rows, tokens)
         group = TokenFunctional(token, self.functional)
         own = own_constants(token, radius)
@@ -135,33 +135,33 @@ class TokenFunctionalBound:
             return None
         return _Set(group, own, largest_average(group, own), foreign_rows(group, radius), radius)
 
-    def _at_hand_parameters(self, found: _Set) -> TokenParameters:
+    def present_parameters(self, found: _Set) -> TokenParameters:
         """The parameters at hand."""
         tokens = found.group.token.tokens
         if self.parameters is None:
-            return self._start(found)
+            return self.start_parameters(found)
         taken: TokenParameters = combined(self.parameters, self.parameters, lambda a, _: a[..., tokens])
         return taken
 
-    def _start(self, found: _Set) -> TokenParameters:
+    def start_parameters(self, found: _Set) -> TokenParameters:
         row = torch.ones_like(found.average)
         return TokenParameters(
             foreign=foreign_start(found.foreign), capped=0.4 * row, cap_split=0.5 * row, own=own_start(row)
         )
 
     def _first(self, radius: float, tokens: Tensor) -> Tensor:
-        found = self._set(radius, tokens)
+        found = self.at_radius(radius, tokens)
         if found is None:
             return self.gradient.new_full((tokens.numel(),), torch.inf)
-        return self._certified(found, self._at_hand_parameters(found))
+        return self._certified(found, self.present_parameters(found))
 
-    def _refined(self, radius: float, tokens: Tensor) -> Tensor:
+    def refined(self, radius: float, tokens: Tensor) -> Tensor:
         """Trust regions whose parameters follow the slope of the bound at its maximisers."""
-        found = self._set(radius, tokens)
+        found = self.at_radius(radius, tokens)
         best = self.gradient.new_full((tokens.numel(),), torch.inf)
         if found is None:
             return best
-        keep = self._at_hand_parameters(found)
+        keep = self.present_parameters(found)
         steps, rate = self._effort(radius, tokens)
         search = TokenDescent(keep, steps=steps, rate=rate)
         points: Tensor | None = None
@@ -222,11 +222,11 @@ class TokenFunctionalBound:
 
     def _certified(self, found: _Set, par: TokenParameters) -> Tensor:
         """Proved bounds at given parameters."""
-        matrix, gradient, constant = self._majorant(found, par)
+        matrix, gradient, constant = self.quadratic_majorant(found, par)
         _, _, multiplier = many_approximate(matrix, gradient, found.radius)
         return many_certified(matrix, gradient, found.radius, multiplier) + outward(constant, PROOF)
 
-    def _majorant(self, found: _Set, par: TokenParameters) -> tuple[Tensor, Tensor, Tensor]:
+    def quadratic_majorant(self, found: _Set, par: TokenParameters) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix (l, d, d), gradient (l, d) and constant (l,) of the majorant at given parameters."""
         core, identity, linear, constant = self._form(found, par, nodes=PROOF_NODES)
         return *self._dense(found, core, identity, linear), constant

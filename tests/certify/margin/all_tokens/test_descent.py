@@ -23,7 +23,7 @@ def small_problem(seed: int, *, linf: bool = False) -> Problem:
 
 def constants_of(bound: MarginBound, radius: float) -> Constants:
     """Constants of the largest of this radius, a third of it, a ninth of it, .. where nothing overflows."""
-    const = bound._constants(radius)
+    const = bound.constants_at(radius)
     return const if const is not None else constants_of(bound, radius / 3.0)
 
 
@@ -99,7 +99,7 @@ def test_a_start_where_constants_overflow_still_finds_a_radius() -> None:
     problem = small_problem(1)
     bound = MarginBound(problem, seed=0)
     holder = bound.functionals[0]
-    radius = holder.choose_parameters(lambda r: bound._constants(r) if r < 0.2 else None, bound.budgets[0], 5.0)
+    radius = holder.choose_parameters(lambda r: bound.constants_at(r) if r < 0.2 else None, bound.budgets[0], 5.0)
     assert 0.0 < radius < 5.0
     assert holder.settled
 

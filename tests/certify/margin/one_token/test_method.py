@@ -43,15 +43,15 @@ def perturbed(draw: Draw, name: str, value: Tensor) -> Tensor:
 
 def majorants(bound: TokenFunctionalBound, radius: float, draw: Draw) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(constant (l,), gradient (l, d), matrix (l, d, d)) for first, chosen and random parameters."""
-    found = bound._set(radius, bound.tokens)
+    found = bound.at_radius(radius, bound.tokens)
     if found is None:
         return []
-    first = bound._start(found)
-    bound._refined(radius, bound.tokens)
-    chosen = bound._at_hand_parameters(found)
+    first = bound.start_parameters(found)
+    bound.refined(radius, bound.tokens)
+    chosen = bound.present_parameters(found)
     out = []
     for par in (first, chosen, *(named(chosen, partial(perturbed, draw)) for _ in range(3))):
-        matrix, gradient, constant = bound._majorant(found, par)
+        matrix, gradient, constant = bound.quadratic_majorant(found, par)
         out.append((constant, gradient, matrix))
     return out
 
@@ -158,7 +158,7 @@ def test_own_row_is_the_formula_of_theorem_1(seed: int) -> None:
     problem, draw = any_token(seed), Draw(seed)
     bound = TokenBound(problem).classes[0]
     radius = 0.3 * float(problem.clean.points.norm()) / problem.clean.n**0.5
-    found = bound._set(radius, bound.tokens)
+    found = bound.at_radius(radius, bound.tokens)
     assert found is not None
     group, const, rows = found.group, found.own, bound.functional.rows
     par = named(own_start(torch.ones_like(found.average)), partial(perturbed, draw))
@@ -239,7 +239,7 @@ def test_quadratic_above_a_foreign_row(seed: int) -> None:
     bound = TokenBound(problem).classes[0]
     scale = float(problem.clean.points.norm()) / problem.clean.n**0.5
     for share in (0.1, 1.0, 4.0):
-        found = bound._set(share * scale, bound.tokens)
+        found = bound.at_radius(share * scale, bound.tokens)
         if found is None:
             continue
         rows = found.foreign
