@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnrobust.certify.displacement.base import CleanRows
+from attnrobust.certify.displacement.base import MovingRows, ValueRows
 from attnrobust.certify.displacement.bilinear import QueryKeyForm, value_logit_form
 from attnrobust.certify.displacement.joint_form import JointProduct
-from attnrobust.certify.displacement.remainder import Majorant
+from attnrobust.certify.displacement.remainder import RemainderMajorant
 from attnrobust.goals import pool_weights
 from attnrobust.threats.moves import FrobeniusBall
 from tests.cases import Case, case_named
@@ -21,52 +21,52 @@ SMALL_CASES = (
 RADII = (0.1, 1.5)
 
 
-def clean_rows(name: str, *, pool: str | int = "all", tokens: tuple[int, ...] | None = None) -> CleanRows:
+def clean_rows(name: str, *, pool: str | int = "all", tokens: tuple[int, ...] | None = None) -> MovingRows:
     """The clean rows of one case of the table."""
     case: Case = case_named(name)
     mass = None if case.tokens.uniform else case.tokens.mass
     weights = pool_weights(pool, case.tokens.mass)  # type: ignore[arg-type]
     movable = FrobeniusBall(tokens=tokens).movable(case.n)
-    return CleanRows(case.attention, case.tokens.points, mass, weights, movable)
+    return MovingRows(ValueRows(case.attention, case.tokens.points, mass), weights, movable)
 
 
 class ExactRows:
     """Every intermediate quantity of the proof at moved tokens, batched over moves (b, n, d)."""
 
-    def __init__(self, rows: CleanRows, moves: Tensor) -> None:
-        layer, points = rows.layer, rows.points
-        self.deviation = rows.values[:, None] - rows.averages[:, :, None]  # (h, i, j, v)
-        self.gamma = torch.einsum("bnd,hdv->bhnv", moves, rows.w_v)
-        shift = layer.scores(points + moves, rows.mass) - layer.scores(points, rows.mass)
-        shift = torch.where(rows.w > 0, shift, torch.zeros_like(shift))
-        self.u = shift - (rows.w * shift).sum(dim=-1, keepdim=True)
+    def __init__(self, rows: MovingRows, moves: Tensor) -> None:
+        layer, points = rows.clean.layer, rows.clean.points
+        self.deviation = rows.clean.values[:, None] - rows.clean.averages[:, :, None]  # (h, i, j, v)
+        self.gamma = torch.einsum("bnd,hdv->bhnv", moves, rows.clean.w_v)
+        shift = layer.scores(points + moves, rows.clean.mass) - layer.scores(points, rows.clean.mass)
+        shift = torch.where(rows.clean.weight > 0, shift, torch.zeros_like(shift))
+        self.u = shift - (rows.clean.weight * shift).sum(dim=-1, keepdim=True)
         alpha = torch.einsum("bnd,hdk->bhnk", moves, layer.w_q)
         beta = torch.einsum("bnd,hdk->bhnk", moves, layer.w_k)
         product = layer.factor * alpha @ beta.transpose(-1, -2)
-        self.q = product - (rows.w * product).sum(dim=-1, keepdim=True)
-        self.linear = self.u - torch.where(rows.w > 0, self.q, torch.zeros_like(self.q))
-        self.first_order = rows.w @ self.gamma + torch.einsum(
-            "hij,bhij,hijv->bhiv", rows.w, self.linear, self.deviation
+        self.q = product - (rows.clean.weight * product).sum(dim=-1, keepdim=True)
+        self.linear = self.u - torch.where(rows.clean.weight > 0, self.q, torch.zeros_like(self.q))
+        self.first_order = rows.clean.weight @ self.gamma + torch.einsum(
+            "hij,bhij,hijv->bhiv", rows.clean.weight, self.linear, self.deviation
         )
-        after = layer.weights(points + moves, rows.mass) @ (rows.values + self.gamma)
-        self.remainder = after - rows.averages - self.first_order
+        after = layer.weights(points + moves, rows.clean.mass) @ (rows.clean.values + self.gamma)
+        self.remainder = after - rows.clean.averages - self.first_order
 
-    def pooled_norm(self, rows: CleanRows, per_head: Tensor) -> Tensor:
+    def pooled_norm(self, rows: MovingRows, per_head: Tensor) -> Tensor:
         """Norm of a stack (b, h, n, v): all rows, or the pooled row."""
         if rows.row_weights is not None:
             per_head = torch.einsum("bhnv,n->bhv", per_head, rows.row_weights)
         return per_head.flatten(1).norm(dim=1)
 
 
-def partition_of(rows: CleanRows, exact: ExactRows) -> tuple[Tensor, Tensor]:
+def partition_of(rows: MovingRows, exact: ExactRows) -> tuple[Tensor, Tensor]:
     """``w_j psi(u_j)`` and ``1 + P``."""
     u = exact.u.clamp_max(600.0)
     series = u.square() * (0.5 + u / 6.0 + u**2 / 24.0)
-    psi = rows.w * torch.where(u.abs() < 1e-3, series, torch.expm1(u) - u)
+    psi = rows.clean.weight * torch.where(u.abs() < 1e-3, series, torch.expm1(u) - u)
     return psi, 1.0 + psi.sum(dim=-1, keepdim=True)
 
 
-def curved_part(rows: CleanRows, exact: ExactRows) -> Tensor:
+def curved_part(rows: MovingRows, exact: ExactRows) -> Tensor:
     """``E[psi vh] / (1 + P)``, with ``vh - a`` where a does not shrink."""
     psi, partition = partition_of(rows, exact)
     share = psi / partition
@@ -74,15 +74,15 @@ def curved_part(rows: CleanRows, exact: ExactRows) -> Tensor:
     return curved if rows.separate else curved - share.sum(dim=-1, keepdim=True) * exact.first_order
 
 
-def moved_values(rows: CleanRows, exact: ExactRows) -> Tensor:
+def moved_values(rows: MovingRows, exact: ExactRows) -> Tensor:
     """``E[(e^u - 1) gamma] / (1 + P)``."""
     partition = partition_of(rows, exact)[1]
-    return (rows.w * torch.expm1(exact.u.clamp_max(600.0)) / partition) @ exact.gamma
+    return (rows.clean.weight * torch.expm1(exact.u.clamp_max(600.0)) / partition) @ exact.gamma
 
 
-def starts(rows: CleanRows, radius: float, *, count: int = 16, seed: int = 0) -> Tensor:
+def starts(rows: MovingRows, radius: float, *, count: int = 16, seed: int = 0) -> Tensor:
     """Moves on the sphere, half of them concentrated on one token."""
-    n, d = rows.points.shape
+    n, d = rows.clean.points.shape
     generator = torch.Generator().manual_seed(seed)
     moves = torch.randn(count, n, d, generator=generator, dtype=torch.float64)
     movable = rows.movable.nonzero().flatten()
@@ -95,7 +95,7 @@ def starts(rows: CleanRows, radius: float, *, count: int = 16, seed: int = 0) ->
 
 
 def worst_ratio(
-    rows: CleanRows,
+    rows: MovingRows,
     radius: float,
     ratio: Callable[[Tensor], Tensor],
     *,
@@ -119,17 +119,17 @@ def worst_ratio(
     return worst
 
 
-def joint_product(rows: CleanRows, radius: float | None = None) -> JointProduct:
+def joint_product(rows: MovingRows, radius: float | None = None) -> JointProduct:
     """The certificate's product with deterministic eigenvalues; without radius, values are paired by the weights."""
-    majorant = Majorant(rows)
+    majorant = RemainderMajorant(rows)
     pair = value_logit_form(rows, seed=0)
     pair = pair if radius is None else pair.grown(majorant.forms(radius).paired)
     return JointProduct(rows, majorant, pair, QueryKeyForm(rows))
 
 
-def dense_forms(rows: CleanRows, radius: float) -> list[Tensor]:
+def dense_forms(rows: MovingRows, radius: float) -> list[Tensor]:
     """The symmetric matrices of the five forms at one radius."""
-    product, (n, d) = joint_product(rows, radius), rows.points.shape
+    product, (n, d) = joint_product(rows, radius), rows.clean.points.shape
     forms = product.majorant.forms(radius)
     unit = torch.eye(n * d, dtype=torch.float64).reshape(-1, n, d)
     return [

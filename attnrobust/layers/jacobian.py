@@ -87,7 +87,7 @@ class AttentionJacobian:
         layer, weights = self.attention, self.weights
         v = v.expand(*torch.broadcast_shapes(v.shape[:-2], self.points.shape[:-2]), *v.shape[-2:])
         widths = [layer.heads * layer.key_width, layer.heads * layer.key_width, layer.heads * layer.value_width]
-        dq, dk, dv = (_to_heads(part, layer.heads) for part in (v @ self._into).split(widths, dim=-1))
+        dq, dk, dv = (to_heads(part, layer.heads) for part in (v @ self._into).split(widths, dim=-1))
         queries, keys = self.queries.expand_as(dq), self.keys.expand_as(dk)
         scores = torch.cat([dq, queries], dim=-1) @ torch.cat([keys, dk], dim=-1).transpose(-1, -2)
         change = _centred(scores, weights)
@@ -102,7 +102,7 @@ class AttentionJacobian:
         dq = change @ self.keys
         dk = change.transpose(-1, -2) @ self.queries
         dv = weights.transpose(-1, -2) @ heads
-        return torch.cat([_from_heads(part) for part in (dq, dk, dv)], dim=-1) @ self._into.T
+        return torch.cat([from_heads(part) for part in (dq, dk, dv)], dim=-1) @ self._into.T
 
     def linear_map(
         self,
@@ -153,15 +153,16 @@ def _centred(scores: Tensor, weights: Tensor) -> Tensor:
     return scores.sub_(mean[..., None]).mul_(weights)
 
 
-def _to_heads(flat: Tensor, heads: int) -> Tensor:
+def to_heads(flat: Tensor, heads: int) -> Tensor:
     """(*b, n, h w) -> (*b, h, n, w), contiguous: batched products are several times faster then."""
     return flat.reshape(*flat.shape[:-1], heads, -1).transpose(-3, -2).contiguous()
 
 
-def _from_heads(per_head: Tensor) -> Tensor:
+def from_heads(per_head: Tensor) -> Tensor:
+    """(*b, h, n, w) -> (*b, n, h w)."""
     return per_head.transpose(-3, -2).flatten(-2)
 
 
 def _split(layer: Attention, u: Tensor) -> Tensor:
     """Transpose of ``Attention.combine``: (*b, n, e) -> (*b, h, n, v)."""
-    return _to_heads(u if layer.w_o is None else u @ layer.w_o.flatten(0, 1).T, layer.heads)
+    return to_heads(u if layer.w_o is None else u @ layer.w_o.flatten(0, 1).T, layer.heads)

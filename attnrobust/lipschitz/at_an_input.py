@@ -16,6 +16,7 @@ from attnrobust.lipschitz.derivative_map import attention_jacobian, derivative_m
 from attnrobust.numerics.linear_map import largest_singular_value_upper
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.numerics.softmax import derivative_norm_upper
+from attnrobust.numerics.triangle import triangle
 
 AT_X = "the input X alone"
 CANCELLATION = 1e-14  # error of E[v k] - E[v] E[k] in units of the second moments: sums of up to 1e4 terms stay inside
@@ -155,10 +156,10 @@ def _query_blocks(jacobian: AttentionJacobian, centred: Tensor, w_o: Tensor | No
     layer, weights = jacobian.attention, jacobian.weights
     keys = jacobian.keys - (weights @ jacobian.keys).mean(dim=-2, keepdim=True)
     cross, slack = _covariance(weights, centred, keys)
-    right = torch.linalg.qr(layer.w_q, mode="r").R  # ||C w_q^T|| = ||C R^T||
+    right = triangle(layer.w_q)  # ||C w_q^T|| = ||C R^T||
     cross, slack = cross @ right.transpose(-1, -2)[:, None], slack * _norms(right)
     if w_o is not None:
-        left = torch.linalg.qr(w_o.transpose(-1, -2), mode="r").R
+        left = triangle(w_o.transpose(-1, -2))
         cross, slack = left[:, None] @ cross, slack * _norms(left)
     norms: Tensor = torch.linalg.matrix_norm(cross, 2)
     return norms + slack
@@ -168,7 +169,7 @@ def _largest_variance(weights: Tensor, centred: Tensor, w_o: Tensor | None) -> T
     """``lambda_max(w_o^T Cov_i(v) w_o)`` for every head and query, (h, n)."""
     covariance, slack = _covariance(weights, centred, centred)
     if w_o is not None:
-        left = torch.linalg.qr(w_o.transpose(-1, -2), mode="r").R
+        left = triangle(w_o.transpose(-1, -2))
         covariance, slack = left[:, None] @ covariance @ left.transpose(-1, -2)[:, None], slack * _norms(left) ** 2
     largest: Tensor = torch.linalg.eigvalsh(covariance)[..., -1]
     return largest.clamp_min(0.0) + slack

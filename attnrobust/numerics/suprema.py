@@ -29,6 +29,8 @@ SLOPE_ERROR = 1e-12  # absolute rounding of kappa
 LOG3 = math.log(3.0)
 
 Level = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Value = Callable[[Tensor, Tensor], Tensor]
+Peak = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def saturating_weight(log_weight: Float[Tensor, "*s"], limit: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
@@ -109,14 +111,12 @@ class _Node:
 
     Args:
         u: The place.
-        log_psi: ``log psi``.
         log_value: Logarithm of the quotient.
         rate: ``(psi'/psi)`` from below and above.
         share: ``w psi / (1 + w psi)``.
     """
 
     u: Tensor
-    log_psi: Tensor
     log_value: Tensor
     rate: tuple[Tensor, Tensor]
     share: Tensor
@@ -129,73 +129,99 @@ def _node(log_weight: Tensor, u: Tensor) -> _Node:
     low, high = _log_phi_slope(u)
     whole = _log_one_plus(log_weight + log_psi_u)
     return _Node(
-        u=u, log_psi=log_psi_u, log_value=log_weight + growth - whole, rate=(low + inverse, high + inverse),
+        u=u, log_value=log_weight + growth - whole, rate=(low + inverse, high + inverse),
         share=(log_weight + log_psi_u - whole).exp(),
     )  # fmt: skip
 
 
-def _enclosed_peak(log_weight: Tensor, limit: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-    """Ends a <= b in (0, limit] between which a quotient is largest over (0, limit].
+def _supremum(log_weight: Tensor, limit: Tensor, level: Level, value: Value, peak: Peak) -> Float[Tensor, "m"]:
+    """Logarithm of a quotient's supremum over (0, limit]: its value at the limit, or a bound of the peak before it.
 
     Args:
         log_weight: ``log w``.
         limit: The interval's end.
         level: Increasing in u, <= 0 exactly where the quotient rises; and roughly its slope.
+        value: Logarithm of the quotient.
+        peak: Its bound between two places.
     """
-    beyond = level(log_weight, limit)[0] <= 0.0  # it rises over the whole interval
-    a, b = torch.where(beyond, limit, SMALLEST_UNIT), limit
+    found = value(log_weight, limit)
+    past = (level(log_weight, limit)[0] > 0.0).nonzero().flatten()
+    if past.numel():
+        weight, end = log_weight[past], limit[past]
+        found[past] = peak(weight, *_enclosed_peak(weight, end, level))
+    return found
+
+
+def _enclosed_peak(log_weight: Tensor, limit: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """Places a <= b in (0, limit] between which the quotient is largest; it falls at the limit."""
+    a, b = torch.full_like(limit, SMALLEST_UNIT), limit
     root = torch.minimum(torch.nn.functional.softplus(-log_weight - LOG3), limit)  # near it for small and large w
     for side in (*NEWTON_STEPS * (0.0,), 1.0, -2.0):  # the last two lie on both sides of the root that was found
         u = torch.maximum(torch.minimum(root * (1.0 + side * BRACKET), b), a)
-        value, slope = level(log_weight, u)
-        rising = value <= 0.0
+        height, slope = level(log_weight, u)
+        rising = height <= 0.0
         a, b = torch.where(rising, torch.maximum(a, u), a), torch.where(rising, b, torch.minimum(b, u))
-        root = torch.maximum(torch.minimum(u - value / slope, b), a)
+        root = torch.maximum(torch.minimum(u - height / slope, b), a)
     return a, b
 
 
 def _curve_level(log_weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """``2 w psi/(u^2 (1 + w psi))`` rises while ``w psi < u kappa / 2`` (F1 of lemma 3)."""
-    kappa, bend = _log_phi_slope(u)[0], _log_phi_bend(u)
-    return log_weight + log_psi(u) - (0.5 * u * kappa).log(), kappa + 1.0 / u - bend / kappa
+    kappa = _log_phi_slope(u)[0]
+    return log_weight + log_psi(u) - (0.5 * u * kappa).log(), kappa + 1.0 / u - _log_phi_bend(u, kappa) / kappa
 
 
 def _ramp_level(log_weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """``w (psi/u)(1 - w u)/(1 + w psi)`` rises while ``w (psi^2 + u^2 psi') < u psi' - psi`` (F2 of lemma 3)."""
-    kappa, bend, log_psi_u = _log_phi_slope(u)[0], _log_phi_bend(u), log_psi(u)
-    rate = kappa + 2.0 / u
+    kappa, log_psi_u = _log_phi_slope(u)[0], log_psi(u)
+    rate, bend = kappa + 2.0 / u, _log_phi_bend(u, kappa)
     second = 2.0 * u.log() + rate.log() - log_psi_u  # log(u^2 psi' / psi^2)
     part, turn = torch.sigmoid(second), 2.0 / u - 1.0 / torch.expm1(-u) - rate
     slope = (1.0 - part) * rate + part * turn - (kappa + u * bend) / (1.0 + u * kappa)
     return log_weight + log_psi_u + _log_one_plus(second) - torch.log1p(u * kappa), slope.clamp_min(LEAST_SLOPE)
 
 
-def _log_phi_bend(u: Tensor) -> Tensor:
-    """About ``kappa'(u)``; only the slope of a Newton step."""
-    rate = _log_phi_slope(u)[0] + 2.0 / u
+def _log_phi_bend(u: Tensor, kappa: Tensor) -> Tensor:
+    """About ``kappa'(u)``; only for the slope of a Newton step."""
+    rate = kappa + 2.0 / u
     return (2.0 / u.square() - rate * (rate + 1.0 / torch.expm1(-u))).clamp(0.0, 0.06)
 
 
-def _saturating(log_weight: Float[Tensor, "m"], limit: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
-    a, b = (_node(log_weight, u) for u in _enclosed_peak(log_weight, limit, _curve_level))
+def _curve_value(log_weight: Tensor, u: Tensor) -> Tensor:
+    growth = log_phi(u)
+    return log_weight + growth - _log_one_plus(log_weight + growth + 2.0 * u.log() - LOG2)
+
+
+def _curve_peak(log_weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    a, b = _node(log_weight, left), _node(log_weight, right)
     steepest = b.rate[1] - 2.0 / b.u - b.rate[0] * a.share
     flattest = a.rate[0] - 2.0 / a.u - a.rate[1] * b.share
-    top = _tent(a.log_value, b.log_value, steepest, flattest, b.u - a.u)
+    return _tent(a.log_value, b.log_value, steepest, flattest, b.u - a.u)
+
+
+def _saturating(log_weight: Float[Tensor, "m"], limit: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
+    top = _supremum(log_weight, limit, _curve_level, _curve_value, _curve_peak)
     return outward(torch.maximum(top, log_weight).exp(), ENTRY)
 
 
-def _pair_slope(log_weight: Float[Tensor, "m"], limit: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
-    a, b = (_node(log_weight, u) for u in _enclosed_peak(log_weight, limit, _ramp_level))
-    weight = log_weight.exp()
+def _ramp_value(log_weight: Tensor, u: Tensor) -> Tensor:
+    return _curve_value(log_weight, u) + u.log() - LOG2 + nonzero((1.0 - log_weight.exp() * u).clamp_min(0.0)).log()
+
+
+def _ramp_peak(log_weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    a, b, weight = _node(log_weight, left), _node(log_weight, right), log_weight.exp()
     cuts = [(1.0 - weight * node.u).clamp_min(0.0) for node in (a, b)]
-    left, right = (n.log_value + n.u.log() - LOG2 + nonzero(c).log() for n, c in zip((a, b), cuts, strict=True))
+    low, high = (n.log_value + n.u.log() - LOG2 + nonzero(c).log() for n, c in zip((a, b), cuts, strict=True))
     tilts = [weight / nonzero(cut, SMALLEST_CUT) for cut in cuts]
     steepest = b.rate[1] - 2.0 / b.u + 1.0 / a.u - b.rate[0] * a.share - tilts[0]
     flattest = a.rate[0] - 2.0 / a.u + 1.0 / b.u - a.rate[1] * b.share - tilts[1]
-    tent = _tent(left, right, steepest, flattest, b.u - a.u)
+    tent = _tent(low, high, steepest, flattest, b.u - a.u)
     # Where the factor 1 - w u vanishes before b its slope is not bounded: the rise alone is.
-    top = torch.where(cuts[1] > SMALLEST_CUT, tent, left + steepest.clamp_min(0.0) * (b.u - a.u))
-    return outward(top.exp(), ENTRY)
+    return torch.where(cuts[1] > SMALLEST_CUT, tent, low + steepest.clamp_min(0.0) * (b.u - a.u))
+
+
+def _pair_slope(log_weight: Float[Tensor, "m"], limit: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
+    return outward(_supremum(log_weight, limit, _ramp_level, _ramp_value, _ramp_peak).exp(), ENTRY)
 
 
 def _tent(left: Tensor, right: Tensor, steepest: Tensor, flattest: Tensor, width: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from attnrobust.errors import InputError
+from attnrobust.numerics.projections import shortened
 from attnrobust.numerics.transport import Order, coupling_cost, wasserstein
 from attnrobust.threats.base import Threat, checked_tokens, selection, token_list
 from attnrobust.threats.moves import FrobeniusBall
@@ -248,12 +249,6 @@ def _order_name(order: Order) -> str:
 def _shorten(move: Tensor, mass: Tensor, epsilon: float) -> Tensor:
     """Nearest moves (mass-weighted l2) with ``sum mass |move| <= epsilon``: all lengths drop by one amount."""
     length: Tensor = torch.linalg.vector_norm(move, dim=-1)
-    order = length.argsort(descending=True)
-    weight, sorted_length = mass[order], length[order]
-    # With the atoms 1..k active the common drop is (sum mass length - epsilon) / sum mass; the largest k that keeps it
-    # below the k-th length is the right one.
-    drop = ((weight * sorted_length).cumsum(0) - epsilon) / weight.cumsum(0)
-    active = int((sorted_length > drop).sum().clamp_min(1))
-    shorter = (length - drop[active - 1].clamp_min(0.0)).clamp_min(0.0)
+    shorter = shortened(length, epsilon, mass)
     scaled: Tensor = move * (shorter / length.clamp_min(1e-300))[:, None]
     return scaled

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import UnknownNameError
+from attnrobust.numerics.projections import shortened
 from attnrobust.threats.base import Threat, checked_tokens, selection, token_list
 
 TokenNorm = Literal["l2", "linf", "l1"]
@@ -245,12 +246,5 @@ class AnyToken(MoveThreat):
 
 
 def _project_l1(delta: Tensor, eps: Tensor) -> Tensor:
-    """Euclidean projection of each row onto the l1 ball (sort-and-threshold, Duchi et al. 2008)."""
-    magnitude = delta.abs()
-    ordered = magnitude.sort(dim=-1, descending=True).values
-    count = torch.arange(1, delta.shape[-1] + 1, device=delta.device, dtype=delta.dtype)
-    level = (ordered.cumsum(dim=-1) - eps) / count
-    active = (ordered > level).sum(dim=-1, keepdim=True).clamp_min(1)
-    threshold = level.gather(-1, active - 1).clamp_min(0.0)
-    inside = magnitude.sum(dim=-1, keepdim=True) <= eps
-    return torch.where(inside, delta, delta.sign() * (magnitude - threshold).clamp_min(0.0))
+    """Euclidean projection of each row onto the l1 ball."""
+    return delta.sign() * shortened(delta.abs(), eps)

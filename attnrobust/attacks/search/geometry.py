@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.numerics.projections import shortened
+
 TINY = 1e-300
 
 
@@ -37,13 +39,7 @@ class SumBall:
         """All row lengths drop by one amount (projection of the lengths onto the l1 ball)."""
         length = _lengths(delta)
         budget = torch.as_tensor(epsilon, dtype=delta.dtype, device=delta.device)[..., None]
-        ordered = length.sort(dim=-1, descending=True).values
-        count = torch.arange(1, length.shape[-1] + 1, dtype=delta.dtype, device=delta.device)
-        level = (ordered.cumsum(dim=-1) - budget) / count
-        active = (ordered > level).sum(dim=-1, keepdim=True).clamp_min(1)
-        drop = level.expand_as(ordered).gather(-1, active - 1).clamp_min(0.0)
-        inside = length.sum(dim=-1, keepdim=True) <= budget
-        kept = torch.where(inside, length, (length - drop).clamp_min(0.0))
+        kept = shortened(length, budget)
         shorter: Tensor = delta * (kept / length.clamp_min(TINY))[..., None]
         return shorter
 

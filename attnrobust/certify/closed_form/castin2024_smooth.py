@@ -12,7 +12,7 @@ from attnrobust.certify.closed_form.claims import BALL_REGION, PAGE, Asked, Clai
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import Change, ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, spectral_norm, value_views
-from attnrobust.certify.shared.reach import Reach, Rows, attention_of, visible_tokens
+from attnrobust.certify.shared.reach import Reach, RowSums, attention_of, visible_tokens
 from attnrobust.errors import InputError
 from attnrobust.goals import Displacement
 from attnrobust.layers.attention import Attention
@@ -31,7 +31,7 @@ class _Layer:
 
     sizes: HeadSizes
     views: tuple[ValueView, ...]
-    rows: Rows
+    rows: RowSums
     n: int
     radius0: float
 
@@ -42,7 +42,7 @@ class _Layer:
         return cls(
             sizes=HeadSizes.of(layer, points, visible),
             views=value_views(layer, points, visible, problem.resolved),
-            rows=Rows(problem.resolved.weights, Reach.of(problem, visible)),
+            rows=RowSums(problem.resolved.weights, Reach.of(problem, visible)),
             n=problem.clean.n,
             radius0=float(torch.linalg.vector_norm(points, dim=-1).max()),
         )

@@ -6,7 +6,7 @@ from attnrobust.certify.closed_form.claims import SPACE_REGION, Claim, Quantity,
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
-from attnrobust.certify.shared.reach import Reach, Rows
+from attnrobust.certify.shared.reach import Reach, RowSums
 from attnrobust.errors import InputError
 from attnrobust.layers.variants.cosine import CosineAttention
 from attnrobust.numerics.rounding import FORMULA
@@ -35,7 +35,7 @@ class CosineLipschitz(CertificateMethod):
         assert isinstance(layer, CosineAttention)  # noqa: S101 - declared; narrows the type
         eye = torch.eye(layer.value_width, dtype=torch.float64, device=layer.device).expand(layer.heads, -1, -1)
         views = head_norms(layer, layer.nu * layer.eps**-0.5 * eye, problem.resolved)
-        rows = Rows(problem.resolved.weights, Reach.of(problem))
+        rows = RowSums(problem.resolved.weights, Reach.of(problem))
         each = torch.ones(problem.clean.n, dtype=torch.float64, device=layer.device)
         steady = (spectral_norm(layer.w_v) + layer.tau * spectral_norm(layer.w_k)) * rows.steady(each)
         heads = steady * rows.reach.token + layer.tau * spectral_norm(layer.w_q) * rows.moved(each)

@@ -10,7 +10,7 @@ from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.first_order import FirstOrder, first_order
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, value_views
-from attnrobust.certify.shared.reach import Reach, Rows, attention_of, visible_tokens
+from attnrobust.certify.shared.reach import Reach, RowSums, attention_of, visible_tokens
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.jacobian import AttentionJacobian, value_map
 from attnrobust.problem import Problem
@@ -24,7 +24,7 @@ class _Local:
 
     sizes: HeadSizes
     views: tuple[ValueView, ...]
-    rows: Rows
+    rows: RowSums
     values: FirstOrder
 
     def change(self, size: float) -> Float[Tensor, "c"]:
@@ -83,7 +83,7 @@ class HavensLocal(CertificateMethod):
         local = _Local(
             sizes=HeadSizes.of(layer, points, visible),
             views=value_views(layer, points, visible, problem.resolved),
-            rows=Rows(problem.resolved.weights, Reach.of(problem, visible)),
+            rows=RowSums(problem.resolved.weights, Reach.of(problem, visible)),
             values=values,
         )
         return ChangeBound(problem, local.change, failure_probability=values.failure_probability)

@@ -21,7 +21,7 @@ from attnrobust.certify.closed_form.claims import (
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadNorms, diameter, head_norms, spectral_norm
-from attnrobust.certify.shared.reach import Reach, Rows
+from attnrobust.certify.shared.reach import Reach, RowSums
 from attnrobust.errors import InputError
 from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.numerics.rounding import FORMULA
@@ -49,7 +49,7 @@ class _Global:
     inner: Float[Tensor, "h"]  # Lipschitz constant of x -> y = sqrt(scale) x w_q
     diameters: Float[Tensor, "h"]  # of the clean y
     views: tuple[HeadNorms, ...]
-    rows: Rows
+    rows: RowSums
     limit: float
 
     def change(self, size: float) -> Float[Tensor, "c"]:
@@ -84,7 +84,7 @@ class KimL2(CertificateMethod):
             inner=root * spectral_norm(layer.w_q),
             diameters=diameter(points),
             views=head_norms(layer, root * layer.w_q.transpose(-1, -2) @ layer.w_v, problem.resolved),
-            rows=Rows(problem.resolved.weights, Reach.of(problem)),
+            rows=RowSums(problem.resolved.weights, Reach.of(problem)),
             limit=spread_bound(1.0 / float(problem.clean.mass.min()) - 1.0),
         )
         return ChangeBound(problem, bound.change)

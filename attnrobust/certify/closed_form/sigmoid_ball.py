@@ -14,7 +14,7 @@ from attnrobust.certify.closed_form.claims import (
 from attnrobust.certify.method import HEAD_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import head_norms, spectral_norm
-from attnrobust.certify.shared.reach import Reach, Rows
+from attnrobust.certify.shared.reach import Reach, RowSums
 from attnrobust.errors import InputError
 from attnrobust.layers.variants.sigmoid import SigmoidAttention
 from attnrobust.numerics.rounding import FORMULA
@@ -40,7 +40,7 @@ class SigmoidBall(CertificateMethod):
         layer = problem.network
         assert isinstance(layer, SigmoidAttention)  # noqa: S101 - declared; narrows the type
         views = head_norms(layer, layer.w_v, problem.resolved)
-        rows = Rows(problem.resolved.weights, Reach.of(problem))
+        rows = RowSums(problem.resolved.weights, Reach.of(problem))
         reach, clean = rows.reach, problem.clean
         each = torch.ones(clean.n, dtype=torch.float64, device=layer.device)
         movers = clean.mass * reach.movable

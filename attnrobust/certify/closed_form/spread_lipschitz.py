@@ -9,7 +9,7 @@ from torch import Tensor
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, value_views
-from attnrobust.certify.shared.reach import Reach, Rows, attention_of, visible_tokens
+from attnrobust.certify.shared.reach import Reach, RowSums, attention_of, visible_tokens
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 
@@ -20,7 +20,7 @@ class Spread:
 
     sizes: HeadSizes
     views: tuple[ValueView, ...]
-    rows: Rows
+    rows: RowSums
 
     @classmethod
     def of(cls, problem: Problem) -> "Spread":
@@ -30,7 +30,7 @@ class Spread:
         return cls(
             sizes=HeadSizes.of(layer, points, visible),
             views=value_views(layer, points, visible, problem.resolved),
-            rows=Rows(problem.resolved.weights, Reach.of(problem, visible)),
+            rows=RowSums(problem.resolved.weights, Reach.of(problem, visible)),
         )
 
     def key_gradient(self, size: float) -> Float[Tensor, "h n"]:

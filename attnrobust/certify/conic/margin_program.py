@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 from attnrobust.certify.conic.basis import Bases, bases_of
-from attnrobust.certify.conic.program import Affine, Box, Cone, ConicProgram, Moments, Moves, Rows
+from attnrobust.certify.conic.program import Affine, Box, Cone, ConeRows, ConicProgram, MomentMatrix, Moves
 from attnrobust.certify.conic.ranges import row_ranges
 from attnrobust.certify.conic.relaxation import Block
-from attnrobust.certify.conic.row import Reach, Row
+from attnrobust.certify.conic.row import MoveSet, Row
 from attnrobust.numerics.rounding import ENTRY, outward
 
 Array = Float[np.ndarray, "..."]
@@ -20,7 +20,7 @@ Index = Int[np.ndarray, "..."]
 ONE = outward(1.0, ENTRY)  # scaled quantities are at most 1
 
 
-def first_order(rows: tuple[Row, ...]) -> Float[np.ndarray, "m d"]:
+def drop_gradient(rows: tuple[Row, ...]) -> Float[np.ndarray, "m d"]:
     """Gradient of the drop at the clean input, per moving token."""
     out = np.zeros((rows[0].moving, len(rows[0].beta)))
     for row in rows:
@@ -42,7 +42,7 @@ class Assembly:
     blocks: tuple[tuple[Block, Index], ...]
 
 
-def margin_program(rows: tuple[Row, ...], reach: Reach, *, budget: float, bases: Bases) -> Assembly:
+def margin_program(rows: tuple[Row, ...], reach: MoveSet, *, budget: float, bases: Bases) -> Assembly:
     """``minimise -drop / budget`` over a convex set that holds every move of the threat.
 
     Args:
@@ -52,7 +52,7 @@ def margin_program(rows: tuple[Row, ...], reach: Reach, *, budget: float, bases:
         bases: Which directions of the tokens each row keeps (more: tighter, larger).
     """
     m, d = rows[0].moving, len(rows[0].beta)
-    gradient = first_order(rows)
+    gradient = drop_gradient(rows)
     start = m * d + m
     placed: list[tuple[Block, Index]] = []
     linear = np.zeros((m, d))
@@ -82,32 +82,32 @@ def margin_program(rows: tuple[Row, ...], reach: Reach, *, budget: float, bases:
     return Assembly(program, tuple(placed))
 
 
-def moves_of(index: Int[np.ndarray, "m d"], reach: Reach) -> Moves:
+def moves_of(index: Int[np.ndarray, "m d"], reach: MoveSet) -> Moves:
     """The set of moves in units of ``reach.token``."""
     if reach.norm is None:
         return Moves(index, "frobenius", ONE)
     return Moves(index, reach.norm, outward(reach.epsilon / reach.token, ENTRY))
 
 
-def _shared(m: int, d: int, reach: Reach, width: int) -> Iterator[Rows]:
+def _shared(m: int, d: int, reach: MoveSet, width: int) -> Iterator[ConeRows]:
     """Energies ``|delta_l|^2 / rho^2``: each at most 1, together at most ``(r_F / rho)^2``."""
     place = np.arange(m * d, m * d + m)
     each = sparse.csr_array((-np.ones(m), (np.arange(m), place)), shape=(m, width))
-    yield Rows(Cone.NONNEGATIVE, each, np.full(m, ONE), "energy of a token")
+    yield ConeRows(Cone.NONNEGATIVE, each, np.full(m, ONE), "energy of a token")
     total = sparse.csr_array((-np.ones(m), (np.zeros(m, dtype=np.int64), place)), shape=(1, width))
     bound = outward(min((reach.frobenius / reach.token) ** 2, float(m)), ENTRY)
-    yield Rows(Cone.NONNEGATIVE, total, np.array([bound]), "energy of all tokens")
+    yield ConeRows(Cone.NONNEGATIVE, total, np.array([bound]), "energy of all tokens")
 
 
-def _groups(block: Block, columns: Index, width: int) -> Iterator[Rows]:
+def _groups(block: Block, columns: Index, width: int) -> Iterator[ConeRows]:
     """Facts of one block over the global columns, one group per cone and name."""
     for name, cone, value in block.facts():
         even = _evened(cone, value)
-        yield Rows(cone, _widened(even, columns, width), even.const, name)
+        yield ConeRows(cone, _widened(even, columns, width), even.const, name)
 
 
 def _evened(cone: Cone, value: Affine) -> Affine:
-    """Rows over their largest coefficient, three at a time for cones of three: the same facts, easier to solve."""
+    """ConeRows over their largest coefficient, three at a time for cones of three: the same facts, easier to solve."""
     largest = np.maximum(np.abs(value.coef).max(axis=1, initial=0.0), np.abs(value.const))
     if cone in (Cone.SECOND_ORDER, Cone.EXPONENTIAL):
         largest = np.repeat(largest.reshape(-1, 3).max(axis=1), 3)
@@ -119,10 +119,10 @@ def _widened(value: Affine, columns: Index, width: int) -> sparse.csr_array:
     return sparse.csr_array((value.coef[row, local], (row, columns[local])), shape=(len(value.const), width))
 
 
-def _moments(block: Block, columns: Index, reach: Reach) -> Moments:
+def _moments(block: Block, columns: Index, reach: MoveSet) -> MomentMatrix:
     """Largest trace: 1 + |y|^2 + |eta|^2 + p^2 with the last two at most 1."""
     energy = min((reach.frobenius / reach.token) ** 2, float(len(block.places)))
-    return Moments(columns[block.columns["moments"]], block.size, outward(2.0 + energy + block.bends, ENTRY))
+    return MomentMatrix(columns[block.columns["moments"]], block.size, outward(2.0 + energy + block.bends, ENTRY))
 
 
 def _boxes(block: Block, columns: Index) -> Iterator[Box]:

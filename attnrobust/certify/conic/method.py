@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from attnrobust.certify.conic.basis import Bases
-from attnrobust.certify.conic.margin_program import first_order, margin_program, moves_of
+from attnrobust.certify.conic.margin_program import drop_gradient, margin_program, moves_of
 from attnrobust.certify.conic.program import repaired_bound
-from attnrobust.certify.conic.row import Reach, Row, reach_of, rows_of
+from attnrobust.certify.conic.row import MoveSet, Row, move_set, rows_of
 from attnrobust.certify.conic.size import Size, size_of
 from attnrobust.certify.conic.solver import solve
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
@@ -90,13 +90,13 @@ class _Part:
     rows: tuple[Row, ...]
     budget: float
 
-    def slope(self, reach: Reach) -> float:
+    def slope(self, reach: MoveSet) -> float:
         """First-order drop over the budget."""
         m, d = self.rows[0].moving, len(self.rows[0].beta)
         moves = moves_of(np.arange(m * d).reshape(m, d), reach)
-        return moves.support(first_order(self.rows)) * reach.token / self.budget
+        return moves.support(drop_gradient(self.rows)) * reach.token / self.budget
 
-    def usage(self, reach: Reach, *, bases: Bases) -> float:
+    def usage(self, reach: MoveSet, *, bases: Bases) -> float:
         """Upper bound of ``drop / budget`` over the set; infinite where the solver gave up."""
         program = margin_program(self.rows, reach, budget=self.budget, bases=bases).program
         if not program.moments:  # no weight can change: the drop is linear and its bound needs no multipliers
@@ -115,12 +115,12 @@ class _Bound(PreparedBound):
     def usage(self, radius: float) -> Upper:
         worst = 0.0
         for part in self.parts:
-            reach = reach_of(part.threat, self.n, self.width, radius)
+            reach = move_set(part.threat, self.n, self.width, radius)
             used = Upper(part.usage(reach, bases=self.bases))  # refuses NaN, which max() would swallow
             worst = max(worst, used.value)
         return Upper(worst)
 
     @property
     def first_guess(self) -> float | None:
-        slope = max(part.slope(reach_of(part.threat, self.n, self.width, 1.0)) for part in self.parts)
+        slope = max(part.slope(move_set(part.threat, self.n, self.width, 1.0)) for part in self.parts)
         return GUESS / slope if slope > 0.0 else None

@@ -82,7 +82,7 @@ class Affine:
 
 
 def interleaved(*parts: Affine) -> Affine:
-    """Rows (parts_0[0], parts_1[0], parts_2[0], parts_0[1], ...): the layout of three-dimensional cones."""
+    """ConeRows (parts_0[0], parts_1[0], parts_2[0], parts_0[1], ...): the layout of three-dimensional cones."""
     size = parts[0].coef.shape[1]
     return Affine(
         np.stack([p.coef for p in parts], axis=1).reshape(-1, size), np.stack([p.const for p in parts], axis=1).ravel()
@@ -95,7 +95,7 @@ def stacked(parts: Sequence[Affine]) -> Affine:
 
 
 def product_at_least_square(first: Affine, second: Affine, root: Affine) -> Affine:
-    """Rows of second-order cones for ``first * second >= root^2``, first + second >= 0."""
+    """ConeRows of second-order cones for ``first * second >= root^2``, first + second >= 0."""
     return interleaved(first + second, root * 2.0, first - second)
 
 
@@ -112,7 +112,7 @@ class Box:
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class MomentMatrix:
     """Variables that are the entries (a <= b) of a positive semidefinite matrix with bounded trace."""
 
     index: Index
@@ -150,7 +150,7 @@ class Moves:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class ConeRows:
     """Constraints ``coef @ x + const in K``.
 
     Args:
@@ -182,9 +182,9 @@ class ConicProgram:
 
     cost: Float[np.ndarray, "N"]
     offset: float
-    rows: tuple[Rows, ...]
+    rows: tuple[ConeRows, ...]
     boxes: tuple[Box, ...]
-    moments: tuple[Moments, ...]
+    moments: tuple[MomentMatrix, ...]
     moves: Moves
     reach: Float[np.ndarray, "N"] = field(repr=False)
 
@@ -195,7 +195,7 @@ class ConicProgram:
 
     @property
     def cones(self) -> int:
-        """Rows with a multiplier, and moment matrices."""
+        """ConeRows with a multiplier, and moment matrices."""
         return sum(len(r.const) for r in self.rows) + len(self.moments)
 
 
@@ -241,7 +241,7 @@ def _box_minimum(box: Box, gradient: Array) -> float:
     return float(np.minimum(gradient * box.lower, gradient * box.upper).sum())
 
 
-def _moment_minimum(block: Moments, gradient: Array) -> float:
+def _moment_minimum(block: MomentMatrix, gradient: Array) -> float:
     """``min <G, Omega>`` over positive semidefinite Omega with bounded trace."""
     matrix = block.matrix(gradient)
     error = ENTRY * float(np.linalg.norm(matrix))  # a symmetric eigenvalue moves by no more than the error matrix

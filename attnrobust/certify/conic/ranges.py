@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.conic.row import Reach, Row
+from attnrobust.certify.conic.row import MoveSet, Row
 from attnrobust.certify.shared.constants import (
     DUAL_ORDER,
     LogitNorms,
-    MoveBudget,
     equal_sign_slope,
     kept_curvature,
     logit_range,
@@ -60,10 +59,10 @@ class Ranges:
     slope_same: Array
 
 
-def row_ranges(row: Row, reach: Reach) -> Ranges:
+def row_ranges(row: Row, reach: MoveSet) -> Ranges:
     """Evaluate all constants of a row; proofs in docs/conic-certificate.md."""
     spreads = np.array([_spread(row, reach, c) for c in (row.weight, *np.eye(row.keys))])
-    limit = logit_range(_logit_norms(row, reach), _budget(reach)).clamp_min(SMALLEST_RANGE)
+    limit = logit_range(_logit_norms(row, reach), reach).clamp_min(SMALLEST_RANGE)
     log_weight, weight = torch.from_numpy(row.log_weight), torch.from_numpy(row.weight)
     saturating = saturating_weight(log_weight, limit)
 
@@ -86,11 +85,7 @@ def row_ranges(row: Row, reach: Reach) -> Ranges:
 # ---- logits and weights --------------------------------------------------------------------------------------------
 
 
-def _budget(reach: Reach) -> MoveBudget:
-    return MoveBudget(frobenius=reach.frobenius, token=reach.token, epsilon=reach.epsilon)
-
-
-def _logit_norms(row: Row, reach: Reach) -> LogitNorms:
+def _logit_norms(row: Row, reach: MoveSet) -> LogitNorms:
     """Norms of the blocks of every l_j and of its bilinear part."""
     own, other = row.direction_norms(2.0)
     scale = row.bilinear_norm * row.query_moves
@@ -119,7 +114,7 @@ def _others(logs: Array) -> Array:
 # ---- quadratic bounds ----------------------------------------------------------------------------------------------
 
 
-def _spread(row: Row, reach: Reach, c: Array) -> float:
+def _spread(row: Row, reach: MoveSet, c: Array) -> float:
     """s_c >= ``sum_j c_j |sum_l C_jl delta_l|^2``: q_j is at most ``|delta_i A|`` times that length."""
     weighted = np.sqrt(c)[:, None] * row.mixing
     by_norm = float(np.linalg.norm(weighted, 2)) ** 2 * reach.frobenius**2
@@ -127,7 +122,7 @@ def _spread(row: Row, reach: Reach, c: Array) -> float:
     return outward(min(by_norm, by_token), FORMULA)
 
 
-def _quadratic(row: Row, reach: Reach, c: Array) -> float:
+def _quadratic(row: Row, reach: MoveSet, c: Array) -> float:
     """Bound of ``sum_j c_j u_j^2``: ``(sum c x^2)^(1/2) + (sum c q^2)^(1/2)``, squared."""
     if not np.isfinite(c).all():
         return math.inf

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from attnrobust.certify.conic.basis import away_from, norm_upper
 from attnrobust.certify.conic.program import Affine, Cone, interleaved, product_at_least_square, stacked
 from attnrobust.certify.conic.ranges import Ranges
-from attnrobust.certify.conic.row import Reach, Row
+from attnrobust.certify.conic.row import MoveSet, Row
 from attnrobust.numerics.rounding import ENTRY, SMALLEST, outward
 
 Array = Float[np.ndarray, "..."]
@@ -39,7 +39,7 @@ class Block:
     """
 
     row: Row
-    reach: Reach
+    reach: MoveSet
     ranges: Ranges
     bases: tuple[Float[np.ndarray, "d _"] | None, ...]
 
@@ -93,7 +93,7 @@ class Block:
         """Number of local columns."""
         return int(self.columns["length"].stop)
 
-    def take(self, name: str) -> Affine:
+    def variables(self, name: str) -> Affine:
         """The variables of that name."""
         chosen = self.columns[name]
         coef = np.zeros((chosen.stop - chosen.start, self.width))
@@ -128,7 +128,7 @@ class Block:
 
     def energy(self, token: int) -> Affine:
         """Energy of the token."""
-        return self.take("energy")[[token]]
+        return self.variables("energy")[[token]]
 
     # ---- quantities as vectors over xi -----------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class Block:
 
     def drop(self) -> Affine:
         """The row's share of the drop: ``pi (sum_j P_j v_j - sum_j P_j t_j)``."""
-        return (self.take("weight").total(self.row.drop) + self.take("values") * self.unit) * self.row.share
+        return (self.variables("weight").total(self.row.drop) + self.variables("values") * self.unit) * self.row.share
 
     def _moments(self) -> Iterator[Fact]:
         """Omega_00 = 1, first moments of y are the move, energies inside the bases are at most the tokens' energies."""
@@ -217,7 +217,7 @@ class Block:
         for token, place in self.places.items():
             basis = self.bases[token]
             assert basis is not None  # noqa: S101 - places holds seen tokens only; narrows the type
-            move = self.take("move")[token * d : (token + 1) * d].mapped(basis.T)
+            move = self.variables("move")[token * d : (token + 1) * d].mapped(basis.T)
             yield "moment of the move", Cone.ZERO, self.first(np.eye(self.size)[place]) - move
             yield "energy in the basis", Cone.NONNEGATIVE, self.energy(token) - self.trace(token)
         u, t = self.logit_vectors, self.value_vectors
@@ -245,11 +245,11 @@ class Block:
             outside_key[j] = norm_upper(own.T @ row.bilinear @ away_from(basis)) / scale
             kept, left = self.trace(query), self.energy(token) - self.trace(token)
             lost = self.energy(query) - kept
-            tails.append(product_at_least_square(lost, self.energy(token), self.take("tail-query")[[j]]))
-            tails.append(product_at_least_square(kept, left, self.take("tail-key")[[j]]))
+            tails.append(product_at_least_square(lost, self.energy(token), self.variables("tail-query")[[j]]))
+            tails.append(product_at_least_square(kept, left, self.variables("tail-key")[[j]]))
         yield "tails of the bilinear part", Cone.SECOND_ORDER, stacked(tails)
-        rest = self.take("rest")
-        bound = self.take("tail-query") * outside_query + self.take("tail-key") * outside_key
+        rest = self.variables("rest")
+        bound = self.variables("tail-query") * outside_query + self.variables("tail-key") * outside_key
         yield "rest of b", Cone.NONNEGATIVE, bound - rest
         yield "rest of -b", Cone.NONNEGATIVE, bound + rest
         bent = (self.entries(inside) + rest).mapped(row.centring[self.free_keys])
@@ -260,7 +260,7 @@ class Block:
 
     def _bilinear_energy(self, away: Array, own: Array) -> Iterator[Fact]:
         """``sum_j c_j q_j^2 <= s_c |delta_i A|^2`` and the length ``|delta_i A|^2`` from the query's moments."""
-        row, query, length = self.row, self.row.query, self.take("length")
+        row, query, length = self.row, self.row.query, self.variables("length")
         gram = row.bilinear @ row.bilinear.T / row.bilinear_norm**2
         inside = np.zeros((1, self.size, self.size))
         inside[0, self.places[query], self.places[query]] = own.T @ gram @ own
@@ -301,7 +301,11 @@ class Block:
     def _softmax(self) -> Iterator[Fact]:
         """``P_j = w_j e^(u_j - kappa)``, kappa = log E e^u = -log(1 - p): exponentials from below, chords above."""
         ranges, row = self.ranges, self.row
-        weight, mass, p = self.take("weight"), self.take("log-mass"), self.first(self.remainder_vector()) * ranges.share
+        weight, mass, p = (
+            self.variables("weight"),
+            self.variables("log-mass"),
+            self.first(self.remainder_vector()) * ranges.share,
+        )
         logs = self.first(self.logit_vectors) * ranges.logit - mass.repeated(self.keys) + row.log_weight
         one = Affine(np.zeros_like(weight.coef), np.ones(self.keys))
         yield "weights sum to 1", Cone.ZERO, weight.total() - 1.0
@@ -331,7 +335,7 @@ class Block:
     def _values(self) -> Iterator[Fact]:
         """``S = -sum_j P_j t_j``: by its expansion to third order, and by McCormick planes of every product."""
         ranges, u, t = self.ranges, self.logit_vectors, self.value_vectors
-        both, cross = self.moment(u, t), self.take("cross")
+        both, cross = self.moment(u, t), self.variables("cross")
         size = ranges.logit * ranges.value / self.unit
         squares = product_at_least_square(self.moment(u, u), self.moment(t, t), cross)
         yield "size of u t", Cone.SECOND_ORDER, squares
@@ -343,9 +347,9 @@ class Block:
         expansion = (pairs - self.first(t)).total(weight * tau)
         expansion = expansion + both.total(size * (0.5 * (same - opposite) - weight))
         expansion = expansion + cross.total(size * 0.5 * (same + opposite))
-        values, pair = self.take("values"), self.take("pair")
+        values, pair = self.variables("values"), self.variables("pair")
         yield "values by expansion", Cone.NONNEGATIVE, expansion - values
         yield "values by products", Cone.NONNEGATIVE, -pair.total(tau) - values
         low, high, first = np.exp(ranges.log_low), np.exp(ranges.log_high), self.first(t)
-        yield "product, plane 1", Cone.NONNEGATIVE, pair - (first * low - self.take("weight") + low)
-        yield "product, plane 2", Cone.NONNEGATIVE, pair - (first * high + self.take("weight") - high)
+        yield "product, plane 1", Cone.NONNEGATIVE, pair - (first * low - self.variables("weight") + low)
+        yield "product, plane 2", Cone.NONNEGATIVE, pair - (first * high + self.variables("weight") - high)

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnrobust.certify.shared.constants import DUAL_ORDER
+from attnrobust.certify.shared.constants import DUAL_ORDER, MoveBudget
+from attnrobust.certify.shared.softmax_rows import SoftmaxRows
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.rounding import ENTRY, NONE, UNIT, outward
 from attnrobust.problem import Problem
@@ -19,27 +20,21 @@ Array = Float[np.ndarray, "..."]
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How far tokens move in one perturbation set.
+class MoveSet(MoveBudget):
+    """How far tokens move in one perturbation set, and in which norm.
 
     Args:
-        epsilon: The threat's own size.
-        frobenius: Bound of ``||D||_F``.
-        token: Bound of every ``|delta_j|_2``.
         norm: Token norm of a per-token threat; None for a shared Frobenius budget.
     """
 
-    epsilon: float
-    frobenius: float
-    token: float
     norm: TokenNorm | None
 
 
-def reach_of(threat: FrobeniusBall | PerTokenBall, n: int, d: int, radius: float) -> Reach:
+def move_set(threat: FrobeniusBall | PerTokenBall, n: int, d: int, radius: float) -> MoveSet:
     """Enclosing norms of a threat's set of size ``radius``."""
     norm = threat.norm if isinstance(threat, PerTokenBall) else None
     share = UNIT if norm is not None else NONE  # the factors are square roots of integers
-    return Reach(
+    return MoveSet(
         epsilon=radius,
         frobenius=outward(radius * threat.frobenius_factor(n, d), share),
         token=outward(radius * threat.token_factor(n, d), share),
@@ -153,7 +148,7 @@ class Row:
         symmetric = float(np.abs(np.linalg.eigvalsh(0.5 * (self.bilinear + self.bilinear.T))).max())
         return symmetric + ENTRY * self.bilinear_norm
 
-    def value_range(self, reach: Reach) -> Float[np.ndarray, "keys"]:
+    def value_range(self, reach: MoveSet) -> Float[np.ndarray, "keys"]:
         """Bound of ``|gamma . delta_j|``; 0 where key j does not move."""
         order = 2.0 if reach.norm is None else DUAL_ORDER[reach.norm]
         return float(np.linalg.norm(self.value, ord=order)) * reach.epsilon * self.key_moves
@@ -172,12 +167,10 @@ def rows_of(
     """
     layer, x = problem.network, problem.clean.points
     assert isinstance(layer, Attention)  # noqa: S101 - the method refuses other networks; narrows the type
-    log_weight = torch.log_softmax(layer.scores(x, problem.mass), dim=-1)
-    queries, keys = layer.factor * layer.queries(x), layer.factor * layer.keys(x)
-    beta = _numpy(torch.einsum("hnk,hdk->hnd", queries, layer.w_k))
-    alpha = _numpy(torch.einsum("hnk,hdk->hnd", keys, layer.w_q))
+    clean = SoftmaxRows(layer, x, problem.mass)
+    beta, alpha = _numpy(clean.beta), _numpy(clean.alpha)
     gamma = layer.value_output @ functional
-    values, logs, bilinear = _numpy(gamma @ x.T), _numpy(log_weight), _numpy(layer.bilinear)
+    values, logs, bilinear = _numpy(gamma @ x.T), _numpy(clean.log_weight), _numpy(layer.bilinear)
     number = np.where(_numpy(movable) > 0, np.cumsum(_numpy(movable)) - 1, -1).astype(np.int64)
     for h in range(layer.heads):
         for i in np.flatnonzero(_numpy(weights)):

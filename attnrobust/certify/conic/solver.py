@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import sparse
 
-from attnrobust.certify.conic.program import Cone, ConicProgram, Moments, Rows
+from attnrobust.certify.conic.program import Cone, ConeRows, ConicProgram, MomentMatrix
 
 Array = Float[np.ndarray, "..."]
 
@@ -89,7 +89,7 @@ class _Stack:
         return dict(zip(self.numbers, parts, strict=True))
 
 
-def _stack(rows: Sequence[Rows], cone: Cone) -> _Stack:
+def _stack(rows: Sequence[ConeRows], cone: Cone) -> _Stack:
     chosen = [(number, group) for number, group in enumerate(rows) if group.cone is cone]
     return _Stack(
         cone=cone, numbers=tuple(number for number, _ in chosen), sizes=tuple(len(g.const) for _, g in chosen),
@@ -122,7 +122,7 @@ def _multiplier(cone: Cone, value: Any) -> Array:
     return np.stack([np.asarray(part, dtype=np.float64).reshape(-1) for part in value], axis=1).ravel()
 
 
-def _matrix(cp: Any, block: Moments, x: Any) -> Any:
+def _matrix(cp: Any, block: MomentMatrix, x: Any) -> Any:
     """The full symmetric matrix from its entries a <= b."""
     upper = np.triu_indices(block.size)
     number = np.zeros((block.size, block.size), dtype=np.int64)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from attnrobust.certify.displacement.base import CleanRows
+from attnrobust.certify.displacement.base import ValueRows
 from attnrobust.certify.displacement.bound import DisplacementBound
 from attnrobust.certify.method import PreparedBound
 from attnrobust.certify.radius import largest_radius
@@ -41,7 +41,7 @@ class AnyTokenBound(PreparedBound):
         if not isinstance(threat, AnyToken):
             raise TypeError(f"the threat is {threat.key}, not any-token")
         self._tokens: list[FrobeniusBall] = list(threat.branches(clean.n))
-        self._clean: CleanRows | None = None
+        self._clean: ValueRows | None = None
         self._bounds: dict[int, DisplacementBound] = {}
         self._created = 0
 
@@ -56,7 +56,7 @@ class AnyTokenBound(PreparedBound):
         for index in self._by_first_order():
             if radius < math.inf and self._usage(index, radius) <= 1.0:
                 continue
-            guess = self._bound(index).first_guess if radius == math.inf else 0.9 * radius
+            guess = self.bound_of(index).first_guess if radius == math.inf else 0.9 * radius
             usage = partial(self._usage, index)
             found, _ = largest_radius(usage, first_guess=guess, relative_tolerance=self.tolerance)
             radius = min(radius, found)
@@ -72,24 +72,24 @@ class AnyTokenBound(PreparedBound):
         known = self._passed.get(index)
         if known is not None and radius <= known[0]:
             return known[1]
-        value = self._bound(index).usage(radius).value
+        value = self.bound_of(index).usage(radius).value
         if value <= 1.0:
             self._passed[index] = (radius, value)
         return value
 
     def _by_first_order(self) -> list[int]:
         """Tokens, the one with the largest first order first."""
-        guesses = [self._bound(index).first_guess or 0.0 for index in range(len(self._tokens))]
+        guesses = [self.bound_of(index).first_guess or 0.0 for index in range(len(self._tokens))]
         return sorted(range(len(guesses)), key=guesses.__getitem__)
 
-    def _bound(self, index: int) -> DisplacementBound:
+    def bound_of(self, index: int) -> DisplacementBound:
         if index not in self._bounds:
             if len(self._bounds) * self.problem.clean.n**2 >= KEPT_NUMBERS:
                 self._random = self.failure_probability
                 self._bounds.clear()
             self._created += 1  # a bound that is built again must not use its first start vectors again
             one = replace(self.problem, threat=self._tokens[index])
-            bound = DisplacementBound(one, self.seed + SEEDS_APART * self._created, like=self._clean)
-            self._clean = self._clean or bound.rows
+            bound = DisplacementBound(one, self.seed + SEEDS_APART * self._created, clean=self._clean)
+            self._clean = bound.rows.clean
             self._bounds[index] = bound
         return self._bounds[index]

@@ -12,78 +12,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnrobust.certify.shared.head_sizes import without_common_part
-from attnrobust.layers.attention import Attention
+from attnrobust.certify.shared.softmax_rows import SoftmaxRows, own_share
 from attnrobust.numerics.rounding import CANCELLATION, outward
+from attnrobust.numerics.triangle import triangle
 
-SHARED = (
-    "log_w", "w", "_split_output", "w_v", "values", "averages", "keys", "slopes", "slope_norms", "spread",
-    "query_factor", "centred_keys", "cross", "value_norms", "bilinear_factors", "bilinear_norms",
-)  # fmt: skip
 GRAM_LIMIT = 128  # up to this n the (h, n, n, n) arrays are built: 12 heads at 128 tokens are 200 MB
 
 
 @dataclass(frozen=True, eq=False)
-class CleanRows:
-    """Softmax rows of one layer at one clean input, with values moved behind the output projection.
+class ValueRows(SoftmaxRows):
+    """Softmax rows with values moved behind the output projection; what depends on no movable tokens.
 
     With ``w_o^h = L_h U_h`` (orthonormal rows U_h) the values are ``v L_h`` and a stack z of head vectors changes the
     output by at most ``mixing * ||z||``, ``mixing = ||[U_1; ...; U_H]||_2`` (1 without output projection).
-
-    Args:
-        layer: The layer.
-        points: Clean tokens.
-        mass: Masses or None.
-        row_weights: Pooling weights or None (every row counts).
-        movable: Tokens that move.
     """
-
-    layer: Attention
-    points: Float[Tensor, "n d"]
-    mass: Float[Tensor, "n"] | None
-    row_weights: Float[Tensor, "n"] | None
-    movable: Bool[Tensor, "n"]
-
-    def taking_over(self, other: "CleanRows") -> "CleanRows":
-        """These rows with what ``other`` has computed and does not depend on which tokens move.
-
-        Raises:
-            ValueError: The other rows belong to another layer or input.
-        """
-        if self.layer is not other.layer or self.points is not other.points or self.mass is not other.mass:
-            raise ValueError("the rows to take over from belong to another layer or input")
-        self.__dict__.update({name: other.__dict__[name] for name in SHARED if name in other.__dict__})
-        return self
-
-    @cached_property
-    def single(self) -> int | None:
-        """The only token that moves, or None where there are several."""
-        moving = self.movable.nonzero().flatten().tolist()
-        return moving[0] if len(moving) == 1 else None
-
-    @property
-    def n(self) -> int:
-        """Number of tokens."""
-        return int(self.points.shape[0])
-
-    @cached_property
-    def moves(self) -> Float[Tensor, "n"]:
-        """1 for tokens that move, else 0."""
-        return self.movable.to(self.points)
-
-    @cached_property
-    def log_w(self) -> Float[Tensor, "h n n"]:
-        """Log of the attention weights (-inf where masked)."""
-        return torch.log_softmax(self.layer.scores(self.points, self.mass), dim=-1)
-
-    @cached_property
-    def w(self) -> Float[Tensor, "h n n"]:
-        """Attention weights."""
-        return self.log_w.exp()
 
     @cached_property
     def _split_output(self) -> tuple[Tensor, float]:
         if self.layer.w_o is None:
-            eye = torch.eye(self.layer.value_width, dtype=self.w.dtype, device=self.w.device)
+            eye = torch.eye(self.layer.value_width, dtype=self.weight.dtype, device=self.weight.device)
             return eye.expand(self.layer.heads, -1, -1), 1.0
         basis, triangle = torch.linalg.qr(self.layer.w_o.transpose(-1, -2))  # w_o = triangle^T basis^T
         stacked = basis.transpose(-1, -2).flatten(0, 1)
@@ -100,12 +47,6 @@ class CleanRows:
         return self.layer.w_v @ self.inner
 
     @property
-    def separate(self) -> bool:
-        """Whether the counted output is a stack of head vectors, so that shrinking one of them shrinks its norm."""
-        one_row = self.row_weights is None or int((self.row_weights != 0).sum()) == 1
-        return self.layer.w_o is None and one_row
-
-    @property
     def mixing(self) -> float:
         """Norm of the map from stacked head vectors to the output."""
         return self._split_output[1]
@@ -118,23 +59,7 @@ class CleanRows:
     @cached_property
     def averages(self) -> Float[Tensor, "h n v"]:
         """Row averages of the shifted values."""
-        return self.w @ self.values
-
-    @cached_property
-    def keys(self) -> Float[Tensor, "h n k"]:
-        """Keys times the score factor, shifted (a common shift cancels in every row)."""
-        return without_common_part(self.layer.factor * torch.einsum("nd,hdk->hnk", self.points, self.layer.w_k))
-
-    @cached_property
-    def slopes(self) -> Float[Tensor, "h n d"]:
-        """``b_i``: gradient of score s_ij in the key token x_j (the same for all j)."""
-        return self.layer.factor * torch.einsum("hdk,hik->hid", self.layer.w_k, self.layer.queries(self.points))
-
-    @cached_property
-    def slope_norms(self) -> Float[Tensor, "h n"]:
-        """``B = |b_i|``."""
-        norms: Tensor = torch.linalg.vector_norm(self.slopes, dim=-1)
-        return norms
+        return self.weight @ self.values
 
     @cached_property
     def spread(self) -> Float[Tensor, "h n n"]:
@@ -142,67 +67,22 @@ class CleanRows:
         return _distances(self.values, self.averages)
 
     @cached_property
-    def weight_energy(self) -> Float[Tensor, "h n 1"]:
-        """``sum over movable l of w_l^2``."""
-        return (self.w.square() * self.moves).sum(dim=-1, keepdim=True)
-
-    @cached_property
-    def contrast(self) -> Float[Tensor, "h n n"]:
-        """``|e_j - w|`` over movable tokens: the norm of the map from moves to ``delta_j - dbar``."""
-        squared = self.moves * (1.0 - 2.0 * self.w) + self.weight_energy
-        return (squared + CANCELLATION).clamp_min(0.0).sqrt()
-
-    @cached_property
-    def own_contrast(self) -> Float[Tensor, "h n n"]:
-        """``[j = i] - w_ii``: share of the query token itself in ``delta_j - dbar`` (0 where it does not move)."""
-        own = torch.diagonal(self.w, dim1=-2, dim2=-1)[..., None]
-        return (torch.eye(self.n, dtype=self.w.dtype, device=self.w.device) - own) * self.moves[:, None]
-
-    @cached_property
     def query_factor(self) -> Float[Tensor, "h r k"]:
         """R with ``|R x| = |W_q x|``."""
-        factor: Tensor = torch.linalg.qr(self.layer.w_q).R
-        return factor
+        return triangle(self.layer.w_q)
 
     @cached_property
     def centred_keys(self) -> tuple[Tensor, Tensor]:
         """``R k_j`` and ``R E k`` per row: the query part of l_j has the coefficient of norm ``|R (k_j - E k)|``."""
         rotated = self.keys @ self.query_factor.transpose(-1, -2)
-        return rotated, self.w @ rotated
+        return rotated, self.weight @ rotated
 
     @cached_property
     def cross(self) -> Float[Tensor, "h n n"]:
         """``b_i . W_q (k_j - E k)``."""
-        pulled = torch.einsum("hid,hdk->hik", self.slopes, self.layer.w_q)
+        pulled = torch.einsum("hid,hdk->hik", self.beta, self.layer.w_q)
         scores = pulled @ self.keys.transpose(-1, -2)
-        return scores - (self.w * scores).sum(dim=-1, keepdim=True)
-
-    @cached_property
-    def logit_reach(self) -> Float[Tensor, "h n n"]:
-        """``sup |l_j|`` over moves of Frobenius norm 1: the norm of the functional l_j (eq. 6)."""
-        rotated, mean = self.centred_keys
-        own = self.moves[:, None]
-        query = own * _distances(rotated, mean).square()
-        crossed = 2.0 * own * self.own_contrast * self.cross
-        squared = self.slope_norms[..., None].square() * self.contrast.square() + query + crossed
-        size = self.slope_norms[..., None].square() + query + crossed.abs()
-        return (squared + CANCELLATION * size).clamp_min(0.0).sqrt()
-
-    @cached_property
-    def gram(self) -> Float[Tensor, "h n n n"]:
-        """Inner products of the functionals l_j, l_m of one row-head (eq. 7); only for n <= GRAM_LIMIT."""
-        return self.gram_of(slice(None))
-
-    def gram_of(self, chosen: slice) -> Float[Tensor, "h m n n"]:
-        """``gram`` of some rows."""
-        rotated, mean = self.centred_keys
-        centred = (rotated[:, None] - mean[:, chosen, None]) * self.moves[chosen, None, None]
-        weighted = self.w[:, chosen] * self.moves
-        base = torch.diag_embed(self.moves.expand_as(weighted)) + self.weight_energy[:, chosen, :, None]
-        base = base - weighted[..., :, None] - weighted[..., None, :]
-        crossed = self.own_contrast[:, chosen, :, None] * self.cross[:, chosen, None, :]
-        out = self.slope_norms[:, chosen, None, None].square() * base + centred @ centred.transpose(-1, -2)
-        return out + crossed + crossed.transpose(-1, -2)
+        return scores - (self.weight * scores).sum(dim=-1, keepdim=True)
 
     @cached_property
     def value_norms(self) -> Float[Tensor, "h"]:
@@ -224,38 +104,151 @@ class CleanRows:
         return self.bilinear_factors[1][:, 0]
 
     @cached_property
+    def balanced_factors(self) -> tuple[Tensor, Tensor]:
+        """``A = left right^T`` per head with equal singular values on both sides: (h, d, r) each."""
+        left, values, right = self.bilinear_factors
+        root = values.sqrt()[:, None]
+        return left * root, right * root
+
+    @cached_property
+    def plain_values(self) -> Float[Tensor, "h n v"]:
+        """Values before the output projection, without bias, shifted."""
+        return without_common_part(torch.einsum("nd,hdv->hnv", self.points, self.layer.w_v))
+
+    @cached_property
+    def value_gram(self) -> Float[Tensor, "h v v"]:
+        """G with ``|gamma|^2 = dv^T G dv`` behind the output projection."""
+        return self.inner @ self.inner.mT
+
+    @cached_property
+    def into_heads(self) -> tuple[Float[Tensor, "d m"], list[int]]:
+        """``[W_q, W_k, W_v, left, right]`` of all heads side by side, and the widths of the five parts."""
+        layer = self.layer
+        parts = (layer.w_q, layer.w_k, layer.w_v, *self.balanced_factors)
+        wide = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
+        return wide, [layer.heads * part.shape[-1] for part in parts]
+
+    @cached_property
+    def projection_gram(self) -> Float[Tensor, "h m m"]:
+        """``W^T W`` of ``W = [W_q, W_k, W_v]``: what a back-projected move is in the projections of its own head."""
+        stacked = torch.cat([self.layer.w_q, self.layer.w_k, self.layer.w_v], dim=-1)
+        return stacked.mT @ stacked
+
+
+@dataclass(frozen=True, eq=False)
+class MovingRows:
+    """The rows of one question: which tokens move, and which rows count.
+
+    Several questions at one input share ``clean``, and with it the work that does not depend on what moves.
+
+    Args:
+        clean: The clean rows.
+        row_weights: Pooling weights or None (every row counts).
+        movable: Tokens that move.
+    """
+
+    clean: ValueRows
+    row_weights: Float[Tensor, "n"] | None
+    movable: Bool[Tensor, "n"]
+
+    @property
+    def n(self) -> int:
+        """Number of tokens."""
+        return self.clean.n
+
+    @cached_property
+    def single(self) -> int | None:
+        """The only token that moves, or None where there are several."""
+        moving = self.movable.nonzero().flatten().tolist()
+        return moving[0] if len(moving) == 1 else None
+
+    @cached_property
+    def moves(self) -> Float[Tensor, "n"]:
+        """1 for tokens that move, else 0."""
+        return self.movable.to(self.clean.points)
+
+    @property
+    def separate(self) -> bool:
+        """Whether the counted output is a stack of head vectors, so that shrinking one of them shrinks its norm."""
+        one_row = self.row_weights is None or int((self.row_weights != 0).sum()) == 1
+        return self.clean.layer.w_o is None and one_row
+
+    @cached_property
+    def weight_energy(self) -> Float[Tensor, "h n 1"]:
+        """``sum over movable l of w_l^2``."""
+        return (self.clean.weight.square() * self.moves).sum(dim=-1, keepdim=True)
+
+    @cached_property
+    def contrast(self) -> Float[Tensor, "h n n"]:
+        """``|e_j - w|`` over movable tokens: the norm of the map from moves to ``delta_j - dbar``."""
+        squared = self.moves * (1.0 - 2.0 * self.clean.weight) + self.weight_energy
+        return (squared + CANCELLATION).clamp_min(0.0).sqrt()
+
+    @cached_property
+    def own_contrast(self) -> Float[Tensor, "h n n"]:
+        """``[j = i] - w_ii``: share of the query token itself in ``delta_j - dbar`` (0 where it does not move)."""
+        return own_share(self.clean.weight, self.moves)
+
+    @cached_property
+    def logit_reach(self) -> Float[Tensor, "h n n"]:
+        """``sup |l_j|`` over moves of Frobenius norm 1: the norm of the functional l_j (eq. 6)."""
+        rotated, mean = self.clean.centred_keys
+        own = self.moves[:, None]
+        query = own * _distances(rotated, mean).square()
+        crossed = 2.0 * own * self.own_contrast * self.clean.cross
+        squared = self.clean.beta_norm[..., None].square() * self.contrast.square() + query + crossed
+        size = self.clean.beta_norm[..., None].square() + query + crossed.abs()
+        return (squared + CANCELLATION * size).clamp_min(0.0).sqrt()
+
+    @cached_property
+    def gram(self) -> Float[Tensor, "h n n n"]:
+        """Inner products of the functionals l_j, l_m of one row-head (eq. 7); only for n <= GRAM_LIMIT."""
+        return self.gram_of(slice(None))
+
+    def gram_of(self, chosen: slice) -> Float[Tensor, "h m n n"]:
+        """``gram`` of some rows."""
+        rotated, mean = self.clean.centred_keys
+        centred = (rotated[:, None] - mean[:, chosen, None]) * self.moves[chosen, None, None]
+        weighted = self.clean.weight[:, chosen] * self.moves
+        base = torch.diag_embed(self.moves.expand_as(weighted)) + self.weight_energy[:, chosen, :, None]
+        base = base - weighted[..., :, None] - weighted[..., None, :]
+        crossed = self.own_contrast[:, chosen, :, None] * self.clean.cross[:, chosen, None, :]
+        out = self.clean.beta_norm[:, chosen, None, None].square() * base + centred @ centred.transpose(-1, -2)
+        return out + crossed + crossed.transpose(-1, -2)
+
+    @cached_property
     def value_reach(self) -> Float[Tensor, "h n"]:
         """``||sum over movable j of w_j^2 vh_j vh_j^T||_2^{1/2}``: the norm of ``t -> sum_j w_j t_j vh_j`` (eq. 9)."""
-        squared = self.w.square() * self.moves
-        size = self.values.shape[-1]
-        outer = (self.values[..., :, None] * self.values[..., None, :]).flatten(-2)
+        squared = self.clean.weight.square() * self.moves
+        size = self.clean.values.shape[-1]
+        outer = (self.clean.values[..., :, None] * self.clean.values[..., None, :]).flatten(-2)
         second = (squared @ outer).unflatten(-1, (size, size))
-        first = squared @ self.values
-        mixed = first[..., :, None] * self.averages[..., None, :]
+        first = squared @ self.clean.values
+        mixed = first[..., :, None] * self.clean.averages[..., None, :]
         total = squared.sum(dim=-1)[..., None, None]
         moment = second - mixed - mixed.transpose(-1, -2)
-        moment = moment + total * self.averages[..., :, None] * self.averages[..., None, :]
+        moment = moment + total * self.clean.averages[..., :, None] * self.clean.averages[..., None, :]
         largest = torch.linalg.eigvalsh(moment)[..., -1]
-        scale = second.diagonal(dim1=-2, dim2=-1).sum(-1) + total[..., 0, 0] * self.averages.square().sum(-1)
+        scale = second.diagonal(dim1=-2, dim2=-1).sum(-1) + total[..., 0, 0] * self.clean.averages.square().sum(-1)
         reach: Tensor = (largest + CANCELLATION * scale).clamp_min(0.0).sqrt()
         return reach
 
     @cached_property
     def first_order_reach(self) -> Float[Tensor, "h n"]:
         """Upper bound of ``|E[l vh]|`` over moves of norm 1: key part ``B value_reach``, query part ``||W_q C||``."""
-        rotated, mean = self.centred_keys
-        covariance = (self.w @ (rotated[..., :, None] * self.values[..., None, :]).flatten(-2)).unflatten(
-            -1, (rotated.shape[-1], self.values.shape[-1])
-        )
-        covariance = covariance - mean[..., :, None] * self.averages[..., None, :]
+        rotated, mean = self.clean.centred_keys
+        covariance = (
+            self.clean.weight @ (rotated[..., :, None] * self.clean.values[..., None, :]).flatten(-2)
+        ).unflatten(-1, (rotated.shape[-1], self.clean.values.shape[-1]))
+        covariance = covariance - mean[..., :, None] * self.clean.averages[..., None, :]
         query = torch.linalg.matrix_norm(covariance, 2) * self.moves
-        reach: Tensor = self.slope_norms * self.value_reach + query
+        reach: Tensor = self.clean.beta_norm * self.value_reach + query
         return reach
 
     @cached_property
     def average_reach(self) -> Float[Tensor, "h n"]:
         """``sup |a|`` over moves of norm 1, ``a = E gamma + E[l vh]`` the first-order change of the row (eq. 8)."""
-        return self.value_norms[:, None] * self.weight_energy[..., 0].sqrt() + self.first_order_reach
+        return self.clean.value_norms[:, None] * self.weight_energy[..., 0].sqrt() + self.first_order_reach
 
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:
@@ -263,7 +256,7 @@ def _distances(points: Tensor, centres: Tensor) -> Tensor:
     return outward(torch.cdist(centres, points, compute_mode="donot_use_mm_for_euclid_dist"), CANCELLATION)
 
 
-def stack_weights(rows: CleanRows) -> Float[Tensor, "n"]:
+def stack_weights(rows: MovingRows) -> Float[Tensor, "n"]:
     """Row weights rho of the squared norms: 1 for the whole output, pi for a pooled one (eq. 11)."""
-    ones = torch.ones(rows.n, dtype=rows.points.dtype, device=rows.points.device)
+    ones = torch.ones(rows.n, dtype=rows.clean.points.dtype, device=rows.clean.points.device)
     return ones if rows.row_weights is None else rows.row_weights

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.displacement.base import CleanRows, stack_weights
+from attnrobust.certify.displacement.base import MovingRows, stack_weights
 from attnrobust.numerics.rounding import SMALLEST_UNIT, nonzero
 
 POWER_STEPS = 8  # only balances two factors; any value is sound
@@ -24,7 +24,7 @@ class ValueLogitForm:
         balance: Per head the weight of the logits against the values in X_h; any positive number is sound.
     """
 
-    rows: CleanRows
+    rows: MovingRows
     paired: Float[Tensor, "h n n"]
     balance: Float[Tensor, "h"]
 
@@ -48,29 +48,29 @@ class ValueLogitForm:
         return weight
 
 
-def value_logit_form(rows: CleanRows, *, seed: int) -> ValueLogitForm:
+def value_logit_form(rows: MovingRows, *, seed: int) -> ValueLogitForm:
     """The form at the clean weights, with a balance that is estimated: value norm over logit norm."""
     generator = torch.Generator().manual_seed(seed ^ ESTIMATE_STREAM)
-    start = torch.randn(rows.points.shape, generator=generator, dtype=torch.float64).to(rows.points)
+    start = torch.randn(rows.clean.points.shape, generator=generator, dtype=torch.float64).to(rows.clean.points)
     ratios = []
-    for head in range(rows.layer.heads):
+    for head in range(rows.clean.layer.heads):
         vector, length = start, start.new_tensor(1.0)
         for _ in range(POWER_STEPS):
             vector = _logit_part(rows, head, vector / nonzero(torch.linalg.vector_norm(vector)))
             length = torch.linalg.vector_norm(vector)
-        ratios.append(rows.value_norms[head] / nonzero(length.sqrt(), SMALLEST_UNIT))
-    return ValueLogitForm(rows, rows.w, torch.stack(ratios).clamp(1e-12, 1e12))
+        ratios.append(rows.clean.value_norms[head] / nonzero(length.sqrt(), SMALLEST_UNIT))
+    return ValueLogitForm(rows, rows.clean.weight, torch.stack(ratios).clamp(1e-12, 1e12))
 
 
-def _logit_part(rows: CleanRows, head: int, moves: Tensor) -> Tensor:
+def _logit_part(rows: MovingRows, head: int, moves: Tensor) -> Tensor:
     """Half the gradient of ``sum_i rho_i sum_j w_ij^2 l_ij^2`` of one head."""
-    w = rows.w[head]
-    alpha = moves @ rows.layer.w_q[head]
-    raw = rows.slopes[head] @ moves.T + alpha @ rows.keys[head].T
+    w = rows.clean.weight[head]
+    alpha = moves @ rows.clean.layer.w_q[head]
+    raw = rows.clean.beta[head] @ moves.T + alpha @ rows.clean.keys[head].T
     centred = raw - (w * raw).sum(dim=-1, keepdim=True)
     centred = centred * w.square() * stack_weights(rows)[:, None]
     centred = centred - w * centred.sum(dim=-1, keepdim=True)
-    pulled = centred.T @ rows.slopes[head] + (centred @ rows.keys[head]) @ rows.layer.w_q[head].T
+    pulled = centred.T @ rows.clean.beta[head] + (centred @ rows.clean.keys[head]) @ rows.clean.layer.w_q[head].T
     return pulled * rows.moves[:, None]
 
 
@@ -78,19 +78,7 @@ def _logit_part(rows: CleanRows, head: int, moves: Tensor) -> Tensor:
 class QueryKeyForm:
     """``||stack E[q vh]||^2 <= |D|^2 X(D)`` through the balanced factors of ``A`` (eq. 18)."""
 
-    rows: CleanRows
-
-    @cached_property
-    def left(self) -> Float[Tensor, "h d r"]:
-        """Query side of the balanced factors: ``A = left right^T``."""
-        left, values, _ = self.rows.bilinear_factors
-        return left * values.sqrt()[:, None]
-
-    @cached_property
-    def right(self) -> Float[Tensor, "h d r"]:
-        """Key side of the balanced factors."""
-        _, values, right = self.rows.bilinear_factors
-        return right * values.sqrt()[:, None]
+    rows: MovingRows
 
     @cached_property
     def _spread(self) -> Float[Tensor, "h n"]:
@@ -103,7 +91,7 @@ class QueryKeyForm:
     @cached_property
     def _reach(self) -> Float[Tensor, "h"]:
         """``sup x_h``: at every token the form is at most (left left^T + right right^T) max(...) / 2."""
-        both = torch.linalg.matrix_norm(torch.cat([self.left, self.right], dim=-1), 2).square()
+        both = torch.linalg.matrix_norm(torch.cat(self.rows.clean.balanced_factors, dim=-1), 2).square()
         largest = torch.maximum(self._balance * self._spread.amax(dim=-1), 1.0 / self._balance)
         reach: Tensor = 0.5 * both * largest
         return reach

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.displacement.base import CleanRows
+from attnrobust.certify.displacement.base import MovingRows, ValueRows
 from attnrobust.certify.displacement.bilinear import ESTIMATE_STREAM, QueryKeyForm, value_logit_form
 from attnrobust.certify.displacement.joint_form import JointProduct
-from attnrobust.certify.displacement.remainder import LogitForms, Majorant
+from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajorant
 from attnrobust.certify.method import PreparedBound
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
@@ -41,23 +41,25 @@ class DisplacementBound(PreparedBound):
     Args:
         problem: The question.
         seed: Seed of random start vectors.
-        like: Clean rows of the same layer and input with other movable tokens, whose work is taken over.
+        clean: Clean rows of the same layer and input, whose work is shared; None computes them.
     """
 
     problem: Problem
     seed: int
-    like: CleanRows | None = None
+    clean: ValueRows | None = None
 
     def __post_init__(self) -> None:
         layer, clean = self.problem.network, self.problem.clean
         assert isinstance(layer, Attention)  # noqa: S101 - `refuses` was asked first; narrows the type
         movable = self.problem.moves.movable(clean.n)
         weights = self.problem.resolved.weights
-        rows = CleanRows(layer, clean.points, self.problem.mass, weights, movable)
-        self._rows = rows if self.like is None else rows.taking_over(self.like)
+        shared = self.clean or ValueRows(layer, clean.points, self.problem.mass)
+        if shared.layer is not layer or shared.points is not clean.points or shared.mass is not self.problem.mass:
+            raise ValueError("the clean rows belong to another layer or input")
+        self._rows = MovingRows(shared, weights, movable)
         jacobian = AttentionJacobian(layer, clean.points, self.problem.mass)
         self._jacobian: LinearMap = jacobian.linear_map(pool=weights, token_scale=self._rows.moves)
-        self._majorant = Majorant(self._rows)
+        self._majorant = RemainderMajorant(self._rows)
         self._calls = 0
         self._random = 0.0
         self._clean_pair = value_logit_form(self._rows, seed=self._next_seed())
@@ -65,12 +67,12 @@ class DisplacementBound(PreparedBound):
         factor = self.problem.moves.frobenius_factor(clean.n, clean.width)
         self._scale = factor
         # Token scales t with sum over movable tokens of 1/t_j^2 = their number; they only adapt for per-token balls.
-        self._tokens = torch.ones_like(clean.points[:, :1])
+        self.token_scales = torch.ones_like(clean.points[:, :1])
         self._first, self._seen = self._first_order()
 
     @property
-    def rows(self) -> CleanRows:
-        """The clean rows."""
+    def rows(self) -> MovingRows:
+        """The rows, and which tokens move."""
         return self._rows
 
     def _next_seed(self) -> int:
@@ -80,7 +82,9 @@ class DisplacementBound(PreparedBound):
     def _first_order(self) -> tuple[float, list[Float[Tensor, "n d"]]]:
         """A rough norm of J for the first guess (any value is sound) and the direction where it is reached."""
         generator = torch.Generator().manual_seed(self.seed ^ ESTIMATE_STREAM)
-        vector = torch.randn(self._rows.points.shape, generator=generator, dtype=torch.float64).to(self._rows.points)
+        vector = torch.randn(self._rows.clean.points.shape, generator=generator, dtype=torch.float64).to(
+            self._rows.clean.points
+        )
         norm = 0.0
         for _ in range(POWER_STEPS):
             vector = self._jacobian.rmatvec(self._jacobian.matvec(vector / max(norm, SMALLEST) if norm else vector))
@@ -107,8 +111,8 @@ class DisplacementBound(PreparedBound):
         if not forms.finite:
             return Upper(math.inf)
         self._product = self._product.with_values(self._clean_pair.grown(forms.paired))
-        mixing = self._rows.mixing
-        scales = self._rows.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
+        mixing = self._rows.clean.mixing
+        scales = self._rows.clean.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
         value = self._joint(forms, scales, self.budget / reach) * reach
         return Upper(used_share(value, self.budget, share=FORMULA), self._random)
 
@@ -126,7 +130,7 @@ class DisplacementBound(PreparedBound):
             shares, least = balanced_shares(parts)
             if number and (least > limit or best <= least * (1.0 + SETTLED)) and not per_token:
                 break
-            tokens, factors = self._tokens, scales.square() / shares
+            tokens, factors = self.token_scales, scales.square() / shares
             try:
                 bounds = self._bounded(forms, factors)
             except InputError:  # a product left float64 in another direction
@@ -136,34 +140,34 @@ class DisplacementBound(PreparedBound):
             vector = self._embedded(bounds.vector)
             self._seen = [vector, *self._seen[: REMEMBERED - 1]]
             if per_token:
-                self._tokens = self._rescaled(tokens, vector)
+                self.token_scales = self._rescaled(tokens, vector)
         return best
 
     def _parts(self, forms: LogitForms, scales: Float[Tensor, "5"]) -> Float[Tensor, "s 5"]:
         """``scales_k^2 X_k`` of the directions that were worst so far; they only choose the shares."""
         parts = []
         for vector in self._seen:
-            move = self._tokens * vector
+            move = self.token_scales * vector
             parts.append(self._product.apply(move, forms, scales.square())[1].clamp_min(0.0) * scales.square())
         return torch.stack(parts)
 
     def _bounded(self, forms: LogitForms, factors: Float[Tensor, "5"]) -> EigenvalueBounds:
         """The largest eigenvalue of the joint form with these factors."""
-        tokens = self._tokens
+        tokens = self.token_scales
 
         def product(flat: Tensor) -> Tensor:
             image = self._product.apply(tokens * self._embedded(flat), forms, factors)[0]
             return (tokens * image)[self._rows.movable].reshape(-1)
 
-        size = int(self._rows.movable.sum()) * self._rows.points.shape[1]
+        size = int(self._rows.movable.sum()) * self._rows.clean.points.shape[1]
         return largest_eigenvalue_upper(
             product, size, failure_probability=FAILURE, seed=self._next_seed(), tol=2e-3,
-            dense_limit=DENSE_LIMIT, device=self._rows.points.device,
+            dense_limit=DENSE_LIMIT, device=self._rows.clean.points.device,
         )  # fmt: skip
 
     def _embedded(self, flat: Float[Tensor, "N"]) -> Float[Tensor, "n d"]:
         """A vector over the movable tokens as a move of all."""
-        moves = torch.zeros_like(self._rows.points)
+        moves = torch.zeros_like(self._rows.clean.points)
         moves[self._rows.movable] = flat.reshape(-1, moves.shape[1])
         return moves
 

@@ -1,25 +1,23 @@
 """Displacement certificate: one product with the joint form, ``sum_k c_k (squared linear image k)``, in one pass."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.displacement.base import CleanRows
+from attnrobust.certify.displacement.base import MovingRows
 from attnrobust.certify.displacement.bilinear import QueryKeyForm, ValueLogitForm
-from attnrobust.certify.displacement.remainder import LogitForms, Majorant
-from attnrobust.certify.shared.head_sizes import without_common_part
-
-KEPT = ("_into", "_widths", "_queries", "_plain_values", "_value_gram", "_projections")
+from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajorant
+from attnrobust.layers.jacobian import from_heads, to_heads
 
 
 @dataclass(frozen=True, eq=False)
 class JointProduct:
     """The five forms of eq. 19: first order ``|J D|^2``, logit form, value-logit form, query-key form, query form.
 
-    All of them read the same projections of the move and the same centred logit change, so they share one pass.
+    All of them read the same projections of the move and the same centred logit change, so they share one pass. What no
+    form changes is computed once, in the clean rows.
 
     Args:
         rows: The clean rows.
@@ -28,70 +26,35 @@ class JointProduct:
         key_form: The query-key form.
     """
 
-    rows: CleanRows
-    majorant: Majorant
+    rows: MovingRows
+    majorant: RemainderMajorant
     value_form: ValueLogitForm
     key_form: QueryKeyForm
 
     def with_values(self, form: ValueLogitForm) -> "JointProduct":
-        """The same with another value-logit form, keeping what does not depend on it."""
-        out = replace(self, value_form=form)
-        out.__dict__.update({name: self.__dict__[name] for name in KEPT if name in self.__dict__})
-        return out
-
-    @cached_property
-    def _into(self) -> Float[Tensor, "d m"]:
-        layer = self.rows.layer
-        left, right = self.key_form.left, self.key_form.right
-        parts = (layer.w_q, layer.w_k, layer.w_v, left, right)
-        return torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
-
-    @cached_property
-    def _widths(self) -> list[int]:
-        layer, heads = self.rows.layer, self.rows.layer.heads
-        rank = self.key_form.left.shape[-1]
-        widths = (layer.key_width, layer.key_width, layer.value_width, rank, rank)
-        return [heads * width for width in widths]
-
-    @cached_property
-    def _queries(self) -> Float[Tensor, "h n k"]:
-        return self.rows.layer.factor * self.rows.layer.queries(self.rows.points)
-
-    @cached_property
-    def _plain_values(self) -> Float[Tensor, "h n v"]:
-        return without_common_part(torch.einsum("nd,hdv->hnv", self.rows.points, self.rows.layer.w_v))
-
-    @cached_property
-    def _value_gram(self) -> Float[Tensor, "h v v"]:
-        """G with ``|gamma|^2 = dv^T G dv`` behind the output projection."""
-        inner = self.rows.inner
-        return inner @ inner.transpose(-1, -2)
-
-    @cached_property
-    def _projections(self) -> Float[Tensor, "h m m"]:
-        """``W^T W`` of ``W = [W_q, W_k, W_v]``: what a back-projected move is in the projections of its own head."""
-        layer = self.rows.layer
-        stacked = torch.cat([layer.w_q, layer.w_k, layer.w_v], dim=-1)
-        return stacked.transpose(-1, -2) @ stacked
+        """The same with another value-logit form."""
+        return replace(self, value_form=form)
 
     def _change(self, dq: Tensor, dk: Tensor) -> Float[Tensor, "h n n"]:
         """The centred logit change l of projected moves."""
-        change = dq @ self.rows.keys.transpose(-1, -2) + self._queries @ dk.transpose(-1, -2)
-        centred: Tensor = change - torch.linalg.vecdot(self.rows.w, change, dim=-1)[..., None]
+        change = dq @ self.rows.clean.keys.transpose(-1, -2) + self.rows.clean.queries @ dk.transpose(-1, -2)
+        centred: Tensor = change - torch.linalg.vecdot(self.rows.clean.weight, change, dim=-1)[..., None]
         return centred
 
     def _pair(self, change: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
         """X_h of one head (eq. 17) at a move with this logit and value change, before it is projected back."""
-        gamma = dv @ self._value_gram * self.value_form.value_weight[:, None, None]
+        gamma = dv @ self.rows.clean.value_gram * self.value_form.value_weight[:, None, None]
         return self.value_form.logit_weight * change, gamma
 
     def _pair_squared(self, change: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``X_h^2`` before it is projected back, and ``sum_h |X_h D|^2``."""
-        layer, (paired, gamma) = self.rows.layer, self._pair(change, dv)
-        paired = paired - self.rows.w * paired.sum(dim=-1, keepdim=True)
-        inner = torch.cat([paired @ self.rows.keys, paired.transpose(-1, -2) @ self._queries, gamma], dim=-1)
+        layer, (paired, gamma) = self.rows.clean.layer, self._pair(change, dv)
+        paired = paired - self.rows.clean.weight * paired.sum(dim=-1, keepdim=True)
+        inner = torch.cat(
+            [paired @ self.rows.clean.keys, paired.transpose(-1, -2) @ self.rows.clean.queries, gamma], dim=-1
+        )
         inner = inner * self.rows.moves[:, None]
-        image = inner @ self._projections
+        image = inner @ self.rows.clean.projection_gram
         dq, dk, dv = image.split([layer.key_width, layer.key_width, layer.value_width], dim=-1)
         return *self._pair(self._change(dq, dk), dv), (inner * image).sum()
 
@@ -105,13 +68,14 @@ class JointProduct:
             forms: Coefficients of the logit form and of the query form.
             factors: Weights of the five forms.
         """
-        rows, layer, w = self.rows, self.rows.layer, self.rows.w
+        rows, layer, w = self.rows, self.rows.clean.layer, self.rows.clean.weight
         mask = rows.moves[:, None]
         heads = layer.heads
-        parts = ((moves * mask) @ self._into).split(self._widths, dim=-1)
-        dq, dk, dv, left, right = (_to_heads(part, heads) for part in parts)
+        into, widths = rows.clean.into_heads
+        parts = ((moves * mask) @ into).split(widths, dim=-1)
+        dq, dk, dv, left, right = (to_heads(part, heads) for part in parts)
         change = self._change(dq, dk)
-        output = self._pool(layer.combine(w @ dv + (w * change) @ self._plain_values))
+        output = self._pool(layer.combine(w @ dv + (w * change) @ rows.clean.plain_values))
         back = self._unpool(output)
         image = forms.extra * change
         if self.majorant.small:
@@ -120,38 +84,30 @@ class JointProduct:
         paired, gamma, pair_value = self._pair_squared(change, dv)
         query = left * self.key_form.query_weight[..., None]
         key = right * self.key_form.key_weight[:, None, None]
-        bent = left * forms.query[..., None] * self.rows.bilinear_factors[1][:, None]
+        imaged = left * forms.query[..., None] * self.rows.clean.bilinear_factors[1][:, None]
         values = torch.stack([
             output.square().sum(), (image * change).sum(), pair_value,
-            (query * left).sum() + (key * right).sum(), (bent * left).sum(),
+            (query * left).sum() + (key * right).sum(), (imaged * left).sum(),
         ])  # fmt: skip
 
-        logit = factors[0] * (w * (back @ self._plain_values.transpose(-1, -2))) + factors[1] * image
+        logit = factors[0] * (w * (back @ rows.clean.plain_values.transpose(-1, -2))) + factors[1] * image
         logit = logit + factors[2] * paired
         logit = logit - w * logit.sum(dim=-1, keepdim=True)
         out = (
-            logit @ rows.keys,
-            logit.transpose(-1, -2) @ self._queries,
+            logit @ rows.clean.keys,
+            logit.transpose(-1, -2) @ self.rows.clean.queries,
             factors[0] * (w.transpose(-1, -2) @ back) + factors[2] * gamma,
-            factors[3] * query + factors[4] * bent,
+            factors[3] * query + factors[4] * imaged,
             factors[3] * key,
         )
-        return torch.cat([_from_heads(part) for part in out], dim=-1) @ self._into.T * mask, values
+        return torch.cat([from_heads(part) for part in out], dim=-1) @ into.T * mask, values
 
     def _pool(self, output: Tensor) -> Tensor:
         return output if self.rows.row_weights is None else self.rows.row_weights @ output
 
     def _unpool(self, output: Tensor) -> Float[Tensor, "h n v"]:
-        layer = self.rows.layer
+        layer = self.rows.clean.layer
         if self.rows.row_weights is not None:
             output = self.rows.row_weights[:, None] * output
         flat = output if layer.w_o is None else output @ layer.w_o.flatten(0, 1).T
-        return _to_heads(flat, layer.heads)
-
-
-def _to_heads(flat: Tensor, heads: int) -> Tensor:
-    return flat.reshape(flat.shape[0], heads, -1).transpose(0, 1).contiguous()
-
-
-def _from_heads(per_head: Tensor) -> Tensor:
-    return per_head.transpose(0, 1).flatten(1)
+        return to_heads(flat, layer.heads)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.displacement.base import GRAM_LIMIT, CleanRows
+from attnrobust.certify.displacement.base import GRAM_LIMIT, MovingRows
 from attnrobust.certify.displacement.cumulant import cumulant_modulus, psd_root
 from attnrobust.numerics.eigenvalues import power_eigenvalue
 from attnrobust.numerics.exponential import log_phi, log_psi, phi_negative
@@ -45,10 +45,20 @@ class LogitForms:
 
 
 @dataclass(frozen=True, eq=False)
-class Majorant:
-    """Builds ``LogitForms`` for any radius (Frobenius norm of the move)."""
+class RemainderMajorant:
+    """Builds ``LogitForms`` for any radius (Frobenius norm of the move).
 
-    rows: CleanRows
+    Args:
+        rows: The rows.
+        one_direction: Whether rows that see a single moving token among their keys use their closed form (eq. 13b).
+    """
+
+    rows: MovingRows
+    one_direction: bool = True
+
+    @property
+    def _single(self) -> int | None:
+        return self.rows.single if self.one_direction else None
 
     @property
     def small(self) -> bool:
@@ -58,7 +68,7 @@ class Majorant:
     @cached_property
     def _own_only(self) -> slice:
         """The rows whose logit change has more than one direction: all, or the row of the only moving token."""
-        token = self.rows.single
+        token = self._single
         return slice(None) if token is None else slice(token, token + 1)
 
     @cached_property
@@ -67,20 +77,19 @@ class Majorant:
         rows = self.rows
         parts = [
             0.5 * cumulant_modulus(w, values[None] - average[:, None])
-            for w, values, average in zip(rows.w, rows.values, rows.averages, strict=True)
+            for w, values, average in zip(rows.clean.weight, rows.clean.values, rows.clean.averages, strict=True)
         ]
         return torch.stack(parts)
 
     @cached_property
-    def _modulus_reach(self) -> Float[Tensor, "h n"]:
+    def modulus_reach(self) -> Float[Tensor, "h n"]:
         """``sup l^T N_g l`` over moves of norm 1; where one other token moves, of the cumulant (13b)."""
         parts, chosen = [], self._own_only
         for modulus, gram in zip(self.modulus[:, chosen], self.gram, strict=True):
             root = psd_root(modulus)
             parts.append(outward(torch.linalg.eigvalsh(root @ gram @ root)[..., -1].clamp_min(0.0), FORMULA))
-        return self._with_single(
-            torch.stack(parts), 0.5 * self.rows.w * (1.0 - 2.0 * self.rows.w).abs() * self.rows.spread
-        )
+        w, spread = self.rows.clean.weight, self.rows.clean.spread
+        return self._with_single(torch.stack(parts), 0.5 * w * (1.0 - 2.0 * w).abs() * spread)
 
     @cached_property
     def gram(self) -> Float[Tensor, "h m n n"]:
@@ -89,10 +98,10 @@ class Majorant:
 
     def _with_single(self, own: Float[Tensor, "h m"], other: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
         """``own`` in its rows; elsewhere ``y^2 other_j`` of the only moving token j, where ``|y| <= |b|`` (eq. 13b)."""
-        token = self.rows.single
+        token = self._single
         if token is None:
             return own
-        out = outward(self.rows.slope_norms.square() * other[..., token], FORMULA)
+        out = outward(self.rows.clean.beta_norm.square() * other[..., token], FORMULA)
         out[:, self._own_only] = own
         return out
 
@@ -102,67 +111,68 @@ class Majorant:
         if self.small:
             root = coefficient[:, self._own_only].sqrt()
             reach = power_eigenvalue(root[..., :, None] * self.gram * root[..., None, :], squarings=2)
-            if rows.single is None:
+            if self._single is None:
                 return reach
-            other = outward(rows.slope_norms.square() * (coefficient * rows.contrast.square()).sum(dim=-1), FORMULA)
+            other = outward(rows.clean.beta_norm.square() * (coefficient * rows.contrast.square()).sum(dim=-1), FORMULA)
             other[:, self._own_only] = reach
             return other
         largest = (coefficient * rows.moves).amax(dim=-1).sqrt()
         key = largest + coefficient.sum(dim=-1).sqrt() * rows.weight_energy[..., 0].sqrt()
-        rotated, mean = rows.centred_keys
+        rotated, mean = rows.clean.centred_keys
         distance = torch.cdist(mean, rotated, compute_mode="donot_use_mm_for_euclid_dist").square()
         query = (coefficient * distance).sum(dim=-1).sqrt() * rows.moves
-        return outward((rows.slope_norms * key + query).square(), FORMULA)
+        return outward((rows.clean.beta_norm * key + query).square(), FORMULA)
 
     @cached_property
     def _variance_reach(self) -> Float[Tensor, "h n"]:
-        return self.diagonal_reach(self.rows.w)
+        return self.diagonal_reach(self.rows.clean.weight)
 
     def reach(self, radius: float) -> Float[Tensor, "h n n"]:
         """``U_j >= sup |l_j + q_j|`` on the ball of this radius (eq. 6)."""
         rows = self.rows
         own = rows.own_contrast.abs()
-        product = 0.5 * (own + rows.contrast) * rows.moves[:, None] * rows.bilinear_norms[:, None, None]
+        product = 0.5 * (own + rows.contrast) * rows.moves[:, None] * rows.clean.bilinear_norms[:, None, None]
         return radius * rows.logit_reach + radius**2 * product
 
-    def _inverse_partition(self, reach: Tensor, radius: float) -> Float[Tensor, "h n 1"]:
+    def inverse_partition(self, reach: Tensor, radius: float) -> Float[Tensor, "h n 1"]:
         """Lower bound of ``1 / (1 + P)`` on the ball (eq. 10): P through the variance or term by term."""
         rows = self.rows
-        bilinear = radius**2 * rows.bilinear_norms[:, None] * rows.w.amax(dim=-1).sqrt() * rows.moves
-        visible = reach.masked_fill(torch.isneginf(rows.log_w), 0.0)  # a weight that underflows may still grow back
+        bilinear = radius**2 * rows.clean.bilinear_norms[:, None] * rows.clean.weight.amax(dim=-1).sqrt() * rows.moves
+        log_w = rows.clean.log_weight
+        visible = reach.masked_fill(torch.isneginf(log_w), 0.0)  # a weight that underflows may still grow back
         # Such a token's w_j U_j^2, with a weight large enough that no product underflows.
-        tiny = (
-            torch.exp(rows.log_w.clamp_min(-UNDERFLOW_LOG - 100.0)) * (rows.log_w < -UNDERFLOW_LOG) * visible.square()
-        )
+        tiny = torch.exp(log_w.clamp_min(-UNDERFLOW_LOG - 100.0)) * (log_w < -UNDERFLOW_LOG) * visible.square()
         deviation = (radius * self._variance_reach.sqrt() + bilinear).square() + tiny.sum(dim=-1)
         by_variance = 0.5 * deviation * torch.exp(log_phi(visible.amax(dim=-1)))
-        by_term = torch.exp(rows.log_w + log_psi(visible)).sum(dim=-1)
+        by_term = torch.exp(rows.clean.log_weight + log_psi(visible)).sum(dim=-1)
         return 1.0 / (1.0 + torch.minimum(by_variance, by_term))[..., None]
 
     def forms(self, radius: float) -> LogitForms:
         """Coefficients valid for every move of Frobenius norm <= radius."""
         rows = self.rows
         reach = self.reach(radius)
-        inverse = self._inverse_partition(reach, radius)
-        upper = saturating_weight(rows.log_w, reach)
-        paired = growing_weight(rows.log_w, reach)
-        drift = radius * self._drift()
-        exact, extra, largest = self._curved(upper, inward(rows.w * phi_negative(reach) * inverse, ENTRY), drift)
-        linear = rows.logit_reach.masked_fill(torch.isneginf(rows.log_w), 0.0).amax(dim=-1)
-        slack = (radius * rows.bilinear_norms[:, None] / nonzero(linear)).clamp(1e-9, 1.0)
-        first, second = self._bent(exact, extra)
-        bent = ((1.0 + 1.0 / slack).sqrt() * first, (1.0 + 1.0 / slack).sqrt() * second)
+        inverse = self.inverse_partition(reach, radius)
+        upper = saturating_weight(rows.clean.log_weight, reach)
+        paired = growing_weight(rows.clean.log_weight, reach)
+        drift = radius * self.drift()
+        exact, extra, largest = self._curved(
+            upper, inward(rows.clean.weight * phi_negative(reach) * inverse, ENTRY), drift
+        )
+        linear = rows.logit_reach.masked_fill(torch.isneginf(rows.clean.log_weight), 0.0).amax(dim=-1)
+        slack = (radius * rows.clean.bilinear_norms[:, None] / nonzero(linear)).clamp(1e-9, 1.0)
+        first, second = self.quartic_roots(exact, extra)
+        roots = ((1.0 + 1.0 / slack).sqrt() * first, (1.0 + 1.0 / slack).sqrt() * second)
         largest = (1.0 + slack) * largest
-        largest = torch.minimum(largest, self._cap(reach, inverse, rows.spread + drift) / radius**2)
+        largest = torch.minimum(largest, self.cap(reach, inverse, rows.clean.spread + drift) / radius**2)
         return LogitForms(
             exact=(1.0 + slack) * exact,
             extra=(1.0 + slack)[..., None] * extra,
             multiplier=stack_multiplier(rows, largest),
-            query=self._query_weight(bent, self._crossed(paired), radius),
+            query=self.query_weight(roots, self.crossed(paired), radius),
             paired=paired,
         )
 
-    def _drift(self) -> Float[Tensor, "h n 1"]:
+    def drift(self) -> Float[Tensor, "h n 1"]:
         """What psi averages beside vh_j, per unit of the move: ``|a|``, or 0 where a may shrink (eq. 3, 3a, 8)."""
         reach = self.rows.average_reach[..., None]
         return torch.zeros_like(reach) if self.rows.separate else reach
@@ -170,29 +180,30 @@ class Majorant:
     def _curved(self, upper: Tensor, lower: Tensor, drift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``|curved part| <= u^T (exact N + diag(extra)) u`` and its supremum over l for moves of norm 1 (eq. 12)."""
         rows = self.rows
-        triangle = 0.5 * upper * (rows.spread + drift)
+        triangle = 0.5 * upper * (rows.clean.spread + drift)
         reach_triangle = self.diagonal_reach(triangle)
         if not self.small:
             return torch.zeros_like(reach_triangle), triangle, reach_triangle
-        size = nonzero((rows.w * rows.spread).sum(dim=-1, keepdim=True))
-        centre = (0.5 * ((upper + lower) * rows.spread).sum(dim=-1, keepdim=True) / size).clamp(0.0, 1.0)
-        excess = torch.maximum(upper - centre * rows.w, centre * rows.w - lower) * rows.spread + upper * drift
-        reach_exact = centre[..., 0] * self._modulus_reach + self.diagonal_reach(0.5 * excess)
+        w, spread = rows.clean.weight, rows.clean.spread
+        size = nonzero((w * spread).sum(dim=-1, keepdim=True))
+        centre = (0.5 * ((upper + lower) * spread).sum(dim=-1, keepdim=True) / size).clamp(0.0, 1.0)
+        excess = torch.maximum(upper - centre * w, centre * w - lower) * spread + upper * drift
+        reach_exact = centre[..., 0] * self.modulus_reach + self.diagonal_reach(0.5 * excess)
         chosen = reach_exact < reach_triangle
         exact = torch.where(chosen, centre[..., 0], torch.zeros_like(reach_exact))
         extra = torch.where(chosen[..., None], 0.5 * excess, triangle)
         return exact, extra, torch.where(chosen, reach_exact, reach_triangle)
 
-    def _cap(self, reach: Tensor, inverse: Tensor, drifted: Tensor) -> Float[Tensor, "h n"]:
+    def cap(self, reach: Tensor, inverse: Tensor, drifted: Tensor) -> Float[Tensor, "h n"]:
         """Upper bound of ``|sum_j s_j (vh_j + ..)|``, ``s_j = w_j psi(u_j) / (1 + P)``, on the whole ball (eq. 13a)."""
-        share = torch.sigmoid(self.rows.log_w + log_psi(reach))
+        share = torch.sigmoid(self.rows.clean.log_weight + log_psi(reach))
         ordered, index = drifted.sort(dim=-1, descending=True)
         share = share.gather(-1, index)
         total = 1.0 - inverse + CANCELLATION  # sum s = P / (1 + P); a P below 1e-16 is lost in the difference
         left = total - (share.cumsum(dim=-1) - share)  # what the larger ones leave of it
         return outward((torch.minimum(share, left.clamp_min(0.0)) * ordered).sum(dim=-1), FORMULA) + SMALLEST
 
-    def _bent(self, exact: Float[Tensor, "h n"], extra: Float[Tensor, "h n n"]) -> tuple[Tensor, Tensor]:
+    def quartic_roots(self, exact: Float[Tensor, "h n"], extra: Float[Tensor, "h n n"]) -> tuple[Tensor, Tensor]:
         """``q^T (exact N + diag(extra)) q <= |A^T delta_i|^2 |D|^2 (a t^{1/2} + b (1 - t)^{1/2})^2``, t the share of i.
 
         Returns a and b, (h, n) each (eq. 16).
@@ -201,11 +212,11 @@ class Majorant:
         other = ~torch.eye(rows.n, dtype=torch.bool, device=extra.device)
         if not self.small:
             first = (extra * rows.own_contrast.square()).sum(dim=-1).sqrt()
-            energy = (rows.w.square() * rows.moves * other).sum(dim=-1).sqrt()
+            energy = (rows.clean.weight.square() * rows.moves * other).sum(dim=-1).sqrt()
             second = (extra * rows.moves * other).amax(dim=-1).sqrt() + extra.sum(dim=-1).sqrt() * energy
             return first, second
         firsts, seconds = [], []
-        for head in range(rows.layer.heads):  # head by head to bound the memory
+        for head in range(rows.clean.layer.heads):  # head by head to bound the memory
             matrix = exact[head, :, None, None] * self.modulus[head] + torch.diag_embed(extra[head])
             matrix, rounding = self._centred(matrix, head)
             own = torch.diagonal(torch.diagonal(matrix, dim1=-2, dim2=-1))
@@ -216,7 +227,7 @@ class Majorant:
 
     def _centred(self, matrix: Float[Tensor, "n n n"], head: int) -> tuple[Tensor, Tensor]:
         """``C^T M C`` over the movable tokens with ``C = I - 1 w^T`` for every row, and a bound of its rounding."""
-        w, moves = self.rows.w[head], self.rows.moves
+        w, moves = self.rows.clean.weight[head], self.rows.moves
         sums = matrix.sum(dim=-1)
         mixed = sums[..., :, None] * w[..., None, :]
         inner = matrix - mixed - mixed.transpose(-1, -2)
@@ -224,7 +235,7 @@ class Majorant:
         size = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(dim=-1)
         return inner * moves * moves[:, None], CANCELLATION * self.rows.n * size
 
-    def _crossed(self, paired: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
+    def crossed(self, paired: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
         """``sup (sum_j paired_j^2 |delta_j - dbar|^2)^{1/2}`` over moves of norm 1 (eq. 15)."""
         rows = self.rows
         if self.small:
@@ -237,14 +248,14 @@ class Majorant:
         reach: Tensor = (paired * rows.moves).amax(dim=-1) + shift
         return reach
 
-    def _query_weight(
-        self, bent: tuple[Tensor, Tensor], crossed: Float[Tensor, "h n"], radius: float
+    def query_weight(
+        self, roots: tuple[Tensor, Tensor], crossed: Float[Tensor, "h n"], radius: float
     ) -> Float[Tensor, "h n"]:
         """Coefficients z: ``||stack (quartic + cubic)|| <= (sum_g z_g |A^T delta_i|^2)^{1/2}`` (eq. 15, 16)."""
         rows = self.rows
-        first, second = bent
-        norms = rows.bilinear_norms[:, None] * rows.moves
-        cubic = radius**2 * rows.value_norms[:, None] * crossed * rows.moves
+        first, second = roots
+        norms = rows.clean.bilinear_norms[:, None] * rows.moves
+        cubic = radius**2 * rows.clean.value_norms[:, None] * crossed * rows.moves
         quartic = radius**3 * norms * (first.square() + SINE_COSINE * (2.0 * first * second + second.square()))
         if rows.row_weights is None:
             return (quartic + cubic).square()
@@ -259,7 +270,7 @@ class Majorant:
         return (1.0 + ratio) * quartic.square() + (1.0 + 1.0 / ratio) * cubic.square()
 
 
-def stack_multiplier(rows: CleanRows, largest: Float[Tensor, "h n"]) -> Float[Tensor, "h n"]:
+def stack_multiplier(rows: MovingRows, largest: Float[Tensor, "h n"]) -> Float[Tensor, "h n"]:
     """Factors m_g with ``||stack x||^2 <= |D|^2 sum_g m_g x_g`` when ``x_g <= largest_g |D|^2`` (eq. 11)."""
     if rows.row_weights is None:
         return largest

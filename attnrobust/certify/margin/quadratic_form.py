@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.margin.rows import CleanRows
+from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.certify.shared.head_sizes import without_common_part
 from attnrobust.numerics.rounding import SMALLEST_UNIT, nonzero
 
@@ -15,7 +15,7 @@ LARGEST = 1e130  # coefficients beyond (or NaN) say nothing, and their squares w
 
 
 @dataclass(frozen=True, eq=False)
-class ClassRows:
+class FunctionalRows:
     """What one margin functional adds to the clean rows.
 
     Args:
@@ -25,7 +25,7 @@ class ClassRows:
         advantage: ``v_j = E z - z_j``; its mean under w is 0.
     """
 
-    rows: CleanRows
+    rows: MarginRows
     pooling: Float[Tensor, "n"]
     gamma: Float[Tensor, "h d"]
     advantage: Float[Tensor, "h n n"]
@@ -66,28 +66,28 @@ class ClassRows:
         value = -(self.rows.weight.mT @ factor[..., None])[..., 0]
         return spread_back(self, factor[..., None] * self.weighted_advantage, value)
 
-    def revalued(self, change: Float[Tensor, "h n"]) -> "ClassRows":
+    def revalued(self, change: Float[Tensor, "h n"]) -> "FunctionalRows":
         """The rows if value j were larger by ``change_j``: v_j becomes ``v_j - change_j + mean_w change``."""
         mean = self.rows.weight @ change[..., None]
         return replace(self, advantage=self.advantage + mean - change[:, None])
 
 
-def class_rows(rows: CleanRows, pooling: Float[Tensor, "n"], functional: Float[Tensor, "e"]) -> ClassRows:
+def functional_rows(rows: MarginRows, pooling: Float[Tensor, "n"], functional: Float[Tensor, "e"]) -> FunctionalRows:
     """Specialise the clean rows to one functional of the pooled output."""
     gamma = rows.layer.value_output @ functional
     z = token_values(rows, gamma)
     advantage = (rows.weight @ z[..., None]) - z[:, None, :]
-    return ClassRows(rows=rows, pooling=pooling, gamma=gamma, advantage=advantage)
+    return FunctionalRows(rows=rows, pooling=pooling, gamma=gamma, advantage=advantage)
 
 
-def token_values(rows: CleanRows, gamma: Float[Tensor, "h d"]) -> Float[Tensor, "h n"]:
+def token_values(rows: MarginRows, gamma: Float[Tensor, "h d"]) -> Float[Tensor, "h n"]:
     """Z of every token up to a common shift of its head, which cancels in v as the value bias does."""
     z = torch.einsum("nd,hd->hn", rows.points, gamma)
     return without_common_part(z[..., None])[..., 0]
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class LinearImages:
     """The linear pieces of one (batch of) token moves."""
 
     x: Float[Tensor, "*b h n n"]  # l_j.Delta
@@ -97,23 +97,23 @@ class Moments:
     key: Float[Tensor, "*b h n k"]  # delta_j w_k
 
 
-def moments(cls: ClassRows, delta: Float[Tensor, "*b n d"]) -> Moments:
+def linear_images(functional: FunctionalRows, delta: Float[Tensor, "*b n d"]) -> LinearImages:
     """Evaluate the linear pieces; delta must vanish on tokens that may not move."""
-    rows, layer = cls.rows, cls.rows.layer
+    rows, layer = functional.rows, functional.rows.layer
     both = (delta @ rows.projection).unflatten(-1, (-1, 2 * layer.key_width)).transpose(-3, -2)
     query, key = both[..., : layer.key_width], both[..., layer.key_width :]
     raw = rows.queries @ key.mT + query @ rows.keys.mT
     x = raw - (rows.weight * raw).sum(-1, keepdim=True)
-    t = (delta @ cls.gamma.T).mT
-    d = (cls.weighted_advantage * x).sum(-1) - (rows.weight @ t[..., None])[..., 0]
-    return Moments(x=x, t=t, d=d, query=query, key=key)
+    t = (delta @ functional.gamma.T).mT
+    d = (functional.weighted_advantage * x).sum(-1) - (rows.weight @ t[..., None])[..., 0]
+    return LinearImages(x=x, t=t, d=d, query=query, key=key)
 
 
 def spread_back(
-    cls: ClassRows, x: Tensor, t: Tensor, *, query: Tensor | None = None, key: Tensor | None = None
+    functional: FunctionalRows, x: Tensor, t: Tensor, *, query: Tensor | None = None, key: Tensor | None = None
 ) -> Float[Tensor, "*b n d"]:
     """Adjoint of ``moments`` for cotangents of (x, t, query, key), restricted to the movable tokens."""
-    rows = cls.rows
+    rows = functional.rows
     raw = x - rows.weight * x.sum(-1, keepdim=True)
     to_query, to_key = raw @ rows.keys, raw.mT @ rows.queries
     if query is not None:
@@ -121,18 +121,18 @@ def spread_back(
     if key is not None:
         to_key = to_key + key
     both = torch.cat([to_query, to_key], dim=-1).transpose(-3, -2).flatten(-2)
-    return (both @ rows.projection.T + t.mT @ cls.gamma) * rows.movable[:, None]
+    return (both @ rows.projection.T + t.mT @ functional.gamma) * rows.movable[:, None]
 
 
 @dataclass(frozen=True, eq=False)
-class Majorant:
+class QuadraticMajorant:
     """``Delta^T M Delta``; pooling weights are inside every coefficient.
 
     ``sum c x^2 - 2 sum b x t + sum e_j t_j^2 - sum m (E t)^2 + 2 sum pi E[qv] + sum g d^2 + sum a |A^T delta_i|^2
     + sum_ll' S_ll' delta_l.delta_l'``.
 
     Args:
-        cls: The functional's rows.
+        functional: The functional's rows.
         square: c, coefficient of x_j^2.
         mixed: b.
         value: e summed over rows.
@@ -144,7 +144,7 @@ class Majorant:
         constant: Its constant part.
     """
 
-    cls: ClassRows
+    functional: FunctionalRows
     square: Float[Tensor, "h n n"]
     mixed: Float[Tensor, "h n n"]
     value: Float[Tensor, "h n"]
@@ -158,22 +158,26 @@ class Majorant:
     @property
     def size(self) -> int:
         """Length of a flattened token move."""
-        return self.cls.rows.points.numel()
+        return self.functional.rows.points.numel()
 
     def apply(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
         """``M Delta``, restricted to the movable tokens on both sides."""
-        cls, rows = self.cls, self.cls.rows
+        functional, rows = self.functional, self.functional.rows
         factor = rows.layer.factor
         delta = delta * rows.movable[:, None]
-        piece = moments(cls, delta)
+        piece = linear_images(functional, delta)
         first = self.first * piece.d
-        x = self.square * piece.x - self.mixed * piece.t[..., None, :] + cls.weighted_advantage * first[..., None]
+        x = (
+            self.square * piece.x
+            - self.mixed * piece.t[..., None, :]
+            + functional.weighted_advantage * first[..., None]
+        )
         mean_t = self.centre * (rows.weight @ piece.t[..., None])[..., 0] + first
         t = self.value * piece.t - (self.mixed * piece.x).sum(-2) - (rows.weight.mT @ mean_t[..., None])[..., 0]
-        pooled = factor * cls.pooling[:, None] * cls.weighted_advantage
+        pooled = factor * functional.pooling[:, None] * functional.weighted_advantage
         query = pooled @ piece.key + self.bilinear[..., None] * (piece.query @ self._key_gram)
         key = pooled.mT @ piece.query
-        return spread_back(cls, x, t, query=query, key=key) + (self.tokens @ delta) * rows.movable[:, None]
+        return spread_back(functional, x, t, query=query, key=key) + (self.tokens @ delta) * rows.movable[:, None]
 
     @property
     def finite(self) -> bool:
@@ -187,10 +191,10 @@ class Majorant:
 
     def flat(self, vector: Float[Tensor, "*b N"]) -> Float[Tensor, "*b N"]:
         """``apply`` on flattened moves."""
-        return self.apply(vector.reshape(*vector.shape[:-1], *self.cls.rows.points.shape)).flatten(-2)
+        return self.apply(vector.reshape(*vector.shape[:-1], *self.functional.rows.points.shape)).flatten(-2)
 
     @cached_property
     def _key_gram(self) -> Float[Tensor, "h k k"]:
         """``s^2 w_k^T w_k``: ``|A^T delta_i|^2 = query (s^2 w_k^T w_k) query``."""
-        layer = self.cls.rows.layer
+        layer = self.functional.rows.layer
         return layer.factor**2 * layer.w_k.mT @ layer.w_k

@@ -7,58 +7,27 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnrobust.certify.shared.head_sizes import without_common_part
+from attnrobust.certify.shared.softmax_rows import SoftmaxRows, own_share
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.rounding import CANCELLATION, FORMULA, outward
+from attnrobust.numerics.triangle import triangle
 from attnrobust.problem import Problem
 
 GRAM_LIMIT = 96  # up to this many tokens the Gram tensors of all rows are kept (h n^3 numbers)
 
 
 @dataclass(frozen=True, eq=False)
-class CleanRows:
-    """Clean quantities that no class and no radius changes. Row (h, i) of head h and query i; token index j.
+class MarginRows(SoftmaxRows):
+    """Clean quantities that no functional and no radius changes.
 
-    Logit change: ``beta_i.delta_j + delta_i.alpha_j + delta_i A delta_j`` with ``beta_i = s w_k q_i``,
-    ``alpha_j = s w_q k_j``, ``A = s w_q w_k^T``; centred under the clean weights w, its linear part is ``l_j.Delta``,
+    Centred under the clean weights w, the linear part of a logit change is ``l_j.Delta``,
     ``l_j = (e_j - w) (x) beta_i + e_i (x) (alpha_j - mean alpha)``.
 
     Args:
-        layer: The attention layer.
-        points: Clean tokens.
         movable: 1.0 where a token may move.
-        queries: ``s q_i``.
-        keys: ``s k_j``.
-        weight: w.
-        log_weight: log w; -inf where a token is hidden.
-        beta: beta_i.
-        alpha: alpha_j minus the head's shortest one (a common part cancels in l_j).
-        alpha_mean: ``sum_j w_ij alpha_j``.
-        own: delta_i-coordinate of ``e_j - w``: [i = j] - w_ii, 0 where i may not move.
-        rest: ``||(e_j - w) on the other movable tokens||``.
-        norm: Upper bound of ``||A||_2``.
-        numerical: Upper bound of ``max |x A x| / |x|^2``.
     """
 
-    layer: Attention
-    points: Float[Tensor, "n d"]
     movable: Float[Tensor, "n"]
-    queries: Float[Tensor, "h n k"]
-    keys: Float[Tensor, "h n k"]
-    weight: Float[Tensor, "h n n"]
-    log_weight: Float[Tensor, "h n n"]
-    beta: Float[Tensor, "h n d"]
-    alpha: Float[Tensor, "h n d"]
-    alpha_mean: Float[Tensor, "h n d"]
-    own: Float[Tensor, "h n n"]
-    rest: Float[Tensor, "h n n"]
-    norm: Float[Tensor, "h"]
-    numerical: Float[Tensor, "h"]
-
-    @property
-    def n(self) -> int:
-        """Tokens."""
-        return int(self.points.shape[0])
 
     @cached_property
     def projection(self) -> Float[Tensor, "d p"]:
@@ -71,9 +40,39 @@ class CleanRows:
         """Movable tokens as booleans."""
         return self.movable > 0
 
+    @cached_property
+    def alpha_mean(self) -> Float[Tensor, "h n d"]:
+        """``sum_j w_ij alpha_j``."""
+        return self.weight @ self.alpha
 
-def clean_rows(problem: Problem, *, everywhere: bool = False) -> CleanRows:
-    """Evaluate the clean quantities of a problem whose network is one attention layer.
+    @cached_property
+    def own(self) -> Float[Tensor, "h n n"]:
+        """delta_i-coordinate of ``e_j - w``."""
+        return own_share(self.weight, self.movable)
+
+    @cached_property
+    def rest(self) -> Float[Tensor, "h n n"]:
+        """``||(e_j - w) on the movable tokens other than i||``."""
+        return _rest_norm(self.weight, self.movable)
+
+    @cached_property
+    def _norms(self) -> tuple[Tensor, Tensor]:
+        norms = [_norms(matrix) for matrix in _small_bilinear(self.layer)]
+        return torch.stack([norm for norm, _ in norms]), torch.stack([radius for _, radius in norms])
+
+    @property
+    def norm(self) -> Float[Tensor, "h"]:
+        """Upper bound of ``||A||_2``."""
+        return self._norms[0]
+
+    @property
+    def numerical(self) -> Float[Tensor, "h"]:
+        """Upper bound of ``max |x A x| / |x|^2``."""
+        return self._norms[1]
+
+
+def margin_rows(problem: Problem, *, everywhere: bool = False) -> MarginRows:
+    """The clean quantities of a problem whose network is one attention layer.
 
     Args:
         problem: The question.
@@ -83,21 +82,7 @@ def clean_rows(problem: Problem, *, everywhere: bool = False) -> CleanRows:
     assert isinstance(layer, Attention)  # noqa: S101 - the method refuses other networks before
     x = problem.clean.points
     movable = x.new_ones(problem.clean.n) if everywhere else problem.moves.movable(problem.clean.n).to(x)
-    scores = layer.scores(x, problem.mass)
-    log_weight = torch.log_softmax(scores, dim=-1)
-    weight = log_weight.exp()
-    queries, keys = layer.factor * layer.queries(x), layer.factor * layer.keys(x)
-    beta = torch.einsum("hnk,hdk->hnd", queries, layer.w_k)
-    alpha = torch.einsum("hnk,hdk->hnd", keys, layer.w_q)
-    alpha = without_common_part(alpha)
-    eye = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
-    own = (eye - weight.diagonal(dim1=1, dim2=2)[..., None]) * movable[:, None]
-    norms = [_norms(matrix) for matrix in _small_bilinear(layer)]
-    return CleanRows(
-        layer=layer, points=x, movable=movable, queries=queries, keys=keys, weight=weight, log_weight=log_weight,
-        beta=beta, alpha=alpha, alpha_mean=weight @ alpha, own=own, rest=_rest_norm(weight, movable),
-        norm=torch.stack([a for a, _ in norms]), numerical=torch.stack([b for _, b in norms]),
-    )  # fmt: skip
+    return MarginRows(layer, x, problem.mass, movable)
 
 
 def _rest_norm(weight: Tensor, movable: Tensor) -> Tensor:
@@ -114,8 +99,8 @@ def _small_bilinear(layer: Attention) -> list[Tensor]:
     k = layer.key_width
     if 2 * k >= layer.width:
         return list(layer.bilinear)
-    triangle = torch.linalg.qr(torch.cat([layer.w_q, layer.w_k], dim=-1), mode="r").R
-    return list(layer.factor * triangle[..., :k] @ triangle[..., k:].mT)
+    small = triangle(torch.cat([layer.w_q, layer.w_k], dim=-1))
+    return list(layer.factor * small[..., :k] @ small[..., k:].mT)
 
 
 def _norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +110,7 @@ def _norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return norm, torch.minimum(symmetric + FORMULA * spectral, norm)
 
 
-def own_block(rows: CleanRows, order: float) -> Float[Tensor, "h n n"]:
+def own_block(rows: MarginRows, order: float) -> Float[Tensor, "h n n"]:
     """Norm of the delta_i-block ``own_j beta_i + alpha_j - mean alpha`` of l_j (order 2, 1, inf); 0 if i is fixed."""
     if order == 2.0:
         return _own_norm(rows)
@@ -136,11 +121,11 @@ def own_block(rows: CleanRows, order: float) -> Float[Tensor, "h n n"]:
     return out
 
 
-def _own_vectors(rows: CleanRows, i: int) -> Float[Tensor, "h n d"]:
+def _own_vectors(rows: MarginRows, i: int) -> Float[Tensor, "h n d"]:
     return rows.own[:, i, :, None] * rows.beta[:, i, None, :] + rows.alpha - rows.alpha_mean[:, i, None, :]
 
 
-def _own_norm(rows: CleanRows) -> Float[Tensor, "h n n"]:
+def _own_norm(rows: MarginRows) -> Float[Tensor, "h n n"]:
     """The 2-norm of the delta_i-blocks from Gram entries, padded outward."""
     gram = rows.alpha @ rows.alpha.mT
     mean = rows.weight @ gram
@@ -153,7 +138,7 @@ def _own_norm(rows: CleanRows) -> Float[Tensor, "h n n"]:
     return (total.clamp_min(0.0) + pad).sqrt() * rows.movable[:, None]
 
 
-def own_gram(rows: CleanRows) -> Float[Tensor, "h n n n"]:
+def own_gram(rows: MarginRows) -> Float[Tensor, "h n n n"]:
     """Gram matrix over (j, j') of the delta_i-blocks of l_j, for every row (h, i)."""
     out = rows.weight.new_empty(*rows.weight.shape, rows.n)
     for i in range(rows.n):
@@ -162,7 +147,7 @@ def own_gram(rows: CleanRows) -> Float[Tensor, "h n n n"]:
     return out
 
 
-def direction_gram(rows: CleanRows) -> Float[Tensor, "h n n n"]:
+def direction_gram(rows: MarginRows) -> Float[Tensor, "h n n n"]:
     """Gram matrix over (j, j') of the l_j restricted to the movable tokens, for every row (h, i)."""
     w, m = rows.weight, rows.movable
     wm = w * m

@@ -13,8 +13,7 @@ from attnrobust.certify.measures.questions import OUTWARD_MASS, copies_of, reads
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, value_views
-from attnrobust.certify.shared.reach import Reach, attention_of, visible_tokens
-from attnrobust.certify.shared.reach import Rows as RowSums
+from attnrobust.certify.shared.reach import Reach, RowSums, attention_of, visible_tokens
 from attnrobust.errors import UnsupportedThreatError
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem

@@ -122,7 +122,7 @@ def kept_curvature(
 
 
 def equal_sign_slope(
-    weight: Float[Tensor, "*s"], limit: Float[Tensor, "*s"], share: Float[Tensor, "*s"]
+    weight: Float[Tensor, "*s"], limit: Float[Tensor, "*s"], share: Float[Tensor, "*#s"]
 ) -> Float[Tensor, "*s"]:
     """``w (p + (1 - p) psi(-U) / U)``: slope of ``p E[u t] - (1 - p) E[psi t]`` in |u t| where u and t agree in sign.
 

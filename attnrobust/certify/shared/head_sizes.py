@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnrobust.goals import ResolvedGoal
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics.triangle import product_norm, triangle
 
 
 @runtime_checkable
@@ -84,7 +85,7 @@ class HeadSizes:
     @classmethod
     def of(cls, layer: Attention, points: Float[Tensor, "n d"], visible: Bool[Tensor, "n"]) -> "HeadSizes":
         """Sizes at the clean tokens."""
-        right_q, right_k = _triangle(layer.w_q), _triangle(layer.w_k)
+        right_q, right_k = triangle(layer.w_q), triangle(layer.w_k)
         gradients = layer.factor * layer.queries(points) @ right_k.transpose(-1, -2)
         keys = torch.einsum("nd,hdk->hnk", points[visible], layer.w_k)
         images = layer.factor * keys @ right_q.transpose(-1, -2)
@@ -121,7 +122,7 @@ def readouts(layer: Headed, goal: ResolvedGoal) -> Iterator[tuple[Float[Tensor, 
     if layer.w_o is None:
         yield eye, 1.0
         return
-    yield _triangle(layer.w_o.transpose(-1, -2)).transpose(-1, -2)[None], None  # |y w_o| = |y R^T|
+    yield triangle(layer.w_o.transpose(-1, -2)).transpose(-1, -2)[None], None  # |y w_o| = |y R^T|
     yield eye, float(spectral_norm(layer.w_o.flatten(0, 1)))
 
 
@@ -136,15 +137,9 @@ def _per_head(layer: Headed, functionals: Float[Tensor, "c e"]) -> Float[Tensor,
     return torch.einsum("hve,ce->chv", layer.w_o, functionals)
 
 
-def _triangle(matrices: Float[Tensor, "h d k"]) -> Float[Tensor, "h r k"]:
-    """R with ``|y w^T| = |y R^T|`` for every y."""
-    triangle: Tensor = torch.linalg.qr(matrices, mode="r").R
-    return triangle
-
-
 def bilinear_norm(layer: Attention) -> Float[Tensor, "h"]:
     """``||B||_2`` of every head from its narrow factors: no d x d matrix."""
-    return spectral_norm(layer.factor * _triangle(layer.w_q) @ _triangle(layer.w_k).transpose(-1, -2))
+    return abs(layer.factor) * product_norm(layer.w_q, layer.w_k)
 
 
 def spectral_norm(matrices: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:

@@ -62,7 +62,7 @@ class Reach:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class RowSums:
     """Adds per-row bounds up to the norm that the goal measures: all rows in l2, or a weighted mean of rows.
 
     Args:

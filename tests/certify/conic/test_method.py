@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from attnrobust.attacks import attack
 from attnrobust.certify.conic import method as conic
 from attnrobust.certify.conic.basis import Bases, away_from, norm_upper, orthonormal
-from attnrobust.certify.conic.margin_program import Assembly, first_order, margin_program, moves_of
+from attnrobust.certify.conic.margin_program import Assembly, drop_gradient, margin_program, moves_of
 from attnrobust.certify.conic.method import ConicMargin
-from attnrobust.certify.conic.program import Affine, Box, Cone, ConicProgram, Moments, in_dual_cone, repaired_bound
+from attnrobust.certify.conic.program import Affine, Box, Cone, ConicProgram, MomentMatrix, in_dual_cone, repaired_bound
 from attnrobust.certify.conic.ranges import row_ranges
-from attnrobust.certify.conic.row import Reach, Row, reach_of, rows_of
+from attnrobust.certify.conic.row import MoveSet, Row, move_set, rows_of
 from attnrobust.certify.conic.size import size_of
 from attnrobust.certify.conic.solver import solve
 from attnrobust.certify.radius import LARGEST
@@ -76,10 +76,10 @@ def rows_for(problem: Problem, threat: FrobeniusBall | PerTokenBall) -> tuple[Ro
     return tuple(rows_of(problem, resolved.functionals[0], resolved.weights, movable))
 
 
-def assembled(problem: Problem, radius: float, *, bases: Bases = "aligned") -> tuple[Assembly, Reach]:
+def assembled(problem: Problem, radius: float, *, bases: Bases = "aligned") -> tuple[Assembly, MoveSet]:
     threat = problem.threat
     assert isinstance(threat, FrobeniusBall | PerTokenBall)
-    reach = reach_of(threat, problem.clean.n, problem.clean.width, radius)
+    reach = move_set(threat, problem.clean.n, problem.clean.width, radius)
     budget = float(problem.resolved.budgets[0])
     return margin_program(rows_for(problem, threat), reach, budget=budget, bases=bases), reach
 
@@ -152,7 +152,7 @@ def test_first_order_is_the_gradient_of_the_drop() -> None:
         problem = margin_problem(case_named(name), FrobeniusBall())
         points = problem.clean.points.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(problem.resolved.changes(problem.network(points, problem.mass))[0], points)
-        np.testing.assert_allclose(first_order(rows_for(problem, FrobeniusBall())), gradient.numpy(), atol=1e-12)
+        np.testing.assert_allclose(drop_gradient(rows_for(problem, FrobeniusBall())), gradient.numpy(), atol=1e-12)
 
 
 # ---- scalar envelopes ----------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_ranges_of_logits_and_weights_are_reached_within_a_factor() -> None:
     case = case_named("plain-h1-n5-d4")
     problem = margin_problem(case, FrobeniusBall(), row=0)
     (row,) = rows_for(problem, FrobeniusBall())
-    ranges = row_ranges(row, reach_of(FrobeniusBall(), 5, 4, 0.1))
+    ranges = row_ranges(row, move_set(FrobeniusBall(), 5, 4, 0.1))
     linear = np.linalg.norm(row.directions.reshape(5, -1), axis=1) * 0.1
     assert (ranges.logit >= linear).all()
     assert (ranges.logit <= 1.2 * linear + 0.02).all()
@@ -279,10 +279,10 @@ def test_tangents_of_the_exponential_keep_their_direction() -> None:
 def test_without_rows_the_bound_is_the_exact_minimum_over_the_domains() -> None:
     draw = np.random.default_rng(5)
     for threat in THREATS:
-        reach = reach_of(threat, 4, 3, 0.7)
+        reach = move_set(threat, 4, 3, 0.7)
         moving = int(threat.movable(4).sum())
         moves = moves_of(np.arange(moving * 3).reshape(moving, 3), reach)
-        block = Moments(moving * 3 + np.arange(6), 3, 2.0)
+        block = MomentMatrix(moving * 3 + np.arange(6), 3, 2.0)
         box = Box(moving * 3 + 6 + np.arange(2), np.array([-1.0, 0.0]), np.array([2.0, 3.0]))
         cost = draw.normal(size=moving * 3 + 8)
         program = ConicProgram(cost, 0.25, (), (box,), (block,), moves, np.ones(len(cost)))
@@ -299,7 +299,7 @@ def test_without_rows_the_bound_is_the_exact_minimum_over_the_domains() -> None:
 
 def test_moment_entries_and_their_gradient_matrix_agree() -> None:
     draw = np.random.default_rng(6)
-    block, gradient, vector = Moments(np.arange(10), 4, 1.0), draw.normal(size=10), draw.normal(size=4)
+    block, gradient, vector = MomentMatrix(np.arange(10), 4, 1.0), draw.normal(size=10), draw.normal(size=4)
     entries = np.outer(vector, vector)[np.triu_indices(4)]
     assert float(entries @ gradient) == pytest.approx(float(vector @ block.matrix(gradient) @ vector))
 
@@ -419,7 +419,7 @@ def test_small_radii_cost_little_more_than_the_first_order() -> None:
     """At most a little more than linear, and never below what an attack uses (negative curvature: below linear)."""
     problem = margin_problem(case_named("plain-h1-n2-d2"), FrobeniusBall())
     bound = METHOD.prepare(problem, seed=0)
-    gradient = first_order(rows_for(problem, FrobeniusBall()))
+    gradient = drop_gradient(rows_for(problem, FrobeniusBall()))
     for radius in (1e-3, 1e-2):
         linear = radius * float(np.linalg.norm(gradient)) / float(problem.resolved.budgets[0])
         used, reached = bound.usage(radius).value, attack(problem, epsilon=radius).usage

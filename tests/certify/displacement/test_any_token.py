@@ -1,6 +1,7 @@
 """Displacement under "any one token": the worst known token, and what its bounds share."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,33 +60,29 @@ def test_a_known_pass_covers_smaller_radii_only() -> None:
 def test_rebuilt_bounds_use_new_start_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(displacement_token, "KEPT_NUMBERS", 1)
     bound = AnyTokenBound(_problem("biases", AnyToken()), 0, 1e-3)
-    seeds = [bound._bound(index).seed for index in (0, 1, 0, 1)]
+    seeds = [bound.bound_of(index).seed for index in (0, 1, 0, 1)]
     assert len(set(seeds)) == 4
 
 
-def test_rows_take_over_only_what_does_not_depend_on_the_moving_tokens() -> None:
+def test_questions_at_one_input_share_what_does_not_depend_on_the_moving_tokens() -> None:
     first, alone = clean_rows("biases", tokens=(0,)), clean_rows("biases", tokens=(1,))
-    quantities = (
-        "logit_reach",
-        "average_reach",
-        "gram",
-        "contrast",
-        "value_reach",
-        "first_order_reach",
-        "bilinear_norms",
-        "cross",
-    )
-    for name in quantities:
+    moving = ("logit_reach", "average_reach", "gram", "contrast", "value_reach", "first_order_reach")
+    fixed = ("bilinear_norms", "cross", "weight", "values")
+    for name in moving:
         getattr(first, name)
-    second = clean_rows("biases", tokens=(1,))
-    object.__setattr__(second, "layer", first.layer)
-    object.__setattr__(second, "points", first.points)
-    second.taking_over(first)
-    assert second.w is first.w
-    for name in quantities:
+    second = replace(first, movable=alone.movable)
+    assert second.clean.weight is first.clean.weight
+    for name in moving:
         assert torch.allclose(getattr(second, name), getattr(alone, name), rtol=1e-12, atol=0.0), name
+    for name in fixed:
+        assert torch.allclose(getattr(second.clean, name), getattr(alone.clean, name), rtol=1e-12, atol=0.0), name
+
+
+def test_clean_rows_of_another_input_are_refused() -> None:
+    case = case_named("biases")
+    problem = Problem(case.attention, case.tokens, FrobeniusBall(tokens=(0,)), Displacement(0.1))
     with pytest.raises(ValueError, match="another layer"):
-        clean_rows("causal-masses").taking_over(first)
+        DisplacementBound(problem, 0, clean=clean_rows("causal-masses").clean)
 
 
 def test_balanced_shares_reach_the_least_worst_case() -> None:

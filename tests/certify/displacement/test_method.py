@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnrobust.certify.displacement.method import DisplacementBound, DisplacementCertificate
-from attnrobust.certify.displacement.remainder import Majorant
+from attnrobust.certify.displacement.remainder import RemainderMajorant
 from attnrobust.certify.registry import METHODS
 from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.layers.attention import Attention
@@ -70,10 +70,10 @@ def test_the_bound_covers_the_sum_of_its_five_parts(name: str, pool: Pool) -> No
     bound = DisplacementBound(_problem(name, FrobeniusBall(), Displacement(1.0, pool=pool)), 0)
     for radius in (0.1, 1.5):
         forms = dense_forms(rows, radius)
-        inner = rows.mixing * radius
+        inner = rows.clean.mixing * radius
 
         def total(moves: Tensor, forms: list[Tensor] = forms, inner: float = inner) -> Tensor:
-            parts = zip((1.0, inner, inner, inner, rows.mixing), forms, strict=True)
+            parts = zip((1.0, inner, inner, inner, rows.clean.mixing), forms, strict=True)
             return torch.stack([scale * form_root(form, moves) for scale, form in parts]).sum(dim=0)
 
         worst = worst_ratio(rows, radius, total)
@@ -106,7 +106,7 @@ def test_token_scales_keep_their_sum_and_help() -> None:
     plain = bound.usage(0.003).value
     for _ in range(3):
         adapted = bound.usage(0.003).value
-        assert float(bound._tokens.square().reciprocal().sum()) <= problem.clean.n * (1 + 1e-12)
+        assert float(bound.token_scales.square().reciprocal().sum()) <= problem.clean.n * (1 + 1e-12)
     enclosing = METHOD.prepare(_problem("causal-masses", FrobeniusBall(), Displacement(0.01)), seed=0)
     ball = enclosing.usage(0.003 * math.sqrt(problem.clean.n)).value
     assert adapted <= plain * (1 + 1e-9)
@@ -186,7 +186,7 @@ def test_hidden_tokens_of_a_fixed_row_grow_back(size: float, gap: float, share: 
     direction[1:3, 1] = 0.5**0.5
     problem = Problem(layer, TokenMeasure(x), threat, Displacement(1.0))
     bound = DisplacementBound(problem, 0)
-    majorant, tested = Majorant(bound.rows), 0
+    majorant, tested = RemainderMajorant(bound.rows), 0
     for reached in (gap - 5.0, gap, gap + 3.0):
         radius = reached * size
         usage = bound.usage(radius).value
@@ -194,7 +194,7 @@ def test_hidden_tokens_of_a_fixed_row_grow_back(size: float, gap: float, share: 
         for move in (radius * direction, radius * direction * (2.0**0.5 * torch.eye(4, dtype=x.dtype)[1][:, None])):
             assert float(problem.usage(move[None])) <= usage
             weight = layer.weights(x + move)[0, 0, 0::3].sum()  # of the fixed tokens: their logits hardly change
-            inverse = float(majorant._inverse_partition(majorant.reach(radius), radius)[0, 0, 0])
+            inverse = float(majorant.inverse_partition(majorant.reach(radius), radius)[0, 0, 0])
             assert inverse <= float(weight) * (1.0 + 1e-9)
     assert tested == 3
 

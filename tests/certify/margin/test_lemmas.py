@@ -11,7 +11,7 @@ from attnrobust.certify.margin.all_tokens.functional import ellipsoid
 from attnrobust.certify.margin.all_tokens.majorant import initial_parameters, majorant, pieces
 from attnrobust.certify.margin.all_tokens.method import MarginBound, MarginCertificate
 from attnrobust.certify.margin.one_token.logistic import remainder_range
-from attnrobust.certify.margin.quadratic_form import moments
+from attnrobust.certify.margin.quadratic_form import linear_images
 from attnrobust.certify.margin.rows import direction_gram, own_block
 from attnrobust.certify.margin.small_trust_regions import many_approximate, many_certified
 from attnrobust.certify.margin.trust_region import (
@@ -117,7 +117,7 @@ def test_radius_far_beyond_the_exponents_has_an_infinite_bound() -> None:
 def test_directions_are_the_derivative_of_the_centred_scores(seed: int) -> None:
     problem = random_problem(seed, FrobeniusBall(tokens=(0, 2)) if seed % 2 else None)
     bound = MarginBound(problem, seed=0)
-    rows, cls = bound.rows, bound.classes[0].rows
+    rows, functional = bound.rows, bound.functionals[0].rows
     layer, x = problem.network, problem.clean.points
     assert isinstance(layer, Attention)
     move = Draw(seed).normal(*x.shape) * rows.movable[:, None]
@@ -125,13 +125,13 @@ def test_directions_are_the_derivative_of_the_centred_scores(seed: int) -> None:
     _, change = torch.autograd.functional.jvp(plain.scores, x, move)
     # The row constant of b_k and of the query's own part drops out by centring.
     centred = change - (rows.weight * change).sum(-1, keepdim=True)
-    found = moments(cls, move)
+    found = linear_images(functional, move)
     visible = ~torch.isneginf(rows.log_weight)
     torch.testing.assert_close(found.x[visible], centred[visible], rtol=1e-9, atol=1e-9)
     drop = lambda y: problem.resolved.changes(problem.network(y, problem.mass))[0]  # noqa: E731
     _, slope = torch.autograd.functional.jvp(drop, x, move)
-    torch.testing.assert_close((cls.gradient * move).sum(), slope, rtol=1e-8, atol=1e-9)
-    first = torch.einsum("i,hi->", cls.pooling, found.d)
+    torch.testing.assert_close((functional.gradient * move).sum(), slope, rtol=1e-8, atol=1e-9)
+    first = torch.einsum("i,hi->", functional.pooling, found.d)
     torch.testing.assert_close(first, slope, rtol=1e-8, atol=1e-9)
 
 
@@ -204,19 +204,19 @@ def test_large_and_small_inputs_use_the_same_eigenvalue_bound(seed: int) -> None
 def test_majorant_is_symmetric_and_tends_to_the_hessian(seed: int) -> None:
     problem = random_problem(400 + seed, FrobeniusBall())
     bound = MarginBound(problem, seed=0)
-    cls, x = bound.classes[0].rows, problem.clean.points
+    functional, x = bound.functionals[0].rows, problem.clean.points
     radius = 1e-6
     const = constants(bound.rows, bound.geometry, frobenius(problem, radius))
     from dataclasses import replace
 
-    start = initial_parameters(cls)
+    start = initial_parameters(functional)
     small = replace(start, split=1e-1 * start.split, bilinear=1e-3 * start.bilinear)
-    form = majorant(cls, const, pieces(cls, const, cls.first_norm), small)
+    form = majorant(functional, const, pieces(functional, const, functional.first_norm), small)
     size = x.numel()
     dense = form.flat(torch.eye(size, dtype=x.dtype))
     # At a saturated row the Hessian vanishes; this is its size at a row that is not.
     reach = torch.linalg.vector_norm(torch.cat([bound.rows.beta, bound.rows.alpha], dim=1), dim=-1).amax(-1)
-    unit = float((cls.gamma.norm(dim=-1) * reach).sum())
+    unit = float((functional.gamma.norm(dim=-1) * reach).sum())
     torch.testing.assert_close(dense, dense.T, rtol=0.0, atol=1e-9 * float(dense.abs().max()) + 1e-14 * unit)
     drop = lambda y: problem.resolved.changes(problem.network(x + y.reshape(x.shape), problem.mass))[0]  # noqa: E731
     hessian = torch.autograd.functional.hessian(drop, torch.zeros(size, dtype=x.dtype))

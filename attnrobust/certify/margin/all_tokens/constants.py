@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.margin.rows import GRAM_LIMIT, CleanRows, direction_gram, own_block
+from attnrobust.certify.margin.rows import GRAM_LIMIT, MarginRows, direction_gram, own_block
 from attnrobust.certify.shared.constants import (
     DUAL_ORDER,
     LogitNorms,
@@ -19,6 +19,7 @@ from attnrobust.certify.shared.constants import (
 from attnrobust.numerics.eigenvalues import gram_eigenvalue, power_eigenvalue, spread_eigenvalue
 from attnrobust.numerics.rounding import FORMULA, outward
 from attnrobust.numerics.suprema import pair_slope, saturating_weight
+from attnrobust.numerics.triangle import triangle
 from attnrobust.threats.moves import MoveThreat, PerTokenBall
 
 
@@ -35,7 +36,7 @@ class RowGeometry:
     gram: Float[Tensor, "h n n n"] | None
 
 
-def row_geometry(rows: CleanRows, threat: MoveThreat) -> RowGeometry:
+def row_geometry(rows: MarginRows, threat: MoveThreat) -> RowGeometry:
     """Norms of the l_j for one threat."""
     length = torch.linalg.vector_norm(rows.beta, dim=-1)[..., None]
     norm = rows.norm[:, None, None] * rows.movable[:, None]
@@ -52,7 +53,7 @@ def row_geometry(rows: CleanRows, threat: MoveThreat) -> RowGeometry:
     return RowGeometry(norms, direction_gram(rows) if rows.n <= GRAM_LIMIT else None)
 
 
-def _token_sum(rows: CleanRows) -> Tensor:
+def _token_sum(rows: MarginRows) -> Tensor:
     """``sum_l |(e_j - w)_l|`` over movable tokens other than i."""
     w, m = rows.weight, rows.movable
     eye = torch.eye(rows.n, dtype=w.dtype, device=w.device)
@@ -85,7 +86,7 @@ class Constants:
     spread: Float[Tensor, "h n"]
 
 
-def largest_quadratic(rows: CleanRows, geo: RowGeometry, coefficient: Tensor) -> Float[Tensor, "h n"]:
+def largest_quadratic(rows: MarginRows, geo: RowGeometry, coefficient: Tensor) -> Float[Tensor, "h n"]:
     """Upper bound of ``lambda_max(sum_j c_j l_j l_j^T)`` per row."""
     if geo.gram is not None:
         return gram_eigenvalue(geo.gram, coefficient)
@@ -94,7 +95,7 @@ def largest_quadratic(rows: CleanRows, geo: RowGeometry, coefficient: Tensor) ->
     return outward((key.sqrt() + query.sqrt()) ** 2, FORMULA)
 
 
-def _query_eigenvalue(rows: CleanRows, coefficient: Tensor) -> Tensor:
+def _query_eigenvalue(rows: MarginRows, coefficient: Tensor) -> Tensor:
     """``lambda_max(sum_j c_j a_j a_j^T)``, ``a_j = alpha_j - mean alpha = w_q (k_j - mean k)``, from k x k matrices."""
     finite = torch.isfinite(coefficient).all(-1)
     c = torch.where(finite[..., None], coefficient, 0.0)
@@ -106,9 +107,9 @@ def _query_eigenvalue(rows: CleanRows, coefficient: Tensor) -> Tensor:
     cross = first[..., :, None] * mean[..., None, :]
     moment = second - cross - cross.mT + total * mean[..., :, None] * mean[..., None, :]
     # w_q S w_q^T has the eigenvalues of R S R^T, w_q = Q R.
-    triangle = torch.linalg.qr(rows.layer.w_q, mode="r").R
-    inner = triangle[:, None] @ moment @ triangle.mT[:, None]
-    scale = torch.linalg.matrix_norm(second) * torch.linalg.matrix_norm(triangle)[:, None] ** 2
+    small = triangle(rows.layer.w_q)
+    inner = small[:, None] @ moment @ small.mT[:, None]
+    scale = torch.linalg.matrix_norm(second) * torch.linalg.matrix_norm(small)[:, None] ** 2
     value = (power_eigenvalue(inner, squarings=3) + FORMULA * scale) * rows.movable
     return torch.where(finite & torch.isfinite(value), value, torch.inf)  # overflowed squares bound nothing
 
@@ -119,7 +120,7 @@ def _second_moment(c: Tensor, keys: Tensor) -> Tensor:
     return (c @ products).reshape(h, n, k, k)
 
 
-def constants(rows: CleanRows, geo: RowGeometry, budget: MoveBudget) -> Constants:
+def constants(rows: MarginRows, geo: RowGeometry, budget: MoveBudget) -> Constants:
     """All radius-dependent constants; see the attributes of ``Constants`` and lemmas 2 to 6 of the documentation."""
     r, rho, norm = budget.frobenius, budget.token, rows.norm[:, None]
     limit = logit_range(geo.norms, budget).masked_fill(torch.isneginf(rows.log_weight), 0.0)

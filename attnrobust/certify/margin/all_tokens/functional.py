@@ -20,7 +20,7 @@ from attnrobust.certify.margin.all_tokens.majorant import (
     pieces,
     references,
 )
-from attnrobust.certify.margin.quadratic_form import ClassRows, Majorant
+from attnrobust.certify.margin.quadratic_form import FunctionalRows, QuadraticMajorant
 from attnrobust.certify.margin.trust_region import (
     CHOLESKY_LIMIT,
     DECOMPOSE_LIMIT,
@@ -39,7 +39,7 @@ from attnrobust.threats.moves import MoveThreat, PerTokenBall
 ROUNDS, PATIENCE, PROGRESS = 16, 4, 3e-3  # balances at most; so many without this relative progress end them
 STEPS, RATE = 30, 0.06  # of the descent after the balances
 WARM_STEPS, WARM_RATE = 4, 0.02  # the same at another radius
-SETTLE = ((5, 0), (4, 0), (3, 0), (0, 24), (0, 16))  # balances and steps while the radius moves
+TUNING = ((5, 0), (4, 0), (3, 0), (0, 24), (0, 16))  # balances and steps while the radius moves
 SHRINK = 0.3  # of the radius where a bound overflows
 GROWTH = 1.4  # exponent of a bound in the radius where nothing is known yet
 SETTLED = 2e-3  # growth of an approximate value by one more product that ends its search
@@ -90,10 +90,10 @@ class _State:
         return math.inf if self.best is None else self.best[1].value
 
 
-class ClassBound:
+class FunctionalBound:
     """Bounds of the drop of one functional; parameters and reference moves are kept between radii."""
 
-    def __init__(self, rows: ClassRows, threat: MoveThreat, *, seed: int) -> None:
+    def __init__(self, rows: FunctionalRows, threat: MoveThreat, *, seed: int) -> None:
         self.rows, self.threat, self.seed = rows, threat, seed
         self.index = rows.rows.index
         self.gradient = rows.gradient[self.index]
@@ -102,7 +102,7 @@ class ClassBound:
         self.starts: Tensor | None = None
         self.memory: References | None = None
         self.count = 0
-        self.settled = False
+        self.tuned = False
 
     def _first_scale(self) -> Tensor:
         """Optimal for a linear drop: ``scale^2`` proportional to ``|G|``, by tokens or by coordinates."""
@@ -112,7 +112,9 @@ class ClassBound:
         size = size + FLOOR * size.mean() + SMALLEST_UNIT
         return (size / size.amax()).sqrt()
 
-    def settle(self, constants_at: Callable[[float], Constants | None], budget: float, radius: float) -> float:
+    def choose_parameters(
+        self, constants_at: Callable[[float], Constants | None], budget: float, radius: float
+    ) -> float:
         """Choose parameters while the radius moves to where the bound meets the budget.
 
         Args:
@@ -124,7 +126,7 @@ class ClassBound:
             A guess of the certified radius.
         """
         seen: list[tuple[float, float]] = []
-        for rounds, steps in SETTLE:
+        for rounds, steps in TUNING:
             const = constants_at(radius)
             if const is None:
                 radius *= SHRINK
@@ -132,13 +134,13 @@ class ClassBound:
             state = self._state(const)
             self._balance(state, rounds=rounds, patience=rounds)
             self._descend(state, steps=steps, rate=RATE)
-            self._sharpen(state)
-            radius = self._towards(seen, radius, state.value / budget)
+            self._solve_again(state)
+            radius = self._next_radius(seen, radius, state.value / budget)
             self._keep(state)
-        self.settled = bool(seen)
+        self.tuned = bool(seen)
         return radius
 
-    def _towards(self, seen: list[tuple[float, float]], radius: float, usage: float) -> float:
+    def _next_radius(self, seen: list[tuple[float, float]], radius: float, usage: float) -> float:
         if not 0.0 < usage < math.inf:
             return radius * SHRINK
         power = GROWTH
@@ -155,14 +157,14 @@ class ClassBound:
             failure_probability: What one random start may fail with; 0 refuses them (the bound is then infinite).
         """
         state = self._state(const)
-        if self.settled:
+        if self.tuned:
             self._descend(state, steps=WARM_STEPS, rate=WARM_RATE)
         else:
             self._balance(state, rounds=ROUNDS, patience=PATIENCE)
             self._descend(state, steps=STEPS, rate=RATE)
         if state.best is None:
             return Upper(math.inf)
-        self._sharpen(state)
+        self._solve_again(state)
         self._keep(state)
         quadratic, solution, _, region = state.best
         return self._certified(quadratic, solution, region, failure_probability)
@@ -173,7 +175,7 @@ class ClassBound:
     def _keep(self, state: "_State") -> None:
         if state.best is None:
             return
-        self.settled = True
+        self.tuned = True
         _, _, self.parameters, region = state.best
         if isinstance(self.threat, PerTokenBall):
             self.scale = region.scale
@@ -218,7 +220,7 @@ class ClassBound:
         spent = (square * moves[:, self.index].square()).sum((-2, -1)).mean()
         return value + 0.5 * solution.multiplier * (budget.epsilon**2 * square.sum() - spent)
 
-    def _sharpen(self, state: "_State") -> None:
+    def _solve_again(self, state: "_State") -> None:
         """Solve the best trust region again, more accurately: its value and multiplier came from few products."""
         if state.best is None or state.best[0].gradient.numel() <= DENSE_LIMIT:
             return
@@ -258,7 +260,7 @@ class ClassBound:
             seed=self.seed + 7919 * self.count,
         )  # fmt: skip
 
-    def _quadratic(self, form: Majorant, region: Ellipsoid) -> Quadratic:
+    def _quadratic(self, form: QuadraticMajorant, region: Ellipsoid) -> Quadratic:
         """The majorant in the coordinates ``scale * D`` of the movable tokens."""
         index, shape, scale = self.index, self.rows.rows.points.shape, region.scale
 

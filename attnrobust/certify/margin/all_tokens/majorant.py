@@ -7,7 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.margin.all_tokens.constants import Constants
-from attnrobust.certify.margin.quadratic_form import ClassRows, Majorant, Moments, moments, spread_back
+from attnrobust.certify.margin.quadratic_form import (
+    FunctionalRows,
+    LinearImages,
+    QuadraticMajorant,
+    linear_images,
+    spread_back,
+)
 from attnrobust.certify.shared.constants import shifted_slopes
 from attnrobust.numerics.eigenvalues import spread_eigenvalue, spread_slope
 from attnrobust.numerics.rounding import SMALLEST_UNIT
@@ -40,10 +46,10 @@ class Parameters:
     query_mean: Float[Tensor, "h n"]
 
 
-def initial_parameters(cls: ClassRows) -> Parameters:
+def initial_parameters(functional: FunctionalRows) -> Parameters:
     """Parameters that are reasonable everywhere."""
-    row = cls.rows.weight.new_ones(cls.rows.weight.shape[:2])
-    pair = torch.ones_like(cls.rows.weight)
+    row = functional.rows.weight.new_ones(functional.rows.weight.shape[:2])
+    pair = torch.ones_like(functional.rows.weight)
     return Parameters(0.4 * row, 0.0 * row, 0.0 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row)
 
 
@@ -56,23 +62,23 @@ class Pieces:
     unit: Tensor  # |D| r
 
 
-def pieces(cls: ClassRows, const: Constants, first_norm: Float[Tensor, "h n"]) -> Pieces:
+def pieces(functional: FunctionalRows, const: Constants, first_norm: Float[Tensor, "h n"]) -> Pieces:
     """Parameter-free coefficients."""
-    weight = cls.rows.weight
+    weight = functional.rows.weight
     shift, slope = shifted_slopes(weight, const.slope, const.slope_same)
     unit = (first_norm * const.budget.frobenius).clamp_min(SMALLEST_UNIT)
     return Pieces(shift=shift, slope=slope, unit=unit)
 
 
-def _value_reference(cls: ClassRows, const: Constants, par: Parameters) -> Float[Tensor, "h n"]:
+def _value_reference(functional: FunctionalRows, const: Constants, par: Parameters) -> Float[Tensor, "h n"]:
     """theta_j."""
-    return par.value * cls.value_norm * const.budget.frobenius
+    return par.value * functional.value_norm * const.budget.frobenius
 
 
-def _mass_curve(cls: ClassRows, const: Constants, par: Parameters, unit: Tensor) -> tuple[Tensor, Tensor]:
+def _mass_curve(functional: FunctionalRows, const: Constants, par: Parameters, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficient of u_j^2 / 2 that bounds ``p_j (v_j - theta_j + tau - e)``, and its slope in tau."""
     cut = (par.split - par.reference) * unit
-    shifted = cls.advantage - _value_reference(cls, const, par)[:, None] + cut[..., None]
+    shifted = functional.advantage - _value_reference(functional, const, par)[:, None] + cut[..., None]
     effect = torch.where(shifted > 0, const.saturating, const.curvature)
     return shifted * effect, effect
 
@@ -86,24 +92,24 @@ def _spread(coefficient: Tensor, weight: Tensor, movable: Tensor) -> Tensor:
     return value + (slope * (coefficient - coefficient.detach())).sum(-1)
 
 
-def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -> Majorant:
+def majorant(functional: FunctionalRows, const: Constants, piece: Pieces, par: Parameters) -> QuadraticMajorant:
     """The quadratic majorant of Theorem 1 of docs/margin-certificate.md, differentiable in the parameters."""
-    rows, pi = cls.rows, cls.pooling
+    rows, pi = functional.rows, functional.pooling
     weight = rows.weight
     tau = par.split * piece.unit
-    pair = par.pair * cls.value_norm[..., None]
-    curve = _mass_curve(cls, const, par, piece.unit)[0] + pair * piece.slope
+    pair = par.pair * functional.value_norm[..., None]
+    curve = _mass_curve(functional, const, par, piece.unit)[0] + pair * piece.slope
     positive = curve > 0
     eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
     square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
     rest = torch.where(positive, curve * (1.0 + 1.0 / eps), -curve * (1.0 / eps - 1.0))
     energy = const.budget.frobenius**2 * _spread(rest, weight, rows.movable)
     kept = weight - piece.shift
-    s1 = par.query_value * cls.value_norm
+    s1 = par.query_value * functional.value_norm
     value = piece.slope / pair + (const.spread / s1)[..., None] * kept
     whole = (piece.shift == 0).all(-1)
-    theta = _value_reference(cls, const, par)
-    moved = cls.revalued(theta)
+    theta = _value_reference(functional, const, par)
+    moved = functional.revalued(theta)
     advantage = pi[:, None] * moved.weighted_advantage
     outer = (const.share / par.query_mean)[..., None] * advantage
     first = pi * const.share / (2.0 * tau)
@@ -112,14 +118,14 @@ def majorant(cls: ClassRows, const: Constants, piece: Pieces, par: Parameters) -
     offset, mean = par.reference * piece.unit, (weight @ theta[..., None])[..., 0]
     shifted = pi[:, None] * piece.shift * theta[:, None]
     linear = value * theta - (weight.mT @ (centre * mean)[..., None])[..., 0]
-    return Majorant(
-        cls=moved,
+    return QuadraticMajorant(
+        functional=moved,
         square=pi[:, None] * square,
         mixed=pi[:, None] * kept,
         value=value,
         centre=centre,
         first=first,
-        gradient=cls.gradient - moved.combined(first * offset) - spread_back(cls, shifted, linear),
+        gradient=functional.gradient - moved.combined(first * offset) - spread_back(functional, shifted, linear),
         constant=0.5 * ((first * offset**2).sum() + (value * theta**2).sum() - (centre * mean**2).sum()),
         bilinear=pi * (energy + const.spread * s1 + const.share * par.query_mean) * rows.movable,
         tokens=torch.einsum("hij,hil->jl", outer, moved.weighted_advantage),
@@ -152,16 +158,16 @@ class References:
         return References(*(torch.cat([old, new])[-keep:] for old, new in pairs))
 
 
-def references(cls: ClassRows, points: Float[Tensor, "b n d"]) -> References:
+def references(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> References:
     """Evaluate reference moves."""
-    found: Moments = moments(cls, points)
-    layer = cls.rows.layer
+    found: LinearImages = linear_images(functional, points)
+    layer = functional.rows.layer
     gram = layer.factor**2 * layer.w_k.mT @ layer.w_k
     return References(found.x, found.t, ((found.query @ gram) * found.query).sum(-1), points @ points.mT)
 
 
 def balanced(
-    cls: ClassRows,
+    functional: FunctionalRows,
     const: Constants,
     piece: Pieces,
     par: Parameters,
@@ -173,7 +179,7 @@ def balanced(
     """Parameters that make each inequality nearly tight on average over reference moves (any choice is sound).
 
     Args:
-        cls: The functional's rows.
+        functional: The functional's rows.
         const: Constants of the set.
         piece: Parameter-free coefficients.
         par: Parameters so far.
@@ -181,8 +187,8 @@ def balanced(
         smooth: Share of each form's mean that is added, so that no parameter collapses.
         step: How far to go from the parameters so far (0) to the balance (1); logarithms move for positive ones.
     """
-    rows = cls.rows
-    weighted = cls.revalued(_value_reference(cls, const, par)).weighted_advantage
+    rows = functional.rows
+    weighted = functional.revalued(_value_reference(functional, const, par)).weighted_advantage
 
     def mean(value: Tensor, dims: tuple[int, ...]) -> Tensor:
         average = value.mean(0)
@@ -195,9 +201,9 @@ def balanced(
     variance = (first - average).square().mean(0) + smooth * first.square().mean((0, 2))[:, None] + SMALLEST_UNIT
     query = mean(found.query, (1,))
     mixed = mean(((weighted @ found.gram[:, None]) * weighted).sum(-1).clamp_min(0.0), (1,))
-    pair = (t2[:, None, :] / x2).sqrt() / cls.value_norm[..., None]
-    e = par.pair * cls.value_norm[..., None]
-    curve, effect = _mass_curve(cls, const, par, piece.unit)
+    pair = (t2[:, None, :] / x2).sqrt() / functional.value_norm[..., None]
+    e = par.pair * functional.value_norm[..., None]
+    curve, effect = _mass_curve(functional, const, par, piece.unit)
     mass = (effect * x2).sum(-1).clamp_min(SMALLEST_UNIT)
     # Stationary point of ``(tau - e) m / 2 + pbar mean (d - e)^2 / (4 tau)`` in tau and e, m the mass.
     ratio = (0.5 * mass / const.share.clamp_min(SMALLEST_UNIT)).clamp_max(LARGEST_MASS)
@@ -206,7 +212,7 @@ def balanced(
     curve = (curve + e * piece.slope).abs()
     energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.movable, bisections=ROUGH)
     eps = (energy * query / (curve * x2).sum(-1).clamp_min(SMALLEST_UNIT)).sqrt()[..., None].expand_as(x2)
-    s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / cls.value_norm
+    s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / functional.value_norm
     s2 = (mixed / query).sqrt()
 
     def join(old: Tensor, new: Tensor) -> Tensor:
@@ -215,7 +221,7 @@ def balanced(
     return Parameters(
         split=join(par.split, split).clamp(0.02, 2.0),
         reference=(1.0 - step) * par.reference + step * reference,
-        value=(1.0 - step) * par.value + step * t / (cls.value_norm * const.budget.frobenius),
+        value=(1.0 - step) * par.value + step * t / (functional.value_norm * const.budget.frobenius),
         pair=join(par.pair, pair),
         bilinear=join(par.bilinear, eps).clamp(0.02, 2.0),
         query_value=join(par.query_value, s1),

@@ -5,9 +5,9 @@ from typing import ClassVar
 import torch
 
 from attnrobust.certify.margin.all_tokens.constants import Constants, constants, row_geometry
-from attnrobust.certify.margin.all_tokens.functional import ClassBound
-from attnrobust.certify.margin.quadratic_form import class_rows
-from attnrobust.certify.margin.rows import clean_rows
+from attnrobust.certify.margin.all_tokens.functional import FunctionalBound
+from attnrobust.certify.margin.quadratic_form import functional_rows
+from attnrobust.certify.margin.rows import margin_rows
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.certify.shared.constants import MoveBudget
 from attnrobust.goals import Margin
@@ -52,14 +52,14 @@ class MarginBound(PreparedBound):
     @torch.no_grad()
     def __init__(self, problem: Problem, *, seed: int) -> None:
         self.problem, self.seed = problem, seed
-        self.rows = clean_rows(problem)
+        self.rows = margin_rows(problem)
         self.geometry = row_geometry(self.rows, problem.moves)
         goal = problem.resolved
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before
         self.budgets = goal.budgets.tolist()
         weights = goal.weights.clone()  # made in inference mode, they could not enter a slope
-        self.classes = [
-            ClassBound(class_rows(self.rows, weights, f), problem.moves, seed=seed) for f in goal.functionals
+        self.functionals = [
+            FunctionalBound(functional_rows(self.rows, weights, f), problem.moves, seed=seed) for f in goal.functionals
         ]
         self.starts = 0
 
@@ -72,13 +72,13 @@ class MarginBound(PreparedBound):
     @torch.no_grad()
     def first_guess(self) -> float | None:
         guesses = []
-        for budget, cls in zip(self.budgets, self.classes, strict=True):
-            slope = float(self.problem.moves.dual_norm(cls.rows.gradient))
+        for budget, functional in zip(self.budgets, self.functionals, strict=True):
+            slope = float(self.problem.moves.dual_norm(functional.rows.gradient))
             if slope > 0.0:
-                guesses.append(cls.settle(self._constants, budget, START * budget / slope))
+                guesses.append(functional.choose_parameters(self.constants_at, budget, START * budget / slope))
         return min(guesses, default=None)
 
-    def _constants(self, radius: float) -> Constants | None:
+    def constants_at(self, radius: float) -> Constants | None:
         """Constants of the threat's set of this radius; None where they overflow."""
         threat, (n, d) = self.problem.moves, self.rows.points.shape
         budget = MoveBudget(
@@ -90,15 +90,15 @@ class MarginBound(PreparedBound):
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def usage(self, radius: float) -> Upper:
-        const = self._constants(radius)
+        const = self.constants_at(radius)
         if const is None:
             return Upper(torch.inf)
         worst = 0.0
-        for class_budget, cls in zip(self.budgets, self.classes, strict=True):
+        for one_budget, functional in zip(self.budgets, self.functionals, strict=True):
             share = FAILURE_PROBABILITY / EVALUATIONS if self.starts < EVALUATIONS else 0.0
-            bound = cls.bound(const, failure_probability=share)
+            bound = functional.bound(const, failure_probability=share)
             self.starts += bound.failure_probability > 0.0
-            worst = max(worst, used_share(bound.value, class_budget))
+            worst = max(worst, used_share(bound.value, one_budget))
             if worst == torch.inf:
                 break
         return Upper(worst, self.failure_probability)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.margin.one_token.logistic import logistic_change, remainder_range, steepest_turn
-from attnrobust.certify.margin.one_token.rows import TokenClass
+from attnrobust.certify.margin.one_token.rows import TokenFunctional
 from attnrobust.numerics.rounding import CANCELLATION, ENTRY, SMALLEST_UNIT, outward
 
 SEARCH_NODES, PROOF_NODES = 33, 121  # of the range of a, while parameters are chosen and for the bound
@@ -49,7 +49,7 @@ class ForeignRows:
         size: Upper estimate of the drop; the unit of the parameters.
     """
 
-    group: TokenClass
+    group: TokenFunctional
     logit: Float[Tensor, "h n l"]
     value: Float[Tensor, "h n l"]
     reach: Float[Tensor, "h n l"]
@@ -57,13 +57,13 @@ class ForeignRows:
     size: Float[Tensor, "h n l"]
 
 
-def foreign_rows(group: TokenClass, radius: float) -> ForeignRows:
+def foreign_rows(group: TokenFunctional, radius: float) -> ForeignRows:
     """Ranges and units at a radius."""
-    rows = group.cls.rows
+    rows = group.functional.rows
     logit, value = group.token.logit, group.rest_advantage
     reach = outward(radius * torch.linalg.vector_norm(rows.beta, dim=-1)[..., None], ENTRY)
     reach = reach.expand_as(logit).clamp_min(SMALLEST_UNIT)
-    lift = outward(radius * group.cls.value_norm, ENTRY)[:, None].expand_as(logit).clamp_min(SMALLEST_UNIT)
+    lift = outward(radius * group.functional.value_norm, ENTRY)[:, None].expand_as(logit).clamp_min(SMALLEST_UNIT)
     x = logit.clamp(-1e6, 1e6)
     change = torch.maximum(logistic_change(x, reach), -logistic_change(x, -reach))
     size = change * value.abs() + torch.sigmoid(x + reach) * lift
@@ -116,7 +116,7 @@ def foreign_form(
 ) -> tuple[Float[Tensor, "h l m m"], Float[Tensor, "h l m"], Float[Tensor, "l"]]:
     """Quadratic part, linear part beyond the first order and constant of all foreign rows, in the coordinates y."""
     group = found.group
-    q, k = group.cls.rows.queries, group.cls.rows.layer.key_width
+    q, k = group.functional.rows.queries, group.functional.rows.layer.key_width
     weight = group.pooling * found.size
     curve = weight * par.curve / found.reach**2
     mixed = torch.einsum("hil,hia->hla", weight * par.mixed / (found.reach * found.lift), q)

@@ -26,8 +26,8 @@ from attnrobust.certify.margin.one_token.own_row import (
     own_form,
     own_start,
 )
-from attnrobust.certify.margin.one_token.rows import TokenClass, TokenRows
-from attnrobust.certify.margin.quadratic_form import ClassRows
+from attnrobust.certify.margin.one_token.rows import TokenFunctional, TokenRows
+from attnrobust.certify.margin.quadratic_form import FunctionalRows
 from attnrobust.certify.margin.small_trust_regions import (
     DECOMPOSE_LIMIT,
     many_approximate,
@@ -75,21 +75,22 @@ def _bounded(value: Tensor) -> Tensor:
 class _Set:
     """What a radius fixes for some candidate tokens."""
 
-    group: TokenClass
+    group: TokenFunctional
     own: OwnConstants
     average: Float[Tensor, "h l"]
     foreign: ForeignRows
     radius: float
 
 
-class TokenClassBound:
+class TokenFunctionalBound:
     """Bounds of the drop of one functional; parameters are kept between radii."""
 
-    def __init__(self, cls: ClassRows, tokens: Int[Tensor, "l"]) -> None:
-        self.cls, self.tokens = cls, tokens
-        self.gradient = cls.gradient
+    def __init__(self, functional: FunctionalRows, tokens: Int[Tensor, "l"]) -> None:
+        self.functional, self.tokens = functional, tokens
+        self.gradient = functional.gradient
         self.parameters: TokenParameters | None = None
-        self.seen = cls.gradient.new_zeros(cls.rows.n)  # radius at which a token's parameters were chosen; 0: never
+        # Radius at which a token's parameters were chosen; 0: never.
+        self.seen = functional.gradient.new_zeros(functional.rows.n)
 
     @property
     def largest_gradient(self) -> float:
@@ -99,8 +100,8 @@ class TokenClassBound:
     @property
     def chunk(self) -> int:
         """Candidate tokens that are treated at once."""
-        h, n, d = self.cls.gamma.shape[0], self.cls.rows.n, self.cls.rows.points.shape[1]
-        m = 2 * self.cls.rows.layer.key_width + 1
+        h, n, d = self.functional.gamma.shape[0], self.functional.rows.n, self.functional.rows.points.shape[1]
+        m = 2 * self.functional.rows.layer.key_width + 1
         return max(1, CHUNK_NUMBERS // max(2 * PROOF_NODES * h * n, h * n * m, h * d * m, 4 * d * d))
 
     def bound(self, radius: float) -> float:
@@ -114,7 +115,7 @@ class TokenClassBound:
         while left.numel() and float(known.amax()) > worst:
             order = known.argsort(descending=True)
             left, known = left[order], known[order]
-            found = _bounded(torch.minimum(self._refined(radius, left[:size]), known[:size]))
+            found = _bounded(torch.minimum(self.refined(radius, left[:size]), known[:size]))
             worst = max(worst, float(found.amax()))
             left, known = left[size:], known[size:]
             if bool((self.seen[left] == 0).any()):  # they start from better parameters now
@@ -126,41 +127,41 @@ class TokenClassBound:
         parts = [self._first(radius, part) for part in tokens.split(self.chunk)]
         return _bounded(torch.cat(parts)) if parts else self.gradient.new_zeros(0)
 
-    def _set(self, radius: float, tokens: Tensor) -> _Set | None:
-        token = TokenRows(self.cls.rows, tokens)
-        group = TokenClass(token, self.cls)
+    def at_radius(self, radius: float, tokens: Tensor) -> _Set | None:
+        token = TokenRows(self.functional.rows, tokens)
+        group = TokenFunctional(token, self.functional)
         own = own_constants(token, radius)
         if not bool((own.limit < EXPONENT_CAP).all()):
             return None
         return _Set(group, own, largest_average(group, own), foreign_rows(group, radius), radius)
 
-    def _take(self, found: _Set) -> TokenParameters:
+    def present_parameters(self, found: _Set) -> TokenParameters:
         """The parameters at hand."""
         tokens = found.group.token.tokens
         if self.parameters is None:
-            return self._start(found)
+            return self.start_parameters(found)
         taken: TokenParameters = combined(self.parameters, self.parameters, lambda a, _: a[..., tokens])
         return taken
 
-    def _start(self, found: _Set) -> TokenParameters:
+    def start_parameters(self, found: _Set) -> TokenParameters:
         row = torch.ones_like(found.average)
         return TokenParameters(
             foreign=foreign_start(found.foreign), capped=0.4 * row, cap_split=0.5 * row, own=own_start(row)
         )
 
     def _first(self, radius: float, tokens: Tensor) -> Tensor:
-        found = self._set(radius, tokens)
+        found = self.at_radius(radius, tokens)
         if found is None:
             return self.gradient.new_full((tokens.numel(),), torch.inf)
-        return self._certified(found, self._take(found))
+        return self._certified(found, self.present_parameters(found))
 
-    def _refined(self, radius: float, tokens: Tensor) -> Tensor:
+    def refined(self, radius: float, tokens: Tensor) -> Tensor:
         """Trust regions whose parameters follow the slope of the bound at its maximisers."""
-        found = self._set(radius, tokens)
+        found = self.at_radius(radius, tokens)
         best = self.gradient.new_full((tokens.numel(),), torch.inf)
         if found is None:
             return best
-        keep = self._take(found)
+        keep = self.present_parameters(found)
         steps, rate = self._effort(radius, tokens)
         search = TokenDescent(keep, steps=steps, rate=rate)
         points: Tensor | None = None
@@ -221,11 +222,11 @@ class TokenClassBound:
 
     def _certified(self, found: _Set, par: TokenParameters) -> Tensor:
         """Proved bounds at given parameters."""
-        matrix, gradient, constant = self._majorant(found, par)
+        matrix, gradient, constant = self.quadratic_majorant(found, par)
         _, _, multiplier = many_approximate(matrix, gradient, found.radius)
         return many_certified(matrix, gradient, found.radius, multiplier) + outward(constant, PROOF)
 
-    def _majorant(self, found: _Set, par: TokenParameters) -> tuple[Tensor, Tensor, Tensor]:
+    def quadratic_majorant(self, found: _Set, par: TokenParameters) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix (l, d, d), gradient (l, d) and constant (l,) of the majorant at given parameters."""
         core, identity, linear, constant = self._form(found, par, nodes=PROOF_NODES)
         return *self._dense(found, core, identity, linear), constant
@@ -245,7 +246,7 @@ class TokenClassBound:
     def _cap(self, found: _Set, par: TokenParameters) -> tuple[Tensor, Tensor, Tensor]:
         """Quadratic, linear part beyond the first-order drop and constant of the own row's range."""
         group, heaviest = found.group, found.own.heaviest
-        unit = (par.cap_split * found.radius * self.cls.value_norm).clamp_min(SMALLEST_UNIT)
+        unit = (par.cap_split * found.radius * self.functional.value_norm).clamp_min(SMALLEST_UNIT)
         width = group.own_gradient.shape[-1]
         last = torch.zeros(width, dtype=unit.dtype, device=unit.device)
         last[-1] = 1.0
@@ -261,7 +262,7 @@ class TokenClassBound:
             return out
 
         if self.parameters is None:
-            n = self.cls.rows.n
+            n = self.functional.rows.n
             self.parameters = combined(keep, keep, lambda a, _: a.mean(-1, keepdim=True).expand(*a.shape[:-1], n))
         self.parameters = combined(self.parameters, keep, put)
         self.seen[tokens] = radius

@@ -4,9 +4,9 @@ from typing import ClassVar
 
 import torch
 
-from attnrobust.certify.margin.one_token.functional import TokenClassBound
-from attnrobust.certify.margin.quadratic_form import class_rows
-from attnrobust.certify.margin.rows import clean_rows
+from attnrobust.certify.margin.one_token.functional import TokenFunctionalBound
+from attnrobust.certify.margin.quadratic_form import functional_rows
+from attnrobust.certify.margin.rows import margin_rows
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
@@ -50,7 +50,7 @@ class TokenBound(PreparedBound):
     @torch.no_grad()
     def __init__(self, problem: Problem) -> None:
         threat, (n, d) = problem.moves, problem.clean.points.shape
-        self.rows = clean_rows(problem, everywhere=True)
+        self.rows = margin_rows(problem, everywhere=True)
         # l2, l1 and maximum-norm balls of one token lie in an l2 ball of this size.
         self.factor = threat.token_factor(n, d)
         tokens = threat.movable(n).nonzero().flatten().to(self.rows.points.device)
@@ -58,11 +58,13 @@ class TokenBound(PreparedBound):
         goal = problem.resolved
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before
         self.budgets = goal.budgets.tolist()
-        self.classes = [TokenClassBound(class_rows(self.rows, goal.weights, f), tokens) for f in goal.functionals]
+        self.functionals = [
+            TokenFunctionalBound(functional_rows(self.rows, goal.weights, f), tokens) for f in goal.functionals
+        ]
 
     @property
     def first_guess(self) -> float | None:
-        slope = max(c.largest_gradient / b for c, b in zip(self.classes, self.budgets, strict=True))
+        slope = max(c.largest_gradient / b for c, b in zip(self.functionals, self.budgets, strict=True))
         return 0.6 / (slope * self.factor) if slope > 0.0 else None
 
     @torch.inference_mode(mode=False)  # the search of the parameters differentiates, whatever mode the caller is in
@@ -72,6 +74,6 @@ class TokenBound(PreparedBound):
         if length * self.longest > EXPONENT_CAP:
             return Upper(torch.inf)
         worst = 0.0
-        for budget, cls in zip(self.budgets, self.classes, strict=True):
-            worst = max(worst, used_share(cls.bound(length), budget))
+        for budget, functional in zip(self.budgets, self.functionals, strict=True):
+            worst = max(worst, used_share(functional.bound(length), budget))
         return Upper(worst)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.margin.one_token.rows import TokenClass, TokenRows
+from attnrobust.certify.margin.one_token.rows import TokenFunctional, TokenRows
 from attnrobust.certify.shared.constants import (
     LogitNorms,
     MoveBudget,
@@ -82,7 +82,7 @@ def own_constants(token: TokenRows, radius: float) -> OwnConstants:
     )
 
 
-def largest_average(group: TokenClass, const: OwnConstants) -> Float[Tensor, "h l"]:
+def largest_average(group: TokenFunctional, const: OwnConstants) -> Float[Tensor, "h l"]:
     """Upper bound of ``sup sum_j p_j v_j`` over all logit changes with |u_j| <= U_j (lemma 13).
 
     The supremum c solves ``sum_j w_j e^{U_j sign(v_j - c)} (v_j - c) = 0`` (the left side falls in c); bisection keeps
@@ -137,10 +137,10 @@ class OwnForm:
     constant: Float[Tensor, "h l"]
 
 
-def own_form(group: TokenClass, const: OwnConstants, par: OwnParameters) -> OwnForm:
+def own_form(group: TokenFunctional, const: OwnConstants, par: OwnParameters) -> OwnForm:
     """Theorem 1 for a row that only its own token moves."""
-    token, layer = group.token, group.cls.rows.layer
-    k, radius, length = layer.key_width, const.radius, group.cls.value_norm
+    token, layer = group.token, group.functional.rows.layer
+    k, radius, length = layer.key_width, const.radius, group.functional.value_norm
     unit = radius * group.own_gradient_norm
     theta, omega = par.value * radius * length, par.reference * unit
     mine = (slice(None), token.place, token.tokens)

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.certify.margin.quadratic_form import ClassRows, token_values
-from attnrobust.certify.margin.rows import CleanRows
+from attnrobust.certify.margin.quadratic_form import FunctionalRows, token_values
+from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.numerics.rounding import FORMULA, SMALLEST_UNIT, nonzero, outward
+from attnrobust.numerics.triangle import triangle
 
 SMALLEST_LENGTH = 1e-14  # added to every |l_j|: absolute rounding of a difference of keys
 
@@ -27,7 +28,7 @@ class TokenRows:
         tokens: The candidates l.
     """
 
-    rows: CleanRows
+    rows: MarginRows
     tokens: Int[Tensor, "l"]
 
     @cached_property
@@ -69,8 +70,7 @@ class TokenRows:
     def triangle(self) -> Float[Tensor, "h r y"]:
         """R of ``[w_k w_q] = Q R``: ``|l_j| = |R y_j|``."""
         layer = self.rows.layer
-        found: Tensor = torch.linalg.qr(torch.cat([layer.w_k, layer.w_q], dim=-1), mode="r").R
-        return found
+        return triangle(torch.cat([layer.w_k, layer.w_q], dim=-1))
 
     @cached_property
     def norm(self) -> Float[Tensor, "h l n"]:
@@ -100,37 +100,37 @@ class TokenRows:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenClass:
+class TokenFunctional:
     """One functional at the candidate tokens.
 
     Args:
         token: Class-independent quantities.
-        cls: The functional's rows.
+        functional: The functional's rows.
     """
 
     token: TokenRows
-    cls: ClassRows
+    functional: FunctionalRows
 
     @cached_property
     def pooling(self) -> Float[Tensor, "n l"]:
         """pi_i for foreign rows, 0 for the token's own row."""
-        keep = torch.arange(self.cls.rows.n, device=self.token.tokens.device)[:, None] != self.token.tokens
-        return self.cls.pooling[:, None] * keep
+        keep = torch.arange(self.functional.rows.n, device=self.token.tokens.device)[:, None] != self.token.tokens
+        return self.functional.pooling[:, None] * keep
 
     @cached_property
     def own_pooling(self) -> Float[Tensor, "l"]:
         """pi_l."""
-        return self.cls.pooling[self.token.tokens]
+        return self.functional.pooling[self.token.tokens]
 
     @cached_property
     def advantage(self) -> Float[Tensor, "h l n"]:
         """Advantages v of the own row."""
-        return self.cls.advantage[:, self.token.tokens]
+        return self.functional.advantage[:, self.token.tokens]
 
     @cached_property
     def at_self(self) -> Float[Tensor, "l n"]:
         """1 where j = l."""
-        return torch.nn.functional.one_hot(self.token.tokens, self.cls.rows.n).to(self.cls.advantage)
+        return torch.nn.functional.one_hot(self.token.tokens, self.functional.rows.n).to(self.functional.advantage)
 
     @cached_property
     def rest_advantage(self) -> Float[Tensor, "h n l"]:
@@ -138,21 +138,21 @@ class TokenClass:
 
         It is ``v / (1 - w)``; for the heaviest token of a row, whose 1 - w may be tiny, a masked mean.
         """
-        rows, tokens = self.cls.rows, self.token.tokens
-        z = token_values(rows, self.cls.gamma)
+        rows, tokens = self.functional.rows, self.token.tokens
+        z = token_values(rows, self.functional.gamma)
         top = rows.log_weight.argmax(-1, keepdim=True)
         masked = rows.log_weight.scatter(-1, top, -torch.inf)
         alone = torch.isneginf(masked).all(-1, keepdim=True)
         mean = torch.softmax(masked.masked_fill(alone, 0.0), dim=-1) @ z[..., None]
         best = (mean - z[:, None, :][..., tokens]).masked_fill(alone, 0.0)
-        plain = self.cls.advantage[..., tokens] / (1.0 - rows.weight[..., tokens].clamp_max(0.75))
+        plain = self.functional.advantage[..., tokens] / (1.0 - rows.weight[..., tokens].clamp_max(0.75))
         return torch.where(top == tokens, best, plain)
 
     @cached_property
     def basis(self) -> Float[Tensor, "h d m"]:
         """Columns ``[w_k, w_q, gamma]``: y = delta basis."""
-        layer = self.cls.rows.layer
-        return torch.cat([layer.w_k, layer.w_q, self.cls.gamma[..., None]], dim=-1)
+        layer = self.functional.rows.layer
+        return torch.cat([layer.w_k, layer.w_q, self.functional.gamma[..., None]], dim=-1)
 
     @cached_property
     def own_gradient(self) -> Float[Tensor, "h l m"]:

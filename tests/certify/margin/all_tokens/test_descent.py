@@ -23,7 +23,7 @@ def small_problem(seed: int, *, linf: bool = False) -> Problem:
 
 def constants_of(bound: MarginBound, radius: float) -> Constants:
     """Constants of the largest of this radius, a third of it, a ninth of it, .. where nothing overflows."""
-    const = bound._constants(radius)
+    const = bound.constants_at(radius)
     return const if const is not None else constants_of(bound, radius / 3.0)
 
 
@@ -50,7 +50,7 @@ def test_slope_of_the_spread_eigenvalue(seed: int) -> None:
 def test_slope_of_the_bound_agrees_with_differences(seed: int, linf: bool) -> None:
     problem = small_problem(seed, linf=linf)
     bound = MarginBound(problem, seed=0)
-    holder = bound.classes[0]
+    holder = bound.functionals[0]
     state = holder._state(constants_of(bound, 0.1 * float(problem.clean.points.norm())))
     search = Descent(holder.parameters, holder.scale, steps=1, rate=0.1)
     solution, _ = holder._evaluate(state, detached(search.parameters()), search.scale().detach())
@@ -78,7 +78,7 @@ def test_slope_of_the_bound_agrees_with_differences(seed: int, linf: bool) -> No
 def test_descent_lowers_the_bound(seed: int, linf: bool) -> None:
     problem = small_problem(seed, linf=linf)
     bound = MarginBound(problem, seed=0)
-    holder = bound.classes[0]
+    holder = bound.functionals[0]
     const = constants_of(bound, 0.3 * float(problem.clean.points.norm()))
     state = holder._state(const)
     holder._balance(state, rounds=5, patience=5)
@@ -98,8 +98,8 @@ def test_first_guess_is_near_the_certified_radius() -> None:
 def test_a_start_where_constants_overflow_still_finds_a_radius() -> None:
     problem = small_problem(1)
     bound = MarginBound(problem, seed=0)
-    holder = bound.classes[0]
-    radius = holder.settle(lambda r: bound._constants(r) if r < 0.2 else None, bound.budgets[0], 5.0)
+    holder = bound.functionals[0]
+    radius = holder.choose_parameters(lambda r: bound.constants_at(r) if r < 0.2 else None, bound.budgets[0], 5.0)
     assert 0.0 < radius < 5.0
     assert holder.settled
 

@@ -23,7 +23,7 @@ from attnrobust.certify.margin.all_tokens.majorant import (
 )
 from attnrobust.certify.margin.all_tokens.method import MarginBound, MarginCertificate
 from attnrobust.certify.margin.one_token.method import MarginTokenCertificate
-from attnrobust.certify.margin.quadratic_form import ClassRows, Majorant
+from attnrobust.certify.margin.quadratic_form import FunctionalRows, QuadraticMajorant
 from attnrobust.certify.shared.constants import MoveBudget
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
@@ -45,27 +45,29 @@ def constants_at(bound: MarginBound, radius: float) -> Constants:
     return constants(bound.rows, bound.geometry, budget)
 
 
-def majorants(problem: Problem, radius: float, seed: int) -> list[tuple[int, Majorant]]:
+def majorants(problem: Problem, radius: float, seed: int) -> list[tuple[int, QuadraticMajorant]]:
     """The majorant of every class, with initial parameters, balanced ones and random references."""
     bound = MarginBound(problem, seed=0)
     const = constants_at(bound, radius)
     if float(const.limit.max()) > 600.0:
         return []
     found = []
-    for index, holder in enumerate(bound.classes):
-        cls = holder.rows
-        piece = pieces(cls, const, cls.first_norm)
-        start = initial_parameters(cls)
-        moved = balanced(cls, const, piece, start, references(cls, boundary_moves(problem, radius, 3, Draw(seed))))
+    for index, holder in enumerate(bound.functionals):
+        functional = holder.rows
+        piece = pieces(functional, const, functional.first_norm)
+        start = initial_parameters(functional)
+        moved = balanced(
+            functional, const, piece, start, references(functional, boundary_moves(problem, radius, 3, Draw(seed)))
+        )
         draw = Draw(seed + 7)  # references may have any sign
         random = replace(
             moved, reference=draw.normal(*moved.reference.shape), value=0.5 * draw.normal(*moved.value.shape)
         )
-        found += [(index, majorant(cls, const, piece, par)) for par in (start, moved, random)]
+        found += [(index, majorant(functional, const, piece, par)) for par in (start, moved, random)]
     return found
 
 
-def excess(problem: Problem, index: int, form: Majorant, move: Tensor) -> tuple[Tensor, Tensor]:
+def excess(problem: Problem, index: int, form: QuadraticMajorant, move: Tensor) -> tuple[Tensor, Tensor]:
     """(drop - majorant, size of the compared terms) for a batch of moves."""
     drop = problem.resolved.changes(problem.network(problem.clean.points + move, problem.mass))[..., index]
     linear = (form.gradient * move).sum((-1, -2))
@@ -123,13 +125,13 @@ def test_majorant_holds_pointwise_on_many_problems(seed: int) -> None:
 # ---- step by step ----------------------------------------------------------------------------------------------------
 
 
-def random_parameters(cls: ClassRows, draw: Draw) -> Parameters:
+def random_parameters(functional: FunctionalRows, draw: Draw) -> Parameters:
     """Any positive parameters and any references, far from every balance."""
 
     def positive(shape: torch.Size) -> Tensor:
         return 10.0 ** draw.normal(*shape)
 
-    row, pair = cls.rows.weight.shape[:2], cls.rows.weight.shape
+    row, pair = functional.rows.weight.shape[:2], functional.rows.weight.shape
     return Parameters(
         split=positive(row), reference=draw.normal(*row), value=draw.normal(*row), pair=positive(pair),
         bilinear=positive(pair), query_value=positive(row), query_mean=positive(row),
@@ -139,8 +141,10 @@ def random_parameters(cls: ClassRows, draw: Draw) -> Parameters:
 class Steps:
     """Both sides of every step of the proof at one move, from the scores and the definitions; (h, i) each."""
 
-    def __init__(self, problem: Problem, cls: ClassRows, const: Constants, par: Parameters, move: Tensor) -> None:
-        layer, clean, w = problem.network, problem.clean.points, cls.rows.weight
+    def __init__(
+        self, problem: Problem, functional: FunctionalRows, const: Constants, par: Parameters, move: Tensor
+    ) -> None:
+        layer, clean, w = problem.network, problem.clean.points, functional.rows.weight
         assert isinstance(layer, Attention)
 
         def mean(value: Tensor) -> Tensor:
@@ -149,23 +153,23 @@ class Steps:
         turned = move @ layer.bilinear  # A^T delta_i
         products = turned @ move.T
         change = layer.scores(clean + move) - layer.scores(clean)
-        change = torch.where(torch.isneginf(cls.rows.log_weight), 0.0, change)
+        change = torch.where(torch.isneginf(functional.rows.log_weight), 0.0, change)
         u, q = change - mean(change)[..., None], products - mean(products)[..., None]
-        q = torch.where(torch.isneginf(cls.rows.log_weight), 0.0, q)
+        q = torch.where(torch.isneginf(functional.rows.log_weight), 0.0, q)
         x = u - q
-        t = (cls.gamma @ move.T)[:, None]
-        r, size = const.budget.frobenius, cls.value_norm
-        theta, unit = (par.value * size * r)[:, None], (cls.first_norm * r).clamp_min(1e-100)
+        t = (functional.gamma @ move.T)[:, None]
+        r, size = const.budget.frobenius, functional.value_norm
+        theta, unit = (par.value * size * r)[:, None], (functional.first_norm * r).clamp_min(1e-100)
         tau, omega, e = par.split * unit, par.reference * unit, par.pair * size[..., None]
         s1, s2 = par.query_value * size, par.query_mean
-        v, s = cls.advantage - theta, t - theta
+        v, s = functional.advantage - theta, t - theta
         centred = v - mean(v)[..., None]
         rest = mean(psi(u))
         p = rest / (1.0 + rest)
         eta = torch.minimum(w, 0.5 * (const.slope_same - const.slope).clamp_min(0.0))
         kappa = torch.maximum(const.slope + eta, const.slope_same - eta)
         kept = w - eta
-        first, changed = mean(x * cls.advantage) - mean(t), mean(x * v) - mean(t)
+        first, changed = mean(x * functional.advantage) - mean(t), mean(x * v) - mean(t)
         nu = v + (tau - omega)[..., None]
         curve = torch.where(nu > 0, nu * const.saturating, nu * const.curvature)
         whole = curve + e * kappa
@@ -173,7 +177,7 @@ class Steps:
         eps = torch.where(up, par.bilinear, par.bilinear.clamp_max(1.0))
         square = whole * torch.where(up, 1.0 + eps, 1.0 - eps)
         cross = whole * torch.where(up, 1.0 + 1.0 / eps, 1.0 - 1.0 / eps)
-        energy = r**2 * spread_eigenvalue(cross, w, cls.rows.movable)
+        energy = r**2 * spread_eigenvalue(cross, w, functional.rows.movable)
         length = turned.square().sum(-1)
         moved = ((w * centred) @ move).square().sum(-1)
         values = (kept * s**2).sum(-1) - torch.where((eta == 0).all(-1), mean(s.expand_as(w)) ** 2, 0.0)
@@ -182,7 +186,7 @@ class Steps:
         mixed = 0.5 * const.share * (s2 * length + moved / s2)
         own = 0.5 * const.spread * (s1 * length + values / s1)
         curvature = 0.5 * ((square * x**2).sum(-1) + energy * length)
-        self.drop = mean(u.exp() * (cls.advantage - t)) / (1.0 + rest)
+        self.drop = mean(u.exp() * (functional.advantage - t)) / (1.0 + rest)
         self.sides: dict[str, tuple[Tensor, Tensor]] = {
             "1 cut of the first order": (-p * changed, p * (tau - omega) + cut),
             "2 mass of the remainder": ((1.0 - p) * mean(psi(u) * nu), 0.5 * (curve * u**2).sum(-1)),
@@ -196,8 +200,8 @@ class Steps:
         }
         exact = [first, mean(q * centred), -(kept * x * t).sum(-1), -(eta * theta * x).sum(-1)]
         terms = torch.stack([*exact, cut, pair, mixed, own, curvature])
-        self.total = float((cls.pooling * terms).sum())
-        self.size = float((cls.pooling * terms.abs()).sum())
+        self.total = float((functional.pooling * terms).sum())
+        self.size = float((functional.pooling * terms.abs()).sum())
 
 
 @pytest.mark.parametrize("name", THREATS)
@@ -207,27 +211,27 @@ def test_every_step_holds_and_the_form_is_their_sum(name: str, seed: int) -> Non
     problem = random_problem(2000 + 100 * list(THREATS).index(name) + seed, THREATS[name])
     scale = float(problem.clean.points.norm()) / problem.clean.n**0.5
     bound, draw = MarginBound(problem, seed=0), Draw(seed)
-    cls = bound.classes[0].rows
+    functional = bound.functionals[0].rows
     for share in (0.05, 0.5, 1.5):
         const = constants_at(bound, share * scale)
         if float(const.limit.max()) > 600.0:
             continue
         for move in boundary_moves(problem, share * scale, 4, draw):
             move = move * draw.between(0.3, 1.0)
-            par = random_parameters(cls, draw)
-            steps = Steps(problem, cls, const, par, move)
+            par = random_parameters(functional, draw)
+            steps = Steps(problem, functional, const, par, move)
             for step, (left, right) in steps.sides.items():
                 assert bool((left <= right + ROUNDING * (left.abs() + right.abs()) + 1e-12).all()), step
             drop = float(problem.resolved.changes(problem.network(problem.clean.points + move, problem.mass))[0])
-            assert float((cls.pooling * steps.drop).sum()) == pytest.approx(drop, rel=1e-8, abs=1e-9)
-            form = majorant(cls, const, pieces(cls, const, cls.first_norm), par)
+            assert float((functional.pooling * steps.drop).sum()) == pytest.approx(drop, rel=1e-8, abs=1e-9)
+            form = majorant(functional, const, pieces(functional, const, functional.first_norm), par)
             value = float(form.at(move))
             assert value == pytest.approx(steps.total, abs=ROUNDING * (steps.size + float(form.constant)))
 
 
-def collapse(problem: Problem, cls: ClassRows, draw: Draw, *, length: float) -> Tensor:
+def collapse(problem: Problem, functional: FunctionalRows, draw: Draw, *, length: float) -> Tensor:
     """A move after which every head has equal values, so that the weights do not matter; random otherwise."""
-    x, gamma = problem.clean.points, cls.gamma
+    x, gamma = problem.clean.points, functional.gamma
     onto = torch.linalg.pinv(gamma) @ gamma
     noise = length * draw.normal(*x.shape)
     return noise - (x + noise - x.mean(0)) @ onto
@@ -241,25 +245,27 @@ def test_majorant_touches_the_drop_where_the_values_become_equal(seed: int) -> N
     """
     problem = random_problem(3000 + seed, FrobeniusBall())
     bound, draw = MarginBound(problem, seed=0), Draw(seed)
-    cls = bound.classes[0].rows
-    rows = cls.rows
+    functional = bound.functionals[0].rows
+    rows = functional.rows
     scale = float(problem.clean.points.norm()) / problem.clean.n**0.5
-    move = collapse(problem, cls, draw, length=(0.1, 0.5)[seed % 2] * scale)
+    move = collapse(problem, functional, draw, length=(0.1, 0.5)[seed % 2] * scale)
     radius = float(move.norm())
     const = constants_at(bound, radius)
     if float(const.limit.max()) > 600.0:
         return
-    t = cls.gamma @ move.T
-    unit = (cls.first_norm * radius).clamp_min(1e-100)
+    t = functional.gamma @ move.T
+    unit = (functional.first_norm * radius).clamp_min(1e-100)
     row, small = torch.ones_like(t), 1e-7
     par = Parameters(
-        split=small * row, reference=-(rows.weight @ t[..., None])[..., 0] / unit, value=t / (cls.value_norm * radius),
+        split=small * row, reference=-(rows.weight @ t[..., None])[..., 0] / unit,
+        value=t / (functional.value_norm * radius),
         pair=small * torch.ones_like(rows.weight), bilinear=torch.ones_like(rows.weight), query_value=small * row,
         query_mean=small * row,
     )  # fmt: skip
-    form = majorant(cls, const, pieces(cls, const, cls.first_norm), par)
+    form = majorant(functional, const, pieces(functional, const, functional.first_norm), par)
     over, size = excess(problem, 0, form, move)
-    spent = small * radius * float(cls.value_norm.max())  # equal tokens: there is nothing to drop, but tau still costs
+    # Equal tokens: there is nothing to drop, but tau still costs.
+    spent = small * radius * float(functional.value_norm.max())
     assert -1e-4 * float(size) - spent <= float(over) <= ROUNDING * float(size)
     near = problem.threat.project(move + 0.2 * scale * draw.normal(40, *move.shape), radius)
     over, size = excess(problem, 0, form, torch.cat([near, boundary_moves(problem, radius, 40, draw)]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnrobust.certify.margin.all_tokens.method import MarginCertificate
 from attnrobust.certify.margin.one_token.descent import SHARES, SIGNED, named
 from attnrobust.certify.margin.one_token.foreign_rows import PROOF_NODES, foreign_constant, foreign_start
-from attnrobust.certify.margin.one_token.functional import TokenClassBound
+from attnrobust.certify.margin.one_token.functional import TokenFunctionalBound
 from attnrobust.certify.margin.one_token.logistic import logistic_change, steepest_turn
 from attnrobust.certify.margin.one_token.method import MarginTokenCertificate, TokenBound
 from attnrobust.certify.margin.one_token.own_row import own_form, own_start
@@ -41,17 +41,17 @@ def perturbed(draw: Draw, name: str, value: Tensor) -> Tensor:
     return value * 10 ** (0.5 * draw.normal(*value.shape))
 
 
-def majorants(bound: TokenClassBound, radius: float, draw: Draw) -> list[tuple[Tensor, Tensor, Tensor]]:
+def majorants(bound: TokenFunctionalBound, radius: float, draw: Draw) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(constant (l,), gradient (l, d), matrix (l, d, d)) for first, chosen and random parameters."""
-    found = bound._set(radius, bound.tokens)
+    found = bound.at_radius(radius, bound.tokens)
     if found is None:
         return []
-    first = bound._start(found)
-    bound._refined(radius, bound.tokens)
-    chosen = bound._take(found)
+    first = bound.start_parameters(found)
+    bound.refined(radius, bound.tokens)
+    chosen = bound.present_parameters(found)
     out = []
     for par in (first, chosen, *(named(chosen, partial(perturbed, draw)) for _ in range(3))):
-        matrix, gradient, constant = bound._majorant(found, par)
+        matrix, gradient, constant = bound.quadratic_majorant(found, par)
         out.append((constant, gradient, matrix))
     return out
 
@@ -158,21 +158,21 @@ def test_own_row_is_the_formula_of_theorem_1(seed: int) -> None:
     problem, draw = any_token(seed), Draw(seed)
     bound = TokenBound(problem).classes[0]
     radius = 0.3 * float(problem.clean.points.norm()) / problem.clean.n**0.5
-    found = bound._set(radius, bound.tokens)
+    found = bound.at_radius(radius, bound.tokens)
     assert found is not None
-    group, const, rows = found.group, found.own, bound.cls.rows
+    group, const, rows = found.group, found.own, bound.functional.rows
     par = named(own_start(torch.ones_like(found.average)), partial(perturbed, draw))
     form = own_form(group, const, par)
     matrix = rows.layer.factor * rows.layer.w_q @ rows.layer.w_k.mT
     moves = draw.normal(problem.clean.n, problem.clean.width)
     for token, delta in enumerate(moves):
-        w, v, o = rows.weight[:, token], bound.cls.advantage[:, token], rows.own[:, token]
+        w, v, o = rows.weight[:, token], bound.functional.advantage[:, token], rows.own[:, token]
         raw = rows.alpha @ delta
         raw[:, token] += rows.beta[:, token] @ delta
-        x, t = raw - (w * raw).sum(-1, keepdim=True), bound.cls.gamma @ delta
+        x, t = raw - (w * raw).sum(-1, keepdim=True), bound.functional.gamma @ delta
         query = (matrix.mT @ delta).square().sum(-1)
         quadratic = torch.einsum("d,hde,e->h", delta, matrix, delta)
-        length, unit = bound.cls.value_norm[:, 0], radius * group.own_gradient_norm[:, token]
+        length, unit = bound.functional.value_norm[:, 0], radius * group.own_gradient_norm[:, token]
         theta, omega, tau = (
             par.value[:, token] * radius * length,
             par.reference[:, token] * unit,
@@ -239,7 +239,7 @@ def test_quadratic_above_a_foreign_row(seed: int) -> None:
     bound = TokenBound(problem).classes[0]
     scale = float(problem.clean.points.norm()) / problem.clean.n**0.5
     for share in (0.1, 1.0, 4.0):
-        found = bound._set(share * scale, bound.tokens)
+        found = bound.at_radius(share * scale, bound.tokens)
         if found is None:
             continue
         rows = found.foreign

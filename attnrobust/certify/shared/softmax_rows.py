@@ -1,0 +1,77 @@
+"""The softmax rows of one attention layer at one clean input: what no threat, goal or radius changes."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.certify.shared.head_sizes import without_common_part
+from attnrobust.layers.attention import Attention
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxRows:
+    """Row (h, i) of head h and query i; token index j. Everything is computed once, when it is first asked for.
+
+    The logit of j changes by ``beta_i.delta_j + delta_i.alpha_j + delta_i A delta_j`` with ``beta_i = s w_k q_i``,
+    ``alpha_j = s w_q k_j``, ``A = s w_q w_k^T``, s the score factor; biases enter through q_i alone, as what is common
+    to all keys of a row cancels.
+
+    Args:
+        layer: The attention layer.
+        points: Clean tokens.
+        mass: Masses or None.
+    """
+
+    layer: Attention
+    points: Float[Tensor, "n d"]
+    mass: Float[Tensor, "n"] | None
+
+    @property
+    def n(self) -> int:
+        """Tokens."""
+        return int(self.points.shape[0])
+
+    @cached_property
+    def log_weight(self) -> Float[Tensor, "h n n"]:
+        """Log w; -inf where a token is hidden."""
+        return torch.log_softmax(self.layer.scores(self.points, self.mass), dim=-1)
+
+    @cached_property
+    def weight(self) -> Float[Tensor, "h n n"]:
+        """W."""
+        return self.log_weight.exp()
+
+    @cached_property
+    def queries(self) -> Float[Tensor, "h n k"]:
+        """``s q_i``."""
+        return self.layer.factor * self.layer.queries(self.points)
+
+    @cached_property
+    def keys(self) -> Float[Tensor, "h n k"]:
+        """``s k_j`` minus the head's shortest one."""
+        return without_common_part(self.layer.factor * torch.einsum("nd,hdk->hnk", self.points, self.layer.w_k))
+
+    @cached_property
+    def beta(self) -> Float[Tensor, "h n d"]:
+        """Gradient of score s_ij in the key token x_j, the same for all j."""
+        return torch.einsum("hnk,hdk->hnd", self.queries, self.layer.w_k)
+
+    @cached_property
+    def beta_norm(self) -> Float[Tensor, "h n"]:
+        """``|beta_i|``."""
+        norms: Tensor = torch.linalg.vector_norm(self.beta, dim=-1)
+        return norms
+
+    @cached_property
+    def alpha(self) -> Float[Tensor, "h n d"]:
+        """Gradient of score s_ij in the query token x_i, minus the head's shortest one."""
+        return without_common_part(torch.einsum("hnk,hdk->hnd", self.keys, self.layer.w_q))
+
+
+def own_share(weight: Float[Tensor, "h n n"], movable: Float[Tensor, "n"]) -> Float[Tensor, "h n n"]:
+    """``[j = i] - w_ii``: share of the query token itself in ``delta_j - dbar``; 0 where it may not move."""
+    eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
+    return (eye - weight.diagonal(dim1=1, dim2=2)[..., None]) * movable[:, None]
