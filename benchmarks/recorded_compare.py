@@ -1,0 +1,139 @@
+"""Two records beside each other: every field that differs, by how much, and which way a radius went."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Path = tuple[str, ...]
+
+SECTIONS = ("problems", "functions", "commands")
+DIGESTS = frozenset({"digest", "problem", "row_id"})
+WORDS = frozenset({
+    "message", "note", "reason", "skipped", "reference", "region", "conditions", "where",
+})  # fmt: skip
+"""Fields of prose, and what holds them."""
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One field of one entry.
+
+    Args:
+        entry: Section and name.
+        field: Path of the field in the entry.
+        old: Value before; ``MISSING`` if there was none.
+        new: Value after; ``MISSING`` if there is none.
+    """
+
+    entry: Path
+    field: Path
+    old: Any
+    new: Any
+
+    @property
+    def kind(self) -> str:
+        """What differs: a certified radius, an attack radius, another number, another value, words, a digest."""
+        if self.field and self.field[-1] in DIGESTS:
+            return "digest"
+        if WORDS & set(self.field):
+            return "words"
+        if self.old is MISSING or self.new is MISSING:
+            return "added" if self.old is MISSING else "missing"
+        if not (_is_number(self.old) and _is_number(self.new)):
+            return "value"
+        return _radius(self.field) or "number"
+
+    @property
+    def relative(self) -> float:
+        """(new - old) / |old|; infinity where the old number is 0 or one of them is not finite."""
+        change = self.new - self.old
+        return change / abs(self.old) if self.old and math.isfinite(change) else math.copysign(math.inf, change)
+
+    def __str__(self) -> str:
+        start = f"{' / '.join(self.entry)}: {'.'.join(self.field) or '(all)'}"
+        kind = self.kind
+        if kind in ("certified radius", "attack radius", "number"):
+            way = "up" if self.new > self.old else "down" if self.new < self.old else "not a number"
+            name = "" if kind == "number" else f"{kind} "
+            return f"{start} {self.old!r} -> {self.new!r} ({self.relative:+.3e}, {name}{way})"
+        return f"{start} {_short(self.old)} -> {_short(self.new)} ({kind})"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _radius(field: Path) -> str | None:
+    if field[-1] == "certified_radius" or (field[-1] == "radius" and "certificates" in field):
+        return "certified radius"
+    return "attack radius" if field[-1] == "attack_radius" or field[-1] == "radius" else None
+
+
+def _short(value: Any) -> str:
+    if value is MISSING:
+        return "(none)"
+    text = repr(value)
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf by its path, without times; an empty container is a leaf."""
+    inner: Any = ()
+    if isinstance(value, dict):
+        inner = [(key, entry) for key, entry in value.items() if not key.startswith("seconds")]
+    elif isinstance(value, list):
+        inner = [(str(place), entry) for place, entry in enumerate(value)]
+    if not inner:
+        yield path, value
+    for key, entry in inner:
+        yield from leaves(entry, (*path, key))
+
+
+def same(old: Any, new: Any) -> bool:
+    """Equal to the last bit; NaN equals NaN, and 0 differs from -0."""
+    if isinstance(old, float) and isinstance(new, float):
+        return old.hex() == new.hex()
+    return type(old) is type(new) and bool(old == new)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Difference]:
+    """Every field that differs, digests and words included."""
+    for section in SECTIONS:
+        before, after = old.get(section, {}), new.get(section, {})
+        for name in [*before, *(name for name in after if name not in before)]:
+            entry = (section, name)
+            if name not in before or name not in after:
+                yield Difference(entry, (), before.get(name, MISSING), after.get(name, MISSING))
+                continue
+            yield from _fields(entry, dict(leaves(before[name])), dict(leaves(after[name])))
+
+
+def _fields(entry: Path, before: dict[Path, Any], after: dict[Path, Any]) -> Iterator[Difference]:
+    for field in [*before, *(field for field in after if field not in before)]:
+        old, new = before.get(field, MISSING), after.get(field, MISSING)
+        if not same(old, new) and not _told_already(field, before, after):
+            yield Difference(entry, field, old, new)
+
+
+def _told_already(field: Path, before: dict[Path, Any], after: dict[Path, Any]) -> bool:
+    """Whether the same number, not written by hex, says it."""
+    plain = (*field[:-1], field[-1].removesuffix("_hex")) if field else field
+    return plain != field and not same(before.get(plain, MISSING), after.get(plain, MISSING))
+
+
+def summary(found: list[Difference], old: dict[str, Any]) -> list[str]:
+    """How many of each kind, and the largest change of the radii each way."""
+    sizes = ", ".join(f"{len(old.get(section, {}))} {section}" for section in SECTIONS)
+    lines = [f"{len({d.entry for d in found})} entries differ of {sizes}; {len(found)} fields"]
+    for kind in ("certified radius", "attack radius"):
+        changes = [d.relative for d in found if d.kind == kind and not math.isnan(d.relative)]
+        for way, chosen in (("up", [c for c in changes if c > 0]), ("down", [c for c in changes if c < 0])):
+            if chosen:
+                lines.append(f"  {len(chosen)} x {kind} {way}, at most {max(map(abs, chosen)):.3e}")
+    for kind in ("number", "value", "words", "digest", "missing", "added"):
+        count = sum(d.kind == kind for d in found)
+        if count:
+            lines.append(f"  {count} x {kind}")
+    return lines
