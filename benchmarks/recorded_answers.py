@@ -148,9 +148,9 @@ def _answer(question: Question) -> dict[str, Any]:
     return values
 
 
-def problem_records() -> dict[str, Any]:
-    """Name of every problem, and what is said about it."""
-    return {question.name: answer(question) for question in questions()}
+def problem_records(match: str = "") -> dict[str, Any]:
+    """Name of every problem whose name holds the text, and what is said about it."""
+    return {question.name: answer(question) for question in questions() if match in question.name}
 
 
 def coverage(problems: dict[str, Any]) -> dict[str, int]:

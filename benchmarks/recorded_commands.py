@@ -98,15 +98,17 @@ def command_record(arguments: Sequence[str], place: str) -> dict[str, Any]:
     return {"code": code, "rows": cleaned(rows, place), "message": err.replace(place, PLACE).splitlines()}
 
 
-def command_records() -> dict[str, Any]:
-    """What every command says."""
+def command_records(match: str = "") -> dict[str, Any]:
+    """What every command says whose name holds the text."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         place = str(Path(folder).resolve())
         write_files(Path(folder))
         for name, arguments in COMMANDS.items():
-            found[name] = command_record(arguments, place)
-        found["run"]["export"] = command_record(EXPORT, place)["code"]
-        lines = Path("run.jsonl").read_text(encoding="utf-8").splitlines()
-        found["run"]["rows"] = cleaned([json.loads(line) for line in lines], place)
+            if match in name:
+                found[name] = command_record(arguments, place)
+        if "run" in found:
+            found["run"]["export"] = command_record(EXPORT, place)["code"]
+            lines = Path("run.jsonl").read_text(encoding="utf-8").splitlines()
+            found["run"]["rows"] = cleaned([json.loads(line) for line in lines], place)
     return found

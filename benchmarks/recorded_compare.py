@@ -98,6 +98,12 @@ def same(old: Any, new: Any) -> bool:
     return type(old) is type(new) and bool(old == new)
 
 
+def matching(record: dict[str, Any], text: str) -> dict[str, Any]:
+    """The entries of a record whose name holds the text."""
+    chosen = {section: record.get(section, {}) for section in SECTIONS}
+    return {section: {name: entry for name, entry in part.items() if text in name} for section, part in chosen.items()}
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Difference]:
     """Every field that differs, digests and words included."""
     for section in SECTIONS:

@@ -21,12 +21,10 @@ FOOLBOX = (
 """Attacks of foolbox by their names here; the last two are refused."""
 
 
-def function_records() -> dict[str, Any]:
-    """The public functions beside ``compare``, ``certify`` and ``attack``."""
-    values: dict[str, Any] = {}
-    for name, work in {**_foolbox(), **_batches(), **_bounds(), **_searches()}.items():
-        values[name] = recorded(work)
-    return values
+def function_records(match: str = "") -> dict[str, Any]:
+    """The public functions beside ``compare``, ``certify`` and ``attack``; those whose name holds the text."""
+    works = {**_foolbox(), **_batches(), **_bounds(), **_searches()}
+    return {name: recorded(work) for name, work in works.items() if match in name}
 
 
 def _foolbox() -> dict[str, Callable[[], Any]]:

@@ -3,6 +3,7 @@
     python -m benchmarks.recorded_set record before.json
     python -m benchmarks.recorded_set record after.json       # with the changed code
     python -m benchmarks.recorded_set compare before.json after.json
+    python -m benchmarks.recorded_set record part.json --match "one head"        # a part of it
 
 The record holds, to the last bit, what the package says to about 190 small problems (every kind of layer, threat, goal
 and certificate), what its other functions return, and the JSON of the commands. Only public names are used, so a record
@@ -23,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recorded_compare import Difference, differences, summary
+from benchmarks.recorded_compare import Difference, differences, matching, summary
 
 SETTINGS = {
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"),
@@ -36,8 +37,8 @@ SETTINGS = {
 LIBRARIES = ("torch", "numpy", "scipy", "cvxpy", "foolbox", "transformers", "POT", "python-flint")
 
 
-def record(path: Path) -> None:
-    """Write what the package says now."""
+def record(path: Path, match: str = "") -> None:
+    """Write what the package says now, of the entries whose name holds the text."""
     os.environ.update(SETTINGS)
     import torch
 
@@ -51,7 +52,7 @@ def record(path: Path) -> None:
     makers = {"problems": problem_records, "functions": function_records, "commands": command_records}
     for section, make in makers.items():
         start = time.perf_counter()
-        values[section] = make()
+        values[section] = make(match)
         seconds[section] = round(time.perf_counter() - start, 1)
         print(f"{len(values[section])} {section} in {seconds[section]:.0f} s", file=sys.stderr, flush=True)
     about = {"seconds": seconds, "certificates": coverage(values["problems"]), **_machine()}
@@ -72,11 +73,12 @@ def _version(name: str) -> str | None:
         return None
 
 
-def compare(old: dict[str, Any], new: dict[str, Any], *, digests: bool, words: bool) -> int:
-    """Print every difference that counts; 1 if there is one."""
+def compare(old: dict[str, Any], new: dict[str, Any], *, digests: bool, words: bool, match: str = "") -> int:
+    """Print every difference that counts of the entries whose name holds the text; 1 if there is one."""
     for name in ("python", "machine", *LIBRARIES):
         if old["about"].get(name) != new["about"].get(name):
             print(f"note: {name} was {old['about'].get(name)}, is {new['about'].get(name)}")
+    old, new = matching(old, match), matching(new, match)
     every = list(differences(old, new))
     renamed = {d.entry for d in every if d.kind == "digest"}
     found = [d for d in every if (digests or d.kind != "digest") and (words or d.kind != "words")]
@@ -98,17 +100,19 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("record", help="write what the package says now")
     making.add_argument("out", type=Path)
+    making.add_argument("--match", default="", metavar="TEXT", help="only what has the text in its name")
     comparing = commands.add_parser("compare", help="list what differs; exit code 1 if anything does")
     comparing.add_argument("old", type=Path)
     comparing.add_argument("new", type=Path)
     comparing.add_argument("--digests", action="store_true", help="compare digests of problems too")
+    comparing.add_argument("--match", default="", metavar="TEXT", help="only what has the text in its name")
     comparing.add_argument("--no-words", action="store_true", help="leave reasons, messages and references out")
     options = parser.parse_args()
     if options.command == "record":
-        record(options.out)
+        record(options.out, options.match)
         return 0
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (options.old, options.new))
-    return compare(old, new, digests=options.digests, words=not options.no_words)
+    return compare(old, new, digests=options.digests, words=not options.no_words, match=options.match)
 
 
 if __name__ == "__main__":
