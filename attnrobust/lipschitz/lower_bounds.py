@@ -19,7 +19,8 @@ from attnrobust.lipschitz.derivative_map import derivative_map, largest_entry_lo
 from attnrobust.lipschitz.eigenvector_inputs import finite_lower, mean_field_lower
 from attnrobust.lipschitz.question import Question
 from attnrobust.lipschitz.records import LowerRow
-from attnrobust.lipschitz.search import Masses, lipschitz_search
+from attnrobust.lipschitz.search import lipschitz_search
+from attnrobust.lipschitz.starts import Masses
 from attnrobust.numerics.linear_map import LinearMap, largest_singular_value_lower, pool_rows
 from attnrobust.numerics.sides import round_down
 from attnrobust.tokens import TokenMeasure

@@ -2,16 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.attacks.method import input_seed
 from attnrobust.attacks.search.geometry import Geometry
 from attnrobust.errors import InputError, UnknownNameError
-from attnrobust.layers.attention import Attention
 from attnrobust.lipschitz.derivative import (
     INPUT_BALL,
     JacobianNorm,
@@ -20,22 +17,18 @@ from attnrobust.lipschitz.derivative import (
     dual_direction,
     random_directions,
 )
-from attnrobust.lipschitz.eigenvector_inputs import finite_lower, mean_field_lower
+from attnrobust.lipschitz.starts import ATOM_SPREAD, Masses, ascent_starts
 from attnrobust.numerics.sides import Lower
 from attnrobust.problem import TokenMap
 from attnrobust.threats.moves import PerTokenBall
-from attnrobust.tokens import TokenMeasure, require_finite, tensor_digest
+from attnrobust.tokens import TokenMeasure, require_finite
 
-NAME = "lipschitz-search"
-Masses = Literal["equal", "free"]
 INNER = 2
 """Power iterations of the direction at every step; it is carried along, so few are enough."""
 LEARNING_RATE, MASS_RATE = 0.1, 0.5
 """First Adam steps: moves in units of epsilon, log-masses."""
 REGROUPED = 4
 """Rounds, in the second half of the steps, that start from variants of the best input."""
-ATOM_SPREAD = 0.05
-"""Tokens of one atom start apart by this share of the atoms' distance; equal tokens would never part."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +102,7 @@ def lipschitz_search(
     _refuse(network, center, epsilon, masses, norm, restarts, steps)
     geometry: Geometry = PerTokenBall() if threat is None else threat
     center = center.to(torch.float64)
-    names, moves, logits = _starts(network, center, epsilon, geometry, masses, planted, restarts, seed)
+    names, moves, logits = ascent_starts(network, center, epsilon, geometry, masses, planted, restarts, seed)
     ascent = _Ascent(network, center, epsilon, geometry, masses, norm)
     found = ascent.run(moves, logits, max(1, steps // 2), seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -217,39 +210,7 @@ class _Ascent:
         return now, direction.nan_to_num(0.0, 0.0, 0.0), (slopes[0], slopes[1])
 
 
-# ---- starts --------------------------------------------------------------------------------------------------------
-
-
-def _starts(
-    network: TokenMap,
-    center: Float[Tensor, "n d"],
-    epsilon: float,
-    geometry: Geometry,
-    masses: Masses,
-    planted: bool,
-    restarts: int,
-    seed: int,
-) -> tuple[list[str], Float[Tensor, "r n d"], Float[Tensor, "r n"]]:
-    """Names, moves and log-masses of all starts."""
-    generator = torch.Generator().manual_seed(input_seed(seed, tensor_digest(center, extra=network.digest), NAME))
-    drawn = torch.randn(restarts, *center.shape, generator=generator, dtype=torch.float64).to(center)
-    reach = torch.rand(restarts, generator=generator, dtype=torch.float64).to(center)
-    # every second start has two atoms with random shares of the tokens: large derivatives sit at few atoms
-    share = torch.rand(restarts, 1, generator=generator, dtype=torch.float64)
-    second = torch.rand(restarts, center.shape[0], generator=generator, dtype=torch.float64) < share**2
-    atoms = torch.where(second.to(center.device)[..., None], drawn[:, -1:], drawn[:, :1])
-    drawn[1::2] = atoms[1::2] + ATOM_SPREAD * drawn[1::2]
-    drawn = geometry.project(drawn, float(drawn.abs().max()))  # what may not move stays
-    size = geometry.distance(drawn).clamp_min(1e-300)
-    moves = geometry.project(drawn / size[:, None, None] * (epsilon * reach)[:, None, None], epsilon)
-    logits = center.new_zeros(restarts, center.shape[0])
-    names = ["random"] * restarts
-    if planted and isinstance(network, Attention) and network.mask is None:
-        for points, log_mass in _eigenvector_inputs(network, center.shape[0], epsilon, masses):
-            moves = torch.cat([moves, geometry.project(points - center, epsilon)[None]])
-            logits = torch.cat([logits, log_mass[None]])
-            names.append("eigenvector")
-    return names, moves, logits
+# ---- variants of the best -----------------------------------------------------------------------------------------
 
 
 def _merged(
@@ -278,19 +239,6 @@ def _repeated(found: _Found, winner: int) -> _Found:
     """One start's best in the place of every start."""
     one = (x[winner].expand_as(x) for x in (found.values, found.moves, found.logits, found.images))
     return _Found(*one)
-
-
-def _eigenvector_inputs(layer: Attention, n: int, radius: float, masses: Masses) -> list[tuple[Tensor, Tensor]]:
-    """The closed-form inputs around 0, as n atoms with log-masses."""
-    points = finite_lower(layer, n, radius).tokens.points
-    found = [(points, points.new_zeros(n))]
-    if masses == "free" and n > 1 and not layer.causal:
-        few = mean_field_lower(layer, radius).tokens  # one or two atoms; the last one is shared out
-        atoms = torch.cat([few.points[:1], few.points[-1:].expand(n - 1, -1)])
-        last = few.mass[-1] if few.n > 1 else few.mass[-1] * (n - 1) / n
-        shared = torch.cat([1.0 - last[None], last[None].expand(n - 1) / (n - 1)])
-        found.append((atoms, shared.log()))
-    return found
 
 
 def _refuse(

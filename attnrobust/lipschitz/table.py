@@ -34,8 +34,8 @@ def bounds_table(
     set: 1 is perfect, and below 1 would be a violation.
 
     Args:
-        network: The layer: dot-product, L2, cosine, sigmoid, LipschitzNorm or kernel attention; for any other map
-            every bound is listed with the reason why it does not apply.
+        network: The layer: dot-product, L2, cosine, sigmoid, LipschitzNorm or kernel attention; of any other map the
+            derivative at X is bounded, and the rest is listed with the reason why it does not apply.
         clean: The input X, or None.
         n: Token count where there is no input.
         radius: R; None means the largest token norm of the input.

@@ -13,7 +13,8 @@ from attnrobust.layers.network import Network, Residual
 from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.lipschitz.derivative import JacobianNorm, derivative_norm
 from attnrobust.lipschitz.eigenvector_inputs import finite_lower, mean_field_lower
-from attnrobust.lipschitz.search import Masses, lipschitz_search
+from attnrobust.lipschitz.search import lipschitz_search
+from attnrobust.lipschitz.starts import Masses
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most, assert_same_bits, shapes_unchecked

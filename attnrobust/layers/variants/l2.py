@@ -74,7 +74,11 @@ class L2Attention(ScaledHeadSpecification):
     b_o: Float[Tensor, "e"] | None = None
     scale: float | None = None
 
-    feature_names: ClassVar[Mapping[str, str]] = {**HEAD_FEATURES, "scale": PLAIN}
+    feature_names: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("w_q", "w_v", "scale"), PLAIN),
+        "w_o": "out_projection",
+        "b_o": "bias",
+    }
     formula = staticmethod(l2_attention)
 
     def __post_init__(self) -> None:
