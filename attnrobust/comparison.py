@@ -44,7 +44,7 @@ def compare(
     problem: Problem,
     *,
     seed: int = 0,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str] | str | None = None,
     attack: str | None = None,
     threat: MeasureThreat | Copies | None = None,
     budget: AttackBudget | None = None,
@@ -54,7 +54,7 @@ def compare(
     Args:
         problem: Network, clean input, threat and goal.
         seed: Seed of the attack's starts and of probabilistic certificates.
-        methods: Names of certificates; None means all that apply.
+        methods: Names of certificates, or one name; None means all that apply.
         attack: Name of the attack; None means token moving. A threat on measures has its own attack.
         threat: Perturbed token measures in place of the problem's threat: a ball of measures is attacked by mass
             splitting, ``Copies`` by token duplication.

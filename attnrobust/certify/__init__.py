@@ -1,6 +1,11 @@
 """Certificates: lower bounds of the robust radius."""
 
+import importlib
+import inspect
+import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 from attnrobust.certify.measures.copies import WorstCopies, worst_copies
 from attnrobust.certify.measures.method import MeasureMethod, certify_question
@@ -31,7 +36,7 @@ __all__ = [
 def certify(
     problem: Problem,
     *,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str] | str | None = None,
     seed: int = 0,
     threat: MeasureThreat | Copies | None = None,
 ) -> CertificationReport:
@@ -39,7 +44,7 @@ def certify(
 
     Args:
         problem: Network, clean input, threat and goal.
-        methods: Names of certificates; None means all.
+        methods: Names of certificates, or one name; None means all.
         seed: Seed of the random start vectors of probabilistic methods.
         threat: Perturbed token measures (split, copied, moved masses) in place of the problem's own threat, of which
             only the movable tokens count then; ``Copies`` also move within it.
@@ -51,8 +56,24 @@ def certify(
         UnknownNameError: A name that does not exist (lists the nearest).
         UnsupportedThreatError: A threat on measures that no certificate covers, with the cure.
     """
+    methods = (methods,) if isinstance(methods, str) else methods
     if threat is not None:
         for_measures = ALL_MEASURE_METHODS if methods is None else tuple(map(measure_method_named, methods))
         return certify_question(MeasureQuestion(problem, threat), for_measures, seed=seed)
     chosen = ALL_METHODS if methods is None else tuple(method_named(name) for name in methods)
     return certify_with(problem, chosen, seed=seed)
+
+
+class _CallablePackage(ModuleType):
+    """This package and the function ``certify`` share a name in ``attnrobust``, and an import may bind either; so the
+    package is callable: ``attnrobust.certify(problem)`` and ``attnrobust.certify.registry`` work in every order.
+    """
+
+    __call__ = staticmethod(certify)
+    __signature__ = inspect.signature(certify)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (__name__,)  # pickled by name, as functions are
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,7 +1,6 @@
 """Inputs of a layer: texts captured from the model's own forward pass, or tokens from a file."""
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.layers.attention import Attention
 from attnrobust.models.adapters import Adapter
 from attnrobust.models.arrays import read_arrays
+from attnrobust.text import natural_order
 from attnrobust.tokens import TokenMeasure
 
 AGREEMENT = 1e-9  # relative; the model's float64 forward and the specification agree to ~1e-14
@@ -93,7 +93,7 @@ def read_tokens(path: str | Path, *, width: int | None = None) -> tuple[Captured
     if not arrays:
         raise InputError(f"{path} holds no arrays; every array (n, d) is one input")
     inputs = []
-    for key in sorted(arrays, key=_natural_order):
+    for key in sorted(arrays, key=natural_order):
         try:
             measure = TokenMeasure(arrays[key])
         except InputError as error:
@@ -198,7 +198,3 @@ def _checked(module: nn.Module, spec: Attention, inputs: list[Tensor], outputs: 
             "mask, bias or cache that is not modelled, or rounds to float32 (load it with attn_implementation='sdpa')"
         )
     return tokens
-
-
-def _natural_order(key: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", key)]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
 from attnrobust.errors import InputError
-from attnrobust.reports.tables import shown
-from attnrobust.results import Status
 from attnrobust.runs.rows import Row
+from attnrobust.status import Status
+from attnrobust.text import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +141,7 @@ def summary(verdict: Verdict) -> str:
         parts.append(f"{verdict.missing} are not computed yet")
     if not verdict.rows:
         parts.append("there are no rows")
+    parts += dict.fromkeys(row.goal_scope for row in verdict.rows if row.goal_scope is not None)
     return ("passed: " if verdict.passed else "failed: ") + "; ".join(parts)
 
 

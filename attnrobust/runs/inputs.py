@@ -1,40 +1,36 @@
 """From what a user writes (texts, files, options) to the goals and tasks of rows."""
 
-import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from attnrobust.attacks import attack_named
+from attnrobust.certify import measure_method_named, method_named
+from attnrobust.comparison import require_own_attack
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.models.arrays import read_arrays
 from attnrobust.models.capture import CapturedInput, read_texts, read_tokens
 from attnrobust.models.model import Model
-from attnrobust.runs.rows import RowTask
-from attnrobust.threats.measures import Copies, MeasureThreat
-from attnrobust.threats.moves import Threat
+from attnrobust.runs.reading import (
+    DEFAULT_ATTACK,
+    DEFAULT_TOLERANCE,
+    is_known_move,
+    parse_pool,
+    read_tolerance,
+    require_goal_options,
+)
+from attnrobust.threats.measures import (
+    Copies,
+    MeasureThreat,
+    all_measure_threats,
+    parse_copies,
+    parse_measure_threat,
+)
+from attnrobust.threats.moves import FrobeniusBall, Threat, parse_threat
 from attnrobust.tokens import TokenMeasure
-
-DEFAULT_TOLERANCE = "10%"
-
-_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
-
-
-def parse_pool(text: str) -> Pool:
-    """Read ``all``, ``mean`` or ``row:I``.
-
-    Raises:
-        InputError: Anything else.
-    """
-    if text == "all":
-        return "all"
-    if text == "mean":
-        return "mean"
-    if re.fullmatch(r"row:\d+", text):
-        return int(text.removeprefix("row:"))
-    raise InputError(f"pool {text!r}: give all, mean or row:I, as in row:0")
 
 
 def parse_tolerance(text: str, pool: Pool = "all") -> Displacement:
@@ -47,11 +43,7 @@ def parse_tolerance(text: str, pool: Pool = "all") -> Displacement:
     Raises:
         InputError: Not a positive number, with or without a percent sign.
     """
-    match = re.fullmatch(rf"({_NUMBER})\s*(%?)", text.strip())
-    if match is None:
-        raise InputError(f"tolerance {text!r}: give a share of the output's norm such as 1%, or a positive number")
-    relative = bool(match[4])
-    value = float(match[1]) / 100 if relative else float(match[1])
+    value, relative = read_tolerance(text)
     return Displacement(value, relative=relative, pool=pool)
 
 
@@ -91,12 +83,9 @@ def make_goal(*, tolerance: str | None, readout: Path | None, pool: str | None, 
     Raises:
         InputError: Options that exclude each other, or values that cannot be read.
     """
+    require_goal_options(tolerance=tolerance, readout=readout, pool=pool, label=label)
     if readout is None:
-        if label is not None:
-            raise InputError("a label needs a readout; give --readout FILE or leave --label out")
         return parse_tolerance(tolerance or DEFAULT_TOLERANCE, parse_pool(pool or "all"))
-    if tolerance is not None:
-        raise InputError("a readout and a tolerance exclude each other; give one of --readout and --tolerance")
     return read_readout(readout, pool=parse_pool(pool or "mean"), label=label)
 
 
@@ -143,37 +132,63 @@ def on_device(measure: TokenMeasure, goal: Goal, device: str | torch.device) -> 
     return TokenMeasure(measure.points.to(device), measure.mass.to(device)), goal
 
 
-def make_tasks(
-    model: Model,
-    layer: str | None,
-    inputs: Sequence[CapturedInput],
-    *,
-    threat: Threat,
-    goal: Goal,
-    seed: int,
-    device: str | torch.device = "cpu",
-    measures: MeasureThreat | Copies | None = None,
-) -> list[RowTask]:
-    """One task per input of a layer.
+@dataclass(frozen=True)
+class AskedThreat:
+    """A threat as the text names it.
 
     Args:
-        model: The model.
-        layer: A layer's name; None means the only one.
-        inputs: The layer's inputs.
-        threat: What may move.
-        goal: What must stay true.
-        seed: Seed of the run.
-        device: Where the layer lives.
-        measures: What may happen to the token measure, if it is not the threat on moved tokens.
+        moves: What may move.
+        measures: What may happen to the token measure in place of ``moves``, whose movable tokens it keeps; or None.
     """
-    name, network = model.resolve(layer).name, model.layer(layer)
-    tasks = []
-    for captured in inputs:
-        measure, there = on_device(captured.measure, goal, device)
-        tasks.append(
-            RowTask(
-                captured.id, name, network, measure, threat, there, seed=seed, text=captured.text,
-                tokens=captured.token_strings, measures=measures,
-            )
-        )  # fmt: skip
-    return tasks
+
+    moves: Threat
+    measures: MeasureThreat | Copies | None = None
+
+    @property
+    def key(self) -> str:
+        """The threat's name in tables."""
+        if self.measures is None:
+            return self.moves.key
+        return f"{self.moves.key} {self.measures.key}" if isinstance(self.measures, Copies) else self.measures.key
+
+    def fits(self, n: int) -> bool:
+        """Whether the tokens that it names exist in an input of n tokens."""
+        try:
+            self.moves.movable(n)
+        except InputError:
+            return False
+        return True
+
+
+def read_threat(text: str) -> AskedThreat:
+    """Read a threat on moved tokens, on token measures, or copies.
+
+    Raises:
+        UnknownNameError: No such threat.
+        InputError: Its numbers cannot be read.
+    """
+    if text.partition(":")[0] in {threat.name for threat in all_measure_threats()}:
+        return AskedThreat(FrobeniusBall(), parse_measure_threat(text))
+    copies = parse_copies(text)
+    return AskedThreat(parse_threat(text)) if copies is None else AskedThreat(FrobeniusBall(), copies)
+
+
+def require_methods(threat: str, *, certificates: Sequence[str], attack: str | None) -> None:
+    """Refuse certificates and attacks that do not exist, or not for this threat; the default attack fits every one.
+
+    Raises:
+        UnknownNameError: No such certificate, attack or threat.
+        InputError: An attack that does not search this threat.
+    """
+    measures = None if is_known_move(threat) else read_threat(threat).measures
+    for name in certificates:
+        if measures is None:
+            method_named(name)
+        else:
+            measure_method_named(name)
+    if attack is None or attack == DEFAULT_ATTACK:
+        return
+    if measures is None:
+        attack_named(attack)
+    else:
+        require_own_attack(attack, measures)
