@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import attnrobust.cli.compare
-import attnrobust.runs.rows
+import attnrobust.runs.evaluate
+import attnrobust.runs.work
 from attnrobust.cli import ExitCode, run
 from attnrobust.cli.exits import exit_code, guarded
-from attnrobust.runs.files import read_parquet, row_from_dict
-from attnrobust.runs.rows import Row
+from attnrobust.runs.parquet import read_parquet
+from attnrobust.runs.rows import Row, row_from_dict
 from tests.layer_files import write_layer
 from tests.test_comparison import found, report
 
@@ -74,8 +74,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put fixed radii in the place of certificates and attacks."""
 
     def pretend(certified: float, attacked: float) -> None:
-        monkeypatch.setattr(attnrobust.runs.rows, "certify", lambda p, **_: report(p, certified))
-        monkeypatch.setattr(attnrobust.runs.rows, "run_attack", lambda p, **_: found(p, attacked))
+        monkeypatch.setattr(attnrobust.runs.evaluate, "certify", lambda p, **_: report(p, certified))
+        monkeypatch.setattr(attnrobust.runs.evaluate, "run_attack", lambda p, **_: found(p, attacked))
 
     return pretend
 
@@ -120,11 +120,11 @@ def test_certify_does_not_attack_and_attack_does_not_certify(
         pytest.fail("not asked for")
 
     with monkeypatch.context() as patch:
-        patch.setattr(attnrobust.runs.rows, "run_attack", never)
+        patch.setattr(attnrobust.runs.evaluate, "run_attack", never)
         certified = cli("certify", files / "layer.npz", "--tokens", files / "x.npz", "--json").rows
     assert {row["status"] for row in certified} == {"certified"}
     assert {row["attack"] for row in certified} == {None}
-    monkeypatch.setattr(attnrobust.runs.rows, "certify", never)
+    monkeypatch.setattr(attnrobust.runs.evaluate, "certify", never)
     attacked = cli("attack", files / "layer.npz", "--tokens", files / "x.npz", "--json").rows
     assert {row["status"] for row in attacked} == {"found"}
     assert {row["certified_radius"] for row in attacked} == {None}
@@ -228,10 +228,18 @@ def test_a_row_with_an_error_is_below_every_threshold(cli: Run, files: Path) -> 
     assert cli(*arguments, "--fail-under", 0).code == ExitCode.BELOW
 
 
-def test_nothing_but_errors_is_an_input_error(cli: Run, files: Path) -> None:
-    said = cli("attack", files / "layer.npz", "--tokens", files / "x.npz", "--json", "--threat", "token:50")
+def test_nothing_but_errors_is_an_input_error(cli: Run, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = lambda task, _: Row(task.input_id, "l", 1, "t", "g", status="error", message="m")  # noqa: E731
+    monkeypatch.setattr(attnrobust.runs.work, "evaluate_row", failed)
+    said = cli("attack", files / "layer.npz", "--tokens", files / "x.npz", "--json")
     assert said.code == ExitCode.USAGE
     assert len(said.rows) == 3
+
+
+def test_a_threat_that_no_input_is_long_enough_for_is_refused_once(cli: Run, files: Path) -> None:
+    for command in ("attack", "certify", "compare"):
+        line = cli(command, files / "layer.npz", "--tokens", files / "x.npz", "--threat", "token:50").refusal()
+        assert "no input is long enough for the threat token:50: the longest has 10 tokens" in line
 
 
 def row(status: str, **values: Any) -> Row:
@@ -308,7 +316,7 @@ def test_wrong_files_are_one_line_with_the_cure(cli: Run, files: Path) -> None:
 def test_an_unwritable_directory_is_refused_before_the_work(
     cli: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attnrobust.cli.compare, "evaluate_row", lambda *_: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(attnrobust.runs.work, "evaluate_row", lambda *_: pytest.fail("worked before it looked"))
     (files / "file").write_text("x", encoding="utf-8")
     line = cli("compare", files / "layer.npz", "--tokens", files / "x.npz", "--out", files / "file").refusal()
     assert "choose another --out" in line
@@ -318,7 +326,7 @@ def test_nothing_is_written_when_a_run_ends_early(cli: Run, files: Path, monkeyp
     def interrupt(*_: Any) -> Row:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(attnrobust.cli.compare, "evaluate_row", interrupt)
+    monkeypatch.setattr(attnrobust.runs.work, "evaluate_row", interrupt)
     said = cli("compare", files / "layer.npz", "--tokens", files / "x.npz", "--out", files / "out")
     assert said.code == ExitCode.INTERRUPTED
     assert not (files / "out").exists()

@@ -119,5 +119,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_command_on_unsound_rows(tmp_path: Path) -> None:
-    write_results(tmp_path, [replace(FULL, status="unsound", message="inside")], run={"model": "m"})
+    write_results(tmp_path, [replace(FULL, status="unsound", message="inside")], run={"model": "m"}, job="j")
     assert run(["check", str(tmp_path), "--min-certified", "0"]) == ExitCode.UNSOUND

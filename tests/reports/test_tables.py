@@ -8,16 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from attnrobust.models.listing import LayerInfo
-from attnrobust.reports.tables import (
-    MANY_INPUTS,
-    MOST_COLUMNS,
-    certificate_table,
-    gap_plot,
-    layer_table,
-    result_table,
-    shown,
-)
+from attnrobust.reports.plots import MANY_INPUTS, gap_plot
+from attnrobust.reports.tables import MOST_COLUMNS, certificate_table, layer_table, result_table
 from attnrobust.runs.rows import CertificateEntry, Row
+from attnrobust.text import shown
 from tests.runs.test_files import EMPTY, FULL
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -5,7 +5,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from attnrobust.errors import AttnRobustError
 from attnrobust.runs.rows import Row
@@ -50,6 +50,7 @@ class Ended:
 Event = Ready | Refused | Ended | Row
 
 
+@runtime_checkable
 class Worker(Protocol):
     """A process somewhere that has a model and computes one item at a time."""
 
@@ -63,6 +64,7 @@ class Worker(Protocol):
 W = TypeVar("W", bound=Worker)
 
 
+@runtime_checkable
 class Engine(Protocol[W]):
     """Where workers come from.
 
