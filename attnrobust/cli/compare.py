@@ -43,7 +43,6 @@ def list_layers(model: o.ModelName, json: o.Json = False) -> int:
 
 @commands.command()
 def certify(
-    context: typer.Context,
     model: o.ModelName,
     layer: o.Layer = None,
     texts: o.Texts = None,
@@ -67,12 +66,11 @@ def certify(
         model, layer, {"texts": texts, "tokens": tokens}, threat, seed, device, certificates=_certificates(methods),
         goal={"tolerance": tolerance, "readout": readout, "pool": pool, "label": label}, attack={"method": None},
     )  # fmt: skip
-    return _run(config, context.params, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+    return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 
 
 @commands.command()
 def attack(
-    context: typer.Context,
     model: o.ModelName,
     layer: o.Layer = None,
     texts: o.Texts = None,
@@ -98,12 +96,11 @@ def attack(
         goal={"tolerance": tolerance, "readout": readout, "pool": pool, "label": label},
         attack={"method": attack, "epsilon": epsilon},
     )  # fmt: skip
-    return _run(config, context.params, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+    return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 
 
 @commands.command()
 def compare(
-    context: typer.Context,
     model: o.ModelName,
     layer: o.Layer = None,
     texts: o.Texts = None,
@@ -128,12 +125,11 @@ def compare(
         model, layer, {"texts": texts, "tokens": tokens}, threat, seed, device, certificates=_certificates(methods),
         goal={"tolerance": tolerance, "readout": readout, "pool": pool, "label": label}, attack={"method": attack},
     )  # fmt: skip
-    return _run(config, context.params, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+    return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 
 
 @commands.command()
 def demo(
-    context: typer.Context,
     layer: o.Layer = DEMO_LAYER,
     tolerance: o.Tolerance = DEMO_TOLERANCE,
     threat: o.ThreatKey = "frobenius",
@@ -153,7 +149,7 @@ def demo(
             DEMO_MODEL, layer, {"texts": texts}, threat, seed, device, certificates=_certificates(methods),
             goal={"tolerance": tolerance}, attack={"method": attack},
         )  # fmt: skip
-        return _run(config, context.params, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+        return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
@@ -200,7 +196,6 @@ def _certificates(methods: str | None) -> list[str] | None:
 
 def _run(
     config: "RunConfig",
-    given: Mapping[str, Any],
     *,
     json: bool,
     out: Path | None,
@@ -223,7 +218,7 @@ def _run(
     printed = _Printed(json=json, patient=out is not None)
     rows = list(printed.each(tracked(rows_in_memory(bench), total, quiet=quiet)))
     if out is not None and job is not None:
-        _store(out, rows, config, given, job)
+        _store(out, rows, config, job)
     if not json:
         _print_tables(rows)
     printed.raise_what_failed()
@@ -284,19 +279,27 @@ def _print_tables(rows: list["Row"]) -> None:
         stdout.print(certificates)
 
 
-def _store(out: Path, rows: list["Row"], config: "RunConfig", given: Mapping[str, Any], job: str) -> None:
+def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:
     from attnrobust.reports.plots import gap_plot
     from attnrobust.runs.files import write_results
 
     layer, goal = (rows[0].layer, rows[0].goal) if rows else ("", "")
     plot = gap_plot(rows, title=f"{config.model}, {layer}: {goal}, {config.threats[0]}")
-    written = write_results(out, rows, run=_options(config, given), job=job, plot=plot)
+    written = write_results(out, rows, run=_options(config), job=job, plot=plot)
     say("wrote " + ", ".join(str(path) for path in written))
 
 
-def _options(config: "RunConfig", given: Mapping[str, Any]) -> dict[str, Any]:
-    """The command's options as the user gave them, and what they mean where the command has no such option."""
-    absent = dict.fromkeys(("texts", "tokens", "readout", "pool", "label", "methods", "epsilon"))
-    fixed = {"model": config.model, "certify": config.certifies, "attack": config.attack.method}
-    every = absent | fixed | dict(given)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in every.items()}
+def _options(config: "RunConfig") -> dict[str, Any]:
+    """What was computed, for the JSON file and the report; file names are absolute."""
+    values = config.model_dump(mode="json")
+    (goal,), attack, names = values["goals"], values["attack"], values["certificates"]
+    return {
+        **{name: values[name] for name in ("model", "texts", "tokens", "seed", "device")},
+        **goal,
+        "layer": None if config.layers is None else config.layers[0],
+        "threat": config.threats[0],
+        "certify": config.certifies,
+        "methods": ",".join(names) if names else None,
+        "attack": attack["method"],
+        "epsilon": attack["epsilon"],
+    }

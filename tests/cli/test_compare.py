@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import attnrobust.runs.evaluate
 import attnrobust.runs.work
 from attnrobust.cli import ExitCode, run
 from attnrobust.cli.exits import exit_code, guarded
+from attnrobust.runs.files import write_results
 from attnrobust.runs.parquet import read_parquet
 from attnrobust.runs.rows import Row, row_from_dict
 from tests.layer_files import write_layer
+from tests.runs.test_files import FULL
 from tests.test_comparison import found, report
 
 
@@ -374,14 +376,46 @@ def test_version(cli: Run) -> None:
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-def test_help_loads_nothing_heavy() -> None:
-    heavy = ("transformers", "matplotlib", "pyarrow", "cvxpy", "foolbox", "ot", "jinja2", "ray")
-    program = (
-        "import sys; from attnrobust.cli import run; run(['--help']); "
-        f"print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[]"
+def test_what_computes_nothing_loads_nothing_heavy(files: Path) -> None:
+    """Help, version, wrong usage, a configuration, the verdict on a finished run: none needs torch."""
+    done = [replace(FULL, input_id="x1"), replace(FULL, input_id="x2")]
+    write_results(files / "done", done, run={"model": "m"}, job="j")
+    commands = [
+        ["--help"],
+        ["--version"],
+        [],
+        ["compare"],
+        ["compare", "m", "--seed", "9999999999999999999"],
+        ["attack", "m", "--tolerence", "1%"],
+        *([name, "--help"] for name in ("certify", "compare", "run", "scan", "bounds", "bench", "report", "demo")),
+        [
+            "config",
+            "--model",
+            "m",
+            "--tokens",
+            "x.npz",
+            "--tolerance",
+            "1%",
+            "--methods",
+            "displacement,margin-majorant",
+        ],
+        ["config", "--model", "m", "--tokens", "x.npz", "--threat", "tokens:1,2", "--tolerance", "much"],
+        ["check", str(files / "done"), "--min-certified", "0.01"],
+    ]
+    heavy = ("torch", "transformers", "matplotlib", "cvxpy", "foolbox", "ot", "jinja2", "ray")
+    program = f"""
+import sys
+from attnrobust.cli import run
+for command in {commands}:
+    code = run(command)
+    loaded = [name for name in {heavy} if name in sys.modules]
+    assert loaded == [], (command, loaded)
+    print("code", code)
+"""
+    run_once = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run_once.returncode == 0, run_once.stderr
+    codes = [line for line in run_once.stdout.splitlines() if line.startswith("code ")]
+    assert codes == [f"code {code}" for code in (0, 0, *(2,) * 4, *(0,) * 8, 0, 2, 0)]
 
 
 def test_the_exit_code_reaches_the_shell(files: Path) -> None:
