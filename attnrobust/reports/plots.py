@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from attnrobust.reports.tables import scopes
-from attnrobust.runs.rows import Row
+from attnrobust.runs.rows import Row, scopes
 from attnrobust.status import Status
 from attnrobust.text import shortened, shown
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from attnrobust.models.listing import LayerInfo
 from attnrobust.reports.layout import Column, lay_out, numbers, words
-from attnrobust.runs.rows import Row, median
+from attnrobust.runs.rows import Row, median, scopes
 from attnrobust.status import Status
 from attnrobust.text import shortened, shown
 
@@ -133,11 +133,6 @@ def _caption(rows: Sequence[Row]) -> str | None:
     if gaps:
         parts.append(f"median gap {shown(statistics.median(gaps), 3)} over {len(gaps)} of {len(rows)} inputs")
     return "; ".join([*parts, *not_installed(rows)])
-
-
-def scopes(rows: Sequence[Row]) -> list[str]:
-    """What the goals of rows are about, each once, where their names may suggest more."""
-    return list(dict.fromkeys(row.goal_scope for row in rows if row.goal_scope is not None))
 
 
 def not_installed(rows: Sequence[Row]) -> list[str]:

@@ -122,3 +122,8 @@ def median(values: Iterable[float | None]) -> float | None:
     """Median of the numbers that are there, or None."""
     there = [value for value in values if value is not None]
     return float(statistics.median(there)) if there else None
+
+
+def scopes(rows: Iterable[Row]) -> list[str]:
+    """What the goals of rows are about, each once, where their names may suggest more."""
+    return list(dict.fromkeys(row.goal_scope for row in rows if row.goal_scope is not None))

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 
 from attnrobust.errors import InputError
-from attnrobust.runs.atomic import require_writable, write_atomically
+from attnrobust.runs.atomic import require_writable, require_writable_file, write_atomically
 from attnrobust.runs.files import (
     JSON_NAME,
     PARQUET_NAME,
     PLOT_NAME,
+    REPORT_NAME,
     json_text,
+    report_digest,
+    require_same_job,
+    rows_digest,
     write_results,
 )
 from attnrobust.runs.parquet import parquet_bytes, read_parquet
@@ -152,3 +156,46 @@ def test_no_permission_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(InputError, match="Permission denied; choose another --out") as caught:
         require_writable(tmp_path / "new")
     assert "\n" not in str(caught.value)
+
+
+def test_a_directory_belongs_to_one_job(tmp_path: Path) -> None:
+    require_same_job(tmp_path, "a")
+    write_results(tmp_path, [FULL], run={}, job="a")
+    require_same_job(tmp_path, "a")
+    with pytest.raises(InputError, match="results of another job"):
+        require_same_job(tmp_path, "b")
+    for content in ("{", "[]", '{"rows": []}'):  # damaged, or older than the digest
+        (tmp_path / JSON_NAME).write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match="results of another job"):
+            require_same_job(tmp_path, "a")
+
+
+def test_only_a_report_of_other_rows_is_removed(tmp_path: Path) -> None:
+    assert report_digest(tmp_path) is None
+    page = '<meta name="attnrobust-rows" content="{}">'.format
+    report = tmp_path / REPORT_NAME
+    report.write_text(page(rows_digest([FULL])), encoding="utf-8")
+    write_results(tmp_path, [replace(FULL, seconds_attack=9.0)], run={}, job="a")
+    assert report.exists()
+    write_results(tmp_path, [replace(FULL, attack_radius=0.4)], run={}, job="a")
+    assert not report.exists()
+    report.write_text("<html>from an older version</html>", encoding="utf-8")
+    assert report_digest(tmp_path) == ""
+    write_results(tmp_path, [FULL], run={}, job="a")
+    assert not report.exists()
+
+
+def test_json_escapes_what_no_encoding_holds() -> None:
+    assert json_text({"path": "\udcff", "text": "é"}).isascii()
+    assert json.loads(json_text(["\udcff"])) == ["\udcff"]
+    assert json_text("é") == '"é"'
+    assert json_text("é", ascii_only=True).isascii()
+
+
+def test_a_target_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    require_writable_file(tmp_path / "new.csv", option="--csv")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="it is a directory; choose another --csv"):
+        require_writable_file(tmp_path, option="--csv")
+    with pytest.raises(InputError, match="make it or choose another --csv"):
+        require_writable_file(tmp_path / "absent" / "new.csv", option="--csv")
