@@ -40,7 +40,7 @@ def compare(
     problem: Problem,
     *,
     seed: int = 0,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str] | str | None = None,
     attack: str | None = None,
     budget: AttackBudget | None = None,
     **removed: object,
@@ -50,7 +50,7 @@ def compare(
     Args:
         problem: Network, clean input, threat and goal.
         seed: Seed of the attack's starts and of probabilistic certificates.
-        methods: Names of certificates; None means all that apply.
+        methods: Names of certificates, or one name; None means all that apply.
         attack: Name of the attack; None means the one of the threat.
         budget: What the attack may cost; None means its default.
         removed: ``threat=`` of earlier versions; refused with the new way.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attnrobust.runs.rows
+import attnrobust.runs.evaluate
 import attnrobust.runs.run
 import attnrobust.runs.work
 from attnrobust.attacks import DEFAULT_BUDGET
@@ -48,8 +48,8 @@ def main() -> None:
     options = parser.parse_args()
     texts = -(-options.rows // len(LAYERS))
     work, capture, parts, loading = Clock(), Clock(), Clock(), Clock()
-    attnrobust.runs.rows.certify = work.around(attnrobust.runs.rows.certify)
-    attnrobust.runs.rows.run_attack = work.around(attnrobust.runs.rows.run_attack)
+    attnrobust.runs.evaluate.certify = work.around(attnrobust.runs.evaluate.certify)
+    attnrobust.runs.evaluate.run_attack = work.around(attnrobust.runs.evaluate.run_attack)
     attnrobust.runs.work.load_model = loading.around(attnrobust.runs.work.load_model)
     ModuleModel.capture_layers = capture.around(ModuleModel.capture_layers)  # type: ignore[method-assign]
     RunStore.append = parts.around(RunStore.append)  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
 """What is shipped: names, versions, pins, the wheel, and how much is imported before it is needed."""
 
-import importlib
+import ast
 import importlib.metadata
 import inspect
 import os
@@ -48,18 +48,43 @@ def test_every_public_name_exists_once_and_is_documented() -> None:
         assert name == "__version__" or inspect.getdoc(value), name
 
 
-def test_nothing_public_is_left_out_of_all() -> None:
-    public = {
-        name for name, value in vars(attnrobust).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert public - set(attnrobust.__all__) == set()
+def test_type_checkers_see_the_names_that_the_package_has() -> None:
+    """Below TYPE_CHECKING stands for them what __getattr__ finds."""
+    (block,) = [
+        node for node in ast.parse((ROOT / "attnrobust" / "__init__.py").read_text()).body if isinstance(node, ast.If)
+    ]
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == attnrobust._HOME
+    assert {*seen, "__version__"} == set(attnrobust.__all__) == set(dir(attnrobust))
 
 
-def test_functions_win_over_the_modules_of_their_name() -> None:
-    for module in ("attnrobust.certify.radius", "attnrobust.comparison", "attnrobust.attacks.registry"):
-        importlib.import_module(module)
-    for function in (attnrobust.attack, attnrobust.certify, attnrobust.comparison):
-        assert inspect.isfunction(function)
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'certifi'"):
+        attnrobust.certifi  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import attnrobust as ar; f = ar.certify; import attnrobust.certify.registry",
+        "import attnrobust.certify.registry; import attnrobust as ar; f = ar.certify",
+        "from attnrobust import certify as f; import attnrobust as ar",
+        "import attnrobust as ar; ar.bounds_table; f = ar.certify",
+    ],
+)
+def test_certify_is_a_function_and_a_package_in_every_order(order: str) -> None:
+    program = f"""
+{order}
+import pickle
+import attnrobust.certify.registry
+import torch
+layer = ar.Attention(*(torch.eye(2)[None] for _ in range(3)))
+problem = ar.Problem(layer, ar.TokenMeasure(torch.eye(2)), ar.FrobeniusBall(), ar.Displacement(0.5))
+for call in (f, ar.certify, pickle.loads(pickle.dumps(ar.certify)), ar.certify.certify):
+    (one,) = call(problem, methods="displacement").certificates
+    print(one.method, len(ar.certify.registry.ALL_METHODS) > 3)
+"""
+    assert python("-c", program).splitlines() == ["displacement True"] * 4
 
 
 # ---- what is imported ----------------------------------------------------------------------------------------------
@@ -70,7 +95,8 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_heavy_libraries_are_not_imported_before_they_are_needed() -> None:
-    names = loaded_by("import attnrobust")
+    assert sorted(loaded_by("import attnrobust") & {"torch", "numpy", *HEAVY}) == []
+    names = loaded_by("import attnrobust; attnrobust.certify")
     assert "torch" in names
     assert sorted(names & set(HEAVY)) == []
 

@@ -1,6 +1,11 @@
 """Certificates: lower bounds of the robust radius."""
 
+import importlib
+import inspect
+import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 from attnrobust.certify.measures.copies import WorstCopies, worst_copies
 from attnrobust.certify.method import CertificateMethod, PreparedBound, certify_with
@@ -22,13 +27,17 @@ __all__ = [
 
 
 def certify(
-    problem: Problem, *, methods: Sequence[str] | None = None, seed: int = 0, **removed: object
+    problem: Problem,
+    *,
+    methods: Sequence[str] | str | None = None,
+    seed: int = 0,
+    **removed: object,
 ) -> CertificationReport:
     """Certify one problem by every method that applies (or the named ones); ``report.best`` has the largest radius.
 
     Args:
         problem: Network, clean input, threat and goal.
-        methods: Names of certificates; None means all.
+        methods: Names of certificates, or one name; None means all.
         seed: Seed of the random start vectors of probabilistic methods.
         removed: ``threat=`` of earlier versions; refused with the new way.
 
@@ -41,5 +50,21 @@ def certify(
         InputError: ``threat=``; the threat is part of the problem.
     """
     refuse_second_threat(removed)
+    methods = (methods,) if isinstance(methods, str) else methods
     chosen = METHODS if methods is None else tuple(method_named(name) for name in methods)
     return certify_with(problem, chosen, seed=seed)
+
+
+class _CallablePackage(ModuleType):
+    """This package and the function ``certify`` share a name in ``attnrobust``, and an import may bind either; so the
+    package is callable: ``attnrobust.certify(problem)`` and ``attnrobust.certify.registry`` work in every order.
+    """
+
+    __call__ = staticmethod(certify)
+    __signature__ = inspect.signature(certify)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (__name__,)  # pickled by name, as functions are
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,87 +1,74 @@
 """The command that lets attacks compete."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.table import Table
 
-from attnrobust.cli.compare import console, print_json
-from attnrobust.cli.exits import ExitCode, exit_code, say
+from attnrobust.cli import options as o
+from attnrobust.cli.exits import ExitCode, exit_code
 from attnrobust.cli.interrupt import stopping
+from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
-from attnrobust.reports.tables import shown
+from attnrobust.text import shown
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from attnrobust.runs.bench import AttackScore, Benchmark
 
-benching = typer.Typer()
+commands = typer.Typer()
 
 BENCH_OUT = Path("attnrobust-bench")
 MOST_INPUTS = 20
 """Inputs with a line each; more are summarised alone."""
 
-Budget = Annotated[
-    list[str] | None,
-    typer.Option("--budget", metavar="'NAME KEY=N ...'", help="Of one attack: restarts, steps, queries, seconds."),
-]
 
-
-@benching.command()
+@commands.command()
 def bench(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for compare.")],
-    attacks: Annotated[str, typer.Option(metavar="A,B,C", help="The attacks, as for attack --method.")],
-    layer: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Name, suffix or glob; repeatable.")] = None,
-    texts: Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: UTF-8 text, one a line.")] = None,
-    tokens: Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: arrays (n, d).")] = None,
-    tolerance: Annotated[str | None, typer.Option(metavar="X", help="As for compare.")] = None,
-    readout: Annotated[Path | None, typer.Option(metavar="FILE", help="As for compare.")] = None,
-    pool: Annotated[str | None, typer.Option(metavar="P", help="As for compare.")] = None,
-    label: Annotated[int | None, typer.Option(metavar="CLASS", help="As for compare.")] = None,
-    threat: Annotated[list[str] | None, typer.Option(metavar="T", help="As for compare; repeatable.")] = None,
-    epsilons: Annotated[
-        str | None, typer.Option(metavar="R,R", help="Where success is counted; default around the best radii.")
-    ] = None,
-    queries: Annotated[int | None, typer.Option(metavar="N", help="Most forward evaluations of one input.")] = None,
-    seconds: Annotated[float | None, typer.Option(metavar="S", help="Most wall time of one input.")] = None,
-    restarts: Annotated[int | None, typer.Option(metavar="N", help="Starting points.")] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of a round.")] = None,
-    budget: Budget = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    device: Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Rows, one run for each attack; resumable.")] = BENCH_OUT,
-    workers: Annotated[int, typer.Option(metavar="N", help="Worker processes; 0 works in this process.")] = 0,
-    timeout: Annotated[float | None, typer.Option(metavar="S", help="Ends a row that hangs; needs workers.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    model: o.ModelName,
+    attacks: o.Attacks,
+    layer: o.Layers = None,
+    texts: o.Texts = None,
+    tokens: o.Tokens = None,
+    tolerance: o.Tolerance = None,
+    readout: o.Readout = None,
+    pool: o.Pool = None,
+    label: o.Label = None,
+    threat: o.Threats = None,
+    epsilons: o.Epsilons = None,
+    queries: o.Queries = None,
+    seconds: o.Seconds = None,
+    restarts: o.Restarts = None,
+    steps: o.Steps = None,
+    budget: o.Budgets = None,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    out: o.BenchOut = BENCH_OUT,
+    workers: o.Workers = 0,
+    timeout: o.Timeout = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
 ) -> int:
     """Let attacks compete on the same inputs: success, smallest radii, local optimality, queries, seconds."""
     from attnrobust.runs.bench import bench as run_bench
     from attnrobust.runs.config import load_config
 
     at = None if epsilons is None else parse_epsilons(epsilons)
-    names = [name.strip() for name in attacks.split(",") if name.strip()]
-    changes: dict[str, Any] = {
-        "model": model,
-        "layers": layer or None,
-        "texts": texts,
-        "tokens": tokens,
-        "threats": threat or None,
-        "goals": [{"tolerance": tolerance, "readout": readout, "pool": pool, "label": label}],
-        "attack": {"restarts": restarts, "steps": steps, "queries": queries, "seconds": seconds},
-        "seed": seed,
-        "device": device,
-        "output": out,
-        "execution": {"workers": workers, "timeout": timeout},
-    }
-    config = load_config(changes=changes)
+    config = load_config(
+        changes={
+            "model": model, "layers": layer or None, "texts": texts, "tokens": tokens, "threats": threat or None,
+            "goals": [{"tolerance": tolerance, "readout": readout, "pool": pool, "label": label}],
+            "attack": {"restarts": restarts, "steps": steps, "queries": queries, "seconds": seconds},
+            "seed": seed, "device": device, "output": out, "execution": {"workers": workers, "timeout": timeout},
+        }
+    )  # fmt: skip
     with stopping() as stop:
         found = run_bench(
             config,
-            names,
+            o.split_names(attacks),
             budgets=dict(parse_budget(text) for text in budget or ()),
             stop=stop,
             watch=lambda rows, total: tracked(rows, total, quiet=quiet),
@@ -135,6 +122,8 @@ def parse_budget(text: str) -> tuple[str, dict[str, int | float]]:
 
 def as_values(found: "Benchmark", scores: Sequence["AttackScore"]) -> dict[str, Any]:
     """Everything for JSON: scores, and the radii input by input."""
+    from dataclasses import asdict
+
     return {
         "attacks": list(found.attacks),
         "remaining": found.remaining,
@@ -143,32 +132,37 @@ def as_values(found: "Benchmark", scores: Sequence["AttackScore"]) -> dict[str, 
     }
 
 
-def tables(found: "Benchmark", scores: Sequence["AttackScore"]) -> Iterator[Table]:
+def tables(found: "Benchmark", scores: Sequence["AttackScore"]) -> Iterator["Table"]:
     """One table for each layer, threat and goal; and one of the radii if the inputs are few."""
+    from attnrobust.reports.layout import lay_out, numbers, words
+
     for key in dict.fromkeys((s.layer, s.threat, s.goal) for s in scores):
         yield _score_table(", ".join(key), [s for s in scores if (s.layer, s.threat, s.goal) == key])
     winners = found.winners()
     if 0 < len(winners) <= MOST_INPUTS and len(found.attacks) > 1:
-        table = Table(title="smallest radius by input (* wins)", title_justify="left")
-        for place, name in enumerate(("input", "layer", "threat", "goal", *found.attacks)):
-            table.add_column(name, justify="right" if place >= 4 else "left", overflow="fold")
-        for w in winners:
-            cells = [shown(w.radii.get(a)) + ("*" if a in w.winners else " ") for a in found.attacks]
-            table.add_row(w.input_id, w.layer, w.threat, w.goal, *cells)
-        yield table
+        lines = [
+            (
+                *(w.input_id, w.layer, w.threat, w.goal),
+                *(shown(w.radii.get(a)) + ("*" if a in w.winners else " ") for a in found.attacks),
+            )
+            for w in winners
+        ]
+        columns = [*words("input", "layer", "threat", "goal"), *numbers(*found.attacks)]
+        yield lay_out(columns, lines, title="smallest radius by input (* wins)")
 
 
-def _score_table(title: str, scores: Sequence["AttackScore"]) -> Table:
+def _score_table(title: str, scores: Sequence["AttackScore"]) -> "Table":
+    from attnrobust.reports.layout import lay_out, numbers, words
+
     caption = "optimality: best known radius / its radius, 1 is best; medians over the inputs"
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     epsilons = list(next((s.success for s in scores if s.success), {}))
-    heading = ("attack", "wins", "found", *(f"<= {shown(e)}" for e in epsilons))
-    heading += ("median radius", "optimality", "worst", "queries", "s", "status")
-    for name in heading:
-        table.add_column(name, justify="left" if name in ("attack", "status") else "right", overflow="fold")
+    heading = ("wins", "found", *(f"<= {shown(e)}" for e in epsilons))
+    heading += ("median radius", "optimality", "worst", "queries", "s")
+    lines = []
     for s in scores:
-        told = ", ".join(f"{count} {status}" for status, count in s.statuses.items())
+        ended = ", ".join(f"{count} {status}" for status, count in s.statuses.items())
         cells = [s.attack, f"{s.wins}", f"{s.found}/{s.rows}", *(f"{s.success.get(e, 0.0):.0%}" for e in epsilons)]
         cells += [shown(s.median_radius), shown(s.optimality, 3), shown(s.worst_optimality, 3)]
-        table.add_row(*cells, "-" if s.queries is None else f"{s.queries:.0f}", shown(s.seconds, 3), told)
-    return table
+        lines.append((*cells, "-" if s.queries is None else f"{s.queries:.0f}", shown(s.seconds, 3), ended))
+    columns = [*words("attack"), *numbers(*heading), *words("status")]
+    return lay_out(columns, lines, title=title, caption=caption)

@@ -1,152 +1,277 @@
-"""What ``certify``, ``attack``, ``compare`` and ``demo`` share: from options to printed and stored rows."""
+"""The commands that compute every input of one layer, threat and goal in memory: certify, attack, compare, demo."""
 
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+import typer
 
-from attnrobust.attacks import attack_for
-from attnrobust.certify import method_named
-from attnrobust.cli.exits import ExitCode, exit_code, say
+from attnrobust.cli import options as o
+from attnrobust.cli.exits import ExitCode, exit_code, require_threshold
+from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
+from attnrobust.demo import DEMO_LAYER, DEMO_MODEL, DEMO_TOLERANCE, demo_file
 from attnrobust.errors import InputError
-from attnrobust.goals import Goal
-from attnrobust.models.capture import CapturedInput
-from attnrobust.models.listing import LayerInfo
-from attnrobust.models.model import Model, load_model
-from attnrobust.reports.tables import certificate_table, gap_plot, layer_table, result_table
-from attnrobust.runs.files import json_text, require_writable, write_results
-from attnrobust.runs.inputs import make_goal, make_tasks, parse_device, read_inputs
-from attnrobust.runs.rows import Row, RowOptions, RowTask, evaluate_row
-from attnrobust.threats.base import Threat
-from attnrobust.threats.parse import parse_threat
+from attnrobust.runs.reading import DEFAULT_ATTACK
 
-WIDTH_OF_FILES = 200
-"""Columns of tables that go to a file or a pipe, where nothing says how wide it is."""
+if TYPE_CHECKING:
+    from attnrobust.runs.config import RunConfig
+    from attnrobust.runs.rows import Row
+    from attnrobust.runs.work import Workbench
+
+commands = typer.Typer()
+
+DEMO_OUT = Path("attnrobust-results")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """The options of one command, as the user wrote them.
+@commands.command("list-layers")
+def list_layers(model: o.ModelName, json: o.Json = False) -> int:
+    """List every attention layer of a model, and why one is not supported."""
+    from dataclasses import asdict
+
+    from attnrobust.models.model import load_model
+    from attnrobust.reports.tables import layer_table
+
+    layers = load_model(model).layers()
+    if json:
+        for layer in layers:
+            print_json(asdict(layer))
+    else:
+        console().print(layer_table(layers))
+    return ExitCode.OK
+
+
+@commands.command()
+def certify(
+    model: o.ModelName,
+    layer: o.Layer = None,
+    texts: o.Texts = None,
+    tokens: o.Tokens = None,
+    tolerance: o.Tolerance = None,
+    readout: o.Readout = None,
+    pool: o.Pool = None,
+    label: o.Label = None,
+    threat: o.ThreatKey = "frobenius",
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    methods: o.Methods = None,
+    json: o.Json = False,
+    out: o.ResultsOut = None,
+    overwrite: o.Overwrite = False,
+    fail_under: o.FailUnder = None,
+    quiet: o.Quiet = False,
+) -> int:
+    """Certified radii: no move of the tokens within them breaks the goal. No attack."""
+    config = _config(
+        model, layer, {"texts": texts, "tokens": tokens}, threat, seed, device, certificates=_certificates(methods),
+        goal={"tolerance": tolerance, "readout": readout, "pool": pool, "label": label}, attack={"method": None},
+    )  # fmt: skip
+    return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+
+
+@commands.command()
+def attack(
+    model: o.ModelName,
+    layer: o.Layer = None,
+    texts: o.Texts = None,
+    tokens: o.Tokens = None,
+    tolerance: o.Tolerance = None,
+    readout: o.Readout = None,
+    pool: o.Pool = None,
+    label: o.Label = None,
+    threat: o.ThreatKey = "frobenius",
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    attack: o.Method = DEFAULT_ATTACK,
+    epsilon: o.Epsilon = None,
+    json: o.Json = False,
+    out: o.ResultsOut = None,
+    overwrite: o.Overwrite = False,
+    fail_under: o.FailUnder = None,
+    quiet: o.Quiet = False,
+) -> int:
+    """Verified attack radii: the nearest tokens found that break the goal. No certificate."""
+    config = _config(
+        model, layer, {"texts": texts, "tokens": tokens}, threat, seed, device, certificates=(),
+        goal={"tolerance": tolerance, "readout": readout, "pool": pool, "label": label},
+        attack={"method": attack, "epsilon": epsilon},
+    )  # fmt: skip
+    return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+
+
+@commands.command()
+def compare(
+    model: o.ModelName,
+    layer: o.Layer = None,
+    texts: o.Texts = None,
+    tokens: o.Tokens = None,
+    tolerance: o.Tolerance = None,
+    readout: o.Readout = None,
+    pool: o.Pool = None,
+    label: o.Label = None,
+    threat: o.ThreatKey = "frobenius",
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    methods: o.Methods = None,
+    attack: o.Method = DEFAULT_ATTACK,
+    json: o.Json = False,
+    out: o.ResultsOut = None,
+    overwrite: o.Overwrite = False,
+    fail_under: o.FailUnder = None,
+    quiet: o.Quiet = False,
+) -> int:
+    """Both, input by input: certified radius, attack radius and the gap between them."""
+    config = _config(
+        model, layer, {"texts": texts, "tokens": tokens}, threat, seed, device, certificates=_certificates(methods),
+        goal={"tolerance": tolerance, "readout": readout, "pool": pool, "label": label}, attack={"method": attack},
+    )  # fmt: skip
+    return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+
+
+@commands.command()
+def demo(
+    layer: o.Layer = DEMO_LAYER,
+    tolerance: o.Tolerance = DEMO_TOLERANCE,
+    threat: o.ThreatKey = "frobenius",
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    methods: o.Methods = None,
+    attack: o.Method = DEFAULT_ATTACK,
+    json: o.Json = False,
+    out: o.ResultsOut = DEMO_OUT,
+    overwrite: o.Overwrite = False,
+    fail_under: o.FailUnder = None,
+    quiet: o.Quiet = False,
+) -> int:
+    """Compare on what ships with the package: one layer of all-MiniLM-L6-v2, eight sentences."""
+    with demo_file() as texts:
+        config = _config(
+            DEMO_MODEL, layer, {"texts": texts}, threat, seed, device, certificates=_certificates(methods),
+            goal={"tolerance": tolerance}, attack={"method": attack},
+        )  # fmt: skip
+        return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _config(
+    model: str,
+    layer: str | None,
+    inputs: Mapping[str, Path | None],
+    threat: str,
+    seed: int,
+    device: str,
+    *,
+    certificates: Iterable[str] | None,
+    goal: Mapping[str, Any],
+    attack: Mapping[str, Any],
+) -> "RunConfig":
+    """The configuration of a run of one layer, threat and goal."""
+    from attnrobust.runs.config import make_config
+
+    if sum(path is not None for path in inputs.values()) != 1:
+        raise InputError("give the inputs by exactly one of --texts FILE and --tokens FILE")
+    return make_config(
+        {
+            **{name: None if path is None else path.expanduser().absolute() for name, path in inputs.items()},
+            "model": model,
+            "layers": None if layer is None else [layer],
+            "threats": [threat],
+            "goals": [goal],
+            "certificates": None if certificates is None else list(certificates),
+            "attack": attack,
+            "seed": seed,
+            "device": device,
+        }
+    )
+
+
+def _certificates(methods: str | None) -> list[str] | None:
+    names = None if methods is None else o.split_names(methods)
+    if names == []:
+        raise InputError("--methods names no certificate; leave it out to run all")
+    return names
+
+
+def _run(
+    config: "RunConfig",
+    *,
+    json: bool,
+    out: Path | None,
+    overwrite: bool,
+    fail_under: float | None,
+    quiet: bool,
+) -> ExitCode:
+    """Every row: what can be refused is refused before the first, and files are written before tables are shown."""
+    from attnrobust.runs.files import require_results_place
+    from attnrobust.runs.run import rows_in_memory
+    from attnrobust.runs.work import Workbench
+
+    require_threshold(fail_under)
+    if out is not None:
+        require_results_place(out)
+    bench = Workbench(config)
+    job = None if out is None else _job(bench, out, overwrite=overwrite)
+    bench.refuse_hopeless()
+    total = len(bench.items())
+    printed = _Printed(json=json, patient=out is not None)
+    rows = list(printed.each(tracked(rows_in_memory(bench), total, quiet=quiet)))
+    if out is not None and job is not None:
+        _store(out, rows, config, job)
+    if not json:
+        _print_tables(rows)
+    printed.raise_what_failed()
+    return exit_code(rows, fail_under=fail_under)
+
+
+def _job(bench: "Workbench", out: Path, *, overwrite: bool) -> str:
+    """The digest of the job; refuses a directory with the results of another."""
+    from attnrobust.runs.files import job_digest, require_same_job
+    from attnrobust.runs.plan import meaning
+
+    job = job_digest({name: value for name, value in meaning(bench).items() if name != "threads"})
+    if not overwrite:
+        require_same_job(out, job)
+    return job
+
+
+class _Printed:
+    """Rows as JSON lines while they come; a stdout that fails does not cost the files that are still to be written.
 
     Args:
-        model: Name of the model.
-        layer: Name of the layer, or None for the only one.
-        texts: Text file, or None.
-        tokens: Token file, or None.
-        tolerance: Allowed displacement, or None.
-        readout: Readout file, or None.
-        pool: Pooling, or None.
-        label: Label, or None.
-        threat: Key of the threat.
-        seed: Seed of the run.
-        device: Where the layer and its inputs live.
-        certify: Whether to run certificates.
-        methods: Certificates by name, with commas; None means all.
-        attack: Attack by name; None means none.
-        epsilon: Fixed budget of the attack, or None.
-        json: Print JSON rows instead of tables.
-        out: Directory of the result files, or None.
-        fail_under: Threshold, or None.
-        quiet: No progress.
+        json: Whether to print at all.
+        patient: Keep the error until the files are written.
     """
 
-    model: str
-    layer: str | None = None
-    texts: Path | None = None
-    tokens: Path | None = None
-    tolerance: str | None = None
-    readout: Path | None = None
-    pool: str | None = None
-    label: int | None = None
-    threat: str = "frobenius"
-    seed: int = 0
-    device: str = "cpu"
-    certify: bool = True
-    methods: str | None = None
-    attack: str | None = None
-    epsilon: float | None = None
-    json: bool = False
-    out: Path | None = None
-    fail_under: float | None = None
-    quiet: bool = False
+    def __init__(self, *, json: bool, patient: bool) -> None:
+        self._json, self._patient = json, patient
+        self._failed: OSError | None = None
 
+    def each(self, rows: Iterable["Row"]) -> Iterator["Row"]:
+        """Pass rows on and print them."""
+        for row in rows:
+            if self._json and self._failed is None:
+                self._print(row)
+            yield row
 
-def run_job(job: Job, *, inputs: tuple[str, ...] | None = None) -> ExitCode:
-    """Run a job: everything that can be refused is refused before the first row, and files are written last.
-
-    Args:
-        job: The options.
-        inputs: Texts that take the place of the input files (the demo).
-
-    Returns:
-        The exit code.
-
-    Raises:
-        AttnRobustError: Options or files that cannot be used.
-    """
-    threat, device = parse_threat(job.threat), parse_device(job.device)
-    options, goal = _row_options(job, threat), _goal(job)
-    if job.out is not None:
-        require_writable(job.out)
-    model = load_model(job.model, device=device)
-    captured = _captured(job, model, inputs)
-    tasks = make_tasks(model, job.layer, captured, threat=threat, goal=goal, seed=job.seed, device=device)
-    rows = list(_printed(job, tracked(_evaluated(tasks, options), len(tasks), quiet=job.quiet)))
-    if not job.json:
-        print_tables(rows)
-    if job.out is not None:
-        _store(job, rows)
-    return exit_code(rows, fail_under=job.fail_under)
-
-
-def _row_options(job: Job, threat: Threat) -> RowOptions:
-    methods = None
-    if job.methods is not None:
-        methods = tuple(name.strip() for name in job.methods.split(",") if name.strip())
-        if not methods:
-            raise InputError("--methods names no certificate; leave it out to run all")
-        for name in methods:
-            method_named(name)
-    if job.attack is not None:
-        attack_for(threat, job.attack)
-    if job.fail_under is not None and not job.fail_under >= 0:
-        raise InputError(f"--fail-under must be a number >= 0; got {job.fail_under}")
-    return RowOptions(certify=job.certify, methods=methods, attack=job.attack, epsilon=job.epsilon)
-
-
-def _goal(job: Job) -> Goal:
-    return make_goal(tolerance=job.tolerance, readout=job.readout, pool=job.pool, label=job.label)
-
-
-def _captured(job: Job, model: Model, inputs: tuple[str, ...] | None) -> tuple[CapturedInput, ...]:
-    if inputs is not None:
-        return model.capture(job.layer, inputs)
-    return read_inputs(model, job.layer, texts=job.texts, tokens=job.tokens)
-
-
-def _evaluated(tasks: list[RowTask], options: RowOptions) -> Iterator[Row]:
-    return (evaluate_row(task, options) for task in tasks)
-
-
-def _printed(job: Job, rows: Iterator[Row]) -> Iterator[Row]:
-    for row in rows:
-        if job.json:
+    def _print(self, row: "Row") -> None:
+        try:
             print_json(row.as_dict())
-        yield row
+        except OSError as error:  # the reader went away, or the disk behind a redirection is full
+            if not self._patient:
+                raise
+            self._failed = error
+
+    def raise_what_failed(self) -> None:
+        """Raise what printing raised, if anything."""
+        if self._failed is not None:
+            raise self._failed
 
 
-def print_json(value: Any) -> None:
-    """One JSON object on one line of stdout, at once."""
-    sys.stdout.write(json_text(value) + "\n")
-    sys.stdout.flush()
+def _print_tables(rows: list["Row"]) -> None:
+    from attnrobust.reports.tables import certificate_table, result_table
 
-
-def print_tables(rows: list[Row]) -> None:
-    """The tables of rows on stdout."""
     stdout = console()
     stdout.print(result_table(rows))
     certificates = certificate_table(rows)
@@ -154,25 +279,27 @@ def print_tables(rows: list[Row]) -> None:
         stdout.print(certificates)
 
 
-def print_layers(layers: Sequence[LayerInfo]) -> None:
-    """Attention layers as a table on stdout."""
-    console().print(layer_table(layers))
+def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:
+    from attnrobust.reports.plots import gap_plot
+    from attnrobust.runs.files import write_results
 
-
-def console() -> Console:
-    """Stdout; not cut to 80 columns where it is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
-
-
-def _store(job: Job, rows: list[Row]) -> None:
-    assert job.out is not None  # noqa: S101 - the caller asked; narrows the type
-    plot = gap_plot(rows, title=_title(job, rows))
-    run = {name: str(value) if isinstance(value, Path) else value for name, value in vars(job).items()}
-    written = write_results(job.out, rows, run=run, plot=plot)
+    layer, goal = (rows[0].layer, rows[0].goal) if rows else ("", "")
+    plot = gap_plot(rows, title=f"{config.model}, {layer}: {goal}, {config.threats[0]}")
+    written = write_results(out, rows, run=_options(config), job=job, plot=plot)
     say("wrote " + ", ".join(str(path) for path in written))
 
 
-def _title(job: Job, rows: list[Row]) -> str:
-    layer = rows[0].layer if rows else job.layer
-    goal = rows[0].goal if rows else ""
-    return f"{job.model}, {layer}: {goal}, {job.threat}"
+def _options(config: "RunConfig") -> dict[str, Any]:
+    """What was computed, for the JSON file and the report; file names are absolute."""
+    values = config.model_dump(mode="json")
+    (goal,), attack, names = values["goals"], values["attack"], values["certificates"]
+    return {
+        **{name: values[name] for name in ("model", "texts", "tokens", "seed", "device")},
+        **goal,
+        "layer": None if config.layers is None else config.layers[0],
+        "threat": config.threats[0],
+        "certify": config.certifies,
+        "methods": ",".join(names) if names else None,
+        "attack": attack["method"],
+        "epsilon": attack["epsilon"],
+    }

@@ -1,17 +1,22 @@
 """Exit codes, and how errors become one line on stderr."""
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import IntEnum
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from attnrobust.errors import AttnRobustError, SoundnessError
-from attnrobust.results import Status
-from attnrobust.runs.rows import Row
+from attnrobust.cli.output import say
+from attnrobust.errors import AttnRobustError, InputError, SoundnessError
+from attnrobust.status import Status
+
+if TYPE_CHECKING:
+    from attnrobust.runs.rows import Row
 
 _CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -32,11 +37,6 @@ class ExitCode(IntEnum):
     PIPE = 141  # the reader of stdout went away
 
 
-def say(message: str) -> None:
-    """One line on stderr."""
-    typer.echo(f"attnrobust: {message}", err=True)
-
-
 def guarded(call: Callable[[], int | None]) -> int:
     """Run a command; foreseen errors are one line, others a traceback with their own exit code.
 
@@ -47,7 +47,9 @@ def guarded(call: Callable[[], int | None]) -> int:
         The exit code.
     """
     try:
-        return int(call() or ExitCode.OK)
+        code = int(call() or ExitCode.OK)
+        sys.stdout.flush()  # what is left in the buffer may meet a reader who went away
+        return code
     except SoundnessError as error:
         say(str(error))
         return ExitCode.UNSOUND
@@ -63,12 +65,22 @@ def guarded(call: Callable[[], int | None]) -> int:
         say("interrupted")
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        sys.stdout = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115 - what is left to flush goes nowhere
-        return ExitCode.PIPE
+        return _leave_pipe()
+    except SystemExit as end:  # click and rich end the process with 1 where the reader of stdout went away
+        if isinstance(end.__context__, BrokenPipeError):
+            return _leave_pipe()
+        raise
     except Exception:  # noqa: BLE001 - exit code 1 means "below the threshold", so a crash needs its own
         traceback.print_exc()
         say("this error was not foreseen; please report it with the lines above")
         return ExitCode.INTERNAL
+
+
+def _leave_pipe() -> ExitCode:
+    """Let what is still to be flushed go nowhere, so that the interpreter ends without a complaint."""
+    with suppress(OSError, ValueError):  # ValueError: a stdout without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ExitCode.PIPE
 
 
 def _click_message(error: Exception) -> str:
@@ -81,7 +93,13 @@ def _command_path(error: Exception) -> str:
     return str(context.command_path) if context is not None else "attnrobust"
 
 
-def exit_code(rows: Sequence[Row], *, fail_under: float | None = None) -> ExitCode:
+def require_threshold(fail_under: float | None) -> None:
+    """Refuse a threshold that no radius can be compared with."""
+    if fail_under is not None and not fail_under >= 0:
+        raise InputError(f"--fail-under must be a number >= 0; got {fail_under}")
+
+
+def exit_code(rows: Sequence["Row"], *, fail_under: float | None = None) -> ExitCode:
     """The exit code of rows, each deviation told on stderr.
 
     UNSOUND comes first; then rows that all ended in an error; then a radius (certified if there is one, else of the
@@ -91,11 +109,11 @@ def exit_code(rows: Sequence[Row], *, fail_under: float | None = None) -> ExitCo
         rows: All rows of the run.
         fail_under: The threshold, or None.
     """
-    told = [row for row in rows if row.message and row.status != Status.MISCLASSIFIED]
-    for row in sorted(told, key=lambda row: row.status != Status.UNSOUND)[:MOST_MESSAGES]:
+    with_message = [row for row in rows if row.message and row.status != Status.MISCLASSIFIED]
+    for row in sorted(with_message, key=lambda row: row.status != Status.UNSOUND)[:MOST_MESSAGES]:
         say(f"{row.input_id}: {row.message}")
-    if len(told) > MOST_MESSAGES:
-        say(f"and {len(told) - MOST_MESSAGES} more messages; they are in the rows")
+    if len(with_message) > MOST_MESSAGES:
+        say(f"and {len(with_message) - MOST_MESSAGES} more messages; they are in the rows")
     if any(row.status == Status.UNSOUND for row in rows):
         return ExitCode.UNSOUND
     failed = [row for row in rows if row.status == Status.ERROR]
@@ -109,7 +127,7 @@ def exit_code(rows: Sequence[Row], *, fail_under: float | None = None) -> ExitCo
     return ExitCode.OK
 
 
-def _reaches(row: Row, threshold: float) -> bool:
+def _reaches(row: "Row", threshold: float) -> bool:
     if row.status == Status.ERROR:
         return False
     if row.certified_radius is not None:

@@ -1,44 +1,47 @@
 """The command that asks whether a repeated layer forgets its input, and where it ends."""
 
 import math
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from attnrobust.cli.compare import console, print_json
+from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode
+from attnrobust.cli.output import console, print_json
 from attnrobust.errors import InputError
-from attnrobust.goals import Displacement
-from attnrobust.layers.token_map import TokenMap
-from attnrobust.lipschitz.contraction import Contraction, contraction
-from attnrobust.lipschitz.fixed_point import fixed_point
-from attnrobust.models.model import load_model
-from attnrobust.reports.tables import shown
-from attnrobust.runs.inputs import on_device, parse_device, read_inputs
-from attnrobust.tokens import TokenMeasure
+from attnrobust.text import shown
 
-repeating = typer.Typer()
+if TYPE_CHECKING:
+    from attnrobust.layers.token_map import TokenMap
+    from attnrobust.lipschitz.contraction import Contraction
+    from attnrobust.tokens import TokenMeasure
+
+commands = typer.Typer()
+
+Order = Annotated[float, typer.Option(metavar="P", help="1, 2 or inf: of the Wasserstein distance W_p.")]
+Accuracy = Annotated[float, typer.Option("--tolerance", metavar="E", help="Distance to the fixed point in W_p.")]
 
 
-@repeating.command("fixed-point")
-def fixed_point_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for compare.")],
-    layer: Annotated[str | None, typer.Option(metavar="NAME", help="Layer, or a suffix; see list-layers.")] = None,
-    texts: Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: UTF-8 text, one a line.")] = None,
-    tokens: Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: arrays (n, d).")] = None,
-    radius: Annotated[
-        float | None, typer.Option(metavar="R", help="Radius of the ball of tokens; default the largest token norm.")
-    ] = None,
-    order: Annotated[float, typer.Option(metavar="P", help="1, 2 or inf: of the Wasserstein distance W_p.")] = 2.0,
-    tolerance: Annotated[float, typer.Option(metavar="E", help="Distance to the fixed point in W_p.")] = 1e-9,
-    device: Annotated[str, typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    json: Annotated[bool, typer.Option("--json", help="One JSON object an input on stdout.")] = False,
+@commands.command("fixed-point")
+def fixed_point(
+    model: o.ModelName,
+    layer: o.Layer = None,
+    texts: o.Texts = None,
+    tokens: o.Tokens = None,
+    radius: o.BallRadius = None,
+    order: Order = 2.0,
+    tolerance: Accuracy = 1e-9,
+    device: o.Device = "cpu",
+    json: o.Json = False,
 ) -> int:
     """Does a stack of this one layer contract, at which proved rate, and to which token?"""
     if texts is None and tokens is None and radius is None:
         raise InputError("give the inputs by --texts FILE or --tokens FILE, or --radius R alone")
+    from attnrobust.goals import Displacement
+    from attnrobust.lipschitz.contraction import contraction
+    from attnrobust.models.model import load_model
+    from attnrobust.runs.inputs import on_device, parse_device, read_inputs
+
     loaded = load_model(model, device=parse_device(device))
     name, network = loaded.resolve(layer).name, loaded.layer(layer)
     inputs: list[tuple[str | None, TokenMeasure | None]] = [(None, None)]
@@ -58,15 +61,19 @@ def fixed_point_command(
     return ExitCode.OK
 
 
-def _largest(clean: TokenMeasure) -> float:
+def _largest(clean: "TokenMeasure") -> float:
+    import torch
+
     largest = float(torch.linalg.vector_norm(clean.points, dim=-1).max())
     if largest == 0.0:
         raise InputError("every token of the input is zero, which gives a ball of radius 0; give --radius R")
     return largest
 
 
-def _found(known: Contraction, network: TokenMap, clean: TokenMeasure | None, tolerance: float) -> dict[str, Any]:
+def _found(known: "Contraction", network: "TokenMap", clean: "TokenMeasure | None", tolerance: float) -> dict[str, Any]:
     """What is proved and, where there is an input, the fixed point; JSON-ready, infinity as None."""
+    from attnrobust.lipschitz.fixed_point import fixed_point
+
     found: dict[str, Any] = {
         "order": "inf" if math.isinf(known.order) else int(known.order),
         "radius": known.radius,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from attnrobust.cli.exits import say
+from attnrobust.cli.output import say
 
 
 @contextmanager

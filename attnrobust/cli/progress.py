@@ -3,12 +3,15 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from attnrobust.reports.tables import shown
-from attnrobust.runs.rows import Row
+from attnrobust.text import shown
+
+if TYPE_CHECKING:
+    from attnrobust.runs.rows import Row
 
 
-def tracked(rows: Iterable[Row], total: int, *, quiet: bool = False) -> Iterator[Row]:
+def tracked(rows: Iterable["Row"], total: int, *, quiet: bool = False) -> Iterator["Row"]:
     """Pass rows on as they come, and show how far the run is.
 
     Args:
@@ -24,7 +27,7 @@ def tracked(rows: Iterable[Row], total: int, *, quiet: bool = False) -> Iterator
         yield from _with_lines(rows, total)
 
 
-def _with_bar(rows: Iterable[Row], total: int) -> Iterator[Row]:
+def _with_bar(rows: Iterable["Row"], total: int) -> Iterator["Row"]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -46,7 +49,7 @@ def _with_bar(rows: Iterable[Row], total: int) -> Iterator[Row]:
             progress.advance(task)
 
 
-def _with_lines(rows: Iterable[Row], total: int) -> Iterator[Row]:
+def _with_lines(rows: Iterable["Row"], total: int) -> Iterator["Row"]:
     start = time.perf_counter()
     for number, row in enumerate(rows, start=1):
         parts = [f"[{number}/{total}] {row.input_id} n={row.n} {row.status}"]

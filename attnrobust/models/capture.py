@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from attnrobust.layers.attention import Attention
 from attnrobust.models.adapters import Adapter, refuse
 from attnrobust.models.agreement import disagreement
 from attnrobust.models.arrays import read_arrays
+from attnrobust.text import natural_order
 from attnrobust.tokens import TokenMeasure
 
 
@@ -93,7 +93,7 @@ def read_tokens(path: str | Path, *, width: int | None = None) -> tuple[Captured
     if not arrays:
         raise InputError(f"{path} holds no arrays; every array (n, d) is one input")
     inputs = []
-    for key in sorted(arrays, key=_natural_order):
+    for key in sorted(arrays, key=natural_order):
         try:
             measure = TokenMeasure(arrays[key])
         except InputError as error:
@@ -231,7 +231,3 @@ def _cause(module: nn.Module, spec: Attention, tokens: Tensor, actual: Tensor) -
     if implementation != "sdpa":
         return f"attn_implementation={implementation!r} may round to float32; load the model with 'sdpa'"
     return "the model adds a mask (padding, say: delete the padded tokens), bias or cache that is not modelled"
-
-
-def _natural_order(key: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", key)]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
 from attnrobust.errors import InputError
-from attnrobust.reports.tables import shown
-from attnrobust.results import Status
-from attnrobust.runs.rows import Row
+from attnrobust.runs.rows import Row, scopes
+from attnrobust.status import Status
+from attnrobust.text import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,11 @@ def junit_xml(verdict: Verdict, *, name: str) -> str:
     """
     over = verdict.fallen > verdict.allowed
     suite = ET.Element("testsuite", name=_xml(name), tests=str(len(verdict.rows) + 1), errors=str(verdict.unsound))
+    properties = [("goal scope", scope) for scope in scopes(verdict.rows)]
+    if properties:
+        held = ET.SubElement(suite, "properties")
+        for key, value in properties:
+            ET.SubElement(held, "property", name=key, value=_xml(value))
     for row, shortfall in zip(verdict.rows, verdict.shortfalls, strict=True):
         seconds = (row.seconds_certify or 0.0) + (row.seconds_attack or 0.0)
         case = ET.SubElement(
@@ -141,6 +146,7 @@ def summary(verdict: Verdict) -> str:
         parts.append(f"{verdict.missing} are not computed yet")
     if not verdict.rows:
         parts.append("there are no rows")
+    parts += scopes(verdict.rows)
     return ("passed: " if verdict.passed else "failed: ") + "; ".join(parts)
 
 

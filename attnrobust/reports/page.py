@@ -1,93 +1,29 @@
 """The report of a run: one HTML page that needs nothing from elsewhere, and its plots as files."""
 
 import base64
-import json
 import math
 import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from attnrobust.errors import InputError
+from attnrobust.reports.data import ReportData, read_report_data
 from attnrobust.reports.plots import gap_boxes, gaps_by_method, radii_by_layer, scatter_plot
-from attnrobust.reports.tables import shown, summary_lines
-from attnrobust.results import Status
-from attnrobust.runs.files import JSON_NAME, row_from_dict, write_atomically
+from attnrobust.reports.tables import not_installed, summary_lines
+from attnrobust.runs.atomic import require_writable, write_atomically
+from attnrobust.runs.files import REPORT_NAME, rows_digest
 from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map
-from attnrobust.runs.rows import Row
-from attnrobust.runs.store import MANIFEST, RunStore
+from attnrobust.runs.rows import Row, scopes
+from attnrobust.status import Status
+from attnrobust.text import shown
 
-REPORT_NAME = "report.html"
 MOST_ROWS, MOST_SENTENCES, MOST_LINES = 5000, 20, 4
 """What one page shows; the data has the rest."""
 
 _BAD = frozenset({Status.UNSOUND, Status.ERROR, Status.TIMEOUT, Status.NAN})
-
-
-@dataclass(frozen=True)
-class ReportData:
-    """What a report is made of.
-
-    Args:
-        rows: The rows.
-        title: Above everything.
-        subtitle: When and of what.
-        steps: How to reproduce: sentence and code.
-        planned: Number of rows of the complete run.
-    """
-
-    rows: Sequence[Row]
-    title: str
-    subtitle: str
-    steps: Sequence[tuple[str, str]]
-    planned: int
-
-
-def read_report_data(directory: Path) -> ReportData:
-    """The rows and the description of a run, or of one command's ``--out`` directory.
-
-    Raises:
-        InputError: Neither is there, or the files are damaged.
-    """
-    if (directory / MANIFEST).exists() or not (directory / JSON_NAME).exists():
-        return _from_run(directory)
-    return _from_command(directory / JSON_NAME)
-
-
-def _from_run(directory: Path) -> ReportData:
-    store = RunStore.open(directory)
-    manifest = store.manifest
-    config = dict(manifest.config)
-    text = yaml.safe_dump({k: v for k, v in config.items() if v is not None}, sort_keys=False, allow_unicode=True)
-    steps = [
-        ("Configuration; save it as run.yaml:", text.rstrip()),
-        ("Run it:", "attnrobust run run.yaml"),
-        ("What it ran on:", _listing(manifest.versions)),
-        ("Content digests (a run with the same ones has the same rows):", _listing(manifest.meaning)),
-    ]
-    subtitle = f"begun {manifest.created}; {len(manifest.layers)} layers; run {manifest.digest[:12]}"
-    return ReportData(store.rows(), f"Robustness of {config['model']}", subtitle, steps, manifest.rows)
-
-
-def _from_command(path: Path) -> ReportData:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row_from_dict(values) for values in document["rows"]]
-        options = {k: v for k, v in document["run"].items() if v not in (None, False)}
-        versions, written = document["versions"], document["written"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}); run the command again") from error
-    steps = [("Options:", _listing(options)), ("What it ran on:", _listing(versions))]
-    return ReportData(rows, f"Robustness of {options['model']}", f"written {written}", steps, len(rows))
-
-
-def _listing(values: Mapping[str, Any]) -> str:
-    return "\n".join(f"{name}: {value}" for name, value in values.items())
 
 
 def write_report(directory: Path, *, out: Path | None = None) -> tuple[Path, ...]:
@@ -103,7 +39,9 @@ def write_report(directory: Path, *, out: Path | None = None) -> tuple[Path, ...
     Raises:
         InputError: No results there, or a place that cannot be written.
     """
-    data, target = read_report_data(directory), out or directory
+    target = out or directory
+    require_writable(target)
+    data = read_report_data(directory)
     plots = _plots(data.rows)
     contents = {REPORT_NAME: render(data, plots, source=directory).encode()} | {p["name"]: p["png"] for p in plots}
     try:
@@ -131,12 +69,17 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
     line_template = environment.get_template("heat.html.j2")
     heat, more = heat_map(data.rows, sentences=MOST_SENTENCES)
     heading, lines = summary_lines(data.rows)
+    made_from = ("This page shows these rows (SHA-256, without their seconds):", rows_digest(data.rows))
     remake = ("Make this report again:", f"attnrobust report {shlex.quote(str(source))}")
     return environment.get_template(
         "report.html.j2"
     ).render(
         title=data.title,
         subtitle=data.subtitle,
+        digest=rows_digest(data.rows),
+        missing=max(0, data.planned - len(data.rows)),
+        planned=data.planned,
+        notes=[*scopes(data.rows), *not_installed(data.rows)],
         unsound=[row for row in data.rows if row.status == Status.UNSOUND],
         tiles=_tiles(data),
         summary={"heading": heading, "lines": lines},
@@ -150,7 +93,7 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         key=[_colours(s) | {"label": f"{s:.0%}"} for s in (0.1, 0.25, 0.5, 0.75, 1.0)],
         table=_table(data.rows[:MOST_ROWS]),
         rows_left_out=max(0, len(data.rows) - MOST_ROWS),
-        steps=[{"what": what, "code": code} for what, code in (*data.steps, remake)],
+        steps=[{"what": what, "code": code} for what, code in (*data.steps, made_from, remake)],
     )
 
 
@@ -175,7 +118,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str]]:
 
 def _plots(rows: Sequence[Row]) -> list[dict[str, Any]]:
     gaps = [row.gap for row in rows if row.gap is not None]
-    told = f"; median gap {shown(statistics.median(gaps), 3)}, largest {shown(max(gaps), 3)}" if gaps else ""
+    numbers = f"; median gap {shown(statistics.median(gaps), 3)}, largest {shown(max(gaps), 3)}" if gaps else ""
     made = [
         (
             "gap-by-method.png", gap_boxes(rows), 800,
@@ -194,7 +137,7 @@ def _plots(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {
             "name": name, "png": png, "data": base64.b64encode(png).decode(), "width": width, "caption": caption,
-            "alt": f"{alt}{told}. The numbers are in the tables.",
+            "alt": f"{alt}{numbers}. The numbers are in the tables.",
         }
         for name, png, width, caption, alt in made
     ]  # fmt: skip

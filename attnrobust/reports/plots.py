@@ -1,20 +1,26 @@
-"""Plots of a run, each as the bytes of a PNG."""
+"""Plots of rows, each as the bytes of a PNG; the only file that imports matplotlib."""
 
 import io
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from attnrobust.reports.tables import BLUE, GREY, ORANGE, drawable, gap_scatter, plain_ticks, shown
-from attnrobust.runs.rows import Row
+from attnrobust.runs.rows import Row, scopes
+from attnrobust.status import Status
+from attnrobust.text import shortened, shown
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+BLUE, ORANGE, GREY, RED = "#0072B2", "#E69F00", "#8C8C8C", "#D55E00"  # Okabe and Ito: told apart by every common eye
+MANY_INPUTS = 40
+"""More inputs than this are drawn as a scatter plot instead of one line each."""
 DPI = 144
 
 
-def _png(width: float, height: float, draw: Callable[["Figure"], None]) -> bytes:
+def _png(width: float, height: float, draw: Callable[["Figure"], None], *, dpi: int = DPI) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -22,8 +28,137 @@ def _png(width: float, height: float, draw: Callable[["Figure"], None]) -> bytes
     FigureCanvasAgg(figure)
     draw(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def gap_plot(rows: Sequence[Row], *, title: str) -> bytes:
+    """Certified radius and attack radius of every input on one logarithmic axis, as a PNG.
+
+    Up to ``MANY_INPUTS`` inputs have a line each: the true robust radius lies on the bar between the marks. More are
+    a scatter plot with the diagonal that no point may cross.
+
+    Args:
+        rows: The rows; those without any radius are named in a footnote.
+        title: Above the axes.
+
+    Returns:
+        The PNG's bytes.
+    """
+    drawn = [row for row in rows if _positive(row.certified_radius) or _positive(row.attack_radius)]
+
+    def draw(figure: "Figure") -> None:
+        if not drawn:
+            _nothing(figure, "no input has a radius to draw")
+        elif len(drawn) > MANY_INPUTS:
+            figure.set_size_inches(7.5, 7.0)
+            gap_scatter(figure, drawn)
+        else:
+            figure.set_size_inches(9.0, 1.9 + 0.44 * max(len(drawn), 3))
+            _lines(figure, drawn)
+        _headings(figure, rows, drawn, title)
+
+    return _png(9.0, 6.0, draw, dpi=150)
+
+
+def _positive(value: float | None) -> bool:
+    return value is not None and value > 0
+
+
+def _headings(figure: "Figure", rows: Sequence[Row], drawn: Sequence[Row], title: str) -> None:
+    scope = "".join(f"\n{scope}" for scope in scopes(rows))
+    figure.suptitle(drawable(title) + scope, x=0.01, ha="left", fontsize=11, parse_math=False)
+    if len(drawn) < len(rows):
+        missing = [drawable(shortened(row.input_id, 24)) for row in rows if row not in drawn]
+        names = ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else "")
+        figure.supxlabel(f"not drawn, no radius: {names}", fontsize=8, color=GREY, x=0.01, ha="left", parse_math=False)
+
+
+def _lines(figure: "Figure", rows: Sequence[Row]) -> None:
+    axes = figure.add_subplot()
+    for y, row in enumerate(rows):
+        low, high = row.certified_radius or math.nan, row.attack_radius or math.nan
+        others = [e.radius for name, e in row.certificates.items() if e.radius > 0 and name != row.certificate]
+        axes.plot(others, [y] * len(others), "|", color=GREY, markersize=8, label="other certificates" * (y == 0))
+        axes.plot(
+            [low, high], [y, y], "-", color=RED if row.status == Status.UNSOUND else GREY, linewidth=1.6, zorder=1
+        )
+        axes.plot(low, y, "o", color=BLUE, markersize=7, label="certified radius (lower bound)" * (y == 0))
+        axes.plot(high, y, "D", color=ORANGE, markersize=7, label="attack radius (upper bound)" * (y == 0))
+        if not _positive(row.attack_radius) and row.attack is not None:
+            axes.annotate("no violation found", (low, y), (8, -3), textcoords="offset points", fontsize=8, color=GREY)
+        if row.gap is not None:
+            unsound = row.status == Status.UNSOUND
+            note = f"gap {row.gap:.3g}" + (" UNSOUND" if unsound else "")
+            at = (math.sqrt(low * high), y)
+            axes.annotate(
+                note, at, (0, 5), textcoords="offset points", ha="center", fontsize=8, color=RED * unsound or "black"
+            )
+    labels = [f"{_row_label(row)}  (n = {row.n})" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, parse_math=False)
+    axes.set_ylim(len(rows) - 0.4, -0.75)
+    axes.set_xscale("log")
+    plain_ticks(axes.xaxis)
+    axes.margins(x=0.06)
+    axes.set_xlabel(_radius_label(rows))
+    axes.grid(axis="x", which="both", color="#E6E6E6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9)
+
+
+def gap_scatter(figure: "Figure", rows: Sequence[Row]) -> None:
+    """Draw attack against certified radius into a figure, with the diagonal that no point may cross."""
+    axes = figure.add_subplot()
+    pairs = [r for r in rows if _positive(r.certified_radius) and _positive(r.attack_radius)]
+    for status, colour, marker in ((False, BLUE, "o"), (True, RED, "X")):
+        chosen = [r for r in pairs if (r.status == Status.UNSOUND) is status]
+        x, y = [r.certified_radius or 0.0 for r in chosen], [r.attack_radius or 0.0 for r in chosen]
+        if chosen:
+            axes.scatter(x, y, s=18, alpha=0.7, color=colour, marker=marker, label="UNSOUND" if status else "input")
+    ends = [v for r in pairs for v in (r.certified_radius or 0.0, r.attack_radius or 0.0)] or [1.0]
+    span = [min(ends) / 1.3, max(ends) * 1.3]
+    for factor, style in ((1.0, "-"), (2.0, "--"), (10.0, ":")):
+        axes.plot(span, [factor * v for v in span], style, color=GREY, linewidth=1.0, label=f"gap {factor:g}")
+    axes.set(xscale="log", yscale="log", xlim=span, ylim=span, aspect="equal")
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
+    axes.set_xlabel("certified " + _radius_label(rows))
+    axes.set_ylabel("attack " + _radius_label(rows))
+    axes.grid(which="both", color="#E6E6E6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _row_label(row: Row) -> str:
+    """The row's text, or its identifier where the plot's font lacks a character of it."""
+    text = shortened(row.text or row.input_id, 34)
+    return text if drawable(text) == text else drawable(row.input_id)
+
+
+def drawable(text: str) -> str:
+    """The text with a question mark for every character that the plot's font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    return "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in text)
+
+
+def plain_ticks(axis: "Axis") -> None:
+    """Ticks of a logarithmic axis as 0.02 instead of 2 x 10^-2."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    few = math.log10(high / low) > 2.0
+    axis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _radius_label(rows: Sequence[Row]) -> str:
+    threats = {row.threat for row in rows}
+    return f"radius ({threats.pop() if len(threats) == 1 else 'threat'} distance, units of the token vectors)"
 
 
 def scatter_plot(rows: Sequence[Row]) -> bytes:
@@ -101,7 +236,7 @@ def radii_by_layer(rows: Sequence[Row]) -> bytes:
     return _png(8.0, 1.6 + 0.6 * max(len(layers), 2), draw if any(certified) or any(attacked) else _nothing)
 
 
-def _nothing(figure: "Figure") -> None:
+def _nothing(figure: "Figure", message: str = "no row has the radii for this plot") -> None:
     axes = figure.add_subplot()
     axes.axis("off")
-    axes.text(0.5, 0.5, "no row has the radii for this plot", ha="center", color=GREY)
+    axes.text(0.5, 0.5, message, ha="center", color=GREY)

@@ -9,10 +9,10 @@ from typing import Any
 
 from attnrobust.attacks import check_attack_name
 from attnrobust.errors import InputError
-from attnrobust.results import Status
 from attnrobust.runs.config import RunConfig, make_config
-from attnrobust.runs.rows import Row
+from attnrobust.runs.rows import Row, median
 from attnrobust.runs.run import Watcher, run
+from attnrobust.status import Status
 
 TIE = 1e-6
 """Radii that differ by less than this share count as equal: the verified ones are polished to 1e-9."""
@@ -129,7 +129,7 @@ class Benchmark:
 
 def bench(
     config: RunConfig,
-    attacks: Sequence[str],
+    attacks: Sequence[str] | str,
     *,
     budgets: Budgets | None = None,
     stop: threading.Event | None = None,
@@ -142,7 +142,7 @@ def bench(
 
     Args:
         config: Inputs, layers, threats, goals, budget and output; its certificates and its attack's name are ignored.
-        attacks: Names of attacks.
+        attacks: Names that ``attack_named`` knows, or one name.
         budgets: Budgets of single attacks.
         stop: Once set, the running row is finished and the call returns.
         watch: Sees the rows of each attack as they come.
@@ -155,6 +155,7 @@ def bench(
         InputError: No attack, one named twice, a budget of an attack that is not run, or what ``run`` raises (a
             directory that holds a run with other inputs or another budget).
     """
+    attacks = (attacks,) if isinstance(attacks, str) else attacks
     configs = [attack_config(config, attack, (budgets or {}).get(attack, {})) for attack in _checked(attacks, budgets)]
     stop = threading.Event() if stop is None else stop
     outcomes = [run(each, stop=stop, watch=watch) for each in configs]
@@ -207,7 +208,7 @@ def _score(
     tried = [winner for winner in inputs if attack in winner.radii]
     radii = [float("inf") if (r := winner.radii[attack]) is None else r for winner in tried]
     shares = [_share(w.best, r) for w, r in zip(tried, radii, strict=True) if w.best is not None]
-    median = statistics.median_low(radii) if radii else float("inf")
+    middle = statistics.median_low(radii) if radii else float("inf")
     there = [row for row in rows if row.status != Status.MISCLASSIFIED]
     statuses = sorted({str(row.status) for row in rows})
     return AttackScore(
@@ -217,19 +218,14 @@ def _score(
         found=sum(r < float("inf") for r in radii),
         wins=sum(attack in winner.winners for winner in tried),
         success={e: sum(r <= e for r in radii) / len(radii) for e in epsilons} if radii else {},
-        median_radius=median if median < float("inf") else None,
+        median_radius=middle if middle < float("inf") else None,
         optimality=statistics.median(shares) if shares else None,
         worst_optimality=min(shares, default=None),
-        queries=_median(row.queries for row in there),
-        seconds=_median(row.seconds_attack for row in there),
+        queries=median(row.queries for row in there),
+        seconds=median(row.seconds_attack for row in there),
         statuses={status: sum(str(row.status) == status for row in rows) for status in statuses},
     )
 
 
 def _share(best: float, radius: float) -> float:
     return 1.0 if radius == best else best / radius
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return float(statistics.median(there)) if there else None

@@ -4,20 +4,28 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from attnrobust.attacks import DEFAULT_ATTACK, AttackBudget, check_attack_name
-from attnrobust.certify import method_named
 from attnrobust.errors import AttnRobustError, InputError
-from attnrobust.goals import Goal
-from attnrobust.runs.inputs import DEFAULT_TOLERANCE, make_goal, parse_device
-from attnrobust.runs.rows import RowOptions
-from attnrobust.threats.parse import parse_threat
+from attnrobust.runs.reading import (
+    ATTACKS,
+    CERTIFICATES,
+    DEFAULT_ATTACK,
+    DEFAULT_TOLERANCE,
+    is_known_move,
+    require_goal_options,
+)
+
+if TYPE_CHECKING:
+    from attnrobust.attacks import AttackBudget
+    from attnrobust.goals import Goal
 
 DEFAULT_OUTPUT = "attnrobust-run"
+SMALLEST_SEED, LARGEST_SEED = -(2**63), 2**63 - 1
+"""Seeds are stored as signed 64-bit integers."""
 
 
 def _listed(value: Any) -> Any:
@@ -59,22 +67,36 @@ class GoalConfig(_Section):
         nothing = isinstance(values, dict) and values.get("tolerance") is None and values.get("readout") is None
         return values | {"tolerance": DEFAULT_TOLERANCE} if nothing else values
 
-    def make(self) -> Goal:
+    def check(self) -> None:
+        """Refuse what cannot be read; only a readout's file needs torch."""
+        require_goal_options(tolerance=self.tolerance, readout=self.readout, pool=self.pool, label=self.label)
+        if self.readout is not None:
+            self.make()
+
+    def make(self) -> "Goal":
         """The goal itself; reads the readout file."""
+        from attnrobust.runs.inputs import make_goal
+
         return make_goal(tolerance=self.tolerance, readout=self.readout, pool=self.pool, label=self.label)
 
 
 class AttackConfig(_Section):
-    """The attack ("default": the threat's own) and its cost; ``method`` null runs certificates alone."""
+    """The attack and its cost; ``method`` null runs certificates alone.
+
+    ``epsilon`` null searches the smallest radius; a number fixes the budget and asks for the worst point within it.
+    """
 
     method: str | None = DEFAULT_ATTACK
-    restarts: int = Field(default=AttackBudget().restarts, ge=1)
-    steps: int = Field(default=AttackBudget().steps, ge=1)
+    restarts: int = Field(default=8, ge=1)
+    steps: int = Field(default=60, ge=1)
     queries: int | None = Field(default=None, ge=1)
     seconds: float | None = Field(default=None, gt=0)
+    epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
-    def budget(self) -> AttackBudget:
+    def budget(self) -> "AttackBudget":
         """What one input may cost."""
+        from attnrobust.attacks import AttackBudget
+
         return AttackBudget(restarts=self.restarts, steps=self.steps, queries=self.queries, seconds=self.seconds)
 
 
@@ -101,18 +123,19 @@ class ExecutionConfig(_Section):
 class RunConfig(_Section):
     """What to compute: every input on every layer under every threat and goal.
 
-    ``certificates`` null means all that apply, an empty list none. ``layers`` takes names, unique suffixes and globs.
+    ``certificates`` null means all that apply, an empty list none. ``layers`` takes names, unique suffixes and globs;
+    null means the model's only layer.
     """
 
     model: str
-    layers: Names = ("*",)
+    layers: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = ("*",)
     texts: Path | None = None
     tokens: Path | None = None
     threats: Names = ("frobenius",)
     goals: Annotated[tuple[GoalConfig, ...], BeforeValidator(_goals)] = (GoalConfig(),)
     certificates: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
     attack: AttackConfig = AttackConfig()
-    seed: int = 0
+    seed: int = Field(default=0, ge=SMALLEST_SEED, le=LARGEST_SEED)
     device: str = "cpu"
     threads: int = Field(default=1, ge=1)
     output: Path = Path(DEFAULT_OUTPUT)
@@ -123,30 +146,35 @@ class RunConfig(_Section):
         if (self.texts is None) == (self.tokens is None):
             raise ValueError("give the inputs by exactly one of texts and tokens")
         for name in ("layers", "threats", "goals"):
-            if not getattr(self, name):
+            if getattr(self, name) == ():
                 raise ValueError(f"{name} is empty; name at least one")
         if self.certificates == () and self.attack.method is None:
             raise ValueError("no certificate and no attack: there is nothing to do")
         return self
 
     def check_names(self) -> "RunConfig":
-        """Refuse unknown threats, goals, certificates and attacks before any model is loaded."""
-        parse_device(self.device)
-        for threat in self.threats:
-            parse_threat(threat)
+        """Refuse unknown threats, goals, certificates and attacks before any model is loaded.
+
+        Torch is imported only for what ``attnrobust.runs.reading`` does not know.
+        """
+        if self.device != "cpu":
+            from attnrobust.runs.inputs import parse_device
+
+            parse_device(self.device)
         for goal in self.goals:
-            goal.make()
-        for method in self.certificates or ():
-            method_named(method)
-        if self.attack.method is not None:
-            check_attack_name(self.attack.method)
+            goal.check()
+        listed = CERTIFICATES.issuperset(self.certificates or ()) and self.attack.method in {None, *ATTACKS}
+        for threat in self.threats:
+            if not (listed and is_known_move(threat)):
+                from attnrobust.runs.inputs import require_methods
+
+                require_methods(threat, certificates=self.certificates or (), attack=self.attack.method)
         return self
 
-    def row_options(self) -> RowOptions:
-        """What is computed for every row."""
-        certify = self.certificates != ()
-        methods = self.certificates if certify else None
-        return RowOptions(certify=certify, methods=methods, attack=self.attack.method, budget=self.attack.budget())
+    @property
+    def certifies(self) -> bool:
+        """Whether certificates are run."""
+        return self.certificates != ()
 
     def as_yaml(self) -> str:
         """The effective configuration, as a file that gives the same one back."""

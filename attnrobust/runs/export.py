@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from attnrobust.errors import InputError
-from attnrobust.runs.files import json_text, write_text
+from attnrobust.runs.atomic import require_writable_file, write_text
+from attnrobust.runs.files import json_text
 from attnrobust.runs.rows import Row
 from attnrobust.runs.store import RunStore
 
@@ -29,6 +30,9 @@ def export_rows(directory: Path, *, csv: Path | None = None, jsonl: Path | None 
     targets = {path: render for path, render in ((csv, csv_text), (jsonl, jsonl_text)) if path is not None}
     if not targets:
         raise InputError("name a file by --csv FILE or --jsonl FILE")
+    for path, option in ((csv, "--csv"), (jsonl, "--jsonl")):
+        if path is not None:
+            require_writable_file(path, option=option)
     rows = RunStore.open(directory).rows()
     for path, render in targets.items():
         write_text(path, render(rows))

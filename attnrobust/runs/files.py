@@ -1,9 +1,9 @@
-"""Results on disk: rows as Parquet and JSON, every file written whole or not at all."""
+"""The results of one command on disk: rows as Parquet and JSON, a plot, and which job they belong to."""
 
+import hashlib
 import json
-import os
 import platform
-import tempfile
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,134 +11,75 @@ from pathlib import Path
 from typing import Any
 
 from attnrobust.errors import InputError
-from attnrobust.runs.rows import SCHEMA_VERSION, CertificateEntry, Row
+from attnrobust.runs.atomic import require_writable, require_writable_file, write_atomically
+from attnrobust.runs.parquet import parquet_bytes
+from attnrobust.runs.rows import SCHEMA_VERSION, Row, without_times
 
-PARQUET_NAME, JSON_NAME, PLOT_NAME = "results.parquet", "results.json", "gap.png"
-
-_TEXT: tuple[str, ...] = (
-    "input_id",
-    "layer",
-    "threat",
-    "goal",
-    "certificate",
-    "certificate_kind",
-    "attack",
-    "status",
-    "message",
-)
-_TEXT += ("problem", "text", "row_id")
-_FLOAT: tuple[str, ...] = (
-    "tolerance",
-    "margin",
-    "certified_radius",
-    "attack_radius",
-    "gap",
-    "seconds_certify",
-    "seconds_attack",
-)
-_FLOAT += ("epsilon", "usage", "input_norm")
-_INTEGER = ("n", "seed", "queries")
+PARQUET_NAME, JSON_NAME, PLOT_NAME, REPORT_NAME = "results.parquet", "results.json", "gap.png", "report.html"
+MANIFEST = "manifest.json"
+"""A directory that has it holds a run of many rows."""
 
 
-# ---- atomic files ----------------------------------------------------------------------------------------------------
+def job_digest(meaning: Mapping[str, Any]) -> str:
+    """SHA-256 of what a job means: two jobs with the same digest compute the same rows."""
+    return hashlib.sha256(f"{SCHEMA_VERSION};{json.dumps(meaning, sort_keys=True)}".encode()).hexdigest()
 
 
-def write_atomically(directory: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files so that a reader sees the old content or the new, never a part, also after a power cut.
+def rows_digest(rows: Iterable[Row]) -> str:
+    """SHA-256 of rows without their seconds; a report carries the digest of the rows that it shows."""
+    text = "\n".join(json_text(row.as_dict()) for row in without_times(rows))
+    return hashlib.sha256(text.encode()).hexdigest()
 
-    All contents reach the disk under temporary names before the first file is replaced; so a full disk changes nothing.
+
+def require_results_place(directory: Path) -> None:
+    """Refuse a directory that results cannot be written to, or that holds a run of many rows.
+
+    Raises:
+        InputError: With the cure.
+    """
+    require_writable(directory)
+    if (directory / MANIFEST).exists():
+        raise InputError(f"{directory} holds a run of many rows (attnrobust resume); choose another --out")
+    if directory.exists():
+        for name in (PARQUET_NAME, JSON_NAME, PLOT_NAME):
+            require_writable_file(directory / name, option="--out")
+
+
+def require_same_job(directory: Path, job: str) -> None:
+    """Refuse to replace the results of another job.
 
     Args:
-        directory: It must exist.
-        contents: File name to content.
+        directory: Where results will be written.
+        job: Digest of the job, from ``job_digest``.
 
     Raises:
-        OSError: The disk is full or not writable; the old files are untouched.
+        InputError: The directory holds results of another job, or such that do not say of which.
     """
-    temporary: dict[str, Path] = {}
-    try:
-        for name, content in contents.items():
-            handle, made = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=".tmp")
-            temporary[name] = Path(made)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary[name].chmod(0o666 & ~_umask())  # mkstemp makes it private
-        for name, path in temporary.items():
-            path.replace(directory / name)
-    except BaseException:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        raise
-    _sync_directory(directory)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write one text file, whole or not at all.
-
-    Raises:
-        InputError: Its directory does not exist or cannot be written.
-    """
-    try:
-        write_atomically(path.absolute().parent, {path.name: text.encode()})
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename durable; not every file system can."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:
+    path = directory / JSON_NAME
+    if not path.exists():
         return
     try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
-
-
-def require_writable(directory: Path) -> None:
-    """Refuse an output directory that cannot be written, before any work is done; nothing is created.
-
-    Args:
-        directory: It may not exist yet; then its nearest existing parent must allow making it.
-
-    Raises:
-        InputError: It is a file, or there is no permission.
-    """
-    existing = directory.absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"cannot write to {directory}: {existing} is not a directory; choose another --out")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror or error}; choose another --out") from error
-
-
-# ---- results ---------------------------------------------------------------------------------------------------------
+        there = json.loads(path.read_text(encoding="utf-8")).get("job")
+    except (OSError, ValueError, AttributeError):
+        there = None
+    if there != job:
+        raise InputError(
+            f"{directory} holds results of another job; choose another --out, or replace them by --overwrite"
+        )
 
 
 def write_results(
-    directory: Path, rows: Sequence[Row], *, run: Mapping[str, Any], plot: bytes | None = None
+    directory: Path, rows: Sequence[Row], *, run: Mapping[str, Any], job: str, plot: bytes | None = None
 ) -> tuple[Path, ...]:
     """Write rows as Parquet and JSON, and a plot, into a directory; all contents are made before the first file is.
+
+    A report that was made there from other rows is removed, because beside the new ones it would mislead.
 
     Args:
         directory: Made if it does not exist.
         rows: The rows.
         run: What the run was (model, options, seed); goes into the JSON file with the versions.
+        job: Digest of the job, see ``require_same_job``.
         plot: A PNG, or None.
 
     Returns:
@@ -147,24 +88,45 @@ def write_results(
     Raises:
         InputError: The directory cannot be written.
     """
-    document = {"schema_version": SCHEMA_VERSION, "run": dict(run), "versions": versions(), "written": _now()}
-    contents = {
-        PARQUET_NAME: parquet_bytes(rows),
-        JSON_NAME: (json_text(document | {"rows": [row.as_dict() for row in rows]}, indent=1) + "\n").encode(),
-    }
+    document = {"schema_version": SCHEMA_VERSION, "run": dict(run), "job": job, "versions": versions()}
+    document |= {"written": _now(), "rows": [row.as_dict() for row in rows]}
+    contents = {PARQUET_NAME: parquet_bytes(rows), JSON_NAME: (json_text(document, indent=1) + "\n").encode()}
     if plot is not None:
         contents[PLOT_NAME] = plot
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory, contents)
+        if report_digest(directory) not in (None, rows_digest(rows)):
+            (directory / REPORT_NAME).unlink()
     except OSError as error:
         raise InputError(f"cannot write to {directory}: {error.strerror or error}; choose another --out") from error
     return tuple(directory / name for name in contents)
 
 
-def json_text(value: Any, *, indent: int | None = None) -> str:
-    """Strict JSON: NaN and infinity are refused (rows hold None instead)."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+def report_digest(directory: Path) -> str | None:
+    """Digest of the rows that the report in a directory was made from; empty if it does not say, None without one."""
+    try:
+        head = (directory / REPORT_NAME).read_text(encoding="utf-8", errors="replace")[:4096]
+    except OSError:
+        return None
+    found = re.search(r'<meta name="attnrobust-rows" content="([0-9a-f]{64})">', head)
+    return found[1] if found else ""
+
+
+def json_text(value: Any, *, indent: int | None = None, ascii_only: bool = False) -> str:
+    """Strict JSON: NaN and infinity are refused (rows hold None instead).
+
+    Args:
+        value: What it says.
+        indent: Spaces of a level; None puts everything on one line.
+        ascii_only: Escape every other character. What UTF-8 cannot hold is escaped always.
+    """
+    text = json.dumps(value, ensure_ascii=ascii_only, allow_nan=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, as in a path that is not UTF-8
+        return json_text(value, indent=indent, ascii_only=True)
+    return text
 
 
 def versions() -> dict[str, str]:
@@ -182,99 +144,3 @@ def versions() -> dict[str, str]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-# ---- Parquet ---------------------------------------------------------------------------------------------------------
-
-
-def parquet_bytes(rows: Iterable[Row], *, run: str | None = None) -> bytes:
-    """Rows as one Parquet file; ``certificates`` and ``skipped`` are lists of records sorted as the row has them.
-
-    Args:
-        rows: The rows.
-        run: Digest of the run that they belong to, kept in the file's metadata.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = _schema(run)
-    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-    for row in rows:
-        values = row.as_dict()
-        values["certificates"] = [{"method": m} | entry for m, entry in values["certificates"].items()]
-        values["skipped"] = [{"method": m, "reason": r} for m, r in values["skipped"].items()]
-        for name, column in columns.items():
-            column.append(values[name])
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=schema), sink)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
-
-
-def read_parquet(path: Path, *, run: str | None = None) -> list[Row]:
-    """Rows of a Parquet file.
-
-    Args:
-        path: A file that ``parquet_bytes`` made.
-        run: Digest of the run that it must belong to; None takes any.
-
-    Raises:
-        InputError: Missing, damaged, of another schema version, or of another run.
-    """
-    return [row_from_dict(_unlisted(values)) for values in _read_table(path, run).to_pylist()]
-
-
-def read_row_ids(path: Path, *, run: str | None = None) -> list[str]:
-    """Only the row ids of a Parquet file; otherwise as ``read_parquet``."""
-    ids: list[str] = _read_table(path, run, columns=["row_id"]).column("row_id").to_pylist()
-    return ids
-
-
-def _read_table(path: Path, run: str | None, *, columns: list[str] | None = None) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path, columns=columns)
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-    metadata = table.schema.metadata or {}
-    written = int(metadata.get(b"attnrobust_schema", b"0"))
-    if written != SCHEMA_VERSION:
-        raise InputError(f"{path} has row schema {written}, this version reads {SCHEMA_VERSION}; make it again")
-    if run is not None and metadata.get(b"attnrobust_run") != run.encode():
-        raise InputError(f"{path} belongs to another run; move it away")
-    return table
-
-
-def row_from_dict(values: Mapping[str, Any]) -> Row:
-    """The row that ``Row.as_dict`` (or one line of ``--json``) describes; unknown fields are an error."""
-    known = set(Row.__dataclass_fields__)
-    if foreign := sorted(set(values) - known):
-        raise InputError(f"unknown row fields: {', '.join(foreign)}")
-    entries = {name: CertificateEntry(**entry) for name, entry in dict(values.get("certificates") or {}).items()}
-    lists = {name: tuple(values.get(name) or ()) for name in ("tokens", "token_moves")}
-    return Row(**(dict(values) | lists | {"certificates": entries, "skipped": dict(values.get("skipped") or {})}))
-
-
-def _unlisted(values: dict[str, Any]) -> dict[str, Any]:
-    certificates = {c["method"]: {k: v for k, v in c.items() if k != "method"} for c in values["certificates"]}
-    return values | {"certificates": certificates, "skipped": {s["method"]: s["reason"] for s in values["skipped"]}}
-
-
-def _schema(run: str | None) -> Any:
-    import pyarrow as pa
-
-    certificate = [("method", pa.string()), ("radius", pa.float64()), ("kind", pa.string())]
-    certificate += [("failure_probability", pa.float64()), ("seconds", pa.float64())]
-    types: dict[str, Any] = dict.fromkeys(_TEXT, pa.string())
-    types |= dict.fromkeys(_FLOAT, pa.float64()) | dict.fromkeys(_INTEGER, pa.int64())
-    types |= {
-        "certificates": pa.list_(pa.struct(certificate)),
-        "skipped": pa.list_(pa.struct([("method", pa.string()), ("reason", pa.string())])),
-        "tokens": pa.list_(pa.string()),
-        "token_moves": pa.list_(pa.float64()),
-    }
-    fields = [pa.field(name, types[name]) for name in Row.__dataclass_fields__]
-    metadata = {"attnrobust_schema": str(SCHEMA_VERSION)} | ({} if run is None else {"attnrobust_run": run})
-    return pa.schema(fields, metadata=metadata)

@@ -1,39 +1,26 @@
 """From what a user writes (texts, files, options) to the goals and tasks of rows."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from attnrobust.attacks import attack_for
+from attnrobust.certify import method_named
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.models.arrays import read_arrays
 from attnrobust.models.capture import CapturedInput, read_texts, read_tokens
 from attnrobust.models.model import Model
-from attnrobust.runs.rows import RowTask
-from attnrobust.threats.base import Threat
+from attnrobust.runs.reading import (
+    DEFAULT_TOLERANCE,
+    parse_pool,
+    read_tolerance,
+    require_goal_options,
+)
+from attnrobust.threats.parse import parse_threat
 from attnrobust.tokens import TokenMeasure
-
-DEFAULT_TOLERANCE = "10%"
-
-_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
-
-
-def parse_pool(text: str) -> Pool:
-    """Read ``all``, ``mean`` or ``row:I``.
-
-    Raises:
-        InputError: Anything else.
-    """
-    if text == "all":
-        return "all"
-    if text == "mean":
-        return "mean"
-    if re.fullmatch(r"row:\d+", text):
-        return int(text.removeprefix("row:"))
-    raise InputError(f"pool {text!r}: give all, mean or row:I, as in row:0")
 
 
 def parse_tolerance(text: str, pool: Pool = "all") -> Displacement:
@@ -46,11 +33,7 @@ def parse_tolerance(text: str, pool: Pool = "all") -> Displacement:
     Raises:
         InputError: Not a positive number, with or without a percent sign.
     """
-    match = re.fullmatch(rf"({_NUMBER})\s*(%?)", text.strip())
-    if match is None:
-        raise InputError(f"tolerance {text!r}: give a share of the output's norm such as 1%, or a positive number")
-    relative = bool(match[4])
-    value = float(match[1]) / 100 if relative else float(match[1])
+    value, relative = read_tolerance(text)
     return Displacement(value, relative=relative, pool=pool)
 
 
@@ -90,12 +73,9 @@ def make_goal(*, tolerance: str | None, readout: Path | None, pool: str | None, 
     Raises:
         InputError: Options that exclude each other, or values that cannot be read.
     """
+    require_goal_options(tolerance=tolerance, readout=readout, pool=pool, label=label)
     if readout is None:
-        if label is not None:
-            raise InputError("a label needs a readout; give --readout FILE or leave --label out")
         return parse_tolerance(tolerance or DEFAULT_TOLERANCE, parse_pool(pool or "all"))
-    if tolerance is not None:
-        raise InputError("a readout and a tolerance exclude each other; give one of --readout and --tolerance")
     return read_readout(readout, pool=parse_pool(pool or "mean"), label=label)
 
 
@@ -142,35 +122,16 @@ def on_device(measure: TokenMeasure, goal: Goal, device: str | torch.device) -> 
     return TokenMeasure(measure.points.to(device), measure.mass.to(device)), goal
 
 
-def make_tasks(
-    model: Model,
-    layer: str | None,
-    inputs: Sequence[CapturedInput],
-    *,
-    threat: Threat,
-    goal: Goal,
-    seed: int,
-    device: str | torch.device = "cpu",
-) -> list[RowTask]:
-    """One task per input of a layer.
+def require_methods(threat: str, *, certificates: Sequence[str], attack: str | None) -> None:
+    """Refuse certificates and attacks that do not exist, or an attack that does not search this threat.
 
-    Args:
-        model: The model.
-        layer: A layer's name; None means the only one.
-        inputs: The layer's inputs.
-        threat: What may move.
-        goal: What must stay true.
-        seed: Seed of the run.
-        device: Where the layer lives.
+    Raises:
+        UnknownNameError: No such certificate, attack or threat.
+        InputError: Numbers of the threat that cannot be read; a foolbox attack that is refused.
+        UnsupportedThreatError: An attack that does not search this threat.
     """
-    name, network = model.resolve(layer).name, model.layer(layer)
-    tasks = []
-    for captured in inputs:
-        measure, there = on_device(captured.measure, goal, device)
-        tasks.append(
-            RowTask(
-                captured.id, name, network, measure, threat, there, seed=seed, text=captured.text,
-                tokens=captured.token_strings,
-            )
-        )  # fmt: skip
-    return tasks
+    asked = parse_threat(threat)
+    for name in certificates:
+        method_named(name)
+    if attack is not None:
+        attack_for(asked, attack)

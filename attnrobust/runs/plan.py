@@ -75,7 +75,7 @@ def make_manifest(bench: Workbench, items: Sequence[WorkItem]) -> Manifest:
     """
     config = bench.config
     return Manifest(
-        meaning=_meaning(bench),
+        meaning=meaning(bench),
         config=config.model_dump(mode="json"),
         rows=len(items),
         layers=[layer.name for layer in bench.layers],
@@ -84,10 +84,13 @@ def make_manifest(bench: Workbench, items: Sequence[WorkItem]) -> Manifest:
     )
 
 
-def _meaning(bench: Workbench) -> dict[str, Any]:
+def meaning(bench: Workbench) -> dict[str, Any]:
     """Everything that may change a number, by content: moved or renamed files mean the same."""
     config = bench.config
     certificates = config.certificates if config.certificates is not None else [method.name for method in METHODS]
+    attack = config.attack.model_dump(mode="json")
+    if config.attack.epsilon is None:
+        del attack["epsilon"]  # younger than the runs that are on disk
     return {
         "model": model_digest(bench.model),
         "inputs": inputs_digest(bench.sources),
@@ -95,7 +98,7 @@ def _meaning(bench: Workbench) -> dict[str, Any]:
         "threats": list(bench.threats),
         "goals": [f"{goal.key} ({goal.digest})" for goal in bench.goals],
         "certificates": list(certificates),
-        "attack": config.attack.model_dump(mode="json"),
+        "attack": attack,
         "seed": config.seed,
         "device": config.device,
         "threads": config.threads,

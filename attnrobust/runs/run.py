@@ -5,12 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from attnrobust.errors import InputError
 from attnrobust.runs.config import RunConfig, make_config
-from attnrobust.runs.engines.processes import compute
+from attnrobust.runs.engines import compute
 from attnrobust.runs.plan import Shard, make_manifest, shard_from_environment
 from attnrobust.runs.rows import Row
 from attnrobust.runs.store import RunStore
@@ -61,6 +61,7 @@ def run(
     items = bench.items()
     if len({item.row_id for item in items}) != len(items):
         raise InputError("two goals or threats of the configuration are the same; name each once")
+    bench.refuse_hopeless()
     store = RunStore.create(config.output, make_manifest(bench, items))
     mine = shard.of(items)
     with store.writing(shard.name):
@@ -69,6 +70,11 @@ def run(
         with closing(compute(bench, todo, stop)) as rows:
             computed = _write(store, watch(rows, len(todo)) if watch is not None else rows, config)
     return Outcome(store, computed, len(todo) - computed)
+
+
+def rows_in_memory(bench: Workbench) -> Iterator[Row]:
+    """Every row of a configuration, computed in this process when it is asked for and stored nowhere."""
+    return (replace(bench.row(item), row_id=None) for item in bench.items())
 
 
 def resume(

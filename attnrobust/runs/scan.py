@@ -12,7 +12,7 @@ from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.models.listing import LayerInfo
 from attnrobust.numerics.linear_map import largest_singular_value_lower
 from attnrobust.runs.heat import token_shares
-from attnrobust.runs.rows import Row
+from attnrobust.runs.rows import Row, median
 from attnrobust.runs.work import Workbench
 
 
@@ -122,11 +122,11 @@ def rank_layers(rows: Sequence[Row]) -> tuple[LayerRank, ...]:
         LayerRank(
             layer=layer,
             rows=len(group),
-            relative_attack=_median(_relative(row.attack_radius, row) for row in group),
-            relative_certified=_median(_relative(row.certified_radius, row) for row in group),
-            attack_radius=_median(row.attack_radius for row in group),
-            certified_radius=_median(row.certified_radius for row in group),
-            gap=_median(row.gap for row in group),
+            relative_attack=median(_relative(row.attack_radius, row) for row in group),
+            relative_certified=median(_relative(row.certified_radius, row) for row in group),
+            attack_radius=median(row.attack_radius for row in group),
+            certified_radius=median(row.certified_radius for row in group),
+            gap=median(row.gap for row in group),
         )
         for layer, group in groups.items()
     ]
@@ -179,11 +179,6 @@ def rank_tokens(rows: Iterable[Row]) -> tuple[TokenRank, ...]:
 
 def _relative(radius: float | None, row: Row) -> float | None:
     return radius / row.input_norm if radius is not None and row.input_norm else None
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return statistics.median(there) if there else None
 
 
 def _last(value: float | None) -> float:

@@ -1,9 +1,7 @@
 """The store of a run: a manifest and Parquet parts; what is on disk is whole, and says which run it belongs to."""
 
-import fcntl
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from attnrobust.errors import InputError
-from attnrobust.runs.files import (
-    json_text,
-    parquet_bytes,
-    read_parquet,
-    read_row_ids,
-    require_writable,
-    write_atomically,
-)
+from attnrobust.runs.atomic import require_writable, write_atomically
+from attnrobust.runs.files import JSON_NAME, MANIFEST, job_digest, json_text
+from attnrobust.runs.parquet import parquet_bytes, read_parquet, read_row_ids
 from attnrobust.runs.rows import SCHEMA_VERSION, Row
+from attnrobust.text import natural_order
 
-MANIFEST, PARTS = "manifest.json", "parts"
+PARTS = "parts"
 FORMAT = 1
 """Version of the manifest and of the directory's layout."""
 
@@ -51,7 +45,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """SHA-256 of the meaning and the row schema; parts carry it."""
-        return hashlib.sha256(f"{SCHEMA_VERSION};{json.dumps(self.meaning, sort_keys=True)}".encode()).hexdigest()
+        return job_digest(self.meaning)
 
     def as_json(self) -> str:
         """The file's text."""
@@ -84,6 +78,8 @@ class RunStore:
                 )
             return store
         require_writable(directory)
+        if (directory / JSON_NAME).exists():
+            raise InputError(f"{directory} holds results of one command ({JSON_NAME}); choose another --out")
         if (directory / PARTS).exists() and any((directory / PARTS).glob("*.parquet")):
             raise InputError(f"{directory} has parts of a run but no {MANIFEST}; restore it or choose another --out")
         _guarded_write(directory, {MANIFEST: (manifest.as_json() + "\n").encode()})
@@ -160,17 +156,19 @@ class RunStore:
         Raises:
             InputError: Another process computes this shard.
         """
-        path = self.directory / f".lock-{shard}"
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.directory / f".lock-{shard}", timeout=0)
         try:
-            file = path.open("w", encoding="utf-8")
+            lock.acquire()
+        except Timeout as error:
+            raise InputError(f"another process is at work on {self.directory}; wait for it or end it") from error
         except OSError as error:
             raise InputError(f"cannot write to {self.directory}: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(f"another process is at work on {self.directory}; wait for it or end it") from error
+        try:
             yield
+        finally:
+            lock.release()
 
 
 def _guarded_write(directory: Path, contents: Mapping[str, bytes]) -> None:
@@ -182,11 +180,6 @@ def _guarded_write(directory: Path, contents: Mapping[str, bytes]) -> None:
             f"cannot write to {directory}: {error.strerror or error}; what was written before is intact, "
             "make room or permission and resume"
         ) from error
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sorting key that puts ``layer.2`` before ``layer.10``."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -11,16 +11,17 @@ from functools import cached_property
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.errors import AttnRobustError, UnknownNameError
+from attnrobust.errors import AttnRobustError, InputError, UnknownNameError
 from attnrobust.goals import Goal
 from attnrobust.layers.attention import Attention
 from attnrobust.models.capture import CapturedInput, TextLine, read_texts, read_tokens
 from attnrobust.models.listing import LayerInfo
 from attnrobust.models.model import Model, ModuleModel, load_model
-from attnrobust.results import Status
 from attnrobust.runs.config import RunConfig
+from attnrobust.runs.evaluate import RowTask, evaluate_row, goal_scope
 from attnrobust.runs.inputs import on_device
-from attnrobust.runs.rows import Row, RowTask, evaluate_row
+from attnrobust.runs.rows import Row
+from attnrobust.status import Status
 from attnrobust.threats.base import Threat
 from attnrobust.threats.parse import parse_threat
 from attnrobust.tokens import tensor_digest
@@ -75,7 +76,8 @@ class Workbench:
         if self.config.texts is not None:
             return read_texts(self.config.texts)
         assert self.config.tokens is not None  # noqa: S101 - the configuration has one of them; narrows the type
-        return read_tokens(self.config.tokens)
+        widths = {layer.d for layer in self.layers}
+        return read_tokens(self.config.tokens, width=widths.pop() if len(widths) == 1 else None)
 
     @cached_property
     def goals(self) -> tuple[Goal, ...]:
@@ -89,7 +91,9 @@ class Workbench:
 
     @cached_property
     def layers(self) -> tuple[LayerInfo, ...]:
-        """The layers that the configuration names; a glob takes the supported ones."""
+        """The layers that the configuration names; a glob takes the supported ones, None the only one."""
+        if self.config.layers is None:
+            return (self.model.resolve(None),)
         chosen: dict[str, LayerInfo] = {}
         for pattern in self.config.layers:
             for layer in matching_layers(self.model, pattern):
@@ -114,6 +118,29 @@ class Workbench:
             ]
         return items
 
+    def refuse_hopeless(self) -> None:
+        """Refuse, before the first row, what no input can answer: none can be captured, or none is long enough.
+
+        Inputs are captured one by one until each threat has one that it can be asked of; the first suffices as a rule.
+
+        Raises:
+            InputError: What the first input that cannot be captured says, or a threat names tokens that no input has.
+        """
+        open_threats, sizes, wrong = dict(self.threats), list[int](), list[AttnRobustError]()
+        for index in range(len(self.sources)):
+            try:
+                sizes.append(self._capture(index, self.layers[0].name).measure.n)
+            except AttnRobustError as error:
+                wrong.append(error)
+                continue
+            open_threats = {key: threat for key, threat in open_threats.items() if not _fits(threat, sizes[-1])}
+            if not open_threats:
+                return
+        if not sizes:
+            raise wrong[0]
+        key = next(iter(open_threats))
+        raise InputError(f"no input is long enough for the threat {key}: the longest has {max(sizes)} tokens")
+
     def row(self, item: WorkItem) -> Row:
         """Compute one row; whatever goes wrong is its status."""
         try:
@@ -123,9 +150,9 @@ class Workbench:
         measure, goal = on_device(captured.measure, self.goals[item.goal], self.config.device)
         task = RowTask(
             captured.id, item.layer, spec, measure, self.threats[item.threat], goal,
-            seed=self.config.seed, text=captured.text, tokens=captured.token_strings, row_id=item.row_id,
+            text=captured.text, tokens=captured.token_strings, row_id=item.row_id,
         )  # fmt: skip
-        return evaluate_row(task, self.config.row_options())
+        return evaluate_row(task, self.config)
 
     def clean_tokens(self, layer: str) -> Iterator[Float[Tensor, "n d"]]:
         """The clean tokens of every input of a layer that can be captured."""
@@ -137,9 +164,9 @@ class Workbench:
 
     def failed(self, item: WorkItem, status: Status, message: str) -> Row:
         """The row of an item that could not be computed."""
-        source = self.sources[item.source]
+        source, goal = self.sources[item.source], self.goals[item.goal]
         return Row(
-            source.id, item.layer, 0, item.threat, self.goals[item.goal].key, seed=self.config.seed,
+            source.id, item.layer, 0, item.threat, goal.key, goal_scope=goal_scope(goal), seed=self.config.seed,
             status=status, message=message, text=source.text, row_id=item.row_id,
         )  # fmt: skip
 
@@ -218,3 +245,12 @@ def _row_id(content: str, repetition: int, layer: str, threat: str, goal: str) -
 
 def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fits(threat: Threat, n: int) -> bool:
+    """Whether the tokens that a threat names exist in an input of n tokens."""
+    try:
+        threat.movable(n)
+    except InputError:
+        return False
+    return True

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-import attnrobust.cli.compare
-import attnrobust.runs.rows
+import attnrobust.runs.evaluate
+import attnrobust.runs.work
 from attnrobust.cli import ExitCode, run
 from attnrobust.cli.exits import exit_code, guarded
-from attnrobust.runs.files import read_parquet, row_from_dict
-from attnrobust.runs.rows import Row
+from attnrobust.runs.files import write_results
+from attnrobust.runs.parquet import read_parquet
+from attnrobust.runs.rows import Row, row_from_dict
 from tests.layer_files import write_layer
+from tests.runs.test_files import FULL
 from tests.test_comparison import found, report
 
 
@@ -74,8 +76,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put fixed radii in the place of certificates and attacks."""
 
     def pretend(certified: float, attacked: float) -> None:
-        monkeypatch.setattr(attnrobust.runs.rows, "certify", lambda p, **_: report(p, certified))
-        monkeypatch.setattr(attnrobust.runs.rows, "run_attack", lambda p, **_: found(p, attacked))
+        monkeypatch.setattr(attnrobust.runs.evaluate, "certify", lambda p, **_: report(p, certified))
+        monkeypatch.setattr(attnrobust.runs.evaluate, "run_attack", lambda p, **_: found(p, attacked))
 
     return pretend
 
@@ -120,11 +122,11 @@ def test_certify_does_not_attack_and_attack_does_not_certify(
         pytest.fail("not asked for")
 
     with monkeypatch.context() as patch:
-        patch.setattr(attnrobust.runs.rows, "run_attack", never)
+        patch.setattr(attnrobust.runs.evaluate, "run_attack", never)
         certified = cli("certify", files / "layer.npz", "--tokens", files / "x.npz", "--json").rows
     assert {row["status"] for row in certified} == {"certified"}
     assert {row["attack"] for row in certified} == {None}
-    monkeypatch.setattr(attnrobust.runs.rows, "certify", never)
+    monkeypatch.setattr(attnrobust.runs.evaluate, "certify", never)
     attacked = cli("attack", files / "layer.npz", "--tokens", files / "x.npz", "--json").rows
     assert {row["status"] for row in attacked} == {"found"}
     assert {row["certified_radius"] for row in attacked} == {None}
@@ -228,10 +230,18 @@ def test_a_row_with_an_error_is_below_every_threshold(cli: Run, files: Path) -> 
     assert cli(*arguments, "--fail-under", 0).code == ExitCode.BELOW
 
 
-def test_nothing_but_errors_is_an_input_error(cli: Run, files: Path) -> None:
-    said = cli("attack", files / "layer.npz", "--tokens", files / "x.npz", "--json", "--threat", "token:50")
+def test_nothing_but_errors_is_an_input_error(cli: Run, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = lambda task, _: Row(task.input_id, "l", 1, "t", "g", status="error", message="m")  # noqa: E731
+    monkeypatch.setattr(attnrobust.runs.work, "evaluate_row", failed)
+    said = cli("attack", files / "layer.npz", "--tokens", files / "x.npz", "--json")
     assert said.code == ExitCode.USAGE
     assert len(said.rows) == 3
+
+
+def test_a_threat_that_no_input_is_long_enough_for_is_refused_once(cli: Run, files: Path) -> None:
+    for command in ("attack", "certify", "compare"):
+        line = cli(command, files / "layer.npz", "--tokens", files / "x.npz", "--threat", "token:50").refusal()
+        assert "no input is long enough for the threat token:50: the longest has 10 tokens" in line
 
 
 def row(status: str, **values: Any) -> Row:
@@ -308,7 +318,7 @@ def test_wrong_files_are_one_line_with_the_cure(cli: Run, files: Path) -> None:
 def test_an_unwritable_directory_is_refused_before_the_work(
     cli: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attnrobust.cli.compare, "evaluate_row", lambda *_: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(attnrobust.runs.work, "evaluate_row", lambda *_: pytest.fail("worked before it looked"))
     (files / "file").write_text("x", encoding="utf-8")
     line = cli("compare", files / "layer.npz", "--tokens", files / "x.npz", "--out", files / "file").refusal()
     assert "choose another --out" in line
@@ -318,7 +328,7 @@ def test_nothing_is_written_when_a_run_ends_early(cli: Run, files: Path, monkeyp
     def interrupt(*_: Any) -> Row:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(attnrobust.cli.compare, "evaluate_row", interrupt)
+    monkeypatch.setattr(attnrobust.runs.work, "evaluate_row", interrupt)
     said = cli("compare", files / "layer.npz", "--tokens", files / "x.npz", "--out", files / "out")
     assert said.code == ExitCode.INTERRUPTED
     assert not (files / "out").exists()
@@ -366,14 +376,46 @@ def test_version(cli: Run) -> None:
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-def test_help_loads_nothing_heavy() -> None:
-    heavy = ("transformers", "matplotlib", "pyarrow", "cvxpy", "foolbox", "ot", "jinja2", "ray")
-    program = (
-        "import sys; from attnrobust.cli import run; run(['--help']); "
-        f"print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[]"
+def test_what_computes_nothing_loads_nothing_heavy(files: Path) -> None:
+    """Help, version, wrong usage, a configuration, the verdict on a finished run: none needs torch."""
+    done = [replace(FULL, input_id="x1"), replace(FULL, input_id="x2")]
+    write_results(files / "done", done, run={"model": "m"}, job="j")
+    commands = [
+        ["--help"],
+        ["--version"],
+        [],
+        ["compare"],
+        ["compare", "m", "--seed", "9999999999999999999"],
+        ["attack", "m", "--tolerence", "1%"],
+        *([name, "--help"] for name in ("certify", "compare", "run", "scan", "bounds", "bench", "report", "demo")),
+        [
+            "config",
+            "--model",
+            "m",
+            "--tokens",
+            "x.npz",
+            "--tolerance",
+            "1%",
+            "--methods",
+            "displacement,margin-majorant",
+        ],
+        ["config", "--model", "m", "--tokens", "x.npz", "--threat", "tokens:1,2", "--tolerance", "much"],
+        ["check", str(files / "done"), "--min-certified", "0.01"],
+    ]
+    heavy = ("torch", "transformers", "matplotlib", "cvxpy", "foolbox", "ot", "jinja2", "ray")
+    program = f"""
+import sys
+from attnrobust.cli import run
+for command in {commands}:
+    code = run(command)
+    loaded = [name for name in {heavy} if name in sys.modules]
+    assert loaded == [], (command, loaded)
+    print("code", code)
+"""
+    run_once = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run_once.returncode == 0, run_once.stderr
+    codes = [line for line in run_once.stdout.splitlines() if line.startswith("code ")]
+    assert codes == [f"code {code}" for code in (0, 0, *(2,) * 4, *(0,) * 8, 0, 2, 0)]
 
 
 def test_the_exit_code_reaches_the_shell(files: Path) -> None:

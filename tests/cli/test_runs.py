@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from attnrobust.cli import ExitCode
-from attnrobust.runs.files import row_from_dict
-from attnrobust.runs.rows import without_times
+from attnrobust.runs.rows import row_from_dict, without_times
 from attnrobust.runs.store import RunStore
 from tests.cli.test_compare import Run, Said, said_by
 from tests.runs.test_run import configured, write_files

@@ -119,5 +119,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_command_on_unsound_rows(tmp_path: Path) -> None:
-    write_results(tmp_path, [replace(FULL, status="unsound", message="inside")], run={"model": "m"})
+    write_results(tmp_path, [replace(FULL, status="unsound", message="inside")], run={"model": "m"}, job="j")
     assert run(["check", str(tmp_path), "--min-certified", "0"]) == ExitCode.UNSOUND
+
+
+def test_the_verdict_on_a_readout_says_what_it_is_about() -> None:
+    verdict = judge([replace(FULL, goal_scope="not the model")] * 2, Thresholds(min_certified=0.0))
+    assert summary(verdict) == "passed: 0 of 2 rows fall short, 0 may; not the model"
+    (note,) = parsed(junit_xml(verdict, name="x")).findall("properties/property")
+    assert note.attrib == {"name": "goal scope", "value": "not the model"}
+    assert parsed(junit_xml(judge([FULL], Thresholds(min_certified=0.0)), name="x")).find("properties") is None

@@ -11,7 +11,8 @@ import pytest
 
 from attnrobust.cli import ExitCode, run
 from attnrobust.errors import InputError
-from attnrobust.reports.page import ReportData, _colours, _luminance, _plots, render, write_report
+from attnrobust.reports.data import ReportData
+from attnrobust.reports.page import _colours, _luminance, _plots, render, write_report
 from attnrobust.reports.plots import gap_boxes, gaps_by_method, radii_by_layer, scatter_plot
 from attnrobust.runs.files import JSON_NAME, write_results
 from attnrobust.runs.heat import heat_line, heat_map, token_shares
@@ -211,7 +212,7 @@ def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_report_of_one_command(tmp_path: Path) -> None:
-    write_results(tmp_path, many(3), run={"model": "minilm", "seed": 3, "label": None})
+    write_results(tmp_path, many(3), run={"model": "minilm", "seed": 3, "label": None}, job="j")
     html = write_report(tmp_path)[0].read_text(encoding="utf-8")
     assert "Robustness of minilm" in html
     assert "seed: 3" in html

@@ -8,16 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from attnrobust.models.listing import LayerInfo
-from attnrobust.reports.tables import (
-    MANY_INPUTS,
-    MOST_COLUMNS,
-    certificate_table,
-    gap_plot,
-    layer_table,
-    result_table,
-    shown,
-)
+from attnrobust.reports.plots import MANY_INPUTS, gap_plot
+from attnrobust.reports.tables import MOST_COLUMNS, certificate_table, layer_table, result_table, summary_table
 from attnrobust.runs.rows import CertificateEntry, Row
+from attnrobust.text import natural_order, shortened, shown
 from tests.runs.test_files import EMPTY, FULL
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -143,3 +137,27 @@ def test_any_text_can_be_drawn(sentence: str) -> None:
 
 def test_the_same_rows_make_the_same_picture() -> None:
     assert gap_plot(rows(3), title="title") == gap_plot(rows(3), title="title")
+
+
+def test_what_a_goal_is_about_is_drawn_and_tabled() -> None:
+    scoped = [replace(FULL, goal_scope="not the model")]
+    assert "not the model" in text(result_table(scoped))
+    assert "not the model" in text(summary_table(scoped))
+    assert "not the model" not in text(summary_table([FULL]))
+    assert gap_plot(scoped, title="title") != gap_plot([FULL], title="title")
+
+
+def test_rows_of_several_layers_say_of_which() -> None:
+    assert "layer" not in text(result_table([FULL])).splitlines()[1]
+    assert "other" in text(result_table([FULL, replace(FULL, layer="other")]))
+
+
+def test_names_in_the_order_in_which_people_count() -> None:
+    assert sorted(["x10", "x2", "layer.10.a", "layer.9.b"], key=natural_order) == [
+        "layer.9.b",
+        "layer.10.a",
+        "x2",
+        "x10",
+    ]
+    assert shortened("a" * 12, 10) == "a" * 9 + "…"
+    assert shortened("a" * 10, 10) == "a" * 10

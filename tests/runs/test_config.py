@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 import yaml
 
+import attnrobust.comparison
+from attnrobust.attacks import ALL_ATTACKS, AttackBudget
+from attnrobust.certify.registry import ALL_METHODS, ON_REQUEST
 from attnrobust.errors import InputError
-from attnrobust.runs.config import RunConfig, load_config, make_config
+from attnrobust.runs.config import AttackConfig, RunConfig, load_config, make_config
+from attnrobust.runs.reading import ATTACKS, CERTIFICATES, DEFAULT_ATTACK, is_known_move
+from attnrobust.threats.moves import parse_threat
 
 BASE = {"model": "m", "texts": "x.txt"}
 
@@ -24,8 +29,8 @@ def test_defaults() -> None:
     assert config.layers == ("*",)
     assert config.threats == ("frobenius",)
     assert [goal.tolerance for goal in config.goals] == ["10%"]
-    assert config.row_options().attack == "token-moving"
-    assert config.row_options().certify
+    assert config.attack.method == "token-moving"
+    assert config.certifies
     assert config.execution.workers == 0
 
 
@@ -87,6 +92,10 @@ def test_flags_go_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"execution": {"timeout": 3}}, "set workers to 1 or more"),
         ({"execution": {"engine": "rey"}}, "execution.engine: "),
         ({"goals": [{"label": 1}]}, "readout"),
+        ({"goals": [{"pool": "median"}]}, "give all, mean or row:I"),
+        ({"attack": {"epsilon": 0}}, "attack.epsilon: "),
+        ({"attack": {"epsilon": float("inf")}}, "attack.epsilon: "),
+        ({"layers": []}, "layers is empty"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, values: dict[str, Any], says: str) -> None:
@@ -125,17 +134,49 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_no_certificates_and_no_attack_are_told_apart() -> None:
-    only_attack = make_config(BASE | {"certificates": []}).row_options()
-    assert not only_attack.certify
-    assert only_attack.attack == "token-moving"
-    only_certificates = make_config(BASE | {"attack": {"method": None}}).row_options()
-    assert only_certificates.certify
-    assert only_certificates.methods is None
-    assert only_certificates.attack is None
+    assert not make_config(BASE | {"certificates": []}).certifies
+    only_certificates = make_config(BASE | {"attack": {"method": None}})
+    assert only_certificates.certifies
+    assert only_certificates.attack.method is None
+
+
+def test_the_defaults_are_those_of_the_library() -> None:
+    """They are written down again, so that a configuration is read without torch."""
+    assert AttackConfig().budget() == AttackBudget()
+    assert DEFAULT_ATTACK == attnrobust.comparison.DEFAULT_ATTACK
+    assert {method.name for method in (*ALL_METHODS, *ON_REQUEST)} == CERTIFICATES
+    assert set(ATTACKS) <= {method.name for method in ALL_ATTACKS}
+
+
+@pytest.mark.parametrize(
+    "text", ["frobenius", "per-token-l1:0,3", "any-token", "token:3", "tokens:1,2", "tokens", "token:1,2", "per-tokens"]
+)
+def test_threats_that_count_as_known_are_read_and_no_other(text: str) -> None:
+    try:
+        parse_threat(text)
+    except InputError:
+        assert not is_known_move(text)
+    else:
+        assert is_known_move(text)
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
+def test_a_seed_that_no_file_can_hold_is_refused(seed: int) -> None:
+    with pytest.raises(InputError, match="seed: "):
+        make_config(BASE | {"seed": seed})
+    assert make_config(BASE | {"seed": 2**63 - 1}).seed == 2**63 - 1
+
+
+def test_threats_on_measures_have_their_own_methods() -> None:
+    make_config(BASE | {"threats": ["wasserstein:2:within:4"], "certificates": ["measure-ball"]})
+    with pytest.raises(InputError, match="displacement"):
+        make_config(BASE | {"threats": ["wasserstein:2:within:4"], "certificates": ["displacement"]})
+    with pytest.raises(InputError, match="mass-splitting"):
+        make_config(BASE | {"threats": ["coupling:inf"], "attack": {"method": "foolbox:DDN"}})
 
 
 def test_the_budget_reaches_the_attack() -> None:
-    budget = make_config(BASE | {"attack": {"restarts": 3, "steps": 4, "queries": 5}}).row_options().budget
+    budget = make_config(BASE | {"attack": {"restarts": 3, "steps": 4, "queries": 5}}).attack.budget()
     assert (budget.restarts, budget.steps, budget.queries) == (3, 4, 5)
 
 

@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 
 from attnrobust.errors import InputError
+from attnrobust.runs.atomic import require_writable, require_writable_file, write_atomically
 from attnrobust.runs.files import (
     JSON_NAME,
     PARQUET_NAME,
     PLOT_NAME,
+    REPORT_NAME,
     json_text,
-    parquet_bytes,
-    read_parquet,
-    require_writable,
-    row_from_dict,
-    write_atomically,
+    report_digest,
+    require_same_job,
+    rows_digest,
     write_results,
 )
-from attnrobust.runs.rows import CertificateEntry, Row
+from attnrobust.runs.parquet import parquet_bytes, read_parquet
+from attnrobust.runs.rows import CertificateEntry, Row, row_from_dict
 
 ENTRIES = {
     "a": CertificateEntry(0.05, "float64", 0.0, 0.01),
@@ -68,7 +69,7 @@ def test_infinity_never_reaches_json() -> None:
 
 def test_results_are_three_files(tmp_path: Path) -> None:
     out = tmp_path / "new" / "deep"
-    written = write_results(out, [FULL, EMPTY], run={"model": "m", "seed": 3}, plot=b"png")
+    written = write_results(out, [FULL, EMPTY], run={"model": "m", "seed": 3}, job="j", plot=b"png")
     assert (
         sorted(p.name for p in out.iterdir())
         == sorted(p.name for p in written)
@@ -90,7 +91,7 @@ def test_files_can_be_read_by_others(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_files_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_results(tmp_path, [EMPTY], run={})
+    write_results(tmp_path, [EMPTY], run={}, job="j")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     calls = 0
 
@@ -102,13 +103,13 @@ def test_a_full_disk_leaves_the_old_files_and_no_rubbish(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"No space left on device; choose another --out"):
-        write_results(tmp_path, [FULL], run={}, plot=b"png")
+        write_results(tmp_path, [FULL], run={}, job="j", plot=b"png")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_a_failing_plot_or_row_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
-        write_results(tmp_path / "out", [replace(FULL, gap=float("nan"))], run={})
+        write_results(tmp_path / "out", [replace(FULL, gap=float("nan"))], run={}, job="j")
     assert not (tmp_path / "out").exists()
 
 
@@ -125,7 +126,7 @@ def test_an_unreadable_result_file_is_named(tmp_path: Path) -> None:
 
 def test_another_schema_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.parquet"
-    monkeypatch.setattr("attnrobust.runs.files.SCHEMA_VERSION", 99)
+    monkeypatch.setattr("attnrobust.runs.parquet.SCHEMA_VERSION", 99)
     path.write_bytes(parquet_bytes([FULL]))
     monkeypatch.undo()
     with pytest.raises(InputError, match="schema 99"):
@@ -151,7 +152,50 @@ def test_no_permission_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refused(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("attnrobust.runs.files.tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("attnrobust.runs.atomic.tempfile.TemporaryFile", refused)
     with pytest.raises(InputError, match="Permission denied; choose another --out") as caught:
         require_writable(tmp_path / "new")
     assert "\n" not in str(caught.value)
+
+
+def test_a_directory_belongs_to_one_job(tmp_path: Path) -> None:
+    require_same_job(tmp_path, "a")
+    write_results(tmp_path, [FULL], run={}, job="a")
+    require_same_job(tmp_path, "a")
+    with pytest.raises(InputError, match="results of another job"):
+        require_same_job(tmp_path, "b")
+    for content in ("{", "[]", '{"rows": []}'):  # damaged, or older than the digest
+        (tmp_path / JSON_NAME).write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match="results of another job"):
+            require_same_job(tmp_path, "a")
+
+
+def test_only_a_report_of_other_rows_is_removed(tmp_path: Path) -> None:
+    assert report_digest(tmp_path) is None
+    page = '<meta name="attnrobust-rows" content="{}">'.format
+    report = tmp_path / REPORT_NAME
+    report.write_text(page(rows_digest([FULL])), encoding="utf-8")
+    write_results(tmp_path, [replace(FULL, seconds_attack=9.0)], run={}, job="a")
+    assert report.exists()
+    write_results(tmp_path, [replace(FULL, attack_radius=0.4)], run={}, job="a")
+    assert not report.exists()
+    report.write_text("<html>from an older version</html>", encoding="utf-8")
+    assert report_digest(tmp_path) == ""
+    write_results(tmp_path, [FULL], run={}, job="a")
+    assert not report.exists()
+
+
+def test_json_escapes_what_no_encoding_holds() -> None:
+    assert json_text({"path": "\udcff", "text": "é"}).isascii()
+    assert json.loads(json_text(["\udcff"])) == ["\udcff"]
+    assert json_text("é") == '"é"'
+    assert json_text("é", ascii_only=True).isascii()
+
+
+def test_a_target_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    require_writable_file(tmp_path / "new.csv", option="--csv")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="it is a directory; choose another --csv"):
+        require_writable_file(tmp_path, option="--csv")
+    with pytest.raises(InputError, match="make it or choose another --csv"):
+        require_writable_file(tmp_path / "absent" / "new.csv", option="--csv")

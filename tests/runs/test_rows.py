@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-import attnrobust.runs.rows
+import attnrobust.runs.evaluate
 from attnrobust.attacks import AttackBudget
 from attnrobust.goals import Margin
 from attnrobust.results import AttackResult, CertificationReport, NotApplicable, Status
-from attnrobust.runs.rows import Row, RowOptions, RowTask, evaluate_row
+from attnrobust.runs.config import RunConfig, make_config
+from attnrobust.runs.evaluate import RowTask, evaluate_row
+from attnrobust.runs.inputs import AskedThreat
+from attnrobust.runs.rows import Row
 from attnrobust.threats.moves import FrobeniusBall
 from tests.test_comparison import found, linear_problem, report
 
@@ -25,8 +28,17 @@ ISSUE_FIELDS = (
 
 def task(**changes: Any) -> RowTask:
     problem = linear_problem()
-    made = RowTask("one", "layer", problem.network, problem.clean, problem.threat, problem.goal, seed=5)
+    made = RowTask("one", "layer", problem.network, problem.clean, AskedThreat(problem.threat), problem.goal)
     return replace(made, **changes)
+
+
+def configured(**values: Any) -> RunConfig:
+    """A configuration; its model and inputs are not read."""
+    return make_config({"model": "m", "tokens": "x.npz", "seed": 5} | values)
+
+
+def evaluated(made: RowTask | None = None, **values: Any) -> Row:
+    return evaluate_row(made or task(), configured(**values))
 
 
 Fake = Callable[..., Any]
@@ -34,14 +46,14 @@ Fake = Callable[..., Any]
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, certify: Fake | None = None, attack: Fake | None = None) -> None:
     if certify is not None:
-        monkeypatch.setattr(attnrobust.runs.rows, "certify", certify)
+        monkeypatch.setattr(attnrobust.runs.evaluate, "certify", certify)
     if attack is not None:
-        monkeypatch.setattr(attnrobust.runs.rows, "run_attack", attack)
+        monkeypatch.setattr(attnrobust.runs.evaluate, "run_attack", attack)
 
 
 def test_a_row_has_every_promised_field_and_the_right_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, certify=lambda p, **_: report(p, 0.1, 0.2), attack=lambda p, **_: found(p, 0.25))
-    values = evaluate_row(task()).as_dict()
+    values = evaluated().as_dict()
     assert list(values)[: len(ISSUE_FIELDS)] == list(ISSUE_FIELDS)
     assert values["certified_radius"] == 0.2
     assert values["certificate"] == "bound-1"
@@ -68,25 +80,26 @@ def test_seed_and_options_reach_both_sides(monkeypatch: pytest.MonkeyPatch) -> N
         return found(problem, 0.25)
 
     pretend(monkeypatch, certify=certify, attack=attack)
-    evaluate_row(task(), RowOptions(methods=("a",), attack="b", epsilon=0.3, budget=AttackBudget(restarts=3)))
+    config = configured(attack={"epsilon": 0.3, "restarts": 3}, certificates=["displacement"])
+    evaluate_row(task(), config)
     budget = AttackBudget(restarts=3)
     assert seen == {
-        "certify": {"methods": ("a",), "seed": 5, "threat": None},
-        "attack": {"method": "b", "epsilon": 0.3, "seed": 5, "budget": budget},
+        "certify": {"methods": ("displacement",), "seed": 5, "threat": None},
+        "attack": {"method": "token-moving", "epsilon": 0.3, "seed": 5, "budget": budget},
     }
 
 
 def test_certificates_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     skipped = (NotApplicable("elsewhere", "needs a margin"),)
     pretend(monkeypatch, certify=lambda p, **_: replace(report(p, 0.1), skipped=skipped))
-    row = evaluate_row(task(), RowOptions(attack=None))
+    row = evaluated(attack={"method": None})
     assert row.status == Status.CERTIFIED
     assert (row.attack, row.attack_radius, row.gap, row.seconds_attack) == (None,) * 4
     assert row.skipped == {"elsewhere": "needs a margin"}
 
 
 def test_attack_alone() -> None:
-    row = evaluate_row(task(), RowOptions(certify=False))
+    row = evaluated(certificates=[])
     assert row.status == Status.FOUND
     assert (row.certified_radius, row.certificate, row.seconds_certify, row.gap) == (None,) * 4
     assert row.attack_radius == pytest.approx(0.25, rel=1e-3)
@@ -97,7 +110,7 @@ def test_no_violation_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(
         monkeypatch, certify=lambda p, **_: report(p, 0.1), attack=lambda p, **_: found(p, math.inf, Status.NOT_FOUND)
     )
-    row = evaluate_row(task())
+    row = evaluated()
     assert row.status == Status.NOT_FOUND
     assert row.attack_radius is None
     assert row.gap is None
@@ -105,7 +118,7 @@ def test_no_violation_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unsound_row_keeps_both_radii(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, certify=lambda p, **_: report(p, 0.3), attack=lambda p, **_: found(p, 0.2))
-    row = evaluate_row(task())
+    row = evaluated()
     assert row.status == Status.UNSOUND
     assert (row.certified_radius, row.attack_radius) == (0.3, 0.2)
     assert row.gap == pytest.approx(2 / 3)
@@ -114,7 +127,7 @@ def test_unsound_row_keeps_both_radii(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_misclassified_input_has_both_radii_zero() -> None:
     weight = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)  # logits (0, 6): the prediction is 1
-    row = evaluate_row(task(goal=Margin(weight, label=0)))
+    row = evaluated(task(goal=Margin(weight, label=0)))
     assert row.status == Status.MISCLASSIFIED
     assert row.certified_radius == row.attack_radius == 0.0
     assert "not classified as 0" in (row.message or "")
@@ -122,7 +135,7 @@ def test_misclassified_input_has_both_radii_zero() -> None:
 
 def test_margin_is_reported_instead_of_a_tolerance() -> None:
     weight = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    row = evaluate_row(task(goal=Margin(weight)), RowOptions(attack=None))
+    row = evaluated(task(goal=Margin(weight)), attack={"method": None})
     assert row.margin == 6.0
     assert row.tolerance is None
 
@@ -132,7 +145,7 @@ def test_an_attack_that_raises_leaves_the_certificate(monkeypatch: pytest.Monkey
         raise ZeroDivisionError("in the driver")
 
     pretend(monkeypatch, certify=lambda p, **_: report(p, 0.1), attack=explode)
-    row = evaluate_row(task())
+    row = evaluated()
     assert row.status == Status.ERROR
     assert row.message == "ZeroDivisionError: in the driver"
     assert row.certified_radius == 0.1
@@ -144,7 +157,7 @@ def test_pages_of_a_foreign_error_become_one_line(monkeypatch: pytest.MonkeyPatc
         raise ValueError("a\n  b" * 1000)
 
     pretend(monkeypatch, attack=explode)
-    message = evaluate_row(task()).message or ""
+    message = evaluated().message or ""
     assert message.startswith("ValueError: a ba b")
     assert len(message) <= 400
     assert "\n" not in message
@@ -153,13 +166,13 @@ def test_pages_of_a_foreign_error_become_one_line(monkeypatch: pytest.MonkeyPatc
 def test_an_attack_that_reports_an_error_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = lambda p, **_: replace(found(p, math.inf, Status.ERROR), note="singular matrix")  # noqa: E731
     pretend(monkeypatch, certify=lambda p, **_: report(p, 0.1), attack=failed)
-    row = evaluate_row(task())
+    row = evaluated()
     assert row.status == Status.ERROR
     assert row.message == "singular matrix"
 
 
 def test_a_problem_that_cannot_be_posed_is_a_row_too() -> None:
-    row = evaluate_row(task(threat=FrobeniusBall(tokens=(4,))))
+    row = evaluated(task(threat=AskedThreat(FrobeniusBall(tokens=(4,)))))
     assert row.status == Status.ERROR
     assert row.message == "token 4 does not exist; the input has tokens 0 to 0"
     assert row.problem is None
@@ -171,13 +184,13 @@ def test_interruption_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     pretend(monkeypatch, certify=interrupt)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_row(task())
+        evaluated()
 
 
 def test_results_of_another_problem_do_not_make_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     other = linear_problem(0.125)
     pretend(monkeypatch, certify=lambda p, **_: report(p, 0.1), attack=lambda *_, **__: found(other, 0.25))
-    row = evaluate_row(task())
+    row = evaluated()
     assert row.status == Status.ERROR
     assert "answers problem" in (row.message or "")
 

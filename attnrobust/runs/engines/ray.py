@@ -4,17 +4,14 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
 
 from attnrobust.errors import AttnRobustError, InputError
-from attnrobust.results import Status
 from attnrobust.runs.config import RunConfig
-from attnrobust.runs.engines.processes import ATTEMPTS, THREAD_VARIABLES, WorkerError, take_next
+from attnrobust.runs.engines.schedule import THREAD_VARIABLES, Ended, Event, Ready, Refused, Schedule
 from attnrobust.runs.rows import Row
 from attnrobust.runs.work import Workbench, WorkItem
 
@@ -50,12 +47,11 @@ class _Actor:
 
 
 def compute_on_ray(bench: Workbench, items: Sequence[WorkItem], stop: threading.Event) -> Generator[Row, None, None]:
-    """Items one by one on Ray actors, each with its own model.
+    """Items one by one on Ray actors, each with its own model; see ``Schedule``.
 
-    An actor that dies is replaced and its item tried once more; a row that exceeds the timeout ends its actor and has
-    status timeout. Joins the cluster that ``RAY_ADDRESS`` names, else starts one on this machine with as many CPUs as
-    the actors take. Model and input files must be readable under the same paths on every node. Actors that the cluster
-    has no room for wait; the others do the work.
+    Joins the cluster that ``RAY_ADDRESS`` names, else starts one on this machine with as many CPUs as the actors take.
+    Model and input files must be readable under the same paths on every node. Actors that the cluster has no room for
+    wait; the others do the work.
 
     Args:
         bench: The configuration's workbench.
@@ -76,7 +72,7 @@ def compute_on_ray(bench: Workbench, items: Sequence[WorkItem], stop: threading.
     if started:
         _connect(ray, bench.config)
     try:
-        yield from _Cluster(ray, bench, items, stop).rows()
+        yield from Schedule(Cluster(ray, bench.config), bench, items, stop).rows()
     finally:
         if started:
             ray.shutdown()
@@ -95,122 +91,73 @@ def _connect(ray: Any, config: RunConfig) -> None:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Job:
-    actor: Any
-    item: WorkItem
-    deadline: float
+class RayWorker:
+    """One actor.
+
+    Args:
+        actor: Ray's handle of an ``_Actor``.
+        kill: Ends it.
+    """
+
+    def __init__(self, actor: Any, kill: Callable[[Any], None]) -> None:
+        self._actor, self._kill = actor, kill
+        self.reference: Any = actor.load.remote()  # what it is at work on; None while it is idle
+
+    def give(self, item: WorkItem) -> None:
+        self.reference = self._actor.row.remote(item)
+
+    def end(self, *, kill: bool) -> None:
+        self._kill(self._actor)
 
 
-class _Cluster:
-    """The actors and what is still to do."""
+class Cluster:
+    """The actors of a configuration.
 
-    def __init__(self, ray: Any, bench: Workbench, items: Sequence[WorkItem], stop: threading.Event) -> None:
-        self.ray, self.bench, self.stop = ray, bench, stop
-        self.todo = deque(items)
-        self.attempts: Counter[str] = Counter()
-        self.failed_starts = 0
-        self.starting: dict[Any, Any] = {}  # reference to what load() gives, to its actor
-        self.running: dict[Any, _Job] = {}  # reference to the row
-        self.idle: list[Any] = []
-        self.sources: dict[Any, int] = {}  # actor to the input that it had last
-        self.complain_at = time.monotonic() + PATIENCE
-        execution, threads = bench.config.execution, bench.config.threads
-        variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
-        self.wanted = min(max(1, execution.workers), len(self.todo))
-        self.actor_class = ray.remote(
-            num_cpus=threads, num_gpus=execution.num_gpus, runtime_env={"env_vars": variables}
+    Args:
+        ray: The library, or what plays it in tests.
+        config: The run's configuration.
+    """
+
+    noun = "Ray actor"
+    cure = ""
+
+    def __init__(self, ray: Any, config: RunConfig) -> None:
+        self._ray, self._config = ray, config
+        self._complain_at = time.monotonic() + PATIENCE
+        self._loaded = False
+        variables = dict.fromkeys(THREAD_VARIABLES, str(config.threads))
+        self._actor_class = ray.remote(
+            num_cpus=config.threads, num_gpus=config.execution.num_gpus, runtime_env={"env_vars": variables}
         )(_Actor)
 
-    def rows(self) -> Generator[Row, None, None]:
+    def start(self) -> RayWorker:
+        return RayWorker(self._actor_class.remote(self._config.model_dump_json()), self._ray.kill)
+
+    def wait(self, workers: Sequence[RayWorker], *, seconds: float) -> list[tuple[RayWorker, Event]]:
+        at_work = {worker.reference: worker for worker in workers if worker.reference is not None}
+        self._complain()
+        if not at_work:
+            return []
+        ready, _ = self._ray.wait(list(at_work), num_returns=1, timeout=seconds)
+        return [(at_work[reference], self._received(at_work[reference])) for reference in ready]
+
+    def _received(self, worker: RayWorker) -> Event:
+        reference, worker.reference = worker.reference, None
         try:
-            while (self.todo and not self.stop.is_set()) or self.running:
-                self._feed()
-                references = [*self.starting, *self.running]
-                for reference in self.ray.wait(references, num_returns=1, timeout=self._patience())[0]:
-                    if reference in self.starting:
-                        self._started(reference)
-                    else:
-                        yield from self._finished(reference)
-                yield from self._overdue()
-                self._complain()
-        finally:
-            for actor in [*self.starting.values(), *self.idle, *(job.actor for job in self.running.values())]:
-                self.ray.kill(actor)
-
-    def _feed(self) -> None:
-        """Start the actors that are missing, and give the idle ones work."""
-        if self.stop.is_set():
-            return
-        while self.todo and len(self.starting) + len(self.idle) + len(self.running) < self.wanted:
-            actor = self.actor_class.remote(self.bench.config.model_dump_json())
-            self.starting[actor.load.remote()] = actor
-        while self.todo and self.idle:
-            actor = self.idle.pop()
-            others = {source for other, source in self.sources.items() if other is not actor}
-            item = take_next(self.todo, self.sources.get(actor), others)
-            self.sources[actor] = item.source
-            timeout = self.bench.config.execution.timeout
-            deadline = float("inf") if timeout is None else time.monotonic() + timeout
-            self.running[actor.row.remote(item)] = _Job(actor, item, deadline)
-
-    def _patience(self) -> float:
-        return max(0.0, min([0.5, *(job.deadline - time.monotonic() for job in self.running.values())]))
-
-    def _started(self, reference: Any) -> None:
-        actor = self.starting.pop(reference)
-        try:
-            wrong = self.ray.get(reference)
-        except self.ray.exceptions.RayError as error:
-            self.ray.kill(actor)
-            self.failed_starts += 1
-            if self.failed_starts >= ATTEMPTS:
-                raise WorkerError(f"Ray actors end while they start: {_cause(error)}") from error
-            return
-        if wrong is not None:
-            raise WorkerError(wrong)
-        self.failed_starts = 0
-        self.idle.append(actor)
-
-    def _finished(self, reference: Any) -> Iterator[Row]:
-        job = self.running.pop(reference)
-        try:
-            row = self.ray.get(reference)
-        except self.ray.exceptions.RayError as error:
-            self._end(job.actor)
-            yield from self._lost(job.item, error)
-        else:
-            self.idle.append(job.actor)
-            yield row
-
-    def _end(self, actor: Any) -> None:
-        self.sources.pop(actor, None)
-        self.ray.kill(actor)
-
-    def _lost(self, item: WorkItem, error: Exception) -> Iterator[Row]:
-        """An item whose actor ended: again, or an error row."""
-        self.attempts[item.row_id] += 1
-        if self.attempts[item.row_id] < ATTEMPTS:
-            self.todo.appendleft(item)
-        else:
-            message = f"its Ray actor ended {ATTEMPTS} times: {_cause(error)}"
-            yield self.bench.failed(item, Status.ERROR, message)
-
-    def _overdue(self) -> Iterator[Row]:
-        now = time.monotonic()
-        for reference in [reference for reference, job in self.running.items() if now > job.deadline]:
-            job = self.running.pop(reference)
-            self._end(job.actor)
-            seconds = self.bench.config.execution.timeout
-            yield self.bench.failed(job.item, Status.TIMEOUT, f"took longer than {seconds:g} s")
+            message = self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            return Ended(_cause(error))
+        if isinstance(message, Row):
+            return message
+        self._loaded = self._loaded or message is None
+        return Ready() if message is None else Refused(message)
 
     def _complain(self) -> None:
-        if self.starting and not self.running and time.monotonic() > self.complain_at:
-            self.complain_at = float("inf")
-            gpus = self.bench.config.execution.num_gpus
+        if not self._loaded and time.monotonic() > self._complain_at:
+            self._complain_at = float("inf")
             log.warning(
                 "no Ray actor has started for %g s; each needs %d CPUs and %g GPUs, and the cluster may have no room",
-                PATIENCE, self.bench.config.threads, gpus,
+                PATIENCE, self._config.threads, self._config.execution.num_gpus,
             )  # fmt: skip
 
 

@@ -11,15 +11,16 @@ from typing import Any, ClassVar
 
 import pytest
 
-import attnrobust.runs.engines.processes as engines
 from attnrobust.runs.config import RunConfig
-from attnrobust.runs.engines.processes import WorkerError, _environment, _Pool, _Worker, compute, take_next
+from attnrobust.runs.engines import compute
+from attnrobust.runs.engines.processes import Processes, ProcessWorker, _environment
+from attnrobust.runs.engines.schedule import Schedule, WorkerError, take_next
 from attnrobust.runs.rows import Row
 from attnrobust.runs.work import Workbench, WorkItem
 from tests.runs.test_run import configured, write_files
 
 
-class PlayedWorker(_Worker):
+class PlayedWorker(ProcessWorker):
     """A worker in a thread: "dies" by closing its end, "hangs" by never answering."""
 
     plan: ClassVar[dict[str, str]] = {}  # input id to what happens
@@ -30,7 +31,6 @@ class PlayedWorker(_Worker):
     def __init__(self, config: RunConfig) -> None:
         self.connection, self.theirs = Pipe()
         self.bench = Workbench(config)
-        self.ready, self.item, self.source, self.deadline = False, None, None, float("inf")
         threading.Thread(target=self.until_ended, daemon=True).start()
 
     def until_ended(self) -> None:
@@ -55,25 +55,31 @@ class PlayedWorker(_Worker):
             if what == "answer":
                 self.theirs.send(Row(name, item.layer, 1, item.threat, "g", status="found", row_id=item.row_id))
 
-    def end(self, *, kill: bool = False) -> int | None:
+    def death(self) -> str:
+        return "signal 9"
+
+    def end(self, *, kill: bool) -> None:
         type(self).killed += kill
         self.connection.close()
-        return -9
 
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> type[PlayedWorker]:
-    monkeypatch.setattr(engines, "_Worker", PlayedWorker)
+    monkeypatch.setattr(Processes, "worker", PlayedWorker)
     monkeypatch.setattr(PlayedWorker, "plan", {})
     monkeypatch.setattr(PlayedWorker, "begun", [])
     monkeypatch.setattr(PlayedWorker, "killed", 0)
     return PlayedWorker
 
 
+def scheduled(bench: Workbench, stop: threading.Event | None = None) -> Schedule[ProcessWorker]:
+    return Schedule(Processes(bench.config), bench, bench.items(), stop or threading.Event())
+
+
 def rows(tmp_path: Path, *, stop: threading.Event | None = None, **execution: Any) -> dict[str, Row]:
     config = configured(write_files(tmp_path), goals=["10%"], execution={"workers": 2} | execution)
     bench = Workbench(config)
-    found = list(_Pool(bench, bench.items(), stop or threading.Event()).rows())
+    found = list(scheduled(bench, stop).rows())
     assert len({row.row_id for row in found}) == len(found)
     return {row.input_id: row for row in found}
 
@@ -114,7 +120,7 @@ def test_stopping_finishes_what_is_at_work(tmp_path: Path, played: type[PlayedWo
     config = configured(write_files(tmp_path), goals=["10%"], execution={"workers": 2})
     bench = Workbench(config)
     found = []
-    for row in _Pool(bench, bench.items(), stop).rows():
+    for row in scheduled(bench, stop).rows():
         found.append(row.input_id)
         stop.set()
     assert sorted(found) == sorted(played.begun)
@@ -166,13 +172,13 @@ def test_each_input_is_captured_by_one_worker(
     givers: dict[int, set[int]] = {}
     give = played.give
 
-    def recorded(worker: PlayedWorker, item: WorkItem, timeout: float | None) -> None:
+    def recorded(worker: PlayedWorker, item: WorkItem) -> None:
         givers.setdefault(item.source, set()).add(id(worker))
-        give(worker, item, timeout)
+        give(worker, item)
 
     monkeypatch.setattr(played, "give", recorded)
     bench = Workbench(configured(write_files(tmp_path), execution={"workers": 2}))
-    assert len(list(_Pool(bench, bench.items(), threading.Event()).rows())) == 12
+    assert len(list(scheduled(bench).rows())) == 12
     assert len(givers) == 6
     assert sum(len(workers) for workers in givers.values()) <= 7  # the last input may be shared
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import attnrobust.runs.engines.ray as ray_engine
-from attnrobust.runs.engines.processes import WorkerError
-from attnrobust.runs.engines.ray import _Cluster
+from attnrobust.runs.engines.ray import Cluster, RayWorker
+from attnrobust.runs.engines.schedule import Schedule, WorkerError
 from attnrobust.runs.plan import Shard
 from attnrobust.runs.rows import Row, without_times
 from attnrobust.runs.run import run
@@ -91,14 +91,16 @@ class PlayedRay:
         self.killed.append(actor)
 
 
-def cluster(tmp_path: Path, *, stop: threading.Event | None = None, **execution: Any) -> tuple[PlayedRay, _Cluster]:
+def cluster(
+    tmp_path: Path, *, stop: threading.Event | None = None, **execution: Any
+) -> tuple[PlayedRay, Schedule[RayWorker]]:
     config = configured(write_files(tmp_path), goals=["10%"], execution={"engine": "ray", "workers": 2} | execution)
     bench = Workbench(config)
     played = PlayedRay(bench)
-    return played, _Cluster(played, bench, bench.items(), stop or threading.Event())
+    return played, Schedule(Cluster(played, bench.config), bench, bench.items(), stop or threading.Event())
 
 
-def statuses(played: PlayedRay, made: _Cluster) -> dict[str, str]:
+def statuses(played: PlayedRay, made: Schedule[RayWorker]) -> dict[str, str]:
     """Status by input of all rows; every actor that was made is ended, once."""
     found = list(made.rows())
     assert len({row.row_id for row in found}) == len(found)
@@ -128,7 +130,7 @@ def test_an_item_that_ends_every_actor_is_an_error_row(tmp_path: Path) -> None:
     played.plan["x3"] = "die"
     found = {row.input_id: row for row in made.rows()}
     assert found["x3"].status == "error"
-    assert found["x3"].message == "its Ray actor ended 2 times: died"
+    assert found["x3"].message == "its Ray actor ended 2 times (died)"
     assert {name: str(row.status) for name, row in found.items()} == ALL | {"x3": "error"}
 
 
@@ -174,7 +176,7 @@ def test_actors_that_cannot_start_end_the_run(tmp_path: Path) -> None:
     assert statuses(played, made) == ALL  # one bad start is not the end
     played, made = cluster(tmp_path)
     played.starts = [PlayedError("no such node")] * 5
-    with pytest.raises(WorkerError, match="end while they start: no such node"):
+    with pytest.raises(WorkerError, match=r"Ray actors end while they start \(no such node\)$"):
         statuses(played, made)
 
 

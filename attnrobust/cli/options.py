@@ -1,0 +1,133 @@
+"""Every option of every command, once: its type, its name and its help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+LARGEST_SEED = 2**63 - 1
+_SEED = typer.Option(help="Seed of everything random.", min=-LARGEST_SEED - 1, max=LARGEST_SEED, show_default="0")
+_DEVICE = typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...", show_default="cpu")
+_LAYER = "Layer, or a suffix that only it has; see list-layers."
+_TOLERANCE = "Allowed move of the output: 1% of its norm, or a number. Default 10%."
+_THREAT = (
+    "frobenius, per-token, any-token, token:I or tokens:I,J,...; of the token measure: wasserstein:P or coupling:P "
+    "(P = 1, 2, inf; :within:R bounds the tokens), copies:K."
+)
+_METHOD = typer.Option("--method", metavar="NAME", help="The attack.", show_default="token-moving")
+_WORKERS = typer.Option(metavar="N", help="Worker processes; 0 works in this process.", min=0, show_default="0")
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="minilm, a Hugging Face directory or name, or a weights file.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="As for compare.")]
+Layer = Annotated[str | None, typer.Option(metavar="NAME", help=_LAYER)]
+Layers = Annotated[list[str] | None, typer.Option("--layer", metavar="NAME", help="Name, suffix or glob; repeatable.")]
+Texts = Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: UTF-8 text, one a line.")]
+Tokens = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Inputs: .npz or .safetensors, every array (n, d) is one.")
+]
+Tolerance = Annotated[str | None, typer.Option(metavar="X", help=_TOLERANCE)]
+Tolerances = Annotated[
+    list[str] | None, typer.Option("--tolerance", metavar="X", help=f"{_TOLERANCE} A goal each; repeatable.")
+]
+Readout = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Linear readout (weight, bias) of the layer's output: its label must stay instead. It is not the model's "
+        "decision.",
+    ),
+]
+Pool = Annotated[
+    str | None, typer.Option(metavar="P", help="mean or row:I (or all, for a tolerance): the part that counts.")
+]
+Label = Annotated[int | None, typer.Option(metavar="CLASS", help="The label; default the clean prediction.")]
+ThreatKey = Annotated[str, typer.Option("--threat", metavar="T", help=_THREAT)]
+Threats = Annotated[list[str] | None, typer.Option("--threat", metavar="T", help=f"{_THREAT} Repeatable.")]
+Seed = Annotated[int, _SEED]
+SeedChange = Annotated[int | None, _SEED]
+Device = Annotated[str, _DEVICE]
+DeviceChange = Annotated[str | None, _DEVICE]
+
+# ---- methods and their cost ------------------------------------------------------------------------------------------
+
+Methods = Annotated[str | None, typer.Option(metavar="A,B", help="Certificates to run; default all that apply.")]
+Method = Annotated[str, _METHOD]
+MethodChange = Annotated[str | None, _METHOD]
+Epsilon = Annotated[
+    float | None, typer.Option(metavar="R", help="Fixed budget: the worst point within it, not the nearest violation.")
+]
+Attacks = Annotated[str, typer.Option(metavar="A,B,C", help="The attacks, as for attack --method.")]
+Epsilons = Annotated[
+    str | None, typer.Option(metavar="R,R", help="Where success is counted; default around the best radii.")
+]
+Queries = Annotated[int | None, typer.Option(metavar="N", help="Most forward evaluations of one input.")]
+Seconds = Annotated[float | None, typer.Option(metavar="S", help="Most wall time of one input.")]
+Restarts = Annotated[int | None, typer.Option(metavar="N", help="Starting points.")]
+Steps = Annotated[int | None, typer.Option(metavar="N", help="Steps of a round.")]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option("--budget", metavar="'NAME KEY=N ...'", help="Of one attack: restarts, steps, queries, seconds."),
+]
+Heads = Annotated[bool, typer.Option("--heads/--no-heads", help="Rank the heads too.")]
+
+# ---- Lipschitz bounds ------------------------------------------------------------------------------------------------
+
+BallRadius = Annotated[
+    float | None,
+    typer.Option("--radius", metavar="R", help="Radius of the ball of tokens; default the largest token norm."),
+]
+Count = Annotated[int | None, typer.Option("--n", metavar="N", help="Token count, where there are no inputs.")]
+MoveSize = Annotated[
+    float | None,
+    typer.Option("--epsilon", metavar="E", help="Size of finite moves around the input; default 1% of its norm."),
+]
+SearchSteps = Annotated[
+    int | None,
+    typer.Option("--search", metavar="N", help="Steps of ascent for lower bounds; default 40 if small, else 0."),
+]
+
+# ---- how it is run ---------------------------------------------------------------------------------------------------
+
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML or JSON; flags go over it.")]
+Engine = Annotated[str | None, typer.Option(metavar="E", help="local (default) or ray.")]
+Workers = Annotated[int, _WORKERS]
+WorkersChange = Annotated[int | None, _WORKERS]
+Timeout = Annotated[float | None, typer.Option(metavar="S", help="Seconds a row may take; needs workers.")]
+ShardText = Annotated[str | None, typer.Option("--shard", metavar="i/N", help="Compute only this share of the rows.")]
+
+# ---- what is printed and written -------------------------------------------------------------------------------------
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of tables, one object a line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+FailUnder = Annotated[
+    float | None, typer.Option(metavar="R", help="Exit with 1 if the radius of any input is below R.")
+]
+ResultsOut = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Write results.parquet, results.json and gap.png there.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results of another job in --out.")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Output directory of a run.")]
+RunOut = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Output directory; resumable. Default attnrobust-run.")
+]
+ScanOut = Annotated[Path, typer.Option("--out", metavar="DIR", help="Rows, resumable; see run and report.")]
+BenchOut = Annotated[Path, typer.Option("--out", metavar="DIR", help="Rows, one run for each attack; resumable.")]
+ReportOut = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default beside the results.")
+]
+PrintConfig = Annotated[bool, typer.Option("--print", help="Print the effective configuration (the default).")]
+Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as CSV.")]
+Jsonl = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as JSON lines.")]
+MinCertified = Annotated[float | None, typer.Option(metavar="R", help="Least certified radius.")]
+MaxGap = Annotated[float | None, typer.Option(metavar="G", help="Largest gap.")]
+Quantile = Annotated[float, typer.Option(metavar="Q", help="Share of the rows that may fall short.")]
+Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdict as JUnit XML.")]
+
+
+def split_names(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,51 @@
+"""Stdout and stderr of the commands: tables, JSON, one-line messages."""
+
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH_OF_FILES = 200
+"""Columns of tables that go to a file or a pipe, where nothing says how wide it is."""
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    import typer
+
+    typer.echo(f"attnrobust: {message}", err=True)
+
+
+def console() -> "Console":
+    """Stdout; not cut to 80 columns where it is a file or a pipe. What users wrote is never taken for markup."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on one line of stdout, at once; escaped where stdout cannot hold a character."""
+    from attnrobust.runs.files import json_text
+
+    text = json_text(value)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = json_text(value, ascii_only=True)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_without_failing() -> None:
+    """From now on a character that stdout or stderr cannot hold is printed as a question mark, and nothing is lost."""
+    for stream in (sys.stdout, sys.stderr):
+        _replace_characters(stream)
+
+
+def _replace_characters(stream: TextIO) -> None:
+    reconfigure = getattr(stream, "reconfigure", None)  # other programs may put their own object there
+    if reconfigure is not None:
+        reconfigure(errors="replace")
