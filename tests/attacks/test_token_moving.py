@@ -45,7 +45,7 @@ def check_verified(problem: Problem, result: AttackResult) -> None:
         assert result.radius == math.inf
         return
     delta = result.perturbed - problem.clean.points
-    assert float(problem.threat.distance(delta)) == result.radius
+    assert float(problem.moves.distance(delta)) == result.radius
     output = problem.network(result.perturbed, problem.mass)
     assert_close(problem.resolved.usage(output), torch.tensor(result.usage, dtype=torch.float64), rtol=1e-9)
     assert (result.status is Status.FOUND) == (result.usage >= 1.0)

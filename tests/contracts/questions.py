@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def weights(*names: str) -> dict[str, Tensor]:
+def weights(*names: str) -> dict[str, Any]:
     return {name: 0.7 * draw(1, D, D, seed=10 + i) for i, name in enumerate(names)}
 
 
@@ -123,9 +124,10 @@ def accepted(method: CertificateMethod) -> Iterator[Problem]:
                 break
 
 
-def specifications(base: type = Specification) -> Iterator[type]:
+def specifications(base: type[Any] = Specification) -> Iterator[type[Any]]:
     """Every layer specification of the package."""
-    for kind in base.__subclasses__():
+    kinds: list[type[Any]] = base.__subclasses__()
+    for kind in kinds:
         if kind.__module__.startswith("attnrobust"):
             if "__dataclass_fields__" in vars(kind):
                 yield kind

@@ -47,6 +47,7 @@ each = pytest.mark.parametrize("name", NAMES)
 def usage_again(problem: Problem, result: AttackResult) -> float:
     """Used budget at the returned point, by the layer itself."""
     atoms = result.atoms
+    assert result.perturbed is not None
     if atoms is None:
         return float(problem.resolved.usage(problem.network(result.perturbed)))
     if isinstance(problem.threat, MeasureThreat):
@@ -62,7 +63,9 @@ def usage_again(problem: Problem, result: AttackResult) -> float:
 def distance_again(problem: Problem, result: AttackResult) -> float:
     """Distance of the returned point, by the threat itself."""
     threat, atoms = problem.threat, result.atoms
+    assert result.perturbed is not None
     if isinstance(threat, MeasureThreat):
+        assert atoms is not None
         return threat.distance(problem.clean, atoms)
     if isinstance(threat, Copies):
         moves = replace(threat.moves, tokens=None)

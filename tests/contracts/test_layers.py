@@ -1,6 +1,7 @@
 """What every layer specification owes: it says which parts of its formula are in use, new ones by their own names."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_the_plain_layer_has_no_optional_part(kind: type) -> None:
         ({"causal": True}, "causal"),
     ],
 )
-def test_optional_parts_of_attention_are_features(changes: dict[str, object], feature: str) -> None:
+def test_optional_parts_of_attention_are_features(changes: dict[str, Any], feature: str) -> None:
     assert attention(**changes).features == {feature}
     assert Network((Residual(attention(**changes)), attention())).features == {feature}
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
-from attnrobust.threats.parse import parse_threat
+from attnrobust.threats.parse import parse_move_threat
 from tests.assertions import assert_close, assert_same_bits, refused, shapes_unchecked
 
 DELTA = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-6.0, 8.0]], dtype=torch.float64)  # row norms 5, 0, 10
@@ -32,7 +32,7 @@ DELTA = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-6.0, 8.0]], dtype=torch.float64)
     ],
 )
 def test_parse(text: str, threat: object) -> None:
-    assert parse_threat(text) == threat
+    assert parse_move_threat(text) == threat
 
 
 @given(
@@ -47,7 +47,7 @@ def test_parse_reads_every_key_back(tokens: tuple[int, ...] | None, kind: str) -
         "l1": PerTokenBall(norm="l1", tokens=tokens),
         "any": AnyToken(tokens=tokens),
     }[kind]
-    assert parse_threat(made.key) == made
+    assert parse_move_threat(made.key) == made
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_parse_reads_every_key_back(tokens: tuple[int, ...] | None, kind: str) -
 )
 def test_unknown_names_list_the_nearest(text: str) -> None:
     with refused(InputError):
-        parse_threat(text)
+        parse_move_threat(text)
 
 
 def test_a_misspelt_threat_names_the_right_one() -> None:
     with refused(UnknownNameError, "frobenus", "frobenius"):
-        parse_threat("frobenus")
+        parse_move_threat("frobenus")
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_a_misspelt_threat_names_the_right_one() -> None:
 )
 def test_broken_token_lists_are_named(text: str) -> None:
     with refused(InputError, text, "token:3"):
-        parse_threat(text)
+        parse_move_threat(text)
 
 
 def test_an_empty_list_is_not_read_as_every_token() -> None:
     for text in ("per-token:", "any-token:", "frobenius:"):
         with refused(InputError, "token"):
-            parse_threat(text)
+            parse_move_threat(text)
 
 
 @pytest.mark.parametrize("kind", [FrobeniusBall, PerTokenBall, AnyToken])
@@ -108,7 +108,9 @@ def test_distances_by_hand() -> None:
         "per-token-l1:0,2": 14,
         "any-token": math.inf,
     }
-    assert {key: float(parse_threat(key).distance(DELTA)) for key in expected} == pytest.approx(expected, rel=1e-15)
+    assert {key: float(parse_move_threat(key).distance(DELTA)) for key in expected} == pytest.approx(
+        expected, rel=1e-15
+    )
     one = DELTA.clone()
     one[0] = 0
     assert float(AnyToken().distance(one)) == 10
@@ -127,7 +129,9 @@ def test_dual_norms_by_hand() -> None:
         "any-token": 10,
         "any-token:0,1": 5,
     }
-    assert {key: float(parse_threat(key).dual_norm(DELTA)) for key in expected} == pytest.approx(expected, rel=1e-15)
+    assert {key: float(parse_move_threat(key).dual_norm(DELTA)) for key in expected} == pytest.approx(
+        expected, rel=1e-15
+    )
 
 
 def test_factors_by_hand() -> None:
@@ -140,7 +144,7 @@ def test_factors_by_hand() -> None:
         "any-token": (1, 1),
     }
     for key, (frobenius, token) in factors.items():
-        threat = parse_threat(key)
+        threat = parse_move_threat(key)
         assert threat.frobenius_factor(6, 4) == pytest.approx(frobenius, rel=1e-15)
         assert threat.token_factor(6, 4) == pytest.approx(token, rel=1e-15)
 
@@ -186,7 +190,7 @@ def test_l1_projection_is_a_soft_threshold(seed: int, epsilon: float, width: int
 def test_tiny_and_huge_perturbations_keep_their_direction() -> None:
     for size in (1e-150, 1e150):
         for key in ("frobenius", "per-token", "per-token-linf", "per-token-l1", "any-token"):
-            threat = parse_threat(key)
+            threat = parse_move_threat(key)
             delta = size * DELTA * torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64)
             back = threat.project(delta, size)
             assert_close(threat.distance(back) / size, torch.ones((), dtype=torch.float64), rtol=1e-14, what=key)
@@ -194,7 +198,7 @@ def test_tiny_and_huge_perturbations_keep_their_direction() -> None:
 
 def test_single_precision_stays_single() -> None:
     for key in ("frobenius", "per-token", "per-token-linf", "per-token-l1", "any-token"):
-        threat = parse_threat(key)
+        threat = parse_move_threat(key)
         single = DELTA.float()
         assert threat.project(single, 0.5).dtype == torch.float32
         assert threat.distance(single).dtype == torch.float32
