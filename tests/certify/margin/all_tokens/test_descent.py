@@ -101,7 +101,7 @@ def test_a_start_where_constants_overflow_still_finds_a_radius() -> None:
     holder = bound.functionals[0]
     radius = holder.choose_parameters(lambda r: bound.constants_at(r) if r < 0.2 else None, bound.budgets[0], 5.0)
     assert 0.0 < radius < 5.0
-    assert holder.settled
+    assert holder.tuned
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -68,7 +68,7 @@ def worst_excess(problem: Problem, radius: float, seed: int, *, steps: int) -> f
     """Largest relative violation met by gradient ascent on it."""
     worst = -math.inf
     draw = Draw(seed)
-    for index, bound in enumerate(TokenBound(problem).classes):
+    for index, bound in enumerate(TokenBound(problem).functionals):
         for constant, gradient, matrix in majorants(bound, radius, draw):
             move = draw.normal(6, *gradient.shape)
             move = radius * move / move.norm(dim=-1, keepdim=True)
@@ -156,7 +156,7 @@ def test_both_margin_methods_refuse_each_others_threats() -> None:
 def test_own_row_is_the_formula_of_theorem_1(seed: int) -> None:
     """Every term of the own row, evaluated from its definition at random moves and parameters."""
     problem, draw = any_token(seed), Draw(seed)
-    bound = TokenBound(problem).classes[0]
+    bound = TokenBound(problem).functionals[0]
     radius = 0.3 * float(problem.clean.points.norm()) / problem.clean.n**0.5
     found = bound.at_radius(radius, bound.tokens)
     assert found is not None
@@ -236,7 +236,7 @@ def test_quadratic_above_a_foreign_row(seed: int) -> None:
     """Theorem 2: no (a, t) of the box lies above it, and some point lies just below it."""
     problem = any_token(seed)
     draw = Draw(seed)
-    bound = TokenBound(problem).classes[0]
+    bound = TokenBound(problem).functionals[0]
     scale = float(problem.clean.points.norm()) / problem.clean.n**0.5
     for share in (0.1, 1.0, 4.0):
         found = bound.at_radius(share * scale, bound.tokens)
