@@ -164,11 +164,10 @@ class RunConfig(_Section):
         for goal in self.goals:
             goal.check()
         listed = CERTIFICATES.issuperset(self.certificates or ()) and self.attack.method in {None, *ATTACKS}
-        for threat in self.threats:
-            if not (listed and is_known_move(threat)):
-                from attnrobust.runs.inputs import require_methods
+        if not (listed and all(map(is_known_move, self.threats))):
+            from attnrobust.runs.inputs import require_methods
 
-                require_methods(threat, certificates=self.certificates or (), attack=self.attack.method)
+            require_methods(self.threats, certificates=self.certificates or (), attack=self.attack.method)
         return self
 
     @property

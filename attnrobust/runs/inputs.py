@@ -8,7 +8,7 @@ import torch
 
 from attnrobust.attacks import attack_for
 from attnrobust.certify import method_named
-from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.errors import InputError, UnknownNameError, UnsupportedThreatError
 from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.models.arrays import read_arrays
 from attnrobust.models.capture import CapturedInput, read_texts, read_tokens
@@ -122,16 +122,21 @@ def on_device(measure: TokenMeasure, goal: Goal, device: str | torch.device) -> 
     return TokenMeasure(measure.points.to(device), measure.mass.to(device)), goal
 
 
-def require_methods(threat: str, *, certificates: Sequence[str], attack: str | None) -> None:
-    """Refuse certificates and attacks that do not exist, or an attack that does not search this threat.
+def require_methods(threats: Sequence[str], *, certificates: Sequence[str], attack: str | None) -> None:
+    """Refuse certificates and attacks that do not exist, or that speak about none of these threats.
 
     Raises:
         UnknownNameError: No such certificate, attack or threat.
-        InputError: Numbers of the threat that cannot be read; a foolbox attack that is refused.
-        UnsupportedThreatError: An attack that does not search this threat.
+        InputError: Numbers of a threat that cannot be read; a foolbox attack that is refused.
+        UnsupportedThreatError: An attack that does not search one of the threats, a certificate that covers none.
     """
-    asked = parse_threat(threat)
-    for name in certificates:
-        method_named(name)
+    asked = [parse_threat(threat) for threat in threats]
+    for method in map(method_named, certificates):
+        if not any(type(threat) in method.threats for threat in asked):
+            raise UnsupportedThreatError(
+                f"certificate {method.name!r} does not speak about {' or '.join(threats)}; leave the certificates out to "
+                "run all that apply"
+            )
     if attack is not None:
-        attack_for(asked, attack)
+        for threat in asked:
+            attack_for(threat, attack)

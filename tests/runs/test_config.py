@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import yaml
 
-import attnrobust.comparison
-from attnrobust.attacks import ALL_ATTACKS, AttackBudget
-from attnrobust.certify.registry import ALL_METHODS, ON_REQUEST
+from attnrobust.attacks import ATTACKS as EVERY_ATTACK
+from attnrobust.attacks import DEFAULT_ATTACK as OWN_ATTACK
+from attnrobust.attacks import AttackBudget
+from attnrobust.certify.registry import METHODS, ON_REQUEST
 from attnrobust.errors import InputError
 from attnrobust.runs.config import AttackConfig, RunConfig, load_config, make_config
 from attnrobust.runs.reading import ATTACKS, CERTIFICATES, DEFAULT_ATTACK, is_known_move
-from attnrobust.threats.moves import parse_threat
+from attnrobust.threats.moves import FrobeniusBall
+from attnrobust.threats.parse import parse_threat
 
 BASE = {"model": "m", "texts": "x.txt"}
 
@@ -143,9 +145,11 @@ def test_no_certificates_and_no_attack_are_told_apart() -> None:
 def test_the_defaults_are_those_of_the_library() -> None:
     """They are written down again, so that a configuration is read without torch."""
     assert AttackConfig().budget() == AttackBudget()
-    assert DEFAULT_ATTACK == attnrobust.comparison.DEFAULT_ATTACK
-    assert {method.name for method in (*ALL_METHODS, *ON_REQUEST)} == CERTIFICATES
-    assert set(ATTACKS) <= {method.name for method in ALL_ATTACKS}
+    assert DEFAULT_ATTACK == OWN_ATTACK
+    every = (*METHODS, *ON_REQUEST)
+    assert {method.name for method in every if FrobeniusBall in method.threats} | {"margin-one-token"} == CERTIFICATES
+    moving = {attack.name for attack in EVERY_ATTACK if isinstance(FrobeniusBall(), attack.threats)}
+    assert moving | {OWN_ATTACK} == ATTACKS
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from attnrobust.goals import Margin
 from attnrobust.results import AttackResult, CertificationReport, NotApplicable, Status
 from attnrobust.runs.config import RunConfig, make_config
 from attnrobust.runs.evaluate import RowTask, evaluate_row
-from attnrobust.runs.inputs import AskedThreat
 from attnrobust.runs.rows import Row
 from attnrobust.threats.moves import FrobeniusBall
 from tests.test_comparison import found, linear_problem, report
@@ -28,7 +27,7 @@ ISSUE_FIELDS = (
 
 def task(**changes: Any) -> RowTask:
     problem = linear_problem()
-    made = RowTask("one", "layer", problem.network, problem.clean, AskedThreat(problem.threat), problem.goal)
+    made = RowTask("one", "layer", problem.network, problem.clean, problem.threat, problem.goal)
     return replace(made, **changes)
 
 
@@ -172,7 +171,7 @@ def test_an_attack_that_reports_an_error_says_why(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_problem_that_cannot_be_posed_is_a_row_too() -> None:
-    row = evaluated(task(threat=AskedThreat(FrobeniusBall(tokens=(4,)))))
+    row = evaluated(task(threat=FrobeniusBall(tokens=(4,))))
     assert row.status == Status.ERROR
     assert row.message == "token 4 does not exist; the input has tokens 0 to 0"
     assert row.problem is None
