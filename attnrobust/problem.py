@@ -59,8 +59,10 @@ class Problem:
 
     @cached_property
     def resolved(self) -> ResolvedGoal:
-        """The goal's budgets at the clean output."""
-        return self.goal.resolve(self.clean_output, self.clean.mass)
+        """The goal's budgets at the clean output; a network that pools its rows says what mass each output row has."""
+        output_mass = getattr(self.network, "output_mass", None)
+        mass = self.clean.mass if output_mass is None else output_mass(self.mass, self.clean.n)
+        return self.goal.resolve(self.clean_output, mass)
 
     def usage(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
         """Used share of the goal's budget at moved tokens; >= 1 is a violation. Differentiable."""

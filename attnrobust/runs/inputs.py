@@ -134,8 +134,8 @@ def require_methods(threats: Sequence[str], *, certificates: Sequence[str], atta
     for method in map(method_named, certificates):
         if not any(type(threat) in method.threats for threat in asked):
             raise UnsupportedThreatError(
-                f"certificate {method.name!r} does not speak about {' or '.join(threats)}; leave the certificates out to "
-                "run all that apply"
+                f"certificate {method.name!r} does not speak about {' or '.join(threats)}; "
+                "leave the certificates out to run all that apply"
             )
     if attack is not None:
         for threat in asked:
