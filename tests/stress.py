@@ -39,7 +39,7 @@ def boundary_moves(problem: Problem, radius: float, count: int, draw: Draw) -> T
     moves[moves.flatten(1).norm(dim=1) == 0] = (
         problem.threat.movable(x.shape[0])[:, None].to(x.dtype).expand_as(x).clone()
     )
-    return problem.threat.project(1e6 * moves, radius)
+    return problem.moves.project(1e6 * moves, radius)
 
 
 def largest_usage(problem: Problem, radius: float, draw: Draw, *, steps: int, count: int = 12) -> float:
@@ -49,7 +49,7 @@ def largest_usage(problem: Problem, radius: float, draw: Draw, *, steps: int, co
     """
     n, d = problem.clean.points.shape
     movable = problem.threat.movable(n)[:, None]
-    size = radius * problem.threat.frobenius_factor(n, d)
+    size = radius * problem.moves.frobenius_factor(n, d)
     jumps = (torch.arange(count) % 2 == 0)[:, None, None]
     move, worst = boundary_moves(problem, radius, count, draw), -math.inf
     for step in range(steps):
@@ -61,8 +61,8 @@ def largest_usage(problem: Problem, radius: float, draw: Draw, *, steps: int, co
         length = slope.flatten(1).norm(dim=1).clamp_min(1e-300)[:, None, None]
         towards = move.detach() + size * (1.0 - 0.97 * step / steps) * slope / length
         if step % 3 == 0:
-            towards = torch.where(jumps, radius * problem.threat.steepest(slope), towards)
-        move = problem.threat.project(towards, radius)
+            towards = torch.where(jumps, radius * problem.moves.steepest(slope), towards)
+        move = problem.moves.project(towards, radius)
     return worst
 
 

@@ -15,7 +15,7 @@ from tests.strategies import Affine, Hopeless, affine_problems, hopeless_problem
 def starts(problem: Problem, size: float, count: int, seed: int) -> Tensor:
     """Random points on the boundary of the threat's set."""
     noise = torch.randn(count, *problem.clean.points.shape, generator=torch.Generator().manual_seed(seed)).double()
-    return problem.threat.project(noise * size * 1e6, size)
+    return problem.moves.project(noise * size * 1e6, size)
 
 
 @given(affine_problems(), st.integers(0, 1000))
@@ -40,7 +40,7 @@ def test_something_on_the_radius_violates(drawn: Affine) -> None:
         usage = problem.usage(delta)
         best = torch.maximum(best, usage.detach().max())
         (gradient,) = torch.autograd.grad(usage.sum(), delta)
-        delta = exact.radius * problem.threat.steepest(gradient)
+        delta = exact.radius * problem.moves.steepest(gradient)
     # 1e-3: the power method is slow where the two largest singular values are close
     assert_close(best, torch.ones((), dtype=torch.float64), rtol=1e-3, what=repr(exact))
 

@@ -84,7 +84,7 @@ def checked(method: CertificateMethod, problem: Problem, draw: Draw, index: int,
     if ascend:
         found = stress.largest_usage(problem, size, stress.Draw(index), count=4, steps=20)
     else:
-        delta = problem.threat.project(100.0 * size * draw(16, *problem.clean.points.shape), size)
+        delta = problem.moves.project(100.0 * size * draw(16, *problem.clean.points.shape), size)
         delta = delta * torch.logspace(-2, 0, 16, dtype=torch.float64)[:, None, None]
         found = float(problem.usage(delta).max())
     assert found <= claimed * (1 + 1e-12) + 1e-12, f"{method.name}, {problem.threat.key}, {problem.goal.key}, {size}"

@@ -42,7 +42,7 @@ def test_one_token_bound_does_not_vanish_where_constants_overflow(radius: float)
     delta = torch.zeros_like(problem.clean.points).requires_grad_(True)
     problem.usage(delta).backward()
     assert delta.grad is not None
-    move = problem.threat.steepest(delta.grad) * radius
+    move = problem.moves.steepest(delta.grad) * radius
     reached = float(problem.usage(move))
     assert reached > 0.1
     assert bound.usage(radius).value >= reached

@@ -86,7 +86,7 @@ def test_above_samples_on_a_thousand_random_problems(method: CertificateMethod) 
         tokens = TokenMeasure(points, torch.softmax(draw(n), 0)) if index % 7 == 0 else TokenMeasure(points)
         case = Case("random", layer, tokens)
         problem = list(problems_of(case))[index % 8]
-        delta = problem.threat.project(100.0 * size * draw(24, n, d), size)
+        delta = problem.moves.project(100.0 * size * draw(24, n, d), size)
         delta = delta * torch.logspace(-2, 0, 24, dtype=torch.float64)[:, None, None]
         found = float(problem.usage(delta).max())
         assert found <= method.prepare(problem, seed=0).usage(size).value * (1 + 1e-12) + 1e-12

@@ -78,12 +78,12 @@ def moves_inside(problem: Problem, radius: float, *, seed: int) -> torch.Tensor:
     noise = torch.randn(8, *problem.clean.points.shape, generator=draw, dtype=torch.float64)
     noise[2:4] *= (3 * torch.randn(2, problem.clean.n, 1, generator=draw, dtype=torch.float64)).exp()
     noise[4:6] *= torch.rand(2, 1, problem.clean.width, generator=draw, dtype=torch.float64) ** 4
-    moves = problem.threat.project(noise * 1e3 * radius, radius)
+    moves = problem.moves.project(noise * 1e3 * radius, radius)
     moves[0] *= 0.2
     points = problem.clean.points.clone().requires_grad_()
     change = problem.resolved.changes(problem.network(points, problem.mass))[0]
     (gradient,) = torch.autograd.grad(change, points)
-    moves[6], moves[7] = radius * problem.threat.steepest(gradient), -radius * problem.threat.steepest(gradient)
+    moves[6], moves[7] = radius * problem.moves.steepest(gradient), -radius * problem.moves.steepest(gradient)
     return moves
 
 
@@ -379,10 +379,10 @@ def test_nothing_inside_a_ball_uses_more_than_the_bound_at_its_radius(seed: int)
     draw = torch.Generator().manual_seed(seed)
     noise = torch.randn(2000, *problem.clean.points.shape, generator=draw, dtype=torch.float64)
     noise[1000:] *= (3 * torch.randn(1000, problem.clean.n, 1, generator=draw, dtype=torch.float64)).exp()
-    moves = problem.threat.project(noise * 1e3 * radius, radius)
+    moves = problem.moves.project(noise * 1e3 * radius, radius)
     moves[::3] *= torch.rand(len(moves[::3]), 1, 1, generator=draw, dtype=torch.float64)
     # the projection of points a thousand radii away ends 1e-11 outside
-    moves *= (radius / problem.threat.distance(moves)).clamp(max=1.0)[:, None, None]
+    moves *= (radius / problem.moves.distance(moves)).clamp(max=1.0)[:, None, None]
     assert_at_most(float(problem.usage(moves).max()), used)
 
 

@@ -34,7 +34,7 @@ def _ascend(problem: Problem, radius: float, *, steps: int = 40, count: int = 12
     """Largest usage found inside the threat's set of this radius."""
     generator = torch.Generator().manual_seed(1)
     shape = (count, *problem.clean.points.shape)
-    moves = problem.threat.project(torch.randn(shape, generator=generator, dtype=torch.float64) * radius, radius)
+    moves = problem.moves.project(torch.randn(shape, generator=generator, dtype=torch.float64) * radius, radius)
     worst = 0.0
     for step in range(steps):
         moves = moves.detach().requires_grad_()
@@ -42,7 +42,7 @@ def _ascend(problem: Problem, radius: float, *, steps: int = 40, count: int = 12
         worst = max(worst, float(usage.detach().max()))
         (gradient,) = torch.autograd.grad(usage.sum(), moves)
         share = 0.5 if step < steps // 2 else 0.1
-        moves = problem.threat.project(moves.detach() + share * radius * problem.threat.steepest(gradient), radius)
+        moves = problem.moves.project(moves.detach() + share * radius * problem.moves.steepest(gradient), radius)
     return worst
 
 

@@ -44,7 +44,7 @@ SEEDS = range(8)
 
 def frobenius(problem: Problem, radius: float) -> Budget:
     n, d = problem.clean.points.shape
-    threat = problem.threat
+    threat = problem.moves
     return Budget(radius * threat.frobenius_factor(n, d), radius * threat.token_factor(n, d), radius)
 
 
@@ -353,7 +353,7 @@ def test_ellipsoids_hold_the_set(norm: str) -> None:
     moves = boundary_moves(problem, 0.8, 100, Draw(3))
     n, d = problem.clean.points.shape
     scale = Draw(4).normal(n, d if norm == "linf" else 1).abs() + 0.1
-    region = ellipsoid(problem.threat, frobenius(problem, 0.8), scale)
+    region = ellipsoid(problem.moves, frobenius(problem, 0.8), scale)
     assert bool(((moves * region.scale).flatten(1).norm(dim=1) <= region.radius * (1.0 + 1e-9)).all())
 
 

@@ -127,7 +127,7 @@ def test_bound_holds_at_sampled_moves_of_every_size(case: Case) -> None:
         bound = METHOD.prepare(problem, seed=0)
         for radius in (1e-3, 0.3, 5.0):
             noise = torch.randn(32, *problem.clean.points.shape, generator=draw, dtype=torch.float64)
-            moves = problem.threat.project(1e3 * noise, radius * (1 - 1e-12))
+            moves = problem.moves.project(1e3 * noise, radius * (1 - 1e-12))
             upper = bound.usage(radius)
             assert isinstance(upper, Upper)
             assert_at_most(float(problem.usage(moves).max()), upper.value + 1e-13, rtol=1e-9)

@@ -39,7 +39,7 @@ ROUNDING = 1e-9  # share of the compared terms; they are sums of a few thousand 
 
 def constants_at(bound: MarginBound, radius: float) -> Constants:
     n, d = bound.problem.clean.points.shape
-    threat = bound.problem.threat
+    threat = bound.problem.moves
     budget = Budget(radius * threat.frobenius_factor(n, d), radius * threat.token_factor(n, d), radius)
     return constants(bound.rows, bound.geometry, budget)
 
@@ -87,7 +87,7 @@ def worst_excess(problem: Problem, radius: float, seed: int, *, steps: int) -> f
             (gradient,) = torch.autograd.grad((over / move.detach().square().sum((-1, -2))).sum(), move)
             length = gradient.flatten(1).norm(dim=1).clamp_min(1e-300)[:, None, None]
             rate = 0.2 * radius * (1.0 - 0.8 * step / steps)
-            move = problem.threat.project(move.detach() + rate * gradient / length, radius)
+            move = problem.moves.project(move.detach() + rate * gradient / length, radius)
     return worst
 
 
@@ -260,7 +260,7 @@ def test_majorant_touches_the_drop_where_the_values_become_equal(seed: int) -> N
     over, size = excess(problem, 0, form, move)
     spent = small * radius * float(cls.value_norm.max())  # equal tokens: there is nothing to drop, but tau still costs
     assert -1e-4 * float(size) - spent <= float(over) <= ROUNDING * float(size)
-    near = problem.threat.project(move + 0.2 * scale * draw.normal(40, *move.shape), radius)
+    near = problem.moves.project(move + 0.2 * scale * draw.normal(40, *move.shape), radius)
     over, size = excess(problem, 0, form, torch.cat([near, boundary_moves(problem, radius, 40, draw)]))
     assert bool((over <= ROUNDING * size).all())
 
