@@ -1,7 +1,7 @@
 """The tests on other numbers: inputs a few units in the last place away, other thread counts, other BLAS paths.
 
-``ATTNROBUST_ULP=SEED`` moves every weight, token and mass that a test gives by up to three units in the last place, each
-by its own amount (the same tensor always by the same), and lets torch use ``OMP_NUM_THREADS`` threads instead of one.
+``ATTNROBUST_ULP=SEED`` moves every weight, token and mass of a test by up to three units in the last place, each by its
+own amount (the same tensor always by the same), and lets torch use ``OMP_NUM_THREADS`` threads instead of one.
 What a test expects must hold all the same: another CPU adds its sums in another order and differs by as much.
 ``make test-variation`` runs the fast tests of attacks and certificates so.
 """
@@ -32,7 +32,9 @@ def nudged(value: Tensor, key: str) -> Tensor:
     """Every entry moved by up to three units in the last place; zeros stay, and so does the order of equal tensors."""
     array = value.detach().cpu().numpy()
     sha = hashlib.sha256(key.encode() + array.tobytes()).digest()
-    steps = np.random.default_rng(int.from_bytes(sha[:8], "little")).integers(-LARGEST_STEP, LARGEST_STEP + 1, array.shape)
+    steps = np.random.default_rng(int.from_bytes(sha[:8], "little")).integers(
+        -LARGEST_STEP, LARGEST_STEP + 1, array.shape
+    )
     # Equal numbers stay equal: repeated tokens, symmetric matrices and zero sums of a test are part of its question.
     _, first, inverse = np.unique(np.abs(array), return_index=True, return_inverse=True)
     steps = steps.reshape(-1)[first][inverse].reshape(array.shape)

@@ -171,7 +171,10 @@ def checked_epsilon(epsilon: float | None) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class VerifiedPoint:
-    """The best candidate of one problem, re-measured; usage is NaN where no candidate was finite."""
+    """The best candidate of one problem, re-measured; usage is NaN where no candidate was finite.
+
+    A usage >= 1 has the rounding of the outputs taken away already: it is at most the exact one.
+    """
 
     radius: float
     usage: float
@@ -229,7 +232,13 @@ def _measure(problem: Problem, delta: Tensor, *, epsilon: float | None, queries:
         best = int(torch.where(good, usage, -math.inf).argmax())
         if epsilon is None:
             return VerifiedPoint(math.inf, float(usage[best]), None, queries)
-    return VerifiedPoint(float(distance[best]), float(usage[best]), perturbed[best].clone(), queries)
+    used = float(usage[best])
+    if used >= 1.0:  # a move to where the layer rounds more than at the clean input must win by that, too
+        used -= problem.usage_rounding(perturbed[best])
+        queries += 2
+        if epsilon is None and used < 1.0:
+            return VerifiedPoint(math.inf, used, None, queries)
+    return VerifiedPoint(float(distance[best]), used, perturbed[best].clone(), queries)
 
 
 def shrink_to_boundary(

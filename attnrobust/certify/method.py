@@ -68,9 +68,10 @@ class CertificateMethod(ABC):
             A certificate; its radius is a lower bound of the true robust radius (0 if nothing could be certified).
         """
         start = time.perf_counter()
-        return searched_certificate(
-            self, self.prepare(problem, seed=seed), digest=problem.digest, kind=self.kind, start=start
-        )
+        bound = self.prepare(problem, seed=seed)
+        # Ball arithmetic encloses the budgets itself; the others divide by the computed ones.
+        outward = 1.0 if self.kind is Kind.RIGOROUS else problem.resolved.outward
+        return searched_certificate(self, bound, digest=problem.digest, kind=self.kind, start=start, outward=outward)
 
 
 @runtime_checkable

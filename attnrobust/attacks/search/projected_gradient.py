@@ -175,7 +175,10 @@ def search_rows(search: Search, evaluator: Evaluator, start: Start, *, steps: in
 def _with_violation_kept(rows: _Rows, problems: Tensor, chosen: Tensor) -> _Rows:
     """Some rows of some problems; the nearest violation of the others goes on in the first row."""
     kept = rows.take(problems, chosen)
-    kept.violating[:, :1], kept.violation[:, 0] = _nearest_violation(rows)[problems], rows.violation.amin(dim=1)[problems]
+    kept.violating[:, :1], kept.violation[:, 0] = (
+        _nearest_violation(rows)[problems],
+        rows.violation.amin(dim=1)[problems],
+    )
     return kept
 
 

@@ -47,7 +47,12 @@ class MeasureMethod(ABC):
         start = time.perf_counter()
         bound = self.prepare(question, seed=seed)
         return searched_certificate(
-            self, bound, digest=question.digest, kind=Kind.FLOAT64, start=start, outward=OUTWARD_MASS
+            self,
+            bound,
+            digest=question.digest,
+            kind=Kind.FLOAT64,
+            start=start,
+            outward=OUTWARD_MASS * question.problem.resolved.outward,
         )
 
 
