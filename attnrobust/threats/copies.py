@@ -31,8 +31,8 @@ class Copies(Threat):
     Args:
         copies: Most extra copies, >= 1.
         order: Meaning of a causal mask.
-        moves: How the atoms move: a Frobenius ball (one budget for all of them together) or per-token balls. Which tokens
-            may move says nothing about which ones are copied.
+        moves: How the atoms move: a Frobenius ball (one budget for all of them together) or per-token balls. Which
+            tokens may move says nothing about which ones are copied.
 
     Raises:
         InputError: copies < 1.
