@@ -30,7 +30,7 @@ class Posed:
 
 
 def pose(question: Question) -> Posed:
-    """The problem of a question; a threat on token measures goes beside it where ``compare`` takes one, else into it."""
+    """The problem of a question; a threat on token measures goes beside it where ``compare`` takes one."""
     layer, clean, threat, goal = question.layer, question.clean, question.threat, question.goal
     if not isinstance(threat, MEASURES):
         return Posed(ar.Problem(layer, clean, threat, goal), {})
