@@ -40,10 +40,10 @@ class Difference:
         """What differs: a certified radius, an attack radius, another number, another value, words, a digest."""
         if self.field and self.field[-1] in DIGESTS:
             return "digest"
-        if WORDS & set(self.field[-2:]):
-            return "words"
         if self.old is MISSING or self.new is MISSING:
             return "added" if self.old is MISSING else "missing"
+        if WORDS & set(self.field[-2:]):
+            return "words"
         if "skipped" in self.field[-2:-1]:
             return "words"
         if not (_is_number(self.old) and _is_number(self.new)):
