@@ -150,3 +150,13 @@ def test_bad_input_says_what_is_wrong() -> None:
     huge = scaled_identity(1e200, 2)
     with pytest.raises(InputError, match="no start gave a finite derivative"):
         lipschitz_search(huge, zeros(2, 2) + 1e200, 1e199, planted=False, restarts=2, steps=2)
+
+
+def test_an_atom_of_a_start_whose_mass_underflows_does_not_end_the_search() -> None:
+    # exp(-a R^2) of the light atom is 0 in float64 here; the other starts are finite
+    layer = Attention(
+        w_q=40.0 * torch.eye(2)[None].double(), w_k=40.0 * torch.eye(2)[None].double(), w_v=torch.eye(2)[None].double()
+    )
+    result = lipschitz_search(layer, torch.zeros(3, 2, dtype=torch.float64), epsilon=2.0, masses="free", steps=4)
+    assert math.isfinite(result.lower.value)
+    assert result.lower.value > 0.0
