@@ -208,10 +208,8 @@ def _run(problem: Problem, task: RowTask, options: RowOptions, values: dict[str,
         values["message"] = certification.why_none or None
     if options.attack is None:
         return
-    values["attack"] = options.attack
-    method = attack_for(task.threat, options.attack)
-    values["attack"] = method.name
-    result = run_attack(problem, method=method, epsilon=options.epsilon, seed=task.seed, budget=options.budget)
+    values["attack"] = name = _attack_name(task, options.attack)
+    result = run_attack(problem, method=name, epsilon=options.epsilon, seed=task.seed, budget=options.budget)
     values |= _attack_values(problem, result)
     values |= {"status": result.status, "message": result.note or values.get("message"), "problem": result.problem}
     if certification is not None:
@@ -255,13 +253,18 @@ def _attack_values(problem: Problem, result: AttackResult) -> dict[str, Any]:
     }
 
 
+def _attack_name(task: RowTask, name: str) -> str:
+    """The attack's name in tables: that of the threat's own attack in place of the default."""
+    return attack_for(task.threat).name if name == DEFAULT_ATTACK else name
+
+
 def _misclassified(task: RowTask, options: RowOptions, message: str) -> dict[str, Any]:
     """Both radii are 0: the goal fails without any move."""
     values: dict[str, Any] = {"status": Status.MISCLASSIFIED, "message": message}
     if options.certify:
         values |= {"certified_radius": 0.0, "certificate_kind": str(Kind.FLOAT64)}
     if options.attack is not None:
-        values |= {"attack": attack_for(task.threat, options.attack).name, "attack_radius": 0.0}
+        values |= {"attack": _attack_name(task, options.attack), "attack_radius": 0.0}
     return values
 
 

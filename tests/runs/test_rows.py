@@ -71,7 +71,7 @@ def test_seed_and_options_reach_both_sides(monkeypatch: pytest.MonkeyPatch) -> N
     evaluate_row(task(), RowOptions(methods=("a",), attack="b", epsilon=0.3, budget=AttackBudget(restarts=3)))
     budget = AttackBudget(restarts=3)
     assert seen == {
-        "certify": {"methods": ("a",), "seed": 5, "threat": None},
+        "certify": {"methods": ("a",), "seed": 5},
         "attack": {"method": "b", "epsilon": 0.3, "seed": 5, "budget": budget},
     }
 
