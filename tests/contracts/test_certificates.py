@@ -127,8 +127,8 @@ def test_a_rotation_of_queries_and_keys_is_not_certified(threat: object) -> None
 
 def test_the_rotation_that_was_certified_above_its_attack() -> None:
     """Before layers were declared by their exact types, this problem was certified at 0.088; it breaks at 0.0652."""
-    names = ("w_q", "w_k", "w_v")
-    layer = Rotary(**{name: 3.0 * draw(1, 2, 2, seed=10 + i) for i, name in enumerate(names)})
+    w_q, w_k, w_v = (3.0 * draw(1, 2, 2, seed=10 + i) for i in range(3))
+    layer = Rotary(w_q=w_q, w_k=w_k, w_v=w_v)
     problem = ask(layer, goal=Displacement(0.5, pool="mean"), tokens=TokenMeasure(draw(3, 2, seed=2)))
     comparison = compare(problem, budget=AttackBudget(restarts=4, steps=20, rounds=1))
     assert comparison.attack.radius < 0.07
