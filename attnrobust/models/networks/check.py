@@ -75,7 +75,7 @@ def _cause(model: nn.Module) -> str:
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None) or "sdpa"
     if implementation != "sdpa":
         return f"attn_implementation={implementation!r} may round to float32; load the model with 'sdpa'"
-    return "a hook, a replaced forward or an option of this call computes something not modelled"
+    return "a hook, a replaced forward, a fast path or an option of this call computes something not modelled"
 
 
 def disagreement(graph: NetworkGraph, x: Tensor, actual: Tensor) -> float | None:

@@ -8,9 +8,9 @@ from attnrobust.layers.graph.elementwise import Activate
 from attnrobust.models.adapters import class_path
 from attnrobust.models.networks import heads
 from attnrobust.models.networks.block_layout import BlockLayout, join
-from attnrobust.models.networks.heads import HIDDEN, Head, HeadReader, activate, affine, choose_head, normalise
+from attnrobust.models.networks.heads import HIDDEN, HeadReader, activate, affine, choose_head, normalise
 from attnrobust.models.networks.parts import require_class
-from attnrobust.models.networks.plan import Plan, Wanted
+from attnrobust.models.networks.plan import Head, Plan, Wanted
 
 _FILE = "transformers.models.distilbert.modeling_distilbert"
 

@@ -9,10 +9,10 @@ from attnrobust.layers.graph.rows import PoolRow
 from attnrobust.models.adapters import class_path
 from attnrobust.models.networks import heads
 from attnrobust.models.networks.block_layout import BlockLayout, join
-from attnrobust.models.networks.heads import HIDDEN, LOGITS, Head, HeadReader, affine, choose_head, picked
+from attnrobust.models.networks.heads import HIDDEN, LOGITS, HeadReader, affine, choose_head, picked
 from attnrobust.models.networks.parts import read_norm, require_class
 from attnrobust.models.networks.pieces import Single
-from attnrobust.models.networks.plan import Plan, Wanted
+from attnrobust.models.networks.plan import Head, Plan, Wanted
 
 _FILE = "transformers.models.gpt2.modeling_gpt2"
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from attnrobust.errors import InputError
 from attnrobust.layers.graph.blocks import GraphBuilder
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.layers.graph.node import Node
@@ -57,7 +58,11 @@ class Head:
         """The graph's output from the model's (rows, e)."""
         if self.rows == "all":
             return output
-        return output.mean(dim=0, keepdim=True) if self.rows == "mean" else output[self.rows][None]
+        if self.rows == "mean":
+            return output.mean(dim=0, keepdim=True)
+        if not -output.shape[0] <= self.rows < output.shape[0]:
+            raise InputError(f"row {self.rows} does not exist; the model's output has {output.shape[0]} rows")
+        return output[self.rows][None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +89,14 @@ class Plan:
     @property
     def states(self) -> tuple[str, ...]:
         """Names of the states before, between and after the pieces: one more than there are pieces."""
-        names, block = [], 0
-        for index, piece in enumerate(self.pieces):
-            names.append(_before(block, piece, self.pieces[index - 1] if index else None))
-            block += isinstance(piece, Block)
-        last = self.pieces[-1]
-        return (*names, f"block:{block}" if isinstance(last, Block) else last.path)
+        kinds, names = [isinstance(piece, Block) for piece in self.pieces], []
+        for index in range(len(self.pieces) + 1):
+            before = sum(kinds[:index])
+            enters = index < len(kinds) and kinds[index]
+            ends = index > 0 and kinds[index - 1] and not any(kinds[index:])  # what leaves the last block
+            named = f"block:{before}" if before else EMBEDDINGS
+            names.append(named if enters or ends else self.pieces[index - 1].path if index else ENTRY)
+        return tuple(names)
 
     def graph(self, width: int) -> NetworkGraph:
         """The network for tokens of this width; its depths are the states that enter blocks.
@@ -106,15 +113,6 @@ class Plan:
         for name, node in self.head.nodes:
             builder.add(f"head.{name}", node)
         return renamed(builder.build(), names)
-
-
-def _before(block: int, piece: Piece, previous: Piece | None) -> str:
-    """The name of the state that enters a piece."""
-    if isinstance(piece, Block):
-        return f"block:{block}" if block else EMBEDDINGS
-    if previous is None:
-        return ENTRY
-    return f"block:{block}" if isinstance(previous, Block) else previous.path
 
 
 def renamed(graph: NetworkGraph, names: Mapping[str, str]) -> NetworkGraph:

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attnrobust.errors import UnsupportedModelError
 from attnrobust.models.capture import Probe, Tap, run_model
 from attnrobust.models.listing import adapter_for
 from attnrobust.models.networks.parts import refuse_at
@@ -34,21 +33,27 @@ class States:
 
 
 def watch(model: nn.Module, plan: Plan, model_inputs: Mapping[str, Any]) -> States:
-    """Run a model once, with hooks on every piece, every attention and the module that gives the output.
+    """Run a model with hooks on every piece and every attention, and once without any, which gives the output.
+
+    Some modules compute in another way where there are hooks (the fast path of torch's encoder layers), so the output
+    is that of the model as it is.
 
     Raises:
         InputError: The model refuses the input.
         UnsupportedModelError: A piece is not called exactly once, or on more than one input.
     """
+    plain = run_model(model, model_inputs)
     probes = [Probe(_tap(model, block)) for block in plan.blocks]
     watched = [_Watched(model, piece.path) for piece in plan.pieces]
     last = _Watched(model, plan.head.module)
     try:
         run_model(model, model_inputs)
     finally:
-        for probe in (*probes, *watched, last):
+        for probe in probes:
             probe.remove()
-    output = last.only(_named(last.outputs, plan.head.attribute))
+        for hooks in (*watched, last):
+            hooks.remove()
+    output = _named(plain if not last.path else last.only(last.outputs), plan.head.attribute)
     return States(
         entering=tuple(matrix(w.only(w.inputs), w.path, batch_first=plan.batch_first) for w in watched),
         leaving=tuple(matrix(w.only(w.outputs), w.path, batch_first=plan.batch_first) for w in watched),
@@ -100,11 +105,11 @@ def _kept(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _named(outputs: list[Any], name: str) -> list[Any]:
-    """The output of that name of each call; a tuple has it first."""
-    if not name:
-        return outputs
-    return [o[0] if isinstance(o, tuple) and not hasattr(o, name) else getattr(o, name, None) for o in outputs]
+def _named(output: Any, name: str) -> Any:
+    """The output of that name; a tuple has it first."""
+    if isinstance(output, tuple) and not hasattr(output, name or " "):
+        return output[0]
+    return getattr(output, name, None) if name else output
 
 
 def matrix(value: Any, path: str, *, batch_first: bool) -> Float[Tensor, "n d"]:
@@ -121,5 +126,5 @@ def matrix(value: Any, path: str, *, batch_first: bool) -> Float[Tensor, "n d"]:
         return value.to(torch.float64)
     rows = value if batch_first else value.transpose(0, 1)
     if rows.shape[0] != 1:
-        raise UnsupportedModelError(f"{path}: is called on {rows.shape[0]} inputs; give one input")
+        raise refuse_at(path, f"is called on {rows.shape[0]} inputs; give one input")
     return rows[0].to(torch.float64)

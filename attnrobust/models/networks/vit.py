@@ -9,10 +9,10 @@ from attnrobust.layers.graph.normalise import Normalise
 from attnrobust.models.adapters import class_path
 from attnrobust.models.networks import heads
 from attnrobust.models.networks.block_layout import BlockLayout, join
-from attnrobust.models.networks.heads import HIDDEN, Head, affine, choose_head
+from attnrobust.models.networks.heads import HIDDEN, affine, choose_head
 from attnrobust.models.networks.parts import read_norm, require_class
 from attnrobust.models.networks.pieces import Single
-from attnrobust.models.networks.plan import Plan, Wanted
+from attnrobust.models.networks.plan import Head, Plan, Wanted
 
 _MODELS = "transformers.models"
 
