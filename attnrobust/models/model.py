@@ -17,7 +17,7 @@ from attnrobust.models.forward_inputs import Given, forward_arguments
 from attnrobust.models.from_file import from_file
 from attnrobust.models.listing import LayerInfo, adapter_for, describe, find_layer, list_layers
 from attnrobust.models.networks.plan import EMBEDDINGS, HeadName, Plan, Wanted
-from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, refuse_unread
+from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, readable_classes, refuse_unread
 from attnrobust.models.pretrained import Pretrained, TextEncoder, eager_experts, load_pretrained, longest_input
 from attnrobust.tokens import TokenMeasure
 
@@ -243,25 +243,27 @@ def _captured_input(line: TextLine, strings: tuple[str, ...] | None, tokens: Ten
     return CapturedInput(id=line.id, text=text, token_strings=strings or (), measure=TokenMeasure(tokens))
 
 
-def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Model:
+def load_model(name: str | Path, *, device: str | torch.device = "cpu", head: bool = False) -> Model:
     """Load a model by name.
 
     Args:
         name: ``minilm`` (all-MiniLM-L6-v2, extra ``demo``), a Hugging Face directory or hub name (``AutoModel``, no
             remote code), or a ``.safetensors``/``.npz`` file of bare attention weights.
         device: Where the weights go.
+        head: Load the model with the head that its configuration names; names of layers then begin with the base model.
 
     Returns:
         The model in float64: ``layers()`` lists, ``layer(name)`` specifies, ``capture(name, texts)`` gives inputs.
 
     Raises:
         InputError: Nothing of that name can be loaded; says why and what to give instead.
+        UnsupportedModelError: A head that is not read.
     """
     if torch.device(device).type == "meta":
         raise InputError("device 'meta' holds shapes without values; give cpu, or cuda where there is a GPU")
     if Path(name).suffix in SUFFIXES and not Path(name).is_dir():
         return WeightsFile(name, device=device)
-    pretrained = load_pretrained(str(name))
+    pretrained = load_pretrained(str(name), classes=readable_classes() if head else None)
     module = pretrained.module.to(device)
     return ModuleModel(module, name=str(name), pretrained=pretrained, owned=True)
 
