@@ -212,6 +212,24 @@ def _build() -> Iterator[Case]:
     yield case(name, _attention(draw, heads=4, width=8, key=2, value=2, out=8), draw(24, 8), draw.mass(24))
 
 
+TELLING = (
+    "plain-h1-n5-d4",  # one head
+    "plain-h12-n6-d12",  # many heads
+    "single-token-biases",  # n = 1
+    "key-wider-than-value",  # widths that differ
+    "concatenated-biases-one-head",  # no output projection
+    "scale-negative",  # own scale, biases
+    "saturated-concatenated-masses",  # a softmax without slope
+    "equal-tokens",
+    "large-norms",
+    "tiny-norms",
+    "constant-w_v-zero",
+    "causal-masses",
+    "padding",  # keys that nobody sees
+    "finite-mask-masses",
+)
+
+
 @cache
 def _all_cases() -> tuple[Case, ...]:
     built = tuple(_build())
@@ -225,6 +243,11 @@ def _all_cases() -> tuple[Case, ...]:
 def cases(*, max_n: int | None = None) -> tuple[Case, ...]:
     """Every case (or those of at most ``max_n`` tokens), always in the same order."""
     return tuple(case for case in _all_cases() if max_n is None or case.n <= max_n)
+
+
+def telling_cases() -> tuple[Case, ...]:
+    """A case for each thing that sets an algebraic claim apart; ``cases()`` is for what tries to break a bound."""
+    return tuple(case_named(name) for name in TELLING)
 
 
 def case_named(name: str) -> Case:

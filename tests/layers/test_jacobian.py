@@ -37,9 +37,9 @@ def test_products_agree_with_autograd(case: Case) -> None:
     torch.testing.assert_close(transpose(linear).dense().T, truth, rtol=0, atol=1e-10 * size)
 
 
-def test_singular_values_agree_with_the_dense_matrix(case: Case) -> None:
-    truth = float(torch.linalg.matrix_norm(_autograd(case), 2))
-    linear = _jacobian(case).linear_map()
+def test_singular_values_agree_with_the_dense_matrix(every_case: Case) -> None:
+    truth = float(torch.linalg.matrix_norm(_autograd(every_case), 2))
+    linear = _jacobian(every_case).linear_map()
     noise = 1e-12 * max(1.0, truth)  # autograd leaves 1e-17 where the derivative is exactly zero
     assert largest_singular_value_lower(linear)[0].value == pytest.approx(truth, rel=1e-8, abs=noise)
     for options in ({}, {"dense_limit": 0}):

@@ -27,17 +27,17 @@ def _jacobian(case: Case) -> AttentionJacobian:
     return AttentionJacobian(case.attention, case.tokens.points, None if case.tokens.uniform else case.tokens.mass)
 
 
-def test_never_below_the_norm(case: Case) -> None:
-    jacobian = _jacobian(case)
+def test_never_below_the_norm(every_case: Case) -> None:
+    jacobian = _jacobian(every_case)
     for bound in BOUNDS:
         assert _norm(_matrix(jacobian)) <= bound(jacobian).value
 
 
-def test_weighted_norm_for_measures(case: Case) -> None:
-    jacobian, root = _jacobian(case), case.tokens.mass.sqrt()
-    rows = root.repeat_interleave(case.attention.out_width)
-    weighted = rows[:, None] * _matrix(jacobian) / root.repeat_interleave(case.attention.width)
-    assert _norm(weighted) <= local_norm_upper(jacobian, mass=case.tokens.mass).value
+def test_weighted_norm_for_measures(every_case: Case) -> None:
+    jacobian, root = _jacobian(every_case), every_case.tokens.mass.sqrt()
+    rows = root.repeat_interleave(every_case.attention.out_width)
+    weighted = rows[:, None] * _matrix(jacobian) / root.repeat_interleave(every_case.attention.width)
+    assert _norm(weighted) <= local_norm_upper(jacobian, mass=every_case.tokens.mass).value
 
 
 def test_random_layers_and_scales() -> None:

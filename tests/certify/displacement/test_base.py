@@ -31,6 +31,17 @@ SELECTIONS = [(name, None) for name in SMALL_CASES] + [("biases", (1,)), ("causa
 selected = pytest.mark.parametrize(("name", "tokens"), SELECTIONS)
 
 
+def taking_turns(*pairs: tuple[tuple[object, ...], tuple[object, ...]]) -> list[tuple[object, ...]]:
+    """Every selection with two sets of options; the pairs take turns, so that each option meets every kind of row."""
+    return [(*selection, *some) for index, selection in enumerate(SELECTIONS) for some in pairs[index % len(pairs)]]
+
+
+two_pools = pytest.mark.parametrize(
+    ("name", "tokens", "pool"),
+    taking_turns((("all",), ("mean",)), (("mean",), (0,)), ((0,), ("all",))),
+)
+
+
 def _floor(rows: MovingRows) -> float:
     """Size of rounding in the measured quantities."""
     return 1e-13 * (1.0 + float(rows.clean.values.abs().max()) + float(rows.clean.keys.abs().max()))
@@ -52,8 +63,7 @@ def test_functionals_and_their_gram(name: str, tokens: tuple[int, ...] | None) -
     assert bool(((rows.logit_reach <= norms * (1 + 1e-6) + rounding) | (rows.clean.weight == 0)).all())
 
 
-@selected
-@pytest.mark.parametrize("pool", ["all", "mean", 0])
+@two_pools
 def test_joint_product_is_symmetric_and_exact_in_first_order(
     name: str, tokens: tuple[int, ...] | None, pool: str | int
 ) -> None:
@@ -150,9 +160,10 @@ def test_diagonal_reach(name: str, tokens: tuple[int, ...] | None, limit: int, m
     assert worst_ratio(rows, 1.0, ratio) <= SLACK
 
 
-@selected
-@pytest.mark.parametrize("limit", [0, 128])
-@pytest.mark.parametrize("pool", ["all", "mean"])
+@pytest.mark.parametrize(
+    ("name", "tokens", "limit", "pool"),
+    taking_turns(((0, "all"), (128, "mean")), ((128, "all"), (0, "mean"))),
+)
 def test_curved_part_is_inside_its_form(
     name: str, tokens: tuple[int, ...] | None, limit: int, pool: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,8 +241,7 @@ def test_bilinear_parts_are_inside_their_forms(name: str, tokens: tuple[int, ...
         assert worst_ratio(rows, 1.0, ratio) <= SLACK
 
 
-@selected
-@pytest.mark.parametrize("pool", ["all", "mean", 0])
+@two_pools
 def test_query_form(name: str, tokens: tuple[int, ...] | None, pool: str | int) -> None:
     """Equations 15 and 16, each part by itself: quartic sums and E[q gamma] against ``|A^T delta_i|``."""
     rows = clean_rows(name, tokens=tokens, pool=pool)
@@ -353,16 +363,19 @@ def test_one_moving_token_in_closed_form(name: str) -> None:
         assert bool((closed >= 0.4 * general - 1e-9 * general.max()).all())
 
 
-@selected
-@pytest.mark.parametrize("pool", ["all", "mean", 0])
-def test_shrinking_rows_is_allowed_only_where_nothing_cancels(
-    name: str, tokens: tuple[int, ...] | None, pool: str | int
-) -> None:
-    """Equation 3a: factors in (0, 1] on row-heads must not raise the first order, not even from 0."""
-    rows = clean_rows(name, tokens=tokens, pool=pool)
-    assert rows.separate == (rows.clean.layer.w_o is None and (pool != "mean" or rows.n == 1))
-    if not rows.separate:
-        return
+def test_rows_are_separate_only_where_nothing_cancels() -> None:
+    for name, tokens in SELECTIONS:
+        for pool in ("all", "mean", 0):
+            rows = clean_rows(name, tokens=tokens, pool=pool)
+            assert rows.separate == (rows.clean.layer.w_o is None and (pool != "mean" or rows.n == 1))
+
+
+@pytest.mark.parametrize("pool", ["all", 0])
+@pytest.mark.parametrize("name", ["concatenated", "saturated-concatenated-masses"])
+def test_shrinking_separate_rows_does_not_raise_the_first_order(name: str, pool: str | int) -> None:
+    """Equation 3a: factors in (0, 1] on row-heads, also where the first order is 0."""
+    rows = clean_rows(name, pool=pool)
+    assert rows.separate
     jacobian = AttentionJacobian(rows.clean.layer, rows.clean.points, rows.clean.mass)
     matrix = jacobian.linear_map(pool=rows.row_weights, token_scale=rows.moves).dense()
     moves = torch.linalg.svd(matrix).Vh.reshape(-1, *rows.clean.points.shape) * rows.moves[:, None]
