@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 from attnrobust.certify.radius import largest_radius
+from attnrobust.numerics.chance import stream
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.results import Certificate, CertificationReport, Kind, NotApplicable
@@ -68,7 +69,7 @@ class CertificateMethod(ABC):
             A certificate; its radius is a lower bound of the true robust radius (0 if nothing could be certified).
         """
         start = time.perf_counter()
-        bound = self.prepare(problem, seed=seed)
+        bound = self.prepare(problem, seed=stream(seed, self.name, problem.digest))
         # Ball arithmetic encloses the budgets itself; the others divide by the computed ones.
         outward = 1.0 if self.kind is Kind.RIGOROUS else problem.resolved.outward
         return searched_certificate(self, bound, digest=problem.digest, kind=self.kind, start=start, outward=outward)

@@ -218,8 +218,8 @@ def _cdist(z: Tensor, x: Tensor, y: Tensor, p: float = 2.0, compute_mode: str | 
     if max(x.shape[-2], y.shape[-2]) <= DIRECT_POINTS:
         lost = (gamma(x.shape[-1] + 4) * z).square()
     rounded: Tensor = torch.minimum(lost.sqrt(), lost / z.clamp_min(UNDERFLOW)) + LIBRARY * UNIT * z
-    rounded = rounded + moved[0][..., :, None] + moved[1][..., None, :]
-    return rounded
+    total: Tensor = rounded + moved[0][..., :, None] + moved[1][..., None, :]
+    return total
 
 
 def _terms(a: Tensor, z: Tensor) -> int:

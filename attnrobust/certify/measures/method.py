@@ -10,6 +10,7 @@ from attnrobust.certify.measures.question import MeasureQuestion
 from attnrobust.certify.method import PreparedBound, answered, searched_certificate
 from attnrobust.errors import UnsupportedThreatError
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics.chance import stream
 from attnrobust.results import Certificate, CertificationReport, Kind
 from attnrobust.threats.measures import Copies
 from attnrobust.tokens import MASS_SUM_TOLERANCE
@@ -45,7 +46,7 @@ class MeasureMethod(ABC):
             A certificate; for every measure of the threat with distance <= radius the goal holds.
         """
         start = time.perf_counter()
-        bound = self.prepare(question, seed=seed)
+        bound = self.prepare(question, seed=stream(seed, self.name, question.digest))
         return searched_certificate(
             self,
             bound,
