@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import InputError
-from attnrobust.tokens import require_finite, tensor_digest
+from attnrobust.tokens import as_number, as_tensor, require_finite, tensor_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,7 @@ class Attention:
         self._check_shapes()
         if self.scale is None:
             object.__setattr__(self, "scale", 1.0 / math.sqrt(self.key_width))
+        object.__setattr__(self, "scale", as_number("scale", self.scale))
         if not math.isfinite(self.factor):
             raise InputError(f"scale is {self.scale}; it must be finite")
         if self.mask is not None:
@@ -240,6 +241,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _checked_mask(mask: Tensor, *, causal: bool) -> Tensor:
+    mask = as_tensor("mask", mask)
     if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
         raise InputError(f"mask must have shape (n, n); got {tuple(mask.shape)}")
     if not mask.is_floating_point():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from attnrobust.errors import InputError, UnknownNameError
-from attnrobust.goals import Displacement, Goal, Margin, Pool
+from attnrobust.goals import Goal, Margin, Pool, parse_tolerance
 from attnrobust.models.arrays import read_arrays
 from attnrobust.models.capture import CapturedInput, read_texts, read_tokens
 from attnrobust.models.model import Model
@@ -18,8 +18,6 @@ from attnrobust.threats.moves import Threat
 from attnrobust.tokens import TokenMeasure
 
 DEFAULT_TOLERANCE = "10%"
-
-_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 
 
 def parse_pool(text: str) -> Pool:
@@ -35,24 +33,6 @@ def parse_pool(text: str) -> Pool:
     if re.fullmatch(r"row:\d+", text):
         return int(text.removeprefix("row:"))
     raise InputError(f"pool {text!r}: give all, mean or row:I, as in row:0")
-
-
-def parse_tolerance(text: str, pool: Pool = "all") -> Displacement:
-    """Read an allowed displacement: ``1%`` of the clean output's norm, or an absolute number.
-
-    Args:
-        text: What the user wrote.
-        pool: The part of the output that counts.
-
-    Raises:
-        InputError: Not a positive number, with or without a percent sign.
-    """
-    match = re.fullmatch(rf"({_NUMBER})\s*(%?)", text.strip())
-    if match is None:
-        raise InputError(f"tolerance {text!r}: give a share of the output's norm such as 1%, or a positive number")
-    relative = bool(match[4])
-    value = float(match[1]) / 100 if relative else float(match[1])
-    return Displacement(value, relative=relative, pool=pool)
 
 
 def read_readout(path: Path, *, pool: Pool, label: int | None) -> Margin:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.threats.token_subset import checked_tokens, require_length
 
 TokenNorm = Literal["l2", "linf", "l1"]
 TINY = 1e-300  # keeps 0/0 out of normalisations; far below every meaningful norm
@@ -80,23 +81,10 @@ def _shrink(delta: Tensor, norm: Tensor, eps: Tensor) -> Tensor:
 def _selection(tokens: tuple[int, ...] | None, n: int, device: torch.device | None = None) -> Tensor:
     if tokens is None:
         return torch.ones(n, dtype=torch.bool, device=device)
-    bad = [t for t in tokens if not 0 <= t < n]
-    if bad:
-        raise InputError(f"token {bad[0]} does not exist; the input has tokens 0 to {n - 1}")
+    require_length(tokens, n)
     chosen = torch.zeros(n, dtype=torch.bool, device=device)
     chosen[list(tokens)] = True
     return chosen
-
-
-def _checked_tokens(tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if tokens is None:
-        return None
-    unique = tuple(sorted(set(tokens)))
-    if not unique:
-        raise InputError("the token subset is empty; name at least one token")
-    if unique[0] < 0:
-        raise InputError(f"token {unique[0]} is negative; tokens count from 0")
-    return unique
 
 
 def _outside_is_infinite(distance: Tensor, delta: Tensor, chosen: Tensor) -> Tensor:
@@ -115,7 +103,7 @@ class FrobeniusBall(Threat):
     tokens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", _checked_tokens(self.tokens))
+        object.__setattr__(self, "tokens", checked_tokens(self.tokens))
 
     @property
     def key(self) -> str:
@@ -166,7 +154,7 @@ class PerTokenBall(Threat):
     def __post_init__(self) -> None:
         if self.norm not in ("l2", "linf", "l1"):
             raise UnknownNameError("token norm", str(self.norm), ("l2", "linf", "l1"))
-        object.__setattr__(self, "tokens", _checked_tokens(self.tokens))
+        object.__setattr__(self, "tokens", checked_tokens(self.tokens))
 
     @property
     def key(self) -> str:
@@ -227,7 +215,7 @@ class AnyToken(Threat):
     tokens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", _checked_tokens(self.tokens))
+        object.__setattr__(self, "tokens", checked_tokens(self.tokens))
 
     @property
     def key(self) -> str:
