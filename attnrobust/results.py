@@ -151,7 +151,8 @@ class Comparison:
         attack: The attack's result.
         certification: All certificates.
         status: FOUND, the attack's other status, or UNSOUND.
-        gap: attack radius / best certified radius, >= 1; infinity if either side is missing.
+        gap: attack radius / best certified radius, >= 1; infinity if either side is missing (null in JSON,
+            which has no infinity).
     """
 
     problem: str
