@@ -32,10 +32,13 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from attnrobust.lipschitz.invertible import ContractiveResidual
     from attnrobust.lipschitz.search import lipschitz_search
     from attnrobust.lipschitz.table import bounds_table
+    from attnrobust.models.anchors import nearest_anchor_readout
     from attnrobust.models.from_file import from_file
     from attnrobust.models.from_torch import from_torch
     from attnrobust.models.from_transformers import from_transformers
     from attnrobust.models.model import load_model
+    from attnrobust.models.networks.reading import ReadNetwork
+    from attnrobust.models.read_network import read_network
     from attnrobust.problem import Problem, TokenMap
     from attnrobust.results import (
         AttackResult,
@@ -66,6 +69,9 @@ __all__ = [
     "from_transformers",
     "from_file",
     "load_model",
+    "read_network",
+    "ReadNetwork",
+    "nearest_anchor_readout",
     "L2Attention",
     "CosineAttention",
     "SigmoidAttention",
@@ -149,7 +155,10 @@ _EXPORTS = {
     "attnrobust.models.from_file": ("from_file",),
     "attnrobust.models.from_torch": ("from_torch",),
     "attnrobust.models.from_transformers": ("from_transformers",),
+    "attnrobust.models.anchors": ("nearest_anchor_readout",),
     "attnrobust.models.model": ("load_model",),
+    "attnrobust.models.networks.reading": ("ReadNetwork",),
+    "attnrobust.models.read_network": ("read_network",),
     "attnrobust.problem": ("TokenMap", "Problem"),
     "attnrobust.results": (
         "Comparison",

@@ -1,10 +1,7 @@
 """Per input: the verified attack against the certified radius."""
 
 import math
-import sys
 from collections.abc import Sequence
-
-import torch
 
 from attnrobust.attacks import DEFAULT_ATTACK, DEFAULT_BUDGET, AttackBudget
 from attnrobust.attacks import attack as run_attack
@@ -14,10 +11,8 @@ from attnrobust.problem import Problem, refuse_second_threat
 from attnrobust.results import AttackResult, Certificate, CertificationReport, Comparison, Status
 
 RADIUS_ROUNDING = 1e-12
-"""Relative rounding of a radius itself; the amount by which certificates round their constants outward."""
-
-USAGE_ROUNDING = 2.0**9 * sys.float_info.epsilon
-"""Rounding of a layer output relative to its norm: 512 ulp cover sums over a few thousand terms with room to spare."""
+"""Relative rounding of a radius itself. That of the outputs is no excuse: an attack's usage has it taken away and a
+certificate's budgets are lowered by it (docs/rounding.md)."""
 
 
 class UnsoundError(SoundnessError):
@@ -84,13 +79,13 @@ def join(problem: Problem, attack: AttackResult, certification: CertificationRep
 
     Raises:
         InputError: A result that belongs to another problem, or a verified radius that is NaN or negative.
-        UnsoundError: A verified attack is inside a certified radius, beyond ``radius_rounding``.
+        UnsoundError: A verified attack is inside a certified radius, beyond ``RADIUS_ROUNDING``.
     """
     _refuse_other_problem(problem.digest, attack, certification)
     found = attack.status is Status.FOUND
     if found and not attack.radius >= 0.0:
         raise InputError(f"attack {attack.attack} reports the radius {attack.radius} for a violation; it must be >= 0")
-    slack = radius_rounding(problem) * problem.threat.rounding_factor
+    slack = RADIUS_ROUNDING * problem.threat.rounding_factor
     broken = [c for c in certification.certificates if found and attack.radius < c.radius * (1.0 - slack)]
     comparison = Comparison(
         problem=problem.digest,
@@ -102,27 +97,6 @@ def join(problem: Problem, attack: AttackResult, certification: CertificationRep
     if broken:
         raise UnsoundError(_accusation(attack, broken), comparison)
     return comparison
-
-
-def radius_rounding(problem: Problem) -> float:
-    r"""Relative amount by which a correct attack radius may fall below a correct certified radius in float64.
-
-    ``usage`` at the attack's point is ``||f(X') - f(X)|| / budget`` and each output carries a rounding error of about
-    ``USAGE_ROUNDING ||f(X)||``, so the true usage may be ``1 - u``, ``u = 2 USAGE_ROUNDING ||f(X)|| / budget``, where 1
-    was computed. Where the used budget grows at least in proportion to the radius, a bound that is exactly tight at the
-    attack's radius r passes up to ``r / (1 - u)`` and no further. The radius adds its own ``RADIUS_ROUNDING``.
-
-    Args:
-        problem: The problem; only the size of its clean output against its budget matters.
-
-    Returns:
-        A relative amount, about 1e-11 for a tolerance of 1 %, at most 1/2.
-    """
-    resolved = problem.resolved
-    sizes = torch.linalg.vector_norm(resolved.clean)
-    if resolved.functionals is not None:
-        sizes = sizes * torch.linalg.vector_norm(resolved.functionals, dim=-1)
-    return min(RADIUS_ROUNDING + 2.0 * USAGE_ROUNDING * float((sizes / resolved.budgets).max()), 0.5)
 
 
 def _refuse_other_problem(expected: str, attack: AttackResult, certification: CertificationReport) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import AlreadyViolatedError, InputError
+from attnrobust.numerics.running_error import gamma
 from attnrobust.tokens import require_finite, tensor_digest
 
 Pool = Literal["all", "mean"] | int
@@ -35,6 +36,10 @@ class ResolvedGoal:
     Displacement (``functionals`` None): ``||pooled(X') - pooled(X)|| <= budgets[0]``.
     Margin: for every class c, ``<functionals[c], pooled(X) - pooled(X')> <= budgets[c]``, budgets = clean margins.
 
+    Two budgets stand beside the computed ones (docs/rounding.md): ``violated_at`` for attacks, which a computed change
+    must reach to be a violation whatever rounded, and ``budgets - rounding`` for certificates (``outward``), which the
+    exact budget is not below.
+
     Args:
         weights: Row weights pi (n,) or None (all rows, flattened).
         functionals: (c, e) rows ``w_label - w_class``; None for a displacement.
@@ -42,6 +47,8 @@ class ResolvedGoal:
         clean: Pooled clean output, (e,) or (n, e).
         classes: The class of each functional; empty for a displacement.
         label: The label that must stay; None for a displacement.
+        rounding: (c,) bounds of ``|computed budget - exact budget|``; None means 0.
+        noise: (c,) what rounding may add to a computed change, and to its budget; None means 0.
     """
 
     weights: Float[Tensor, "n"] | None
@@ -50,6 +57,40 @@ class ResolvedGoal:
     clean: Float[Tensor, "..."]
     classes: tuple[int, ...] = ()
     label: int | None = None
+    rounding: Float[Tensor, "c"] | None = None
+    noise: Float[Tensor, "c"] | None = None
+
+    @property
+    def violated_at(self) -> Float[Tensor, "c"]:
+        """What a computed change must reach so that the exact change reaches the exact budget."""
+        return self.budgets if self.noise is None else self.budgets + self.noise
+
+    @property
+    def outward(self) -> float:
+        """Factor >= 1 on a used share of the computed budgets that makes it one of the exact budgets at least."""
+        if self.rounding is None:
+            return 1.0
+        room = self.budgets - self.rounding
+        shares = torch.where(room > 0, self.budgets / room, math.inf)
+        return math.nextafter(float(shares.max()), math.inf) if bool((self.rounding > 0).any()) else 1.0
+
+    def pooled_rounding(self, output: Float[Tensor, "n e"], error: Float[Tensor, "n e"]) -> Float[Tensor, "..."]:
+        """Rounding of ``pooled(output)``, entry by entry, if the output has this error."""
+        if self.weights is None:
+            return error
+        return self.pooled(error) + gamma(output.shape[-2]) * self.pooled(output.abs())
+
+    def change_rounding(
+        self, output: Float[Tensor, "n e"], here: Float[Tensor, "..."], there: Float[Tensor, "..."]
+    ) -> Float[Tensor, "c"]:
+        """Rounding of ``changes(output)``, errors of the pooled outputs here (clean) and there given."""
+        error = here + there
+        if self.functionals is None:
+            own = gamma(error.numel() + 3) * self.changes(output)
+            length: Tensor = torch.linalg.vector_norm(error) * (1.0 + gamma(error.numel())) + own
+            return length
+        sizes = self.clean.abs() + self.pooled(output).abs()
+        return self.functionals.abs() @ (error + gamma(error.numel() + 2) * sizes)
 
     def pooled(self, output: Float[Tensor, "*b n e"]) -> Float[Tensor, "..."]:
         """The part of the output that counts."""
@@ -66,7 +107,7 @@ class ResolvedGoal:
 
     def usage(self, output: Float[Tensor, "*b n e"]) -> Float[Tensor, "*b"]:
         """Largest used share of a budget: the goal is violated where it is >= 1."""
-        return (self.changes(output) / self.budgets).amax(dim=-1)
+        return (self.changes(output) / self.violated_at).amax(dim=-1)
 
 
 class Goal(ABC):
@@ -85,6 +126,15 @@ class Goal(ABC):
     @abstractmethod
     def resolve(self, output: Float[Tensor, "n e"], mass: Float[Tensor, "n"]) -> ResolvedGoal:
         """Budgets at the clean output; raises AlreadyViolatedError where the goal fails there."""
+
+    def budget_rounding(
+        self, resolved: ResolvedGoal, output: Float[Tensor, "n e"], error: Float[Tensor, "..."]
+    ) -> Float[Tensor, "c"]:
+        """Bound of ``|computed - exact|`` of each budget, the error of the pooled output given.
+
+        Unless overridden: what the resolved goal says of itself, or 0.
+        """
+        return torch.zeros_like(resolved.budgets) if resolved.rounding is None else resolved.rounding
 
 
 @dataclass(frozen=True)
@@ -125,6 +175,12 @@ class Displacement(Goal):
                 raise InputError("the clean output is zero, so a relative tolerance is zero; give an absolute one")
             tolerance *= norm
         return ResolvedGoal(weights=weights, functionals=None, budgets=output.new_tensor([tolerance]), clean=clean)
+
+    def budget_rounding(self, resolved: ResolvedGoal, output: Tensor, error: Tensor) -> Tensor:
+        if not self.relative:
+            return torch.zeros_like(resolved.budgets)
+        moved: Tensor = self.tolerance * torch.linalg.vector_norm(error) * (1.0 + gamma(error.numel()))
+        return moved + gamma(error.numel() + 4) * resolved.budgets
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,3 +244,56 @@ class Margin(Goal):
             )
         functionals = self.weight[label] - self.weight[others]
         return ResolvedGoal(weights, functionals, margins, pooled, tuple(others), label)
+
+    def budget_rounding(self, resolved: ResolvedGoal, output: Tensor, error: Tensor) -> Tensor:
+        assert resolved.functionals is not None  # noqa: S101 - a margin has functionals
+        assert resolved.label is not None  # noqa: S101 - and a label
+        size = self.weight.abs() @ resolved.clean.abs() + (0.0 if self.bias is None else self.bias.abs())
+        own = gamma(error.numel() + 3) * (size[resolved.label] + size[list(resolved.classes)])
+        return resolved.functionals.abs() @ error + own
+
+
+# ---- rounding --------------------------------------------------------------------------------------------------------
+
+SQUARABLE = (1e-150, 1e150)
+"""Sizes whose squares neither underflow nor overflow, with room for sums."""
+
+
+def require_computable(resolved: ResolvedGoal) -> None:
+    """Refuse a goal whose numbers overflowed, or whose squares would: every bound of it would be 0, infinite or NaN."""
+    low, high = SQUARABLE
+    sizes = {"pooled clean output": resolved.clean, "readout difference": resolved.functionals}
+    for name, value in sizes.items():
+        if value is not None and not bool((value.abs() <= high).all()):  # NaN fails as well
+            raise InputError(f"the {name} has entries beyond {high:g} (or NaN); rescale weights, readout or tokens")
+    if not bool(((resolved.budgets >= low) & (resolved.budgets <= high)).all()):
+        worst = resolved.budgets.nan_to_num(math.inf)
+        shown = float(worst.min() if float(worst.min()) < low else worst.max())
+        raise InputError(f"the budget {shown:g} is not between {low:g} and {high:g}; rescale the goal or the weights")
+
+
+def with_rounding(
+    resolved: ResolvedGoal, goal: Goal, output: Float[Tensor, "n e"], error: Float[Tensor, "n e"]
+) -> ResolvedGoal:
+    """The goal with what its budgets and changes round.
+
+    Args:
+        resolved: The goal at the clean output.
+        goal: Where its budgets come from.
+        output: Clean output.
+        error: Bounds of its rounding.
+
+    Raises:
+        InputError: A budget that is not twice above the rounding of the changes it is compared with.
+    """
+    pooled = resolved.pooled_rounding(output, error)
+    rounding = goal.budget_rounding(resolved, output, pooled)
+    noise = rounding + resolved.change_rounding(output, pooled, pooled)
+    low = ~(noise <= 0.5 * resolved.budgets)  # NaN counts as too large
+    if bool(low.any()):
+        worst = int(torch.where(low, noise / resolved.budgets, 0.0).nan_to_num(math.inf).argmax())
+        raise InputError(
+            f"the budget {float(resolved.budgets[worst]):.3g} is not twice above the rounding of the output it is "
+            f"compared with ({float(noise[worst]):.3g}); ask for a larger tolerance or margin"
+        )
+    return replace(resolved, rounding=rounding, noise=noise)

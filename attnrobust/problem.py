@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import InputError, UnsupportedThreatError
-from attnrobust.goals import Goal, ResolvedGoal
+from attnrobust.goals import Goal, ResolvedGoal, require_computable, with_rounding
+from attnrobust.layers.rounding import output_rounding
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.threats.base import Threat
 from attnrobust.threats.moves import MoveThreat
@@ -30,7 +31,8 @@ class Problem:
         goal: What must stay true.
 
     Raises:
-        InputError: Width mismatch, a threat that does not fit the input, a network output that is not finite.
+        InputError: Width mismatch, a threat that does not fit the input, a network output that is not finite, a budget
+            that overflows or is lost in the rounding of the output.
         AlreadyViolatedError: The goal fails at the clean input.
     """
 
@@ -59,10 +61,32 @@ class Problem:
 
     @cached_property
     def resolved(self) -> ResolvedGoal:
-        """The goal's budgets at the clean output; a network that pools its rows says what mass each output row has."""
+        """The goal's budgets at the clean output, with what they round.
+
+        A network that pools its rows says what mass each output row has.
+        """
         output_mass = getattr(self.network, "output_mass", None)
         mass = self.clean.mass if output_mass is None else output_mass(self.mass, self.clean.n)
-        return self.goal.resolve(self.clean_output, mass)
+        resolved = self.goal.resolve(self.clean_output, mass)
+        require_computable(resolved)
+        return with_rounding(resolved, self.goal, self.clean_output, self.output_rounding)
+
+    @cached_property
+    def output_rounding(self) -> Float[Tensor, "n e"]:
+        """How far the entries of the clean output may be from their exact values."""
+        return output_rounding(self.network, self.clean.points, self.mass, self.clean_output)
+
+    def usage_rounding(self, perturbed: Float[Tensor, "n d"]) -> float:
+        """What rounding may have added to the used share at these tokens beyond what ``resolved.noise`` covers."""
+        goal = self.resolved
+        output = self.network(perturbed, self.mass)
+        error = output_rounding(self.network, perturbed, self.mass, output)
+        here = goal.pooled_rounding(self.clean_output, self.output_rounding)
+        noise = goal.change_rounding(output, here, goal.pooled_rounding(output, error))
+        if goal.rounding is not None:
+            noise = noise + goal.rounding
+        excess = noise if goal.noise is None else noise - goal.noise
+        return max(0.0, float((excess / goal.violated_at).max()))
 
     def usage(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
         """Used share of the goal's budget at moved tokens; >= 1 is a violation. Differentiable."""

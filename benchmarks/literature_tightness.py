@@ -217,7 +217,7 @@ def finite_rows() -> Iterator[Row]:
             points = torch.randn(6, 2, generator=generator, dtype=torch.float64)
             problem = Problem(layer, TokenMeasure(points), FrobeniusBall(), Displacement(1.0))
             start = torch.randn(STARTS, 6, 2, generator=generator, dtype=torch.float64)
-            project = partial(problem.threat.project, epsilon=size)
+            project = partial(problem.moves.project, epsilon=size)
             largest = ascend(problem.usage, size * start, project, 0.3 * size)
             for method in methods:
                 collected[method.name].append(method.prepare(problem, seed=0).usage(size).value / largest)

@@ -30,14 +30,15 @@ class Posed:
 
 
 def pose(question: Question) -> Posed:
-    """The problem of a question; a threat on token measures is handed over beside it where ``compare`` takes one."""
+    """The problem of a question; a threat on token measures goes beside it where ``compare`` takes one."""
     layer, clean, threat, goal = question.layer, question.clean, question.threat, question.goal
     if not isinstance(threat, MEASURES):
         return Posed(ar.Problem(layer, clean, threat, goal), {})
     if "threat" in inspect.signature(ar.compare).parameters:
         return Posed(ar.Problem(layer, clean, question.moves, goal), {"threat": threat})
-    if question.moves != SHARED:
-        threat = dataclasses.replace(typing.cast("Any", threat), moves=question.moves)
+    if isinstance(threat, ar.Copies) and question.moves != SHARED:
+        changes: dict[str, Any] = {"moves": question.moves}
+        threat = dataclasses.replace(threat, **changes)
     return Posed(ar.Problem(layer, clean, typing.cast("ar.Threat", threat), goal), {})
 
 

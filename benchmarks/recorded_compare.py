@@ -9,10 +9,13 @@ Path = tuple[str, ...]
 
 SECTIONS = ("problems", "functions", "commands")
 DIGESTS = frozenset({"digest", "problem", "row_id"})
-WORDS = frozenset({
-    "message", "note", "reason", "skipped", "reference", "region", "conditions", "where",
-})  # fmt: skip
-"""Fields of prose, and what holds them."""
+WORDS = frozenset({"message", "note", "reason", "reference", "region", "conditions", "where"})
+"""Fields of prose; what names a certificate that was skipped holds its reason."""
+IDENTITIES = (
+    *(("input_id",), ("input_id", "goal"), ("input_id", "threat", "goal"), ("input", "layer_name")),
+    *(("quantity", "name"), ("quantity", "name", "where"), ("method",), ("attack",), ("layer", "head"), ("layer",)),
+)
+"""Fields that tell the entries of a list apart, tried in order; so an entry that is added does not shift the others."""
 MISSING = object()
 
 
@@ -37,13 +40,24 @@ class Difference:
         """What differs: a certified radius, an attack radius, another number, another value, words, a digest."""
         if self.field and self.field[-1] in DIGESTS:
             return "digest"
-        if WORDS & set(self.field):
-            return "words"
         if self.old is MISSING or self.new is MISSING:
             return "added" if self.old is MISSING else "missing"
+        if WORDS & set(self.field[-2:]):
+            return "words"
+        if "skipped" in self.field[-2:-1]:
+            return "words"
         if not (_is_number(self.old) and _is_number(self.new)):
             return "value"
-        return _radius(self.field) or "number"
+        return self._radius or "number"
+
+    @property
+    def _radius(self) -> str | None:
+        last = self.field[-1]
+        if last == "certified_radius" or (last == "radius" and "certificates" in self.field):
+            return "certified radius"
+        # a command's own "radius" is that of a ball which was asked for
+        attacked = last == "attack_radius" or (last == "radius" and self.entry[0] != "commands")
+        return "attack radius" if attacked else None
 
     @property
     def relative(self) -> float:
@@ -65,12 +79,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _radius(field: Path) -> str | None:
-    if field[-1] == "certified_radius" or (field[-1] == "radius" and "certificates" in field):
-        return "certified radius"
-    return "attack radius" if field[-1] == "attack_radius" or field[-1] == "radius" else None
-
-
 def _short(value: Any) -> str:
     if value is MISSING:
         return "(none)"
@@ -84,11 +92,21 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     if isinstance(value, dict):
         inner = [(key, entry) for key, entry in value.items() if not key.startswith("seconds")]
     elif isinstance(value, list):
-        inner = [(str(place), entry) for place, entry in enumerate(value)]
+        inner = list(zip(labels(value), value, strict=True))
     if not inner:
         yield path, value
     for key, entry in inner:
         yield from leaves(entry, (*path, key))
+
+
+def labels(entries: list[Any]) -> list[str]:
+    """What tells the entries of a list apart: fields that name them, else their places."""
+    for fields in IDENTITIES:
+        if all(isinstance(entry, dict) and all(field in entry for field in fields) for entry in entries):
+            names = [" ".join(str(entry[field]) for field in fields) for entry in entries]
+            if len(set(names)) == len(names):
+                return names
+    return [str(place) for place in range(len(entries))]
 
 
 def same(old: Any, new: Any) -> bool:

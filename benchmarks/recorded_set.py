@@ -73,20 +73,22 @@ def _version(name: str) -> str | None:
         return None
 
 
-def compare(old: dict[str, Any], new: dict[str, Any], *, digests: bool, words: bool, match: str = "") -> int:
-    """Print every difference that counts of the entries whose name holds the text; 1 if there is one."""
+def compare(old: dict[str, Any], new: dict[str, Any], *, ignored: frozenset[str], match: str = "") -> int:
+    """Print every difference of a kind that counts, of the entries whose name holds the text; 1 if there is one."""
     for name in ("python", "machine", *LIBRARIES):
         if old["about"].get(name) != new["about"].get(name):
             print(f"note: {name} was {old['about'].get(name)}, is {new['about'].get(name)}")
     old, new = matching(old, match), matching(new, match)
     every = list(differences(old, new))
     renamed = {d.entry for d in every if d.kind == "digest"}
-    found = [d for d in every if (digests or d.kind != "digest") and (words or d.kind != "words")]
+    found = [d for d in every if d.kind not in ignored]
     for difference in found:
         print(f"{difference}{_mark(difference, renamed)}")
     print("\n".join(summary(found, old)))
-    if renamed and not digests:
-        print(f"  digests differ in {len(renamed)} entries; --digests shows them")
+    for kind in sorted(ignored):
+        count = sum(d.kind == kind for d in every)
+        if count:
+            print(f"  not counted: {count} x {kind}")
     return int(bool(found))
 
 
@@ -107,12 +109,15 @@ def main() -> int:
     comparing.add_argument("--digests", action="store_true", help="compare digests of problems too")
     comparing.add_argument("--match", default="", metavar="TEXT", help="only what has the text in its name")
     comparing.add_argument("--no-words", action="store_true", help="leave reasons, messages and references out")
+    comparing.add_argument("--no-added", action="store_true", help="leave out what only the new record has")
     options = parser.parse_args()
     if options.command == "record":
         record(options.out, options.match)
         return 0
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (options.old, options.new))
-    return compare(old, new, digests=options.digests, words=not options.no_words, match=options.match)
+    counted = {"digest": options.digests, "words": not options.no_words, "added": not options.no_added}
+    ignored = frozenset(kind for kind, counts in counted.items() if not counts)
+    return compare(old, new, ignored=ignored, match=options.match)
 
 
 if __name__ == "__main__":

@@ -160,8 +160,8 @@ def _first_copy(problem: Problem) -> Float[Tensor, "n"]:
     change = mean - goal.clean
     if goal.functionals is None:
         length: Tensor = torch.linalg.vector_norm(change, dim=-1)
-        return length / goal.budgets[0]
-    return (-(change @ goal.functionals.T) / goal.budgets).amax(dim=-1)
+        return length / goal.violated_at[0]
+    return (-(change @ goal.functionals.T) / goal.violated_at).amax(dim=-1)
 
 
 @dataclass(frozen=True, eq=False)

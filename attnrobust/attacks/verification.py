@@ -51,6 +51,10 @@ class Reading(ABC):
     def usage(self, points: Float[Tensor, "k m d"]) -> Float[Tensor, "k"]:
         """Used budget at each placement; a violation where it is >= 1."""
 
+    def excess(self, points: Float[Tensor, "m d"]) -> float:
+        """What rounding may have added to the used budget at one placement beyond what it allows for itself."""
+        return 0.0
+
 
 class MovedTokens(Reading):
     """The tokens of a problem about a threat on moved tokens.
@@ -78,6 +82,9 @@ class MovedTokens(Reading):
         mass = None if self.problem.mass is None else self.problem.mass.expand(points.shape[0], -1)
         return self.problem.resolved.usage(self.problem.network(points, mass))
 
+    def excess(self, points: Float[Tensor, "m d"]) -> float:
+        return self.problem.usage_rounding(points)
+
 
 @dataclass(frozen=True, eq=False)
 class VerifiedPoint:
@@ -85,7 +92,8 @@ class VerifiedPoint:
 
     Args:
         distance: Its distance.
-        usage: Used budget there; NaN where no candidate was finite.
+        usage: Used budget there; NaN where no candidate was finite. Where it is >= 1 the rounding of the outputs has
+            been taken away: it is at most the exact one.
         points: Where its atoms are; None where no candidate was finite.
         queries: Forward evaluations spent.
         epsilon: The fixed budget, or None.
@@ -177,7 +185,11 @@ def _measure(reading: Reading, delta: Tensor, *, epsilon: float | None, queries:
     best = int(violating.argmin())
     if epsilon is not None or math.isinf(float(violating[best])):
         best = int(torch.where(good, usage, -math.inf).argmax())
-    return VerifiedPoint(float(distance[best]), float(usage[best]), points[best].clone(), queries, epsilon)
+    used = float(usage[best])
+    if used >= 1.0:  # a move to where the layer rounds more than at the clean input must win by that, too
+        used -= reading.excess(points[best])
+        queries += 2
+    return VerifiedPoint(float(distance[best]), used, points[best].clone(), queries, epsilon)
 
 
 def _inside_once_added(reading: Reading, delta: Tensor, epsilon: float) -> Tensor:

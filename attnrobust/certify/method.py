@@ -107,8 +107,10 @@ class CertificateMethod(ABC):
     def _searched(self, problem: Problem, *, seed: int) -> Certificate:
         start = time.perf_counter()
         bound = self.prepare(problem, seed=seed)
+        # Ball arithmetic encloses the budgets itself; the others divide by the computed ones.
+        outward = self.outward * (1.0 if self.kind is Kind.RIGOROUS else problem.resolved.outward)
         radius, evaluations = largest_radius(
-            lambda r: bound.usage(r).value * self.outward,
+            lambda r: bound.usage(r).value * outward,
             first_guess=bound.first_guess,
             relative_tolerance=self.relative_tolerance,
         )

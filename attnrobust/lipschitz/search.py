@@ -206,7 +206,9 @@ class _Ascent:
                 total = values.nan_to_num(0.0, 0.0, 0.0).sum()
                 found = torch.autograd.grad(total, variables, allow_unused=True, materialize_grads=True)
                 slopes[: len(found)] = [slope.nan_to_num(0.0, 0.0, 0.0) for slope in found]
-        now = _Found(values.detach(), moves.clone(), logits.clone(), image)
+        values = values.detach()
+        values = torch.where(torch.isfinite(values), values, -math.inf)  # never the best, and no rival of a later one
+        now = _Found(values, moves.clone(), logits.clone(), image)
         return now, direction.nan_to_num(0.0, 0.0, 0.0), (slopes[0], slopes[1])
 
 

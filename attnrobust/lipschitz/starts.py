@@ -18,6 +18,9 @@ Masses = Literal["equal", "free"]
 ATOM_SPREAD = 0.05
 """Tokens of one atom start apart by this share of the atoms' distance; equal tokens would never part."""
 
+LIGHTEST = -700.0
+"""Log-mass of the lightest atom of a start: its mass and the mass's square root are still positive in float64."""
+
 
 def ascent_starts(
     network: TokenMap,
@@ -60,5 +63,5 @@ def eigenvector_inputs(layer: Attention, n: int, radius: float, masses: Masses) 
         atoms = torch.cat([few.points[:1], few.points[-1:].expand(n - 1, -1)])
         last = few.mass[-1] if few.n > 1 else few.mass[-1] * (n - 1) / n
         shared = torch.cat([1.0 - last[None], last[None].expand(n - 1) / (n - 1)])
-        found.append((atoms, shared.log()))
+        found.append((atoms, shared.log().clamp_min(LIGHTEST)))
     return found

@@ -143,23 +143,34 @@ def capture_taps(
         UnsupportedModelError: A module is not called exactly once, is called on a batch, or puts out something else.
         InputError: The model refuses the input.
     """
+    probes = [Probe(tap) for tap in taps]
+    try:
+        run_model(model, model_inputs)
+    finally:
+        for probe in probes:
+            probe.remove()
+    return tuple(probe.checked() for probe in probes)
+
+
+def run_model(model: nn.Module, model_inputs: Mapping[str, Any]) -> Any:
+    """One forward call without gradients.
+
+    Raises:
+        UnsupportedModelError: Weights without values.
+        InputError: The model refuses the input.
+    """
     meta = [name for name, value in model.named_parameters() if value.is_meta]
     if meta:
         raise UnsupportedModelError(
             f"{meta[0]} is on the meta device, without values; load the model without offloading"
         )
-    probes = [_Probe(tap) for tap in taps]
     try:
         with torch.no_grad():
-            model(**model_inputs)
+            return model(**model_inputs)
     except InputError:
         raise
     except Exception as error:  # a model may raise anything
         raise InputError(f"the model cannot be run on this input: {first_line(error)}{_hint(model, error)}") from error
-    finally:
-        for probe in probes:
-            probe.remove()
-    return tuple(_checked(p.tap.module, p.tap.spec, p.inputs, p.outputs) for p in probes)
 
 
 def _hint(model: nn.Module, error: Exception) -> str:
@@ -175,7 +186,7 @@ def _hint(model: nn.Module, error: Exception) -> str:
     return ""
 
 
-class _Probe:
+class Probe:
     """Hooks that keep what enters and leaves one tap."""
 
     def __init__(self, tap: Tap) -> None:
@@ -198,7 +209,16 @@ class _Probe:
     def _after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self.outputs.append(self.tap.adapter.output_tokens(self.tap.module, output).detach().clone())
 
+    def checked(self) -> Float[Tensor, "n d"]:
+        """What entered, if its module was called once on one input and put out what its specification says.
+
+        Raises:
+            UnsupportedModelError: Otherwise.
+        """
+        return _checked(self.tap.module, self.tap.spec, self.inputs, self.outputs)
+
     def remove(self) -> None:
+        """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
 

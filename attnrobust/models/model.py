@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attnrobust.errors import InputError, first_line
+from attnrobust.errors import InputError, UnknownNameError, first_line
 from attnrobust.layers.attention import Attention
 from attnrobust.models.arrays import SUFFIXES
 from attnrobust.models.capture import CapturedInput, Tap, TextLine, capture_taps, text_line
 from attnrobust.models.forward_inputs import Given, forward_arguments
 from attnrobust.models.from_file import from_file
 from attnrobust.models.listing import LayerInfo, adapter_for, describe, find_layer, list_layers
+from attnrobust.models.networks.plan import EMBEDDINGS, HeadName, Plan, Wanted
+from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, readable_classes, refuse_unread
 from attnrobust.models.pretrained import Pretrained, TextEncoder, eager_experts, load_pretrained, longest_input
 from attnrobust.tokens import TokenMeasure
 
@@ -39,6 +41,17 @@ class Model(ABC):
     @abstractmethod
     def capture(self, layer: str | None, texts: Sequence[TextLine | str]) -> tuple[CapturedInput, ...]:
         """The layer's input tokens for each text, from the model's own forward pass."""
+
+    def network(
+        self,
+        given: TextLine | str | Mapping[str, Given],
+        *,
+        at: str = EMBEDDINGS,
+        head: HeadName | None = None,
+        row: int | None = None,
+    ) -> ReadNetwork:
+        """The whole model from a depth on, with the clean tokens there, checked at this input; see ``ModuleModel``."""
+        raise InputError(f"{self.name} holds one attention layer, no network; give a model")
 
     def resolve(self, name: str | None = None) -> LayerInfo:
         """The supported layer that a full name or a unique suffix means (None: the only one).
@@ -93,6 +106,7 @@ class ModuleModel(Model):
         self.module = _exact(own.to(torch.float64).eval().requires_grad_(False))
         self._pretrained = pretrained
         self._taps: dict[str, Tap] = {}  # the module does not change, so neither do its specifications
+        self._plans: dict[Wanted, Plan] = {}
 
     def layers(self) -> tuple[LayerInfo, ...]:
         return self._layers
@@ -132,6 +146,11 @@ class ModuleModel(Model):
     def capture_layers(self, layers: Sequence[str | None], line: TextLine) -> tuple[CapturedInput, ...]:
         """The input tokens of several layers for one text, from one forward pass; otherwise as ``capture``."""
         infos = [self.resolve(layer) for layer in layers]
+        inputs, strings = self._encoded(line)
+        return self._captured(infos, inputs, line, strings)
+
+    def _encoded(self, line: TextLine) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Arguments of a forward call on one text, and what each token stands for."""
         encoded = self._encoder.encode(line.text)
         longest = longest_input(self.module)
         if not encoded.ids:
@@ -142,7 +161,7 @@ class ModuleModel(Model):
             )
         ids = torch.tensor([encoded.ids])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return self._captured(infos, inputs, line, encoded.strings)
+        return inputs, encoded.strings
 
     def capture_inputs(
         self, layer: str | None, model_inputs: Mapping[str, Given], *, input_id: str = "0001"
@@ -156,6 +175,51 @@ class ModuleModel(Model):
             input_id: The identifier of the input.
         """
         return self._captured([self.resolve(layer)], model_inputs, TextLine(input_id, ""), None)[0]
+
+    def network(
+        self,
+        given: TextLine | str | Mapping[str, Given],
+        *,
+        at: str = EMBEDDINGS,
+        head: HeadName | None = None,
+        row: int | None = None,
+    ) -> ReadNetwork:
+        """The whole model from a depth on, with the clean tokens there.
+
+        The graph's output and every hidden state on the way are compared with the model's own at this input.
+
+        Args:
+            given: A text, or keyword arguments of one forward call as in ``capture_inputs``.
+            at: The depth at which tokens move: "embeddings" (what enters block 0) or "block:K" (what enters block K).
+            head: "logits" (the model's own head), "states" (last hidden states) or "mean" (their mean); None means its
+                own head where it has one, else the states.
+            row: The token whose output it is, where there is one per token; None means all (causal models: the last).
+
+        Raises:
+            UnsupportedModelError: The model, or a part of it by name, is not modelled; or the states disagree.
+            InputError: No tokenizer, an input that does not fit, a head or depth that does not exist.
+        """
+        plan = self._plan(Wanted(head, row))
+        if isinstance(given, Mapping):
+            line, strings = TextLine("0001", ""), None
+            inputs = forward_arguments(given, next(self.module.parameters()).device)
+        else:
+            line = text_line(1, given) if isinstance(given, str) else given
+            inputs, strings = self._encoded(line)
+        try:
+            graph, tokens, info = read_at(self.module, plan, inputs, at=at)
+        except UnknownNameError:
+            raise
+        except InputError as error:
+            raise type(error)(f"input {line.id}: {error}") from error
+        return ReadNetwork(graph, _captured_input(line, strings, tokens), info)
+
+    def _plan(self, wanted: Wanted) -> Plan:
+        if wanted not in self._plans:
+            plan = plan_of(self.module, wanted)
+            refuse_unread(plan, self._pretrained.unread if self._pretrained is not None else ())
+            self._plans[wanted] = plan
+        return self._plans[wanted]
 
     def _captured(
         self,
@@ -171,32 +235,35 @@ class ModuleModel(Model):
         except InputError as error:
             names = ", ".join(info.name for info in infos)
             raise type(error)(f"input {line.id}, layer {names}: {error}") from error
-        text = None if strings is None else line.text
-        return tuple(
-            CapturedInput(id=line.id, text=text, token_strings=strings or (), measure=TokenMeasure(tokens))
-            for tokens in found
-        )
+        return tuple(_captured_input(line, strings, tokens) for tokens in found)
 
 
-def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Model:
+def _captured_input(line: TextLine, strings: tuple[str, ...] | None, tokens: Tensor) -> CapturedInput:
+    text = None if strings is None else line.text
+    return CapturedInput(id=line.id, text=text, token_strings=strings or (), measure=TokenMeasure(tokens))
+
+
+def load_model(name: str | Path, *, device: str | torch.device = "cpu", head: bool = False) -> Model:
     """Load a model by name.
 
     Args:
         name: ``minilm`` (all-MiniLM-L6-v2, extra ``demo``), a Hugging Face directory or hub name (``AutoModel``, no
             remote code), or a ``.safetensors``/``.npz`` file of bare attention weights.
         device: Where the weights go.
+        head: Load the model with the head that its configuration names; names of layers then begin with the base model.
 
     Returns:
         The model in float64: ``layers()`` lists, ``layer(name)`` specifies, ``capture(name, texts)`` gives inputs.
 
     Raises:
         InputError: Nothing of that name can be loaded; says why and what to give instead.
+        UnsupportedModelError: A head that is not read.
     """
     if torch.device(device).type == "meta":
         raise InputError("device 'meta' holds shapes without values; give cpu, or cuda where there is a GPU")
     if Path(name).suffix in SUFFIXES and not Path(name).is_dir():
         return WeightsFile(name, device=device)
-    pretrained = load_pretrained(str(name))
+    pretrained = load_pretrained(str(name), classes=readable_classes() if head else None)
     module = pretrained.module.to(device)
     return ModuleModel(module, name=str(name), pretrained=pretrained, owned=True)
 

@@ -1,7 +1,7 @@
 """Loading Hugging Face models and tokenizers in float64; the only file that imports transformers."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -58,29 +58,30 @@ def minilm_directory() -> Path:
     return Path(get_model_path())
 
 
-def load_pretrained(name: str) -> Pretrained:
-    """Load the base model of a directory or hub name by ``AutoModel``, in float64, without code of the repository.
+def load_pretrained(name: str, *, classes: Collection[str] | None = None) -> Pretrained:
+    """Load the model of a directory or hub name in float64, without code of the repository.
 
     A directory is never looked up on the network, nor is a hub name that is in the local cache.
 
     Args:
         name: ``minilm``, a directory with ``config.json``, or a hub name such as ``bert-base-uncased``.
+        classes: Names of the classes that may be loaded with their head; None loads the base model by ``AutoModel``.
 
     Returns:
         The model, in eval mode.
 
     Raises:
         InputError: No such directory or hub model, no answer from the hub, a checkpoint that does not fill the model.
-        UnsupportedModelError: The model needs code from its repository.
+        UnsupportedModelError: The model needs code from its repository, or has a head of another class.
     """
     if name == MINILM:
-        return _load(str(minilm_directory()), local=True)
+        return _load(str(minilm_directory()), local=True, classes=classes)
     path = Path(name).expanduser()
     if path.is_dir():
         refuse_changed_directory(name, path)
         if not (path / "config.json").is_file():
             raise InputError(f"{name} holds no config.json; give the directory of a Hugging Face model")
-        return _load(str(path), local=True)
+        return _load(str(path), local=True, classes=classes)
     if path.exists():
         raise InputError(f"{name} is neither a directory nor a .safetensors or .npz file")
     if not _HUB_NAME.fullmatch(name):
@@ -91,7 +92,7 @@ def load_pretrained(name: str) -> Pretrained:
     folder = cached or _snapshot(name, local=False)
     if folder is not None:
         refuse_changed_directory(name, folder)
-    return _load(name, local=cached is not None)
+    return _load(name, local=cached is not None, classes=classes)
 
 
 class TextEncoder:
@@ -144,18 +145,19 @@ def longest_input(module: nn.Module) -> int | None:
     if not isinstance(positions, int) or positions < 1:
         return None
     # RoBERTa and its kin number positions from padding_idx + 1.
-    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
+    base = getattr(module, str(getattr(module, "base_model_prefix", "")), module)
+    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return positions if padding is None else positions - int(padding) - 1
 
 
-def _load(source: str, *, local: bool) -> Pretrained:
+def _load(source: str, *, local: bool, classes: Collection[str] | None) -> Pretrained:
     from safetensors import SafetensorError
-    from transformers import AutoModel
 
     try:
         with _quiet():
-            module, report = AutoModel.from_pretrained(
+            kind = _class(source, local=local, classes=classes)
+            module, report = kind.from_pretrained(
                 source,
                 local_files_only=local,
                 trust_remote_code=False,
@@ -163,19 +165,38 @@ def _load(source: str, *, local: bool) -> Pretrained:
                 ignore_mismatched_sizes=True,  # reported, and refused below by name
                 output_loading_info=True,
             )
+    except UnsupportedModelError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(f"{source} needs code from its own repository, which is never run") from error
         raise InputError(f"cannot load {source}: {first_line(error)}") from error
     refuse_changed_weights(source, report["unexpected_keys"])
-    _refuse_unfilled(source, report)
+    _refuse_unfilled(source, report, but="pooler" if classes is None or "For" not in kind.__name__ else None)
     module = module.to(torch.float64).eval().requires_grad_(False)
     return Pretrained(module=module, source=source, local=local, unread=tuple(sorted(report["unexpected_keys"])))
 
 
-def _refuse_unfilled(source: str, report: dict[str, Any]) -> None:
-    """A weight that the checkpoint lacks would be random; only the pooler behind the last layer may be."""
-    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+def _class(source: str, *, local: bool, classes: Collection[str] | None) -> Any:
+    """What to load a model with: the class that its configuration names, or ``AutoModel``."""
+    import transformers
+
+    names: Sequence[str] = ()
+    if classes is not None:
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        names = config.architectures or ()
+    if classes is None or not names:
+        return transformers.AutoModel
+    if len(names) > 1 or names[0] not in classes:
+        raise UnsupportedModelError(
+            f"{source} is a {' or '.join(names)}, whose head is not read; give head='states' or 'mean'"
+        )
+    return getattr(transformers, names[0])
+
+
+def _refuse_unfilled(source: str, report: dict[str, Any], *, but: str | None) -> None:
+    """A weight that the checkpoint lacks would be random; the pooler of a base model may be, nothing reads it."""
+    missing = sorted(key for key in report["missing_keys"] if but is None or but not in key)
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     if missing or mismatched or report["error_msgs"]:
         named = ", ".join([*missing, *mismatched, *report["error_msgs"]][:6])

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from attnrobust.attacks import DEFAULT_ATTACK, attack_for
 from attnrobust.attacks import attack as run_attack
-from attnrobust.attacks import attack_for
 from attnrobust.certify import certify
 from attnrobust.comparison import UnsoundError, join
 from attnrobust.errors import AlreadyViolatedError, AttnRobustError
@@ -77,7 +77,7 @@ def evaluate_row(task: RowTask, config: RunConfig) -> Row:
     try:
         problem = Problem(task.network, task.clean, task.threat, task.goal)
         values |= _problem_values(problem)
-        _answer(problem, config, values)
+        _answer(problem, task, config, values)
     except AlreadyViolatedError as error:
         values |= _misclassified(task, config, str(error))
     except UnsoundError as error:
@@ -92,7 +92,7 @@ def evaluate_row(task: RowTask, config: RunConfig) -> Row:
     )  # fmt: skip
 
 
-def _answer(problem: Problem, config: RunConfig, values: dict[str, Any]) -> None:
+def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str, Any]) -> None:
     """Fill ``values`` step by step, so that a later failure keeps what was computed before it."""
     certification = None
     if config.certifies:
@@ -101,11 +101,9 @@ def _answer(problem: Problem, config: RunConfig, values: dict[str, Any]) -> None
         values["message"] = certification.why_none or None
     if config.attack.method is None:
         return
-    values["attack"] = config.attack.method
-    method = attack_for(problem.threat, config.attack.method)
-    values["attack"] = method.name
+    values["attack"] = name = _attack_name(task, config.attack.method)
     result = run_attack(
-        problem, method=method, epsilon=config.attack.epsilon, seed=config.seed, budget=config.attack.budget()
+        problem, method=name, epsilon=config.attack.epsilon, seed=config.seed, budget=config.attack.budget()
     )
     values |= _attack_values(problem, result)
     values |= {"status": result.status, "message": result.note or values.get("message"), "problem": result.problem}
@@ -150,13 +148,18 @@ def _attack_values(problem: Problem, result: AttackResult) -> dict[str, Any]:
     }
 
 
+def _attack_name(task: RowTask, name: str) -> str:
+    """The attack's name in tables: that of the threat's own attack in place of the default."""
+    return attack_for(task.threat).name if name == DEFAULT_ATTACK else name
+
+
 def _misclassified(task: RowTask, config: RunConfig, message: str) -> dict[str, Any]:
     """Both radii are 0: the goal fails without any move."""
     values: dict[str, Any] = {"status": Status.MISCLASSIFIED, "message": message}
     if config.certifies:
         values |= {"certified_radius": 0.0, "certificate_kind": str(Kind.FLOAT64)}
     if config.attack.method is not None:
-        values |= {"attack": attack_for(task.threat, config.attack.method).name, "attack_radius": 0.0}
+        values |= {"attack": _attack_name(task, config.attack.method), "attack_radius": 0.0}
     return values
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedThreatError
 from attnrobust.threats.base import Threat
-from attnrobust.threats.moves import FrobeniusBall, PerTokenBall
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
 
 CausalOrder = Literal["tied", "strict"]
 """What a copy means under a causal mask: "tied", all copies of a token share its position and see each other;
@@ -31,13 +31,13 @@ class Copies(Threat):
     Args:
         copies: Most extra copies, >= 1.
         order: Meaning of a causal mask.
-        moves: How the atoms move, all of them together (a shared budget, or one for each); which tokens may move says
-            nothing about which ones are copied.
+        moves: How the atoms move: a Frobenius ball (one budget for all of them together) or per-token balls. Which
+            tokens may move says nothing about which ones are copied.
     """
 
     copies: int
     order: CausalOrder = "tied"
-    moves: FrobeniusBall | PerTokenBall = SHARED
+    moves: MoveThreat = SHARED
 
     def __post_init__(self) -> None:
         if self.copies < 1:

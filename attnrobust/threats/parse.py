@@ -99,7 +99,7 @@ def _copies(text: str, rest: str) -> Copies:
         return Copies(int(number), order)
     if moves.partition(":")[0] not in MOVES:
         raise UnknownNameError("order or moves of copies", moves, ("tied", "strict", *MOVES))
-    return Copies(int(number), order, _moves(moves))  # type: ignore[arg-type]  # refused by Copies
+    return Copies(int(number), order, _moves(moves))
 
 
 def _tokens(text: str, listed: str) -> tuple[int, ...]:

@@ -203,7 +203,7 @@ def test_bad_input_says_what_is_wrong() -> None:
     with pytest.raises(InputError, match="copies must be >= 1"):
         duplication_effect(case.attention, case.tokens.points, copies=0)
     with pytest.raises(UnsupportedThreatError, match="any-token"):
-        Copies(1, moves=AnyToken())  # type: ignore[arg-type]
+        Copies(1, moves=AnyToken())
     network = Problem(Network((case.attention,)), TokenMeasure(case.tokens.points), Copies(1), Displacement(0.5))
     with pytest.raises(UnsupportedThreatError, match="Network"):
         attack(network)

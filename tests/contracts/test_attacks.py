@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def distance_again(problem: Problem, result: AttackResult) -> float:
         assert atoms is not None
         return threat.distance(problem.clean, atoms)
     if isinstance(threat, Copies):
-        moves = replace(threat.moves, tokens=None)
+        moves = replace(cast("PerTokenBall", threat.moves), tokens=None)
         return float(moves.distance(atoms.displacement(problem.clean)))
     assert isinstance(threat, MoveThreat)
     return float(threat.distance(result.perturbed - problem.clean.points))

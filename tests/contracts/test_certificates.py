@@ -27,7 +27,19 @@ from attnrobust.problem import Problem
 from attnrobust.results import Status
 from attnrobust.threats.copies import Copies
 from attnrobust.tokens import TokenMeasure
-from tests.contracts.questions import GOALS, LAYERS, THREATS, Later, Loose, Rotary, accepted, ask, attention, clean
+from tests.contracts.questions import (
+    GOALS,
+    LAYERS,
+    THREATS,
+    Later,
+    Loose,
+    Rotary,
+    accepted,
+    ask,
+    attention,
+    clean,
+    draw,
+)
 from tests.methods import EVERY_METHOD
 
 QUICK = AttackBudget(restarts=1, steps=3, rounds=1)
@@ -111,6 +123,16 @@ def test_a_rotation_of_queries_and_keys_is_not_certified(threat: object) -> None
         report = certify(ask(layer, threat, goal))  # type: ignore[arg-type]
         assert report.certificates == ()
         assert all("Rotary" in skipped.reason for skipped in report.skipped)
+
+
+def test_the_rotation_that_was_certified_above_its_attack() -> None:
+    """Before layers were declared by their exact types, this problem was certified at 0.088; it breaks at 0.0652."""
+    w_q, w_k, w_v = (3.0 * draw(1, 2, 2, seed=10 + i) for i in range(3))
+    layer = Rotary(w_q=w_q, w_k=w_k, w_v=w_v)
+    problem = ask(layer, goal=Displacement(0.5, pool="mean"), tokens=TokenMeasure(draw(3, 2, seed=2)))
+    comparison = compare(problem, budget=AttackBudget(restarts=4, steps=20, rounds=1))
+    assert comparison.attack.radius < 0.07
+    assert comparison.certification.best is None
 
 
 def test_a_rotated_layer_is_still_attacked_as_it_is() -> None:

@@ -14,7 +14,7 @@ from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.lipschitz.derivative import JacobianNorm, derivative_norm
 from attnrobust.lipschitz.eigenvector_inputs import finite_lower, mean_field_lower
 from attnrobust.lipschitz.search import lipschitz_search
-from attnrobust.lipschitz.starts import Masses
+from attnrobust.lipschitz.starts import LIGHTEST, Masses, eigenvector_inputs
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most, assert_same_bits, shapes_unchecked
@@ -150,3 +150,11 @@ def test_bad_input_says_what_is_wrong() -> None:
     huge = scaled_identity(1e200, 2)
     with pytest.raises(InputError, match="no start gave a finite derivative"):
         lipschitz_search(huge, zeros(2, 2) + 1e200, 1e199, planted=False, restarts=2, steps=2)
+
+
+def test_an_atom_of_a_start_whose_mass_underflows_does_not_end_the_search() -> None:
+    eye = torch.eye(2, dtype=torch.float64)[None]
+    layer = Attention(w_q=eye, w_k=eye, w_v=eye)
+    assert min(float(logits.min()) for _, logits in eigenvector_inputs(layer, 3, 20.0, "free")) == LIGHTEST
+    result = lipschitz_search(layer, torch.zeros(3, 2, dtype=torch.float64), epsilon=20.0, masses="free", steps=4)
+    assert 0.0 < result.lower.value < math.inf

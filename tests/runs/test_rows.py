@@ -83,7 +83,7 @@ def test_seed_and_options_reach_both_sides(monkeypatch: pytest.MonkeyPatch) -> N
     evaluate_row(task(), config)
     budget = AttackBudget(restarts=3)
     assert seen == {
-        "certify": {"methods": ("displacement",), "seed": 5, "threat": None},
+        "certify": {"methods": ("displacement",), "seed": 5},
         "attack": {"method": "token-moving", "epsilon": 0.3, "seed": 5, "budget": budget},
     }
 

@@ -187,7 +187,7 @@ class _Query:
     def _shares(self, delta: Tensor) -> Tensor:
         goal = self.problem.resolved
         output = self.problem.network(self.problem.clean.points + delta, self.problem.mass)
-        shares: Tensor = goal.changes(output) / goal.budgets
+        shares: Tensor = goal.changes(output) / goal.violated_at
         return shares
 
     @torch.no_grad()

@@ -127,12 +127,14 @@ def expanded_goal(problem: Problem, parent: Tensor, mass: Tensor, row_scale: Ten
     goal = problem.resolved
     if goal.weights is None:
         clean = goal.clean[parent] * row_scale[:, None]
-        return ScaledGoal(None, None, goal.budgets, clean, row_scale=row_scale)
+        return ScaledGoal(None, None, goal.budgets, clean, rounding=goal.rounding, row_scale=row_scale)
     weights = mass
     row = goal_row(problem)
     if row is not None:
         weights = torch.nn.functional.one_hot((parent == row).nonzero()[0, 0], parent.shape[0]).to(mass)
-    return ResolvedGoal(weights, goal.functionals, goal.budgets, goal.clean, goal.classes, goal.label)
+    return ResolvedGoal(
+        weights, goal.functionals, goal.budgets, goal.clean, goal.classes, goal.label, rounding=goal.rounding
+    )
 
 
 def goal_row(problem: Problem) -> int | None:

@@ -32,7 +32,7 @@ class MeasureReader(Reading):
 
     def __init__(self, problem: Problem, mass: Float[Tensor, "m"], parent: Int[Tensor, "m"]) -> None:
         self._expanded = expanded_problem(problem, parent, mass, row_scale=(mass * problem.clean.n).sqrt())
-        self._mass, self._budget = mass, problem.resolved.budgets[0] / problem.clean.n**0.5
+        self._mass, self._budget = mass, problem.resolved.violated_at[0] / problem.clean.n**0.5
         whole = problem.resolved.weights is None
         self._clean = TokenMeasure(problem.clean_output, problem.clean.mass) if whole else None
         self._problem, self._parent = problem, parent

@@ -77,11 +77,11 @@ def _usage(problem: Problem, layer: TokenMap, parent: Tensor, mass: Tensor, poin
     output, goal, row = layer(points, mass), problem.resolved, goal_row(problem)
     if goal.weights is None:
         squares = ((output - goal.clean[parent]) ** 2).sum(dim=-1)
-        rooted: Tensor = (problem.clean.n * (mass * squares).sum()).sqrt() / goal.budgets[0]
+        rooted: Tensor = (problem.clean.n * (mass * squares).sum()).sqrt() / goal.violated_at[0]
         return rooted
     pooled = mass @ output if row is None else output[(parent == row).nonzero()[0, 0]]
     difference = pooled - goal.clean
     if goal.functionals is None:
         length: Tensor = torch.linalg.vector_norm(difference)
-        return length / goal.budgets[0]
-    return (-(goal.functionals @ difference) / goal.budgets).amax()
+        return length / goal.violated_at[0]
+    return (-(goal.functionals @ difference) / goal.violated_at).amax()

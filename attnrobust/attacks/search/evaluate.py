@@ -12,6 +12,7 @@ from torch import Tensor
 from attnrobust.attacks.search.pullback import AttentionTape, PreparedAttention, covers
 from attnrobust.goals import ResolvedGoal
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics.running_error import gamma
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 
@@ -34,6 +35,10 @@ class ScaledGoal(ResolvedGoal):
         """Every row times its factor."""
         return output * self.row_scale[:, None]
 
+    def pooled_rounding(self, output: Float[Tensor, "n e"], error: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
+        """Every row's error times its factor, and one product's rounding."""
+        return self.pooled(error) + gamma(1) * self.pooled(output.abs())
+
 
 @dataclass(frozen=True, eq=False)
 class StackedGoal:
@@ -42,7 +47,7 @@ class StackedGoal:
     Args:
         weights: Row weights (p, n), or None where every row counts.
         functionals: (p, c, e), or None for displacements.
-        budgets: (p, c).
+        budgets: What a change must reach to be a violation, rounding included (p, c).
         clean: Pooled clean outputs (p, n, e) or (p, e).
         row_scale: Factors on the rows of a displacement (p, n), or None where every row counts alike.
     """
@@ -60,7 +65,7 @@ class StackedGoal:
         return cls(
             weights=None if first.weights is None else torch.stack([_present(g.weights) for g in goals]),
             functionals=None if first.functionals is None else torch.stack([_present(g.functionals) for g in goals]),
-            budgets=torch.stack([g.budgets for g in goals]),
+            budgets=torch.stack([g.violated_at for g in goals]),
             clean=torch.stack([g.clean for g in goals]),
             row_scale=torch.stack([g.row_scale for g in goals if isinstance(g, ScaledGoal)])
             if isinstance(first, ScaledGoal)

@@ -61,7 +61,7 @@ def worst_copies(problem: Problem, *, copies: int = 1) -> WorstCopies:
         raise UnsupportedThreatError(f"copies: {reason}")
     best = WorstCopies((0,) * problem.clean.n, 0.0)
     for extra, changes in _enumerate(asked):
-        used = (changes / problem.resolved.budgets).amax(dim=-1)
+        used = (changes / problem.resolved.violated_at).amax(dim=-1)
         top = int(used.argmax())
         if float(used[top]) > best.usage:
             best = WorstCopies(tuple(int(e) for e in extra[top]), float(used[top]))

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.certify.closed_form.dasoulas2021_lipschitznorm import LipschitzNormGlobal, joint_constant
+from attnrobust.certify.closed_form.dasoulas2021_lipschitznorm import (
+    LipschitzNormGlobal,
+    constant_through_joint,
+    joint_constant,
+)
 from attnrobust.errors import InputError
 from attnrobust.goals import Displacement
 from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention
@@ -50,3 +54,15 @@ def test_lipschitznorm_joint_constant() -> None:
     assert derived <= 4.0 * best
     with pytest.raises(InputError, match="form"):
         joint_constant(3, form="printed")
+
+
+def test_lipschitznorm_constant_through_the_joint_one() -> None:
+    """Tokens (q, k, v) carry over with norm 1, equal blocks with sqrt(3); heads side by side are stacked."""
+    blocks = torch.eye(6, dtype=torch.float64).reshape(6, 3, 2).permute(1, 0, 2)[:, None]
+    joint = joint_constant(4).value
+    apart = LipschitzNormAttention(w_q=blocks[0], w_k=blocks[1], w_v=blocks[2])
+    assert constant_through_joint(apart, 4).value == pytest.approx(joint, rel=1e-9)
+    same = LipschitzNormAttention(w_q=blocks[0], w_k=blocks[0], w_v=blocks[0])
+    assert constant_through_joint(same, 4).value == pytest.approx(3**0.5 * joint, rel=1e-9)
+    two = LipschitzNormAttention(**{w: torch.cat([blocks[0], blocks[0]]) for w in ("w_q", "w_k", "w_v")})
+    assert constant_through_joint(two, 4).value == pytest.approx(6**0.5 * joint, rel=1e-9)

@@ -297,7 +297,7 @@ def test_small_radii_cost_little_more_than_the_first_order() -> None:
     """At most a little more than linear, and never below what an attack uses (negative curvature: below linear)."""
     problem = margin_problem(case_named("plain-h1-n2-d2"), FrobeniusBall())
     bound = METHOD.prepare(problem, seed=0)
-    gradient = drop_gradient(rows_for(problem, FrobeniusBall()))
+    gradient = torch.from_numpy(drop_gradient(rows_for(problem, FrobeniusBall())))
     for radius in (1e-3, 1e-2):
         linear = radius * float(np.linalg.norm(gradient)) / float(problem.resolved.budgets[0])
         used, reached = bound.usage(radius).value, attack(problem, epsilon=radius).usage

@@ -48,7 +48,7 @@ def test_what_is_not_sound_is_refused_with_a_cure(threat: Threat, name: str, poo
 def test_other_threats_layers_and_names_are_refused() -> None:
     case = case_named("plain-h2-n3-d4")
     with refused(UnsupportedThreatError, "frobenius or per-token"):
-        Copies(1, moves=AnyToken())  # type: ignore[arg-type]
+        Copies(1, moves=AnyToken())
     layer = L2Attention(w_q=torch.eye(4)[None], w_v=torch.eye(4)[None])
     other = Problem(layer, case.tokens, CouplingBall(math.inf), Displacement(0.1))
     assert all(

@@ -1,0 +1,66 @@
+"""GPT-2: pre-norm, causal, a final LayerNorm; heads on the last token or on every one."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from attnrobust.layers.graph.normalise import Normalise
+from attnrobust.layers.graph.rows import PoolRow
+from attnrobust.models.adapters import class_path
+from attnrobust.models.networks import heads
+from attnrobust.models.networks.block_layout import BlockLayout, join
+from attnrobust.models.networks.heads import HIDDEN, LOGITS, HeadReader, affine, choose_head, picked
+from attnrobust.models.networks.parts import read_norm, require_class
+from attnrobust.models.networks.pieces import Single
+from attnrobust.models.networks.plan import Head, Plan, Wanted
+
+_FILE = "transformers.models.gpt2.modeling_gpt2"
+
+LAYOUT = BlockLayout(
+    attention="attn",
+    norm_1="ln_1",
+    first="mlp.c_fc",
+    activation="mlp.act",
+    second="mlp.c_proj",
+    norm_2="ln_2",
+    pre_norm=True,
+    classes={"": (f"{_FILE}.GPT2Block",), "mlp": (f"{_FILE}.GPT2MLP",)},
+)
+
+
+class Gpt2Reader:
+    """Reads the classes of ``HEADS``."""
+
+    def classes(self) -> tuple[str, ...]:
+        return tuple(HEADS)
+
+    def plan(self, model: nn.Module, wanted: Wanted) -> Plan:
+        own = HEADS[class_path(model)]
+        base = "" if own is None else "transformer"
+        require_class(model, base, f"{_FILE}.GPT2Model")
+        count = len(list(model.get_submodule(join(base, "h")).children()))
+        blocks = tuple(LAYOUT.read(model, join(base, "h", str(k))) for k in range(count))
+        final = Single(join(base, "ln_f"), Normalise(read_norm(model, join(base, "ln_f"))))
+        head = choose_head(model, wanted, own, base=base, attribute=HIDDEN)
+        return Plan(type(model).__name__, (*blocks, final), head)
+
+
+def _next_word(model: nn.Module, row: int | None) -> Head:
+    """Scores of the word after a token, by default after the last one."""
+    row = -1 if row is None else row
+    return Head(heads.CAUSAL, *picked(row, affine(model, "lm_head"), "", LOGITS))
+
+
+def _sequence(model: nn.Module, row: int | None) -> Head:
+    """A linear map of the last token; where the model takes another one (padding), the check refuses."""
+    heads.refuse_row(heads.SEQUENCE, row)
+    nodes = (("last", PoolRow(-1)), *affine(model, "score"))
+    return Head(heads.SEQUENCE, nodes, attribute=LOGITS, labels=heads.labels(model))
+
+
+HEADS: Mapping[str, HeadReader | None] = {
+    f"{_FILE}.GPT2Model": None,
+    f"{_FILE}.GPT2LMHeadModel": _next_word,
+    f"{_FILE}.GPT2ForSequenceClassification": _sequence,
+    f"{_FILE}.GPT2ForTokenClassification": heads.classify_tokens,
+}
