@@ -1,11 +1,18 @@
 """The true point of a move in a conic relaxation: every variable from its definition, by plain evaluation."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from attnrobust.certify.conic.margin_program import Assembly
+from attnrobust.certify.conic.basis import Bases
+from attnrobust.certify.conic.margin_program import Assembly, margin_program
 from attnrobust.certify.conic.program import Cone, ConicProgram
 from attnrobust.certify.conic.relaxation import Block
+from attnrobust.certify.conic.row import MoveSet, Row, move_set, rows_of
+from attnrobust.goals import Margin
+from attnrobust.problem import Problem
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
+from tests.cases import Case
 
 Array = NDArray[np.float64]
 
@@ -89,3 +96,34 @@ def violations(program: ConicProgram, x: Array) -> dict[str, float]:
         matrix[np.triu_indices(block.size)] = x[block.index]
         out["trace"] = max(out.get("trace", -np.inf), float(np.trace(matrix)) - block.trace)
     return out
+
+
+THREATS: tuple[FrobeniusBall | PerTokenBall, ...] = (
+    FrobeniusBall(), FrobeniusBall(tokens=(0,)), PerTokenBall(), PerTokenBall(norm="linf"),
+    PerTokenBall(norm="l1", tokens=(0,)),
+)  # fmt: skip
+
+
+def margin_problem(case: Case, threat: MoveThreat, *, classes: int = 2, row: int | None = None) -> Problem:
+    """A margin that holds at the clean input."""
+    draw = torch.Generator().manual_seed(case.n + 7 * classes)
+    weight = torch.randn(classes, case.attention.out_width, generator=draw, dtype=torch.float64)
+    bias = torch.randn(classes, generator=draw, dtype=torch.float64)
+    goal = Margin(weight=weight, bias=bias, pool="mean" if row is None else row)
+    return Problem(case.attention, case.tokens, threat, goal)
+
+
+def rows_for(problem: Problem, threat: FrobeniusBall | PerTokenBall) -> tuple[Row, ...]:
+    resolved = problem.resolved
+    assert resolved.functionals is not None
+    assert resolved.weights is not None
+    movable = threat.movable(problem.clean.n)
+    return tuple(rows_of(problem, resolved.functionals[0], resolved.weights, movable))
+
+
+def assembled(problem: Problem, radius: float, *, bases: Bases = "aligned") -> tuple[Assembly, MoveSet]:
+    threat = problem.threat
+    assert isinstance(threat, FrobeniusBall | PerTokenBall)
+    reach = move_set(threat, problem.clean.n, problem.clean.width, radius)
+    budget = float(problem.resolved.budgets[0])
+    return margin_program(rows_for(problem, threat), reach, budget=budget, bases=bases), reach

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -143,3 +144,24 @@ def form_root(matrix: Tensor, moves: Tensor) -> Tensor:
     """``X(D)^{1/2}`` for a batch of moves."""
     flat = moves.flatten(1)
     return ((flat @ matrix) * flat).sum(dim=1).clamp_min(0.0).add(1e-300).sqrt()
+
+
+SLACK = 1.0 + 1e-9  # rounding of the measured side only
+SELECTIONS = [(name, None) for name in SMALL_CASES] + [("biases", (1,)), ("causal-biases-strong", (0, 4))]
+selected = pytest.mark.parametrize(("name", "tokens"), SELECTIONS)
+
+
+def taking_turns(*pairs: tuple[tuple[object, ...], tuple[object, ...]]) -> list[tuple[object, ...]]:
+    """Every selection with two sets of options; the sets take turns, so that each option meets most rows."""
+    return [(*selection, *some) for index, selection in enumerate(SELECTIONS) for some in pairs[index % len(pairs)]]
+
+
+two_pools = pytest.mark.parametrize(
+    ("name", "tokens", "pool"),
+    taking_turns((("all",), ("mean",)), (("mean",), (0,)), ((0,), ("all",))),
+)
+
+
+def floor(rows: MovingRows) -> float:
+    """Size of rounding in the measured quantities."""
+    return 1e-13 * (1.0 + float(rows.clean.values.abs().max()) + float(rows.clean.keys.abs().max()))

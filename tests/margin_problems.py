@@ -5,10 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+from attnrobust.certify.margin.one_token.descent import SHARES, SIGNED
+from attnrobust.certify.margin.trust_region import Quadratic
+from attnrobust.certify.shared.constants import MoveBudget
 from attnrobust.goals import Margin, Pool, pool_weights
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import FrobeniusBall, MoveThreat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat
 from attnrobust.tokens import TokenMeasure
 from tests.stress import Draw
 
@@ -56,3 +59,38 @@ def random_problem(seed: int, threat: MoveThreat | None = None) -> Problem:
     bias = -(readout @ pooled)
     bias[0] += draw.between(0.05, 2.0) * (0.1 + float(readout.std() * pooled.norm()))
     return Problem(layer, clean, threat or FrobeniusBall(), Margin(weight=readout, bias=bias, pool=pool, label=0))
+
+
+def frobenius(problem: Problem, radius: float) -> MoveBudget:
+    n, d = problem.clean.points.shape
+    threat = problem.moves
+    return MoveBudget(radius * threat.frobenius_factor(n, d), radius * threat.token_factor(n, d), radius)
+
+
+def radius_of(problem: Problem, share: float) -> float:
+    return share * float(problem.clean.points.norm()) / problem.clean.n**0.5
+
+
+def random_quadratic(seed: int, size: int) -> tuple[Tensor, Quadratic]:
+    draw = Draw(seed)
+    matrix = draw.normal(size, size)
+    matrix = 0.5 * (matrix + matrix.T)
+    gradient = draw.normal(size)
+    if seed % 2:  # hard case: no gradient along the leading eigenvector
+        top = torch.linalg.eigh(matrix)[1][:, -1]
+        gradient = 0.1 * (gradient - (gradient @ top) * top)
+    return matrix, Quadratic(lambda v: v @ matrix, gradient)
+
+
+def any_token(seed: int) -> Problem:
+    problem = random_problem(seed)
+    return Problem(problem.network, problem.clean, AnyToken(), problem.goal)
+
+
+def perturbed(draw: Draw, name: str, value: Tensor) -> Tensor:
+    """Another legal value of a parameter: references and curves of any sign, positive ones over two decades."""
+    if name in SIGNED:
+        return value + 10 ** draw.between(-2.0, 0.5) * draw.normal(*value.shape)
+    if name in SHARES:
+        return (value + 0.4 * draw.normal(*value.shape)).clamp(0.0, 1.0)
+    return value * 10 ** (0.5 * draw.normal(*value.shape))

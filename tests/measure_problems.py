@@ -9,13 +9,15 @@ from torch import Tensor
 
 from attnrobust.attacks.measures.expand import expand_layer, goal_row
 from attnrobust.attacks.measures.goal import MeasureReader
-from attnrobust.certify import METHODS, CertificateMethod, PreparedBound
+from attnrobust.certify import METHODS, CertificateMethod, PreparedBound, certify
 from attnrobust.goals import Displacement, Goal, Margin, Pool
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
+from attnrobust.threats.base import Threat
 from attnrobust.threats.measures import CouplingBall, MeasureThreat, WassersteinBall
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import PerturbedTokens, TokenMeasure
+from tests.cases import case_named
 
 ORDERS = (1, 2, math.inf)
 KINDS = ("plain", "masses", "biases", "saturated", "equal", "single", "clusters", "heads", "causal", "masked", "large")
@@ -197,3 +199,19 @@ def _objective(problem: Problem, points: Tensor, mass: Tensor, parent: Tensor, d
     if goal.functionals is None:
         return (pooled - goal.clean).square().sum() + 1e-6 * (pooled * direction).sum()
     return (-((pooled - goal.clean) @ goal.functionals.T) / goal.budgets).amax()
+
+
+def one_head(a: list[list[float]], v: list[list[float]]) -> Attention:
+    """Scores ``(A x_i) . x_j``, values ``V x_j``."""
+    matrix, value = torch.tensor(a).double(), torch.tensor(v).double()
+    eye = torch.eye(matrix.shape[0]).double()
+    return Attention(w_q=matrix.T.contiguous()[None], w_k=eye[None], w_v=value.T.contiguous()[None], scale=1.0)
+
+
+def radius_of(problem: Problem, threat: Threat, method: str) -> float:
+    return certify(replace(problem, threat=threat), methods=[method]).certificates[0].radius
+
+
+def ask(threat: Threat, *, name: str = "plain-h2-n3-d4", pool: Pool = "all") -> Problem:
+    case = case_named(name)
+    return Problem(case.attention, case.tokens, threat, Displacement(0.1, pool=pool))

@@ -43,16 +43,11 @@ def masses(case: Case) -> Tensor | None:
 
 
 def test_output_is_the_reference(every_case: Case) -> None:
-    mass = masses(every_case)
-    expected = reference.attention(
-        every_case.tokens.points.numpy(),
-        **reference.arguments(every_case.attention),
-        mass=None if mass is None else mass.numpy(),
-    )
+    layer, points, mass = every_case.attention, every_case.tokens.points, masses(every_case)
+    given = None if mass is None else mass.numpy()
+    expected = torch.from_numpy(reference.attention(points.numpy(), **reference.arguments(layer), mass=given))
     # 1e-12: at most 32 terms a sum and scores up to a few hundred, whose rounding the exponential multiplies by itself
-    assert_close(
-        every_case.attention(every_case.tokens.points, mass), torch.from_numpy(expected), rtol=1e-12, what="output"
-    )
+    assert_close(layer(points, mass), expected, rtol=1e-12, what="output")
 
 
 def test_weights_are_the_reference(case: Case) -> None:

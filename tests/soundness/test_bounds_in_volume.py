@@ -24,9 +24,9 @@ from attnrobust.problem import Problem, TokenMap
 from attnrobust.tokens import TokenMeasure
 from tests import stress
 from tests.cases import Case, goals, threats
-from tests.certify.closed_form.test_other_layers import LAYERS
 from tests.measure_problems import Draw
 from tests.methods import MOVING_METHODS
+from tests.seeded_variants import LAYERS
 
 pytestmark = pytest.mark.slow
 RANDOM, ASCENDED = 1000, 100

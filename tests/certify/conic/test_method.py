@@ -10,13 +10,10 @@ from numpy.typing import NDArray
 
 from attnrobust.attacks import attack
 from attnrobust.certify.conic import method as conic
-from attnrobust.certify.conic.basis import Bases, away_from, norm_upper, orthonormal
-from attnrobust.certify.conic.margin_program import Assembly, drop_gradient, margin_program, moves_of
+from attnrobust.certify.conic.basis import Bases
+from attnrobust.certify.conic.margin_program import drop_gradient
 from attnrobust.certify.conic.method import ConicMargin
-from attnrobust.certify.conic.program import Affine, Box, Cone, ConicProgram, MomentMatrix, in_dual_cone, repaired_bound
-from attnrobust.certify.conic.ranges import row_ranges
-from attnrobust.certify.conic.row import MoveSet, Row, move_set, rows_of
-from attnrobust.certify.conic.size import size_of
+from attnrobust.certify.conic.program import repaired_bound
 from attnrobust.certify.conic.solver import solve
 from attnrobust.certify.radius import LARGEST
 from attnrobust.certify.registry import method_named
@@ -28,8 +25,8 @@ from attnrobust.results import Kind
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most
-from tests.cases import Case, case_named
-from tests.conic_points import true_point, violations
+from tests.cases import case_named
+from tests.conic_points import THREATS, assembled, margin_problem, rows_for, true_point, violations
 
 Array = NDArray[np.float64]
 METHOD = ConicMargin()
@@ -53,35 +50,6 @@ HARD = (
     "key-offset-only-w_q-zero", "uniform-w_q-zero-masses", "low-rank", "causal-masses", "padding-causal",
     "finite-mask-masses", "self-only", "masses-one-dominates",
 )  # fmt: skip
-THREATS: tuple[FrobeniusBall | PerTokenBall, ...] = (
-    FrobeniusBall(), FrobeniusBall(tokens=(0,)), PerTokenBall(), PerTokenBall(norm="linf"),
-    PerTokenBall(norm="l1", tokens=(0,)),
-)  # fmt: skip
-
-
-def margin_problem(case: Case, threat: MoveThreat, *, classes: int = 2, row: int | None = None) -> Problem:
-    """A margin that holds at the clean input."""
-    draw = torch.Generator().manual_seed(case.n + 7 * classes)
-    weight = torch.randn(classes, case.attention.out_width, generator=draw, dtype=torch.float64)
-    bias = torch.randn(classes, generator=draw, dtype=torch.float64)
-    goal = Margin(weight=weight, bias=bias, pool="mean" if row is None else row)
-    return Problem(case.attention, case.tokens, threat, goal)
-
-
-def rows_for(problem: Problem, threat: FrobeniusBall | PerTokenBall) -> tuple[Row, ...]:
-    resolved = problem.resolved
-    assert resolved.functionals is not None
-    assert resolved.weights is not None
-    movable = threat.movable(problem.clean.n)
-    return tuple(rows_of(problem, resolved.functionals[0], resolved.weights, movable))
-
-
-def assembled(problem: Problem, radius: float, *, bases: Bases = "aligned") -> tuple[Assembly, MoveSet]:
-    threat = problem.threat
-    assert isinstance(threat, FrobeniusBall | PerTokenBall)
-    reach = move_set(threat, problem.clean.n, problem.clean.width, radius)
-    budget = float(problem.resolved.budgets[0])
-    return margin_program(rows_for(problem, threat), reach, budget=budget, bases=bases), reach
 
 
 def moves_inside(problem: Problem, radius: float, *, seed: int) -> torch.Tensor:
@@ -194,33 +162,6 @@ def test_remainder_weight_is_between_its_two_quadratics() -> None:
         assert (mass >= low * u**2 / 2 - 1e-14).all()
 
 
-def test_ranges_of_logits_and_weights_are_reached_within_a_factor() -> None:
-    case = case_named("plain-h1-n5-d4")
-    problem = margin_problem(case, FrobeniusBall(), row=0)
-    (row,) = rows_for(problem, FrobeniusBall())
-    ranges = row_ranges(row, move_set(FrobeniusBall(), 5, 4, 0.1))
-    linear = np.linalg.norm(row.directions.reshape(5, -1), axis=1) * 0.1
-    assert (ranges.logit >= linear).all()
-    assert (ranges.logit <= 1.2 * linear + 0.02).all()
-    assert (np.exp(ranges.log_low) <= row.weight).all()
-    assert (row.weight <= np.exp(ranges.log_high)).all()
-
-
-# ---- bases ---------------------------------------------------------------------------------------------------------
-
-
-def test_bases_span_their_vectors_and_know_when_they_are_complete() -> None:
-    draw = np.random.default_rng(2)
-    few = draw.normal(size=(2, 5))
-    basis = orthonormal(np.vstack([few, few.sum(axis=0), np.zeros(5)]))
-    assert basis.shape == (5, 2)
-    np.testing.assert_allclose(few @ basis @ basis.T, few, atol=1e-13)
-    np.testing.assert_array_equal(orthonormal(draw.normal(size=(9, 4))), np.eye(4))
-    assert not away_from(np.eye(4)).any()
-    assert norm_upper(np.zeros((3, 3))) == 0.0
-    assert orthonormal(np.zeros((1, 3))).shape == (3, 1)
-
-
 # ---- the repaired bound --------------------------------------------------------------------------------------------
 
 
@@ -248,69 +189,6 @@ def test_any_multipliers_prove_a_true_bound(name: str) -> None:
         spoilt = [y + size * draw.normal(size=len(y)) for y in found.values]
         assert repaired_bound(program, spoilt) <= lowest
     assert repaired_bound(program, [y * math.nan for y in found.values]) == -math.inf
-
-
-def test_multipliers_are_moved_into_the_dual_cones() -> None:
-    draw = np.random.default_rng(4)
-    y = draw.normal(size=300) * np.exp(draw.normal(size=300) * 2)
-    x, height = draw.normal(size=5000) * 3, draw.exponential(size=5000)
-    scale = draw.exponential(size=5000)
-    exponential = np.stack([x * scale, scale, scale * (np.exp(x) + height * (draw.random(5000) < 0.5))], axis=1)
-    vectors = draw.normal(size=(5000, 2))
-    second = np.column_stack([np.linalg.norm(vectors, axis=1) + height * (draw.random(5000) < 0.5), vectors])
-    for cone, members in ((Cone.EXPONENTIAL, exponential), (Cone.SECOND_ORDER, second)):
-        fixed = in_dual_cone(cone, y).reshape(-1, 3)
-        products = members @ fixed.T
-        assert (products >= -1e-12 * (np.abs(members) @ np.abs(fixed).T)).all()
-        np.testing.assert_allclose(in_dual_cone(cone, fixed.ravel()).reshape(-1, 3), fixed, rtol=1e-11)
-    assert (in_dual_cone(Cone.NONNEGATIVE, y) >= 0).all()
-    np.testing.assert_array_equal(in_dual_cone(Cone.ZERO, y), y)
-
-
-def test_tangents_of_the_exponential_keep_their_direction() -> None:
-    # The multiplier of the tangent at a is (-e^a, -e^a (1 - a), 1); it is in the dual cone already.
-    for a in (-20.0, -1.0, 0.0, 2.0):
-        tangent = np.array([-math.exp(a), -math.exp(a) * (1 - a), 1.0])
-        np.testing.assert_allclose(in_dual_cone(Cone.EXPONENTIAL, tangent), tangent, rtol=1e-12)
-        low = tangent * [1, 1, 0.5]
-        np.testing.assert_allclose(in_dual_cone(Cone.EXPONENTIAL, low), tangent, rtol=1e-12)
-
-
-def test_without_rows_the_bound_is_the_exact_minimum_over_the_domains() -> None:
-    draw = np.random.default_rng(5)
-    for threat in THREATS:
-        reach = move_set(threat, 4, 3, 0.7)
-        moving = int(threat.movable(4).sum())
-        moves = moves_of(np.arange(moving * 3).reshape(moving, 3), reach)
-        block = MomentMatrix(moving * 3 + np.arange(6), 3, 2.0)
-        box = Box(moving * 3 + 6 + np.arange(2), np.array([-1.0, 0.0]), np.array([2.0, 3.0]))
-        cost = draw.normal(size=moving * 3 + 8)
-        program = ConicProgram(cost, 0.25, (), (box,), (block,), moves, np.ones(len(cost)))
-        full = torch.zeros(4, 3, dtype=torch.float64)
-        full[threat.movable(4)] = torch.tensor(cost[moves.index])
-        farthest = -0.7 * float(threat.dual_norm(full)) / reach.token
-        a, b = cost[box.index]
-        lowest = min(-a, 2 * a) + min(0.0, 3 * b)
-        smallest = float(np.linalg.eigvalsh(block.matrix(cost[block.index]))[0])
-        exact = 0.25 + farthest + lowest + 2.0 * min(0.0, smallest)
-        assert repaired_bound(program, []) <= exact
-        assert repaired_bound(program, []) == pytest.approx(exact, abs=1e-10)
-
-
-def test_moment_entries_and_their_gradient_matrix_agree() -> None:
-    draw = np.random.default_rng(6)
-    block, gradient, vector = MomentMatrix(np.arange(10), 4, 1.0), draw.normal(size=10), draw.normal(size=4)
-    entries = np.outer(vector, vector)[np.triu_indices(4)]
-    assert float(entries @ gradient) == pytest.approx(float(vector @ block.matrix(gradient) @ vector))
-
-
-def test_affine_functions_add_scale_and_map() -> None:
-    f = Affine(np.array([[1.0, 2.0], [0.0, -1.0]]), np.array([3.0, 0.5]))
-    x = np.array([2.0, -1.0])
-    np.testing.assert_allclose((1.0 - f * np.array([2.0, 4.0])).values(x), 1.0 - np.array([2.0, 4.0]) * f.values(x))
-    np.testing.assert_allclose((np.array([1.0, 2.0]) - f).values(x), np.array([1.0, 2.0]) - f.values(x))
-    np.testing.assert_allclose(f.total(np.array([1.0, -1.0])).values(x), [f.values(x)[0] - f.values(x)[1]])
-    np.testing.assert_allclose((f + f - f).values(x), f.values(x))
 
 
 # ---- the certificate -----------------------------------------------------------------------------------------------
@@ -460,35 +338,6 @@ def test_what_it_does_not_speak_about_is_refused_by_name() -> None:
     assert "margins alone" in str(METHOD.refuses(displacement))
     assert METHOD.refuses(margin_problem(case, FrobeniusBall())) is None
     assert method_named("conic-margin").name == METHOD.name
-
-
-def test_a_size_it_cannot_finish_is_refused_with_what_it_would_take() -> None:
-    draw = torch.Generator().manual_seed(0)
-    weights = [torch.randn(4, 32, 8, generator=draw) for _ in range(3)]
-    layer = Attention(w_q=weights[0], w_k=weights[1], w_v=weights[2])
-    tokens = TokenMeasure(torch.randn(24, 32, generator=draw))
-    problem = Problem(layer, tokens, FrobeniusBall(), Margin(weight=torch.randn(3, 32, generator=draw)))
-    reason = str(METHOD.refuses(problem))
-    for word in ("variables", "cones", "moment matrices", "take about", "the limit is 600 s"):
-        assert word in reason
-    assert METHOD.refuses(replace_threat(problem, FrobeniusBall(tokens=(3,)))) is not None
-
-
-def replace_threat(problem: Problem, threat: MoveThreat) -> Problem:
-    return Problem(problem.network, problem.clean, threat, problem.goal)
-
-
-def test_the_estimate_matches_what_is_built() -> None:
-    for name in ("plain-h1-n5-d4", "plain-h2-n3-d4"):
-        problem = margin_problem(case_named(name), FrobeniusBall())
-        n, d = problem.clean.points.shape
-        heads = 1 if "h1" in name else 2
-        size = size_of(heads=heads, keys=[n] * n, moving=n, width=d, programs=1)
-        program = assembled(problem, 0.3, bases=size.bases)[0].program
-        assert size.blocks == len(program.moments)
-        assert size.side == max(block.size for block in program.moments)
-        assert size.variables == pytest.approx(program.variables, rel=0.2)
-        assert size.cones == pytest.approx(program.cones, rel=0.3)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from attnrobust.numerics.exponential import psi
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
-from tests.margin_problems import random_problem
+from tests.margin_problems import radius_of, random_problem
 from tests.stress import Draw, boundary_moves
 
 ROUNDING = 1e-9  # share of the compared terms; they are sums of a few thousand products
@@ -292,3 +292,34 @@ def test_a_huge_token_that_the_row_does_not_see_enlarges_nothing(tokens: tuple[i
             clean = TokenMeasure(torch.cat([x[:2], size * x[2:]]))
             radii.append(method.certify(Problem(layer, clean, FrobeniusBall(tokens=tokens), goal)).radius)
         assert max(radii) <= 1.01 * radii[0]
+
+
+def test_radius_far_beyond_the_exponents_has_an_infinite_bound() -> None:
+    problem = random_problem(14, PerTokenBall("linf"))
+    bound = MarginBound(problem, seed=0)
+    assert bound.usage(radius_of(problem, 3.0)).value == math.inf
+
+
+def test_one_token_alone_is_linear_and_exact() -> None:
+    draw = Draw(11)
+    layer = Attention(w_q=draw.normal(2, 4, 3), w_k=draw.normal(2, 4, 3), w_v=draw.normal(2, 4, 3))
+    x = draw.normal(1, 4)
+    readout = draw.normal(2, 6)
+    bias = torch.stack([1.0 - (readout @ layer(x)[0])[0], -(readout @ layer(x)[0])[1]])
+    problem = Problem(layer, TokenMeasure(x), FrobeniusBall(), Margin(weight=readout, bias=bias))
+    gamma = torch.einsum("hde,e->d", layer.value_output, readout[0] - readout[1])
+    assert MarginCertificate().certify(problem).radius == pytest.approx(1.0 / float(gamma.norm()), rel=4e-3)
+
+
+def test_uniform_attention_is_linear_and_exact() -> None:
+    draw = Draw(12)
+    layer = Attention(w_q=torch.zeros(1, 4, 3).double(), w_k=draw.normal(1, 4, 3), w_v=draw.normal(1, 4, 3))
+    x = draw.normal(5, 4)
+    readout = draw.normal(2, 3)
+    pooled = readout @ layer(x).mean(0)
+    problem = Problem(
+        layer, TokenMeasure(x), FrobeniusBall(), Margin(weight=readout, bias=torch.tensor([0.5, 0.0]).double() - pooled)
+    )
+    gamma = layer.value_output[0] @ (readout[0] - readout[1])
+    exact = 0.5 / float(gamma.norm()) * 5**0.5
+    assert MarginCertificate().certify(problem).radius == pytest.approx(exact, rel=4e-3)

@@ -1,19 +1,17 @@
-"""L2, cosine, sigmoid and LipschitzNorm attention: slow references, exact answers, invariances, and both wings' use."""
+"""What every kind of attention owes: the values of its slow formula, invariances, records and refusals."""
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from attnrobust.attacks import AttackBudget, attack
-from attnrobust.errors import InputError, UnsupportedModelError
+from attnrobust.errors import InputError
 from attnrobust.goals import Displacement
-from attnrobust.layers.heads import HeadSpecification
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.layers.variants.cosine import CosineAttention, smooth_unit
 from attnrobust.layers.variants.l2 import L2Attention
@@ -23,55 +21,12 @@ from attnrobust.problem import Problem
 from attnrobust.results import Status
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
-from tests import slow_layers
 from tests.assertions import assert_at_most, assert_close, assert_same_bits, refused, shapes_unchecked
+from tests.layer_variants import LAYERS, Build, D, E, H, K, N, V, cosine, l2, lipschitznorm, random, sigmoid, slow
 from tests.reference import jacobian
 
-H, D, K, V, E, N = 2, 5, 3, 4, 6, 6
-Build = Callable[..., HeadSpecification]
-
-
-def random(*shape: int, scale: float = 0.7) -> Tensor:
-    return scale * torch.randn(*shape, dtype=torch.float64)
-
-
-def l2(**more: Any) -> L2Attention:
-    return L2Attention(**({"w_q": random(H, D, K), "w_v": random(H, D, V)} | more))
-
-
-def _dot(kind: type[HeadSpecification], **more: Any) -> Any:
-    return kind(**({"w_q": random(H, D, K), "w_k": random(H, D, K), "w_v": random(H, D, V)} | more))
-
-
-def cosine(**more: Any) -> CosineAttention:
-    built: CosineAttention = _dot(CosineAttention, **({"tau": 1.7, "nu": 0.6, "eps": 0.05} | more))
-    return built
-
-
-def sigmoid(**more: Any) -> SigmoidAttention:
-    built: SigmoidAttention = _dot(SigmoidAttention, **more)
-    return built
-
-
-def lipschitznorm(**more: Any) -> LipschitzNormAttention:
-    built: LipschitzNormAttention = _dot(LipschitzNormAttention, **more)
-    return built
-
-
-LAYERS: dict[str, tuple[Build, Callable[..., Any]]] = {
-    "l2": (l2, slow_layers.l2),
-    "cosine": (cosine, slow_layers.cosine),
-    "sigmoid": (sigmoid, slow_layers.sigmoid),
-    "lipschitznorm": (lipschitznorm, slow_layers.lipschitznorm),
-}
 MEASURE = [name for name in LAYERS if name != "lipschitznorm"]
 each_layer = pytest.mark.parametrize("name", LAYERS)
-
-
-def slow(name: str, layer: HeadSpecification, x: Any, **more: Any) -> Any:
-    values = {field.name: getattr(layer, field.name) for field in fields(layer)}  # type: ignore[arg-type]
-    arguments = {key: value.numpy() if isinstance(value, Tensor) else value for key, value in values.items()}
-    return LAYERS[name][1](x, **arguments, **more)
 
 
 VARIANTS: dict[str, Callable[[], dict[str, Tensor]]] = {
@@ -169,72 +124,6 @@ def test_one_token() -> None:
 def test_equal_tokens_are_one_token(name: str) -> None:
     layer, x = LAYERS[name][0](), random(1, D)
     assert_close(layer(x.expand(N, D)), layer(x).expand(N, -1), rtol=1e-13)
-
-
-def test_l2_weights_do_not_change_when_all_tokens_move_alike() -> None:
-    layer, x, shift = l2(scale=0.9), random(N, D), 50.0 * random(D)
-    moved = shift[None] @ layer.metric @ layer.w_v
-    assert_close(layer(x + shift), layer(x) + moved.flatten(), rtol=1e-12)
-    # So far from 0 that squares of the coordinates (1e14) are rounded to 1e-2; the outputs (1e7) are to 1e-8.
-    far = 1e7 * random(D)
-    exact = torch.from_numpy(slow("l2", layer, (x + far).numpy()))
-    assert_close(layer(x + far), exact, rtol=0.0, atol=1e-6)
-
-
-def test_l2_without_queries_is_constant() -> None:
-    layer = l2(w_q=torch.zeros(H, D, K), b_o=random(H * V))
-    assert_close(layer(random(N, D)), layer.b_o.expand(N, -1), rtol=0.0)
-
-
-def test_cosine_output_is_bounded_and_nearly_scale_free() -> None:
-    layer, x = cosine(eps=1e-12), random(N, D)
-    assert_close(layer(1000.0 * x), layer(x), rtol=1e-9)
-    heads = layer(1e6 * x).reshape(N, H, V)
-    assert_at_most(float(torch.linalg.vector_norm(heads, dim=-1).max()), layer.nu, rtol=1e-12)
-
-
-def test_sigmoid_without_queries_is_half_the_mean() -> None:
-    layer, x = sigmoid(w_q=torch.zeros(H, D, K)), random(N, D)
-    expected = 0.5 * torch.cat([x.mean(dim=0) @ w for w in layer.w_v])
-    assert_close(layer(x), expected.expand(N, -1), rtol=1e-13)
-    shifted = replace(layer, shift=math.log(3.0))  # sigma(log 3) = 3/4
-    assert_close(shifted(x), 1.5 * expected.expand(N, -1), rtol=1e-13)
-
-
-def test_lipschitznorm_is_homogeneous() -> None:
-    layer, x = lipschitznorm(b_o=random(H * V)), random(N, D)
-    assert layer.b_o is not None
-    for factor in (1e-6, 3.0, 1e6):
-        assert_close(layer(factor * x) - layer.b_o, factor * (layer(x) - layer.b_o), rtol=1e-9)
-
-
-def test_lipschitznorm_of_zero_is_zero() -> None:
-    for layer in (lipschitznorm(), lipschitznorm(w_q=torch.zeros(H, D, K)), lipschitznorm(w_k=torch.zeros(H, D, K))):
-        zero = torch.zeros(N, D, dtype=torch.float64)
-        assert_same_bits(layer(zero), torch.zeros(N, H * V, dtype=torch.float64))
-        assert bool(torch.isfinite(torch.func.jacrev(layer)(zero)).all())
-    silent, x = lipschitznorm(w_q=torch.zeros(H, D, K)), random(N, D)
-    assert_close(silent(x), torch.cat([x.mean(dim=0) @ w for w in silent.w_v]).expand(N, -1), rtol=1e-13)
-
-
-def test_lipschitznorm_refuses_masses() -> None:
-    with refused(UnsupportedModelError, "counts tokens"):
-        lipschitznorm()(random(N, D), torch.full((N,), 1 / N, dtype=torch.float64))
-
-
-def test_the_metric_in_the_value_path_makes_l2_attention_lipschitz() -> None:
-    """Tokens far apart along the kernel of w_q^T: the weights cannot see it, the values can."""
-    w_q, w_v = torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[0.0], [1.0]]])
-    layer = L2Attention(w_q=w_q, w_v=w_v)
-    norms = []
-    for spread in (1.0, 10.0, 100.0):
-        x = torch.tensor([[0.0, -spread], [0.5, spread]], dtype=torch.float64)
-        bare = jacobian(lambda z: slow_layers.l2(z, w_q.numpy(), w_v.numpy(), metric=False), x.numpy())
-        norms.append(np.linalg.norm(bare.reshape(2, 4), 2))
-        norm = torch.linalg.matrix_norm(torch.func.jacrev(layer)(x).reshape(2, 4), 2)
-        # Derived bound with c (c e^(c+1) = n - 1 = 1): scale |w_q|^2 |w_v| (sqrt(n) (1 + 2c) + 2c), c = 0.2785.
-        assert_at_most(float(norm), math.sqrt(2) * (1 + 2 * 0.2785) + 2 * 0.2785)
-    assert norms[2] > 9.0 * norms[1] > 80.0 * norms[0]
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------

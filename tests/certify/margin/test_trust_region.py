@@ -1,0 +1,29 @@
+"""Upper bounds of a trust region problem agree and are attained."""
+
+import pytest
+import torch
+
+from attnrobust.certify.margin.trust_region import (
+    approximate,
+    decomposed_bound,
+    factorised_bound,
+    iterated_bound,
+)
+from tests.margin_problems import random_quadratic
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_trust_region_bounds_are_upper_and_agree(seed: int) -> None:
+    matrix, quadratic = random_quadratic(seed, 70)
+    radius = (0.01, 0.3, 3.0)[seed % 3]
+    exact, solution = decomposed_bound(quadratic, radius)
+    inside = [x * min(1.0, radius / float(x.norm())) for x in solution.points]
+    best = max(float(quadratic.gradient @ x + 0.5 * x @ matrix @ x) for x in inside)
+    assert best <= exact.value * (1.0 + 1e-9)
+    assert exact.value <= best * 1.001
+    guess = approximate(quadratic, radius, torch.ones(1, 70, dtype=torch.float64), steps=35)
+    for found in (
+        factorised_bound(quadratic, radius, guess),
+        iterated_bound(quadratic, radius, guess, failure_probability=1e-9, seed=seed),
+    ):
+        assert best * (1.0 - 1e-12) <= found.value <= exact.value * 1.02
