@@ -1,4 +1,4 @@
-"""What users hand in, in a process of its own: ``tests.conftest`` checks argument types, no user does."""
+"""What users hand in, in a process of its own, without the argument checks that ``tests.conftest`` installs."""
 
 import subprocess
 import sys

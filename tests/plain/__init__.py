@@ -1,1 +1,1 @@
-"""Tests without the shape checks of ``tests.conftest``, which refuse an argument before the package sees it."""
+"""Tests that run without the shape checks of ``tests.conftest``: those refuse arguments before the package does."""
