@@ -316,15 +316,16 @@ def build_result(
 def _inside_once_added(problem: Problem, delta: Tensor, epsilon: float) -> Tensor:
     """Shorten where needed: adding a small move to large tokens rounds each entry, by more than 1e-12 of the budget."""
     clean = problem.clean.points
-    for _ in range(ADDITIONS):
-        delta = _strictly_inside(problem.threat, clean + delta - clean, epsilon)
-        over = problem.threat.distance(clean + delta - clean) / epsilon
-        if not bool((over > 1.0 + 1e-12).any()):
+    delta = _strictly_inside(problem.threat, clean + delta - clean, epsilon)
+    share = torch.ones_like(delta[:, 0, 0])
+    for step in range(ADDITIONS):
+        over = problem.threat.distance(clean + delta * share[:, None, None] - clean) / epsilon
+        beyond = (over > 1.0 + 1e-12) & torch.isfinite(over)
+        if not bool(beyond.any()):
             break
-        # Each round aims below the budget by twice the excess that rounding caused.
-        aim = torch.where((over > 1.0 + 1e-12) & torch.isfinite(over), (1.0 - 2.0 * (over - 1.0)).clamp_min(0.25), 1.0)
-        delta = delta * aim[:, None, None]
-    return delta
+        # A little shorter may round to the same tokens again, so each round goes further.
+        share = torch.where(beyond, share * (1.0 - 2.0**step * (over - 1.0)).clamp_min(0.25), share)
+    return delta * share[:, None, None]
 
 
 def _strictly_inside(threat: Threat, delta: Tensor, epsilon: float) -> Tensor:

@@ -34,7 +34,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def by_autograd(problem: Problem, delta: Tensor, target: int) -> tuple[Tensor, Tensor]:
     delta = delta.clone().requires_grad_()
     output = problem.network(problem.clean.points + delta, problem.mass)
-    shares = problem.resolved.changes(output) / problem.resolved.budgets
+    shares = problem.resolved.changes(output) / problem.resolved.violated_at
     (gradient,) = torch.autograd.grad(shares[..., target].sum(), delta)
     return shares.detach(), gradient
 
@@ -64,7 +64,7 @@ def test_normal_product_is_the_dense_one(case: Case) -> None:
             def pooled(x: Tensor, problem: Problem = problem) -> Tensor:
                 return problem.resolved.pooled(problem.network(x, problem.mass)).flatten()
 
-            dense = torch.func.jacrev(pooled)(case.tokens.points).flatten(1) / problem.resolved.budgets[0]
+            dense = torch.func.jacrev(pooled)(case.tokens.points).flatten(1) / problem.resolved.violated_at[0]
             expected = vectors.flatten(1) @ dense.T @ dense
             scale = float(expected.abs().max()) + 1e-12
             got = evaluator.normal_product(vectors[None])[0].flatten(1)
