@@ -17,9 +17,9 @@ from collections import Counter
 from os import killpg
 from pathlib import Path
 
-from attnrobust.runs.files import MANIFEST
 from attnrobust.runs.rows import without_times
-from attnrobust.runs.store import RunStore
+from attnrobust.runs.storage.files import MANIFEST
+from attnrobust.runs.storage.store import RunStore
 from benchmarks.pipeline_common import LAYERS, command, configured
 
 ORPHANS_END_WITHIN = 60.0

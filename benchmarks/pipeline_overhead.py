@@ -19,7 +19,7 @@ import attnrobust.runs.work
 from attnrobust.attacks import DEFAULT_BUDGET
 from attnrobust.models.model import ModuleModel
 from attnrobust.runs.plan import Shard
-from attnrobust.runs.store import RunStore
+from attnrobust.runs.storage.store import RunStore
 from benchmarks.pipeline_common import LAYERS, configured
 
 

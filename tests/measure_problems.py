@@ -198,7 +198,7 @@ def _objective(problem: Problem, points: Tensor, mass: Tensor, parent: Tensor, d
     pooled = mass @ output if row is None else output[int((parent == row).nonzero()[0, 0])]
     if goal.functionals is None:
         return (pooled - goal.clean).square().sum() + 1e-6 * (pooled * direction).sum()
-    return (-((pooled - goal.clean) @ goal.functionals.T) / goal.budgets).amax()
+    return (-((pooled - goal.clean) @ goal.functionals.T) / goal.violated_at).amax()
 
 
 def one_head(a: list[list[float]], v: list[list[float]]) -> Attention:

@@ -194,15 +194,16 @@ def _measure(reading: Reading, delta: Tensor, *, epsilon: float | None, queries:
 
 def _inside_once_added(reading: Reading, delta: Tensor, epsilon: float) -> Tensor:
     """Shorten where needed: adding a small move to large tokens rounds each entry, by more than the budget allows."""
-    for _ in range(ADDITIONS):
-        delta = _strictly_inside(reading, reading.place(delta) - reading.anchors, epsilon)
-        over = reading.distance(reading.place(delta) - reading.anchors) / epsilon
+    delta = _strictly_inside(reading, reading.place(delta) - reading.anchors, epsilon)
+    share = torch.ones_like(delta[:, 0, 0])
+    for step in range(ADDITIONS):
+        over = reading.distance(reading.place(delta * share[:, None, None]) - reading.anchors) / epsilon
         outside = (over > 1.0 + reading.inside) & torch.isfinite(over)
         if not bool(outside.any()):
             break
-        # Each round aims below the budget by twice the excess that rounding caused.
-        delta = delta * torch.where(outside, (1.0 - 2.0 * (over - 1.0)).clamp_min(0.25), 1.0)[:, None, None]
-    return delta
+        # A little shorter may round to the same tokens again, so each round goes further.
+        share = torch.where(outside, share * (1.0 - 2.0**step * (over - 1.0)).clamp_min(0.25), share)
+    return delta * share[:, None, None]
 
 
 def _strictly_inside(reading: Reading, delta: Tensor, epsilon: float) -> Tensor:

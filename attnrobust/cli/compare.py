@@ -204,8 +204,8 @@ def _run(
     quiet: bool,
 ) -> ExitCode:
     """Every row: what can be refused is refused before the first, and files are written before tables are shown."""
-    from attnrobust.runs.files import require_results_place
     from attnrobust.runs.run import rows_in_memory
+    from attnrobust.runs.storage.files import require_results_place
     from attnrobust.runs.work import Workbench
 
     require_threshold(fail_under)
@@ -227,8 +227,8 @@ def _run(
 
 def _job(bench: "Workbench", out: Path, *, overwrite: bool) -> str:
     """The digest of the job; refuses a directory with the results of another."""
-    from attnrobust.runs.files import job_digest, require_same_job
     from attnrobust.runs.plan import meaning
+    from attnrobust.runs.storage.files import job_digest, require_same_job
 
     job = job_digest({name: value for name, value in meaning(bench).items() if name != "threads"})
     if not overwrite:
@@ -281,7 +281,7 @@ def _print_tables(rows: list["Row"]) -> None:
 
 def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:
     from attnrobust.reports.plots import gap_plot
-    from attnrobust.runs.files import write_results
+    from attnrobust.runs.storage.files import write_results
 
     layer, goal = (rows[0].layer, rows[0].goal) if rows else ("", "")
     plot = gap_plot(rows, title=f"{config.model}, {layer}: {goal}, {config.threats[0]}")

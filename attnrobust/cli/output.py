@@ -27,7 +27,7 @@ def console() -> "Console":
 
 def print_json(value: Any) -> None:
     """One JSON object on one line of stdout, at once; escaped where stdout cannot hold a character."""
-    from attnrobust.runs.files import json_text
+    from attnrobust.runs.storage.files import json_text
 
     text = json_text(value)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

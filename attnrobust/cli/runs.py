@@ -122,7 +122,7 @@ def export(
     jsonl: o.Jsonl = None,
 ) -> int:
     """Write the rows of a run as CSV or JSON lines."""
-    from attnrobust.runs.export import export_rows
+    from attnrobust.runs.storage.export import export_rows
 
     export_rows(directory, csv=csv, jsonl=jsonl)
     return ExitCode.OK
@@ -151,7 +151,7 @@ def check(
     """Judge a finished run: exit 0 if it reaches the thresholds, 1 if not, 3 if a row is UNSOUND."""
     from attnrobust.reports.data import is_stale, read_report_data
     from attnrobust.reports.gate import Thresholds, judge, junit_xml, summary
-    from attnrobust.runs.atomic import require_writable_file, write_text
+    from attnrobust.runs.storage.atomic import require_writable_file, write_text
 
     thresholds = Thresholds(min_certified=min_certified, max_gap=max_gap, quantile=quantile)
     if junit is not None:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from attnrobust.errors import UnsupportedModelError, first_line
 from attnrobust.layers.attention import Attention
-from attnrobust.models.agreement import call_in_float64, check_tokens, disagreement, float64_twin
+from attnrobust.models.checks.agreement import call_in_float64, check_tokens, disagreement, float64_twin
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one forward call."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.layers.attention import Attention
 from attnrobust.models.adapters import Adapter, refuse
-from attnrobust.models.agreement import disagreement
 from attnrobust.models.arrays import read_arrays
+from attnrobust.models.checks.agreement import disagreement
 from attnrobust.text import natural_order
 from attnrobust.tokens import TokenMeasure
 

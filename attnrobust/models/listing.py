@@ -9,7 +9,7 @@ from torch import nn
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
 from attnrobust.models.adapters import Adapter, refuse
-from attnrobust.models.call_sites import is_called_across
+from attnrobust.models.checks.call_sites import is_called_across
 from attnrobust.models.from_torch import TorchAdapter
 from attnrobust.models.from_transformers import HF_ADAPTERS, known_ancestor, unmodelled_reason
 

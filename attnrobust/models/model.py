@@ -13,7 +13,7 @@ from attnrobust.errors import InputError, UnknownNameError, first_line
 from attnrobust.layers.attention import Attention
 from attnrobust.models.arrays import SUFFIXES
 from attnrobust.models.capture import CapturedInput, Tap, TextLine, capture_taps, text_line
-from attnrobust.models.forward_inputs import Given, forward_arguments
+from attnrobust.models.checks.forward_inputs import Given, forward_arguments
 from attnrobust.models.from_file import from_file
 from attnrobust.models.listing import LayerInfo, adapter_for, describe, find_layer, list_layers
 from attnrobust.models.networks.plan import EMBEDDINGS, HeadName, Plan, Wanted

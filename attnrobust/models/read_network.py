@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attnrobust.models.capture import TextLine
-from attnrobust.models.forward_inputs import Given
+from attnrobust.models.checks.forward_inputs import Given
 from attnrobust.models.model import Model, ModuleModel, load_model
 from attnrobust.models.networks.plan import EMBEDDINGS, HeadName
 from attnrobust.models.networks.reading import ReadNetwork

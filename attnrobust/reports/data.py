@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from attnrobust.errors import InputError
-from attnrobust.runs.files import JSON_NAME, MANIFEST, report_digest, rows_digest
 from attnrobust.runs.rows import Row, row_from_dict
-from attnrobust.runs.store import RunStore
+from attnrobust.runs.storage.files import JSON_NAME, MANIFEST, report_digest, rows_digest
+from attnrobust.runs.storage.store import RunStore
 
 
 @dataclass(frozen=True)

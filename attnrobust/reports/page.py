@@ -13,10 +13,10 @@ from attnrobust.errors import InputError
 from attnrobust.reports.data import ReportData, read_report_data
 from attnrobust.reports.plots import gap_boxes, gaps_by_method, radii_by_layer, scatter_plot
 from attnrobust.reports.tables import not_installed, summary_lines
-from attnrobust.runs.atomic import require_writable, write_atomically
-from attnrobust.runs.files import REPORT_NAME, rows_digest
 from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map
 from attnrobust.runs.rows import Row, scopes
+from attnrobust.runs.storage.atomic import require_writable, write_atomically
+from attnrobust.runs.storage.files import REPORT_NAME, rows_digest
 from attnrobust.status import Status
 from attnrobust.text import shown
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from attnrobust.certify import METHODS
 from attnrobust.errors import InputError
-from attnrobust.runs.files import versions
-from attnrobust.runs.store import Manifest
+from attnrobust.runs.storage.files import versions
+from attnrobust.runs.storage.store import Manifest
 from attnrobust.runs.work import Workbench, WorkItem, inputs_digest, model_digest
 
 

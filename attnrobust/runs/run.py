@@ -13,7 +13,7 @@ from attnrobust.runs.config import RunConfig, make_config
 from attnrobust.runs.engines import compute
 from attnrobust.runs.plan import Shard, make_manifest, shard_from_environment
 from attnrobust.runs.rows import Row
-from attnrobust.runs.store import RunStore
+from attnrobust.runs.storage.store import RunStore
 from attnrobust.runs.work import Workbench
 
 Watcher = Callable[[Iterator[Row], int], Iterable[Row]]

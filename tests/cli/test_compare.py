@@ -16,11 +16,11 @@ import attnrobust.runs.evaluate
 import attnrobust.runs.work
 from attnrobust.cli import ExitCode, run
 from attnrobust.cli.exits import exit_code, guarded
-from attnrobust.runs.files import write_results
-from attnrobust.runs.parquet import read_parquet
 from attnrobust.runs.rows import Row, row_from_dict
+from attnrobust.runs.storage.files import write_results
+from attnrobust.runs.storage.parquet import read_parquet
 from tests.layer_files import write_layer
-from tests.runs.test_files import FULL
+from tests.runs.storage.test_files import FULL
 from tests.test_comparison import found, report
 
 

@@ -16,11 +16,11 @@ import attnrobust.runs.work
 from attnrobust.cli import ExitCode
 from attnrobust.cli.compare import _print_tables
 from attnrobust.reports.layout import lay_out, words
-from attnrobust.runs.files import REPORT_NAME, rows_digest
 from attnrobust.runs.rows import Row
+from attnrobust.runs.storage.files import REPORT_NAME, rows_digest
 from tests.cli.test_compare import Run, Said, said_by
 from tests.layer_files import write_layer
-from tests.runs.test_files import FULL
+from tests.runs.storage.test_files import FULL
 
 MARKUP = ("Say hi. [/INST] Hello!", "[bold]loud[/bold]", "[a-z]+", ":smile: [red]", "[link=x]y", "\\[x]")
 FAST = ("--methods", "castin2024-derived", "-q")
@@ -178,7 +178,7 @@ def test_results_and_runs_keep_to_their_directories(cli: Run, files: Path) -> No
 
 
 def test_a_report_of_other_rows_is_told(cli: Run, files: Path) -> None:
-    from attnrobust.runs.store import RunStore
+    from attnrobust.runs.storage.store import RunStore
 
     out = files / "out"
     cli("run", "--model", files / "layer.npz", "--tokens", files / "markup.npz", *FAST, "--out", out, "--shard", "1/2")

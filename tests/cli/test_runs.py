@@ -13,7 +13,7 @@ import yaml
 
 from attnrobust.cli import ExitCode
 from attnrobust.runs.rows import row_from_dict, without_times
-from attnrobust.runs.store import RunStore
+from attnrobust.runs.storage.store import RunStore
 from tests.cli.test_compare import Run, Said, said_by
 from tests.runs.test_run import configured, write_files
 

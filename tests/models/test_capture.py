@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from attnrobust.errors import InputError, UnsupportedModelError
-from attnrobust.models.agreement import disagreement
 from attnrobust.models.capture import capture_tokens, read_texts
+from attnrobust.models.checks.agreement import disagreement
 from attnrobust.models.from_torch import from_torch
 from attnrobust.models.listing import adapter_for
 from attnrobust.models.model import ModuleModel

@@ -9,11 +9,11 @@ import pytest
 from attnrobust.cli import ExitCode, run
 from attnrobust.errors import InputError
 from attnrobust.reports.gate import Thresholds, judge, junit_xml, summary
-from attnrobust.runs.files import write_results
 from attnrobust.runs.plan import Shard
 from attnrobust.runs.rows import Row
 from attnrobust.runs.run import run as run_all
-from tests.runs.test_files import EMPTY, FULL
+from attnrobust.runs.storage.files import write_results
+from tests.runs.storage.test_files import EMPTY, FULL
 from tests.runs.test_run import NO_SHARD, configured, write_files
 
 

@@ -14,12 +14,12 @@ from attnrobust.errors import InputError
 from attnrobust.reports.data import ReportData
 from attnrobust.reports.page import _colours, _luminance, _plots, render, write_report
 from attnrobust.reports.plots import gap_boxes, gaps_by_method, radii_by_layer, scatter_plot
-from attnrobust.runs.files import JSON_NAME, write_results
 from attnrobust.runs.heat import heat_line, heat_map, token_shares
 from attnrobust.runs.rows import Row
 from attnrobust.runs.run import run as run_all
+from attnrobust.runs.storage.files import JSON_NAME, write_results
 from tests.conftest import CHROMIUM
-from tests.runs.test_files import EMPTY, FULL
+from tests.runs.storage.test_files import EMPTY, FULL
 from tests.runs.test_run import NO_SHARD, configured, write_files
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -12,7 +12,7 @@ from attnrobust.reports.plots import MANY_INPUTS, gap_plot
 from attnrobust.reports.tables import MOST_COLUMNS, certificate_table, layer_table, result_table, summary_table
 from attnrobust.runs.rows import CertificateEntry, Row
 from attnrobust.text import natural_order, shortened, shown
-from tests.runs.test_files import EMPTY, FULL
+from tests.runs.storage.test_files import EMPTY, FULL
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

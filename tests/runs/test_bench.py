@@ -20,7 +20,7 @@ from attnrobust.runs.bench import Benchmark, attack_config, bench
 from attnrobust.runs.config import RunConfig, make_config
 from attnrobust.runs.rows import Row
 from attnrobust.runs.run import run
-from attnrobust.runs.store import RunStore
+from attnrobust.runs.storage.store import RunStore
 from tests.cli.test_compare import Run, Said, said_by
 from tests.layer_files import write_layer
 

@@ -20,11 +20,11 @@ import pytest
 from attnrobust.errors import InputError
 from attnrobust.results import Status
 from attnrobust.runs.config import RunConfig, make_config
-from attnrobust.runs.files import MANIFEST
 from attnrobust.runs.plan import Shard, parse_shard, shard_from_environment
 from attnrobust.runs.rows import Row, without_times
 from attnrobust.runs.run import resume, run
-from attnrobust.runs.store import PARTS, RunStore
+from attnrobust.runs.storage.files import MANIFEST
+from attnrobust.runs.storage.store import PARTS, RunStore
 from attnrobust.runs.work import Workbench
 from tests.layer_files import write_layer
 

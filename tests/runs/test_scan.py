@@ -13,7 +13,7 @@ from attnrobust.runs.run import run as run_all
 from attnrobust.runs.scan import head_sensitivities, outermost, rank, rank_layers, rank_tokens, single_head
 from attnrobust.runs.work import Workbench
 from tests.cases import Case
-from tests.runs.test_files import FULL
+from tests.runs.storage.test_files import FULL
 from tests.runs.test_run import NO_SHARD, configured, write_files
 
 

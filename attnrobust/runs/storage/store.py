@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from attnrobust.errors import InputError
-from attnrobust.runs.atomic import require_writable, write_atomically
-from attnrobust.runs.files import JSON_NAME, MANIFEST, job_digest, json_text
-from attnrobust.runs.parquet import parquet_bytes, read_parquet, read_row_ids
 from attnrobust.runs.rows import SCHEMA_VERSION, Row
+from attnrobust.runs.storage.atomic import require_writable, write_atomically
+from attnrobust.runs.storage.files import JSON_NAME, MANIFEST, job_digest, json_text
+from attnrobust.runs.storage.parquet import parquet_bytes, read_parquet, read_row_ids
 from attnrobust.text import natural_order
 
 PARTS = "parts"

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from attnrobust.errors import InputError
-from attnrobust.runs.atomic import require_writable, require_writable_file, write_atomically
-from attnrobust.runs.files import (
+from attnrobust.runs.rows import CertificateEntry, Row, row_from_dict
+from attnrobust.runs.storage.atomic import require_writable, require_writable_file, write_atomically
+from attnrobust.runs.storage.files import (
     JSON_NAME,
     PARQUET_NAME,
     PLOT_NAME,
@@ -22,8 +23,7 @@ from attnrobust.runs.files import (
     rows_digest,
     write_results,
 )
-from attnrobust.runs.parquet import parquet_bytes, read_parquet
-from attnrobust.runs.rows import CertificateEntry, Row, row_from_dict
+from attnrobust.runs.storage.parquet import parquet_bytes, read_parquet
 
 ENTRIES = {
     "a": CertificateEntry(0.05, "float64", 0.0, 0.01),
@@ -126,7 +126,7 @@ def test_an_unreadable_result_file_is_named(tmp_path: Path) -> None:
 
 def test_another_schema_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.parquet"
-    monkeypatch.setattr("attnrobust.runs.parquet.SCHEMA_VERSION", 99)
+    monkeypatch.setattr("attnrobust.runs.storage.parquet.SCHEMA_VERSION", 99)
     path.write_bytes(parquet_bytes([FULL]))
     monkeypatch.undo()
     with pytest.raises(InputError, match="schema 99"):
@@ -152,7 +152,7 @@ def test_no_permission_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refused(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("attnrobust.runs.atomic.tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("attnrobust.runs.storage.atomic.tempfile.TemporaryFile", refused)
     with pytest.raises(InputError, match="Permission denied; choose another --out") as caught:
         require_writable(tmp_path / "new")
     assert "\n" not in str(caught.value)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from attnrobust.errors import InputError
-from attnrobust.runs.atomic import require_writable, require_writable_file, write_atomically
-from attnrobust.runs.parquet import parquet_bytes
 from attnrobust.runs.rows import SCHEMA_VERSION, Row, without_times
+from attnrobust.runs.storage.atomic import require_writable, require_writable_file, write_atomically
+from attnrobust.runs.storage.parquet import parquet_bytes
 
 PARQUET_NAME, JSON_NAME, PLOT_NAME, REPORT_NAME = "results.parquet", "results.json", "gap.png", "report.html"
 MANIFEST = "manifest.json"

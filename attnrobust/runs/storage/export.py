@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from attnrobust.errors import InputError
-from attnrobust.runs.atomic import require_writable_file, write_text
-from attnrobust.runs.files import json_text
 from attnrobust.runs.rows import Row
-from attnrobust.runs.store import RunStore
+from attnrobust.runs.storage.atomic import require_writable_file, write_text
+from attnrobust.runs.storage.files import json_text
+from attnrobust.runs.storage.store import RunStore
 
 
 def export_rows(directory: Path, *, csv: Path | None = None, jsonl: Path | None = None) -> tuple[Path, ...]:
