@@ -10,7 +10,7 @@ JOBS ?= auto
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow lint format docs-check bench clean
+.PHONY: help demo test test-slow test-variation lint format docs-check bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -46,6 +46,14 @@ test: lint $(VENV)/test
 # make test-slow  the tests that take longer (marked slow): stronger attacks, more problems, the demo; an hour or more
 test-slow: $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
+
+# make test-variation  fast tests of attacks and certificates on other numbers: inputs a few ulp away, two threads, plain BLAS
+VARIED := tests/attacks/search tests/certify/test_radius.py tests/certify/margin/test_lemmas.py tests/test_comparison.py \
+	tests/numerics/test_running_error.py tests/attacks/test_token_moving.py::test_linear_layer_margin_is_the_dual_norm
+ATTNROBUST_ULP ?= 1
+test-variation: $(VENV)/test
+	ATTNROBUST_ULP=$(ATTNROBUST_ULP) OMP_NUM_THREADS=2 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default \
+	  $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(VARIED)
 
 # make lint    ruff, mypy, import-linter
 lint: $(VENV)/test

@@ -11,10 +11,20 @@ from torch import Tensor
 
 from attnrobust.errors import AlreadyViolatedError, InputError
 from attnrobust.numerics.running_error import gamma
-from attnrobust.tokens import require_finite, tensor_digest
+from attnrobust.text import read_tolerance
+from attnrobust.tokens import as_index, as_number, as_tensor, require_finite, tensor_digest
 
 Pool = Literal["all", "mean"] | int
 """Which part of the output counts: every row, the (mass-weighted) mean of the rows, or one row by its index."""
+
+
+def checked_pool(pool: object) -> Pool:
+    """A pool as it is spelled: "all", "mean", or a row index (any integer type)."""
+    if pool == "all" or pool == "mean":
+        return pool
+    if isinstance(pool, str):
+        raise InputError(f"pool {pool!r} does not exist; use 'all', 'mean' or a row index")
+    return as_index("pool", pool)
 
 
 def pool_weights(pool: Pool, mass: Float[Tensor, "n"]) -> Float[Tensor, "n"] | None:
@@ -152,6 +162,8 @@ class Displacement(Goal):
     pool: Pool = "all"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tolerance", as_number("tolerance", self.tolerance))
+        object.__setattr__(self, "pool", checked_pool(self.pool))
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise InputError(f"tolerance must be a positive number; got {self.tolerance}")
 
@@ -183,6 +195,20 @@ class Displacement(Goal):
         return moved + gamma(error.numel() + 4) * resolved.budgets
 
 
+def parse_tolerance(text: str, pool: Pool = "all") -> Displacement:
+    """Read an allowed displacement: ``1%`` of the clean output's norm, or an absolute number.
+
+    Args:
+        text: What the user wrote.
+        pool: The part of the output that counts.
+
+    Raises:
+        InputError: Not a positive number, with or without a percent sign.
+    """
+    value, relative = read_tolerance(text)
+    return Displacement(value, relative=relative, pool=pool)
+
+
 @dataclass(frozen=True, eq=False)
 class Margin(Goal):
     """A linear readout of the pooled output keeps its label: ``(w_y - w_c) . pooled + b_y - b_c > 0`` for all c != y.
@@ -200,16 +226,21 @@ class Margin(Goal):
     label: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", as_tensor("readout weight", self.weight))
+        object.__setattr__(self, "pool", checked_pool(self.pool))
         if self.weight.ndim != 2 or self.weight.shape[0] < 2:
             raise InputError(f"readout weight must have shape (c, e) with c >= 2; got {tuple(self.weight.shape)}")
         object.__setattr__(self, "weight", require_finite("readout weight", self.weight))
         classes = self.weight.shape[0]
         if self.bias is not None:
+            object.__setattr__(self, "bias", as_tensor("readout bias", self.bias))
             if tuple(self.bias.shape) != (classes,):
                 raise InputError(f"readout bias must have shape ({classes},); got {tuple(self.bias.shape)}")
             object.__setattr__(self, "bias", require_finite("readout bias", self.bias))
         if self.pool == "all":
             raise InputError("a margin needs pool 'mean' or a row index")
+        if self.label is not None:
+            object.__setattr__(self, "label", as_index("label", self.label))
         if self.label is not None and not 0 <= self.label < classes:
             raise InputError(f"label {self.label} does not exist; the readout has classes 0 to {classes - 1}")
 

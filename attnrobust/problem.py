@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import InputError, UnsupportedThreatError
-from attnrobust.goals import Goal, ResolvedGoal, require_computable, with_rounding
+from attnrobust.goals import Goal, ResolvedGoal, parse_tolerance, require_computable, with_rounding
 from attnrobust.layers.rounding import output_rounding
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.threats.base import Threat
 from attnrobust.threats.moves import MoveThreat
+from attnrobust.threats.parse import parse_threat
 from attnrobust.tokens import TokenMeasure
 
 __all__ = ["Problem", "TokenMap"]
@@ -26,9 +27,10 @@ class Problem:
 
     Args:
         network: The layer.
-        clean: The clean input.
-        threat: What may change and how it is measured: moved tokens, token measures, or copies.
-        goal: What must stay true.
+        clean: The clean input; bare tokens (a tensor, an array, lists) get equal masses.
+        threat: What may change and how it is measured: moved tokens, token measures, or copies; also its spelling, such
+            as "frobenius".
+        goal: What must stay true; also a tolerance of the whole output, such as "10%" or 0.1.
 
     Raises:
         InputError: Width mismatch, a threat that does not fit the input, a network output that is not finite, a budget
@@ -42,6 +44,12 @@ class Problem:
     goal: Goal
 
     def __post_init__(self) -> None:
+        if not isinstance(self.clean, TokenMeasure):
+            object.__setattr__(self, "clean", TokenMeasure(self.clean))
+        if isinstance(self.threat, str):
+            object.__setattr__(self, "threat", parse_threat(self.threat))
+        if not isinstance(self.goal, Goal):
+            object.__setattr__(self, "goal", parse_tolerance(str(self.goal)))
         if self.clean.width != self.network.width:
             raise InputError(f"the tokens have width {self.clean.width}, the layer takes {self.network.width}")
         self.threat.check(self.clean)

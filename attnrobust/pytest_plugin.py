@@ -50,8 +50,8 @@ class CertifiedAssertion:
         """
         __tracebackhide__ = True
         from attnrobust.certify import certify
+        from attnrobust.goals import parse_tolerance
         from attnrobust.problem import Problem
-        from attnrobust.runs.inputs import parse_tolerance
         from attnrobust.threats.parse import parse_threat
         from attnrobust.tokens import TokenMeasure
 

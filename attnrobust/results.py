@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.numerics.chance import union_bound
 from attnrobust.status import Kind, Status
 from attnrobust.tokens import PerturbedTokens
 
@@ -115,8 +116,21 @@ class CertificationReport:
     seconds: float
 
     @property
+    def failure_probability(self) -> float:
+        """What all certificates together may fail with, at most 1e-9.
+
+        ``best`` is the largest of several, so its claim rests on all of them and fails with this probability, not with
+        its own. The rows of a run add up (``attnrobust.numerics.chance.union_bound``).
+        """
+        return union_bound(c.failure_probability for c in self.certificates)
+
+    @property
     def best(self) -> Certificate | None:
-        """The certificate with the largest radius (deterministic before probabilistic on ties), or None."""
+        """The certificate with the largest radius (deterministic before probabilistic on ties), or None.
+
+        Its own ``failure_probability`` is for a certificate that was chosen before its radius was seen; the report's is
+        for this one.
+        """
         return max(self.certificates, key=lambda c: (c.radius, -c.failure_probability), default=None)
 
     @property
@@ -137,7 +151,8 @@ class Comparison:
         attack: The attack's result.
         certification: All certificates.
         status: FOUND, the attack's other status, or UNSOUND.
-        gap: attack radius / best certified radius, >= 1; infinity if either side is missing.
+        gap: attack radius / best certified radius, >= 1; infinity if either side is missing (null in JSON,
+            which has no infinity).
     """
 
     problem: str

@@ -3,6 +3,8 @@
 import math
 import re
 
+from attnrobust.errors import InputError
+
 MOST_DIGITS = 1e6
 """From here on numbers are shown with an exponent."""
 
@@ -24,3 +26,21 @@ def shortened(text: str, longest: int) -> str:
     """The text in one line, cut to a length where it is longer."""
     joined = " ".join(text.split())
     return joined if len(joined) <= longest else joined[: longest - 3] + "..."
+
+
+_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
+
+
+def read_tolerance(text: str) -> tuple[float, bool]:
+    """Read an allowed displacement: its value, and whether it is a share of the clean output's norm.
+
+    Raises:
+        InputError: Not a positive number, with or without a percent sign.
+    """
+    match = re.fullmatch(rf"({_NUMBER})\s*(%?)", text.strip())
+    if match is None:
+        raise InputError(f"tolerance {text!r}: give a share of the output's norm such as 1%, or a positive number")
+    value = float(match[1]) / 100 if match[4] else float(match[1])
+    if not 0.0 < value < float("inf"):
+        raise InputError(f"tolerance must be a positive number; got {text}")
+    return value, bool(match[4])

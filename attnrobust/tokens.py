@@ -1,8 +1,10 @@
 """Inputs as measures: tokens with masses, and what they become when they move, split and are copied."""
 
 import hashlib
+import operator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,8 +16,41 @@ MASS_SUM_ROUNDING = 1e-14  # sums this near to 1 are kept bit for bit, others ar
 KEPT_MASS_ROUNDING = 1e-12  # relative, of a token's mass where its children's masses are added up
 
 
+def as_tensor(name: str, value: object) -> Tensor:
+    """A tensor of what a user gave: tensors as they are, numpy arrays and (nested) lists of numbers converted."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        array = value if isinstance(value, np.ndarray) else np.asarray(value, dtype=np.float64)
+        return torch.as_tensor(np.ascontiguousarray(array))
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(value).__name__
+        raise InputError(f"{name} is a {kind} that is no array of numbers; give a tensor, an array or lists") from None
+
+
+def as_number(name: str, value: object) -> float:
+    """A float of any real scalar: Python and numpy numbers, arrays and tensors with one entry; no booleans."""
+    try:
+        if isinstance(value, bool | np.bool_ | str | bytes) or getattr(value, "ndim", 0) > 0:
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} is {value!r}; give a number") from None
+
+
+def as_index(name: str, value: object) -> int:
+    """An int of any integer scalar; no booleans, no rounding of fractions."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):
+        raise InputError(f"{name} is {value!r}; give an integer") from None
+
+
 def require_finite(name: str, value: Tensor) -> Tensor:
     """A float64 copy of ``value``, which later changes of the original do not reach; no integers, NaN or infinity."""
+    value = as_tensor(name, value)
     if not value.is_floating_point():
         raise InputError(f"{name} has dtype {value.dtype}; give floating-point numbers")
     value = value.detach().to(torch.float64, copy=True)
@@ -30,8 +65,9 @@ class TokenMeasure:
     """A token measure ``sum_j mass_j delta_{points_j}``; equal masses 1/n unless given.
 
     Args:
-        points: Token vectors, one a row, (n, d); copied to float64.
-        mass: Positive masses that sum to 1 within 1e-9, (n,), kept divided by their sum; None means 1/n each.
+        points: Token vectors, one a row, (n, d): a tensor, an array or lists; copied to float64.
+        mass: Positive masses that sum to 1 within 1e-9 (float32 and shorter: within n of their roundings), (n,), kept
+            divided by their sum; None means 1/n each.
 
     Raises:
         InputError: Empty, not two-dimensional, NaN or infinite points; masses that are not positive or do not sum to 1.
@@ -41,7 +77,7 @@ class TokenMeasure:
     mass: Float[Tensor, "n"] = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        points = self.points
+        points = as_tensor("tokens", self.points)
         if points.ndim != 2 or points.shape[0] == 0 or points.shape[1] == 0:
             raise InputError(f"tokens must have shape (n, d) with n, d >= 1; got {tuple(points.shape)}")
         points = require_finite("tokens", points)
@@ -120,13 +156,16 @@ def _checked_mass(mass: Tensor | None, points: Tensor) -> Tensor:
     n = points.shape[0]
     if mass is None:
         return torch.full((n,), 1.0 / n, dtype=torch.float64, device=points.device)
+    mass = as_tensor("mass", mass)
     if tuple(mass.shape) != (n,):
         raise InputError(f"mass must have shape ({n},), one per token; got {tuple(mass.shape)}")
+    # Masses that were divided by their sum in a shorter format sum to 1 within that format's rounding.
+    coarse = n * torch.finfo(mass.dtype).eps if mass.is_floating_point() else 0.0
     mass = require_finite("mass", mass).to(points.device)
     if not bool((mass > 0).all()):
         raise InputError("every token mass must be > 0; leave out tokens without mass")
     total = float(mass.sum())
-    if abs(total - 1.0) > MASS_SUM_TOLERANCE:
+    if not abs(total - 1.0) <= max(MASS_SUM_TOLERANCE, coarse):
         raise InputError(f"token masses must sum to 1, they sum to {total:.12g}; divide them by their sum")
     # A measure that lacked 1e-9 of its mass would change every mean by 1e-9 of its size, and no distance would see it.
     return mass if abs(total - 1.0) <= MASS_SUM_ROUNDING else mass / total

@@ -29,10 +29,16 @@ def test_mean_pool_weighs_by_mass() -> None:
     assert_same_bits(pool_weights(1, MASS), torch.tensor([0.0, 1.0, 0.0]).double())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("pool", [3, -1, True, "max", 1.0])
-def test_refuses_pools(pool: Pool) -> None:
-    with shapes_unchecked(), refused(InputError, f"row {pool!r}", "0 to 2", "mean"):
+@pytest.mark.parametrize("pool", [3, -1])
+def test_refuses_rows_that_do_not_exist(pool: Pool) -> None:
+    with refused(InputError, f"row {pool!r}", "0 to 2", "mean"):
         Displacement(1.0, pool=pool).resolve(OUTPUT, MASS)
+
+
+@pytest.mark.parametrize("pool", [True, "max", 1.0])
+def test_refuses_pools(pool: Pool) -> None:
+    with shapes_unchecked(), refused(InputError, "pool", repr(pool)):
+        Displacement(1.0, pool=pool)
 
 
 # ---- displacement --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from attnrobust.certify.radius import largest_radius
 from attnrobust.errors import SoundnessError, UnsupportedModelError, UnsupportedThreatError, first_line
 from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.layers.features import features_of
+from attnrobust.numerics.chance import stream
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.results import Certificate, CertificationReport, Kind, NotApplicable
@@ -106,7 +107,7 @@ class CertificateMethod(ABC):
 
     def _searched(self, problem: Problem, *, seed: int) -> Certificate:
         start = time.perf_counter()
-        bound = self.prepare(problem, seed=seed)
+        bound = self.prepare(problem, seed=stream(seed, self.name, problem.digest))
         # Ball arithmetic encloses the budgets itself; the others divide by the computed ones.
         outward = self.outward * (1.0 if self.kind is Kind.RIGOROUS else problem.resolved.outward)
         radius, evaluations = largest_radius(

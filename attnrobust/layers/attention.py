@@ -13,7 +13,7 @@ from torch import Tensor
 from attnrobust.errors import InputError
 from attnrobust.layers.features import PLAIN, used_features
 from attnrobust.layers.heads import ScaledHeadSpecification, combine, log_mass, project
-from attnrobust.tokens import tensor_digest
+from attnrobust.tokens import as_tensor, tensor_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +172,7 @@ class Attention(ScaledHeadSpecification):
 
 
 def _checked_mask(mask: Tensor, *, causal: bool) -> Tensor:
+    mask = as_tensor("mask", mask)
     if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
         raise InputError(f"mask must have shape (n, n); got {tuple(mask.shape)}")
     if not mask.is_floating_point():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnrobust.errors import InputError
 from attnrobust.layers.features import PLAIN, used_features
-from attnrobust.tokens import require_finite, tensor_digest
+from attnrobust.tokens import as_number, require_finite, tensor_digest
 
 S = TypeVar("S", bound="Specification")
 
@@ -169,7 +169,7 @@ def require_shapes(spec: Specification, shapes: Mapping[str, tuple[int, ...]]) -
 def adopt_number(spec: Specification, name: str, *, positive: bool = True, default: float | None = None) -> None:
     """Replace a number of a record by a checked float; ``default`` stands for None."""
     value = getattr(spec, name)
-    number = default if value is None else float(value)
+    number = default if value is None else as_number(name, value)
     if number is None or not math.isfinite(number) or (positive and number <= 0):
         raise InputError(f"{name} is {value}; it must be {'a positive number' if positive else 'finite'}")
     object.__setattr__(spec, name, number)

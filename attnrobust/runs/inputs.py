@@ -9,32 +9,17 @@ import torch
 from attnrobust.attacks import attack_for
 from attnrobust.certify import method_named
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedThreatError
-from attnrobust.goals import Displacement, Goal, Margin, Pool
+from attnrobust.goals import Goal, Margin, Pool, parse_tolerance
 from attnrobust.models.arrays import read_arrays
 from attnrobust.models.capture import CapturedInput, read_texts, read_tokens
 from attnrobust.models.model import Model
 from attnrobust.runs.reading import (
     DEFAULT_TOLERANCE,
     parse_pool,
-    read_tolerance,
     require_goal_options,
 )
 from attnrobust.threats.parse import parse_threat
 from attnrobust.tokens import TokenMeasure
-
-
-def parse_tolerance(text: str, pool: Pool = "all") -> Displacement:
-    """Read an allowed displacement: ``1%`` of the clean output's norm, or an absolute number.
-
-    Args:
-        text: What the user wrote.
-        pool: The part of the output that counts.
-
-    Raises:
-        InputError: Not a positive number, with or without a percent sign.
-    """
-    value, relative = read_tolerance(text)
-    return Displacement(value, relative=relative, pool=pool)
 
 
 def read_readout(path: Path, *, pool: Pool, label: int | None) -> Margin:

@@ -8,6 +8,7 @@ import re
 from typing import Literal
 
 from attnrobust.errors import InputError
+from attnrobust.text import read_tolerance
 
 DEFAULT_TOLERANCE = "10%"
 DEFAULT_ATTACK = "default"
@@ -25,7 +26,6 @@ ATTACKS = frozenset({DEFAULT_ATTACK, "token-moving"})
 _MOVES = re.compile(
     r"(frobenius|per-token|per-token-linf|per-token-l1|any-token)(:\d+(,\d+)*)?|token:\d+|tokens:\d+(,\d+)*"
 )
-_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 
 
 def is_known_move(threat: str) -> bool:
@@ -46,21 +46,6 @@ def parse_pool(text: str) -> Literal["all", "mean"] | int:
     if re.fullmatch(r"row:\d+", text):
         return int(text.removeprefix("row:"))
     raise InputError(f"pool {text!r}: give all, mean or row:I, as in row:0")
-
-
-def read_tolerance(text: str) -> tuple[float, bool]:
-    """Read an allowed displacement: its value, and whether it is a share of the clean output's norm.
-
-    Raises:
-        InputError: Not a positive number, with or without a percent sign.
-    """
-    match = re.fullmatch(rf"({_NUMBER})\s*(%?)", text.strip())
-    if match is None:
-        raise InputError(f"tolerance {text!r}: give a share of the output's norm such as 1%, or a positive number")
-    value = float(match[1]) / 100 if match[4] else float(match[1])
-    if not 0.0 < value < float("inf"):
-        raise InputError(f"tolerance must be a positive number; got {text}")
-    return value, bool(match[4])
 
 
 def require_goal_options(*, tolerance: str | None, readout: object | None, pool: str | None, label: int | None) -> None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from attnrobust.errors import InputError
+from attnrobust.threats.token_subset import require_length
 from attnrobust.tokens import TokenMeasure
 
 
@@ -49,33 +49,15 @@ class Threat(ABC):
         self.movable(clean.n)
 
 
-def checked_tokens(tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """A subset of tokens, sorted and without repetition; None means all.
-
-    Raises:
-        InputError: An empty subset or a negative index.
-    """
-    if tokens is None:
-        return None
-    unique = tuple(sorted(set(tokens)))
-    if not unique:
-        raise InputError("the token subset is empty; name at least one token")
-    if unique[0] < 0:
-        raise InputError(f"token {unique[0]} is negative; tokens count from 0")
-    return unique
-
-
 def selection(tokens: tuple[int, ...] | None, n: int, device: torch.device | None = None) -> Bool[Tensor, "n"]:
     """A subset of n tokens as a mask.
 
     Raises:
-        InputError: An index that does not exist.
+        InputError: An index that does not exist, a mask of another length.
     """
     if tokens is None:
         return torch.ones(n, dtype=torch.bool, device=device)
-    bad = [t for t in tokens if not 0 <= t < n]
-    if bad:
-        raise InputError(f"token {bad[0]} does not exist; the input has tokens 0 to {n - 1}")
+    require_length(tokens, n)
     chosen = torch.zeros(n, dtype=torch.bool, device=device)
     chosen[list(tokens)] = True
     return chosen

@@ -12,8 +12,9 @@ from torch import Tensor
 from attnrobust.errors import InputError
 from attnrobust.numerics.projections import shortened
 from attnrobust.numerics.transport import Order, coupling_cost, wasserstein
-from attnrobust.threats.base import Threat, checked_tokens, selection, token_list
+from attnrobust.threats.base import Threat, selection, token_list
 from attnrobust.threats.moves import FrobeniusBall
+from attnrobust.threats.token_subset import checked_tokens
 from attnrobust.tokens import KEPT_MASS_ROUNDING, PerturbedTokens, TokenMeasure
 
 DOMAIN_ROUNDING = 1e-12

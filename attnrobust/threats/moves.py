@@ -12,7 +12,8 @@ from torch import Tensor
 
 from attnrobust.errors import UnknownNameError
 from attnrobust.numerics.projections import shortened
-from attnrobust.threats.base import Threat, checked_tokens, selection, token_list
+from attnrobust.threats.base import Threat, selection, token_list
+from attnrobust.threats.token_subset import checked_tokens
 
 TokenNorm = Literal["l2", "linf", "l1"]
 TINY = 1e-300  # keeps 0/0 out of normalisations; far below every meaningful norm

@@ -31,7 +31,7 @@ def test_defaults() -> None:
     assert config.layers == ("*",)
     assert config.threats == ("frobenius",)
     assert [goal.tolerance for goal in config.goals] == ["10%"]
-    assert config.attack.method == "token-moving"
+    assert config.attack.method == "default"
     assert config.certifies
     assert config.execution.workers == 0
 

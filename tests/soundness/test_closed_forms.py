@@ -42,7 +42,7 @@ def method(request: pytest.FixtureRequest) -> CertificateMethod:
 
 
 def test_above_everything_found_on_the_set(every_case: Case) -> None:
-    """Each method at three sizes, from nearly linear to far outside of it, on every threat and goal of the case."""
+    """Each method at three sizes, from nearly linear to far outside of it, on every threat and goal."""
     for index, problem in list(enumerate(problems(every_case)))[every_case.n % 3 :: 3]:
         prepared = [method.prepare(problem, seed=0) for method in METHODS]
         scale = prepared[-1].first_guess or 1.0

@@ -5,16 +5,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from attnrobust.certify.displacement.base import ValueRows
-from attnrobust.certify.displacement.bound import DisplacementBound
+from attnrobust.certify.displacement.bound import EVENTS, DisplacementBound
 from attnrobust.certify.method import PreparedBound
 from attnrobust.certify.radius import largest_radius
+from attnrobust.numerics.chance import MAIN_FAILURE, Chance, stream
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import AnyToken, FrobeniusBall
 
 TOKEN_LIMIT = 128  # tokens that move in turn; beyond, the enclosing ball has to do
+EVENTS_OF_A_TOKEN = 6  # eigenvalue bounds of a token that is not the worst
 KEPT_NUMBERS = 2**18  # rows times rows of the tokens' bounds that are kept; a bound holds about 150 numbers of each
-SEEDS_APART = 7919  # between the seeds of two tokens' bounds: a bound uses far fewer
 
 
 @dataclass(eq=False)
@@ -34,7 +35,6 @@ class AnyTokenBound(PreparedBound):
     seed: int
     tolerance: float
     _passed: dict[int, tuple[float, float]] = field(default_factory=dict, repr=False)
-    _random: float = field(default=0.0, repr=False)
 
     def __post_init__(self) -> None:
         threat, clean = self.problem.threat, self.problem.clean
@@ -43,11 +43,13 @@ class AnyTokenBound(PreparedBound):
         self._tokens: list[FrobeniusBall] = list(threat.branches(clean.n))
         self._clean: ValueRows | None = None
         self._bounds: dict[int, DisplacementBound] = {}
-        self._created = 0
+        self._chance = Chance(
+            self.seed, "displacement any-token", MAIN_FAILURE, EVENTS + EVENTS_OF_A_TOKEN * len(self._tokens)
+        )
 
     @property
     def failure_probability(self) -> float:
-        return self._random + sum(bound.failure_probability for bound in self._bounds.values())
+        return self._chance.spent
 
     @property
     def first_guess(self) -> float | None:
@@ -85,11 +87,11 @@ class AnyTokenBound(PreparedBound):
     def bound_of(self, index: int) -> DisplacementBound:
         if index not in self._bounds:
             if len(self._bounds) * self.problem.clean.n**2 >= KEPT_NUMBERS:
-                self._random = self.failure_probability
                 self._bounds.clear()
-            self._created += 1  # a bound that is built again must not use its first start vectors again
             one = replace(self.problem, threat=self._tokens[index])
-            bound = DisplacementBound(one, self.seed + SEEDS_APART * self._created, clean=self._clean)
+            bound = DisplacementBound(
+                one, stream(self.seed, self._tokens[index].key), clean=self._clean, chance=self._chance
+            )
             self._clean = bound.rows.clean
             self._bounds[index] = bound
         return self._bounds[index]

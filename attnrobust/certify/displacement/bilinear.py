@@ -11,7 +11,6 @@ from attnrobust.certify.displacement.base import MovingRows, stack_weights
 from attnrobust.numerics.rounding import SMALLEST_UNIT, nonzero
 
 POWER_STEPS = 8  # only balances two factors; any value is sound
-ESTIMATE_STREAM = 0x5EED_0000  # estimates draw from another stream: a matrix must not depend on its own start vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,7 @@ class ValueLogitForm:
 
 def value_logit_form(rows: MovingRows, *, seed: int) -> ValueLogitForm:
     """The form at the clean weights, with a balance that is estimated: value norm over logit norm."""
-    generator = torch.Generator().manual_seed(seed ^ ESTIMATE_STREAM)
+    generator = torch.Generator().manual_seed(seed)
     start = torch.randn(rows.clean.points.shape, generator=generator, dtype=torch.float64).to(rows.clean.points)
     ratios = []
     for head in range(rows.clean.layer.heads):

@@ -9,20 +9,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.displacement.base import MovingRows, ValueRows
-from attnrobust.certify.displacement.bilinear import ESTIMATE_STREAM, QueryKeyForm, value_logit_form
+from attnrobust.certify.displacement.bilinear import QueryKeyForm, value_logit_form
 from attnrobust.certify.displacement.joint_form import JointProduct
 from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajorant
 from attnrobust.certify.method import PreparedBound
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.jacobian import AttentionJacobian
+from attnrobust.numerics.chance import MAIN_FAILURE, Chance, stream
 from attnrobust.numerics.linear_map import EigenvalueBounds, LinearMap, largest_eigenvalue_upper
 from attnrobust.numerics.rounding import FORMULA, SMALLEST, SMALLEST_UNIT, nonzero, used_share
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import PerTokenBall
 
-FAILURE = 1e-10  # of one eigenvalue bound; a radius needs about 30 of them
+EVENTS = 64  # eigenvalue bounds that a radius is likely to need
 DENSE_LIMIT = 300  # n d up to which every eigenvalue is computed without randomness
 POWER_STEPS = 8  # of the first guess
 ROUNDS = 4  # rebalancing rounds of the joint bound
@@ -42,11 +43,13 @@ class DisplacementBound(PreparedBound):
         problem: The question.
         seed: Seed of random start vectors.
         clean: Clean rows of the same layer and input, whose work is shared; None computes them.
+        chance: Failure probability to share with the bounds of other tokens; None means one of its own.
     """
 
     problem: Problem
     seed: int
     clean: ValueRows | None = None
+    chance: Chance | None = None
 
     def __post_init__(self) -> None:
         layer, clean = self.problem.network, self.problem.clean
@@ -60,9 +63,8 @@ class DisplacementBound(PreparedBound):
         jacobian = AttentionJacobian(layer, clean.points, self.problem.mass)
         self._jacobian: LinearMap = jacobian.linear_map(pool=weights, token_scale=self._rows.moves)
         self._majorant = RemainderMajorant(self._rows)
-        self._calls = 0
-        self._random = 0.0
-        self._clean_pair = value_logit_form(self._rows, seed=self._next_seed())
+        self._chance = self.chance or Chance(self.seed, "displacement", MAIN_FAILURE, EVENTS)
+        self._clean_pair = value_logit_form(self._rows, seed=stream(self.seed, "value-logit"))
         self._product = JointProduct(self._rows, self._majorant, self._clean_pair, QueryKeyForm(self._rows))
         factor = self.problem.moves.frobenius_factor(clean.n, clean.width)
         self._scale = factor
@@ -75,13 +77,9 @@ class DisplacementBound(PreparedBound):
         """The rows, and which tokens move."""
         return self._rows
 
-    def _next_seed(self) -> int:
-        self._calls += 1
-        return self.seed * 1_000_003 + self._calls - 1
-
     def _first_order(self) -> tuple[float, list[Float[Tensor, "n d"]]]:
         """A rough norm of J for the first guess (any value is sound) and the direction where it is reached."""
-        generator = torch.Generator().manual_seed(self.seed ^ ESTIMATE_STREAM)
+        generator = torch.Generator().manual_seed(stream(self.seed, "estimate"))
         vector = torch.randn(self._rows.clean.points.shape, generator=generator, dtype=torch.float64).to(
             self._rows.clean.points
         )
@@ -93,7 +91,7 @@ class DisplacementBound(PreparedBound):
 
     @property
     def failure_probability(self) -> float:
-        return self._random
+        return self._chance.spent
 
     @property
     def first_guess(self) -> float | None:
@@ -114,7 +112,7 @@ class DisplacementBound(PreparedBound):
         mixing = self._rows.clean.mixing
         scales = self._rows.clean.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
         value = self._joint(forms, scales, self.budget / reach) * reach
-        return Upper(used_share(value, self.budget, share=FORMULA), self._random)
+        return Upper(used_share(value, self.budget, share=FORMULA), self.failure_probability)
 
     def _joint(self, forms: LogitForms, scales: Float[Tensor, "5"], limit: float) -> float:
         """Upper bound of ``sup over |D| = 1 of sum_k scales_k X_k(D)^{1/2}``: Cauchy-Schwarz with shares (eq. 19).
@@ -135,7 +133,7 @@ class DisplacementBound(PreparedBound):
                 bounds = self._bounded(forms, factors)
             except InputError:  # a product left float64 in another direction
                 return best
-            self._random += bounds.upper.failure_probability
+            self._chance.spend(bounds.upper.failure_probability)
             best = min(best, math.sqrt(max(bounds.upper.value, 0.0) * float(shares.sum())))
             vector = self._embedded(bounds.vector)
             self._seen = [vector, *self._seen[: REMEMBERED - 1]]
@@ -160,8 +158,9 @@ class DisplacementBound(PreparedBound):
             return (tokens * image)[self._rows.movable].reshape(-1)
 
         size = int(self._rows.movable.sum()) * self._rows.clean.points.shape[1]
+        share, seed = self._chance.next_event()
         return largest_eigenvalue_upper(
-            product, size, failure_probability=FAILURE, seed=self._next_seed(), tol=2e-3,
+            product, size, failure_probability=share, seed=seed, tol=2e-3,
             dense_limit=DENSE_LIMIT, device=self._rows.clean.points.device,
         )  # fmt: skip
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.errors import InputError
+from attnrobust.numerics.chance import SIDE_FAILURE, Chance, stream
 from attnrobust.numerics.linear_map import (
     LinearMap,
     largest_singular_value_lower,
@@ -19,7 +20,6 @@ from attnrobust.numerics.rounding import FORMULA, outward
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import AnyToken, PerTokenBall
 
-FAILURE_PROBABILITY = 1e-9  # of one whole first-order bound, whatever the number of norms behind it
 DENSE_LIMIT = 600  # smaller side up to which a decomposition is about as fast as the iteration, and deterministic
 FEW_TOKENS = 8  # so many tokens get a norm each under the threat "any token"
 REWEIGHTINGS = 2  # rounds of token scalings under per-token budgets
@@ -54,7 +54,7 @@ def first_order(problem: Problem, linear: LinearMap, *, seed: int, accuracy: flo
     """
     goal = problem.resolved
     if goal.functionals is None:
-        return _displacement(problem, linear, _Norms(seed, accuracy))
+        return _displacement(problem, linear, _Norms(Chance(seed, "first order", SIDE_FAILURE, FEW_TOKENS), accuracy))
     if goal.weights is None:
         raise InputError("a functional of the output needs row weights")
     directions = goal.weights[:, None] * goal.functionals[:, None, :]
@@ -69,8 +69,8 @@ def _displacement(problem: Problem, linear: LinearMap, norms: "_Norms") -> First
     if isinstance(problem.threat, AnyToken) and int(movable.sum()) <= FEW_TOKENS:
         tokens = movable.nonzero().flatten()
         single = [select_tokens(pooled, torch.arange(n, device=linear.device) == token) for token in tokens]
-        return _largest([norms.upper(part, of=len(single)) for part in single], pooled)
-    frobenius = norms.upper(select_tokens(pooled, movable), of=REWEIGHTINGS + 1)
+        return _largest([norms.upper(part) for part in single], pooled)
+    frobenius = norms.upper(select_tokens(pooled, movable))
     bounds = [_scaled(frobenius, problem.moves.frobenius_factor(n, d))]
     several = isinstance(problem.threat, PerTokenBall) and int(movable.sum()) > 1
     if several and norms.accuracy <= ACCURACY:
@@ -84,31 +84,35 @@ def _reweighted(linear: LinearMap, norms: "_Norms") -> list[tuple[float, float]]
     """``||J diag(t)|| (sum 1/t^2)^{1/2}`` for scalings that even out the top singular vector over the tokens."""
     scale = torch.ones(linear.in_shape[0], dtype=torch.float64, device=linear.device)
     bounds = []
-    for _ in range(REWEIGHTINGS):
-        _, vector = largest_singular_value_lower(scale_tokens(linear, scale), seed=norms.seed, tol=1e-2)
+    for round_ in range(REWEIGHTINGS):
+        _, vector = largest_singular_value_lower(
+            scale_tokens(linear, scale), seed=stream(norms.chance.seed, "scaling", round_), tol=1e-2
+        )
         # At the best scaling every token uses its whole budget: |v_j| t_j is the same for all. Any scaling is sound.
         used = torch.linalg.vector_norm(vector, dim=-1) * scale
         scale = scale / (used / used.square().mean().sqrt()).clamp(0.1, 10.0) ** 0.5
-        value, failure = norms.upper(scale_tokens(linear, scale), of=REWEIGHTINGS + 1)
+        value, failure = norms.upper(scale_tokens(linear, scale))
         bounds.append((value * float(torch.linalg.vector_norm(1.0 / scale)), failure))
     return bounds
 
 
 @dataclass(frozen=True)
 class _Norms:
-    """Largest singular values from above; ``of`` of them share one failure probability."""
+    """Largest singular values from above; all of them share one failure probability."""
 
-    seed: int
+    chance: Chance
     accuracy: float
 
-    def upper(self, linear: LinearMap, *, of: int) -> tuple[float, float]:
+    def upper(self, linear: LinearMap) -> tuple[float, float]:
+        share, seed = self.chance.next_event()
         bound = largest_singular_value_upper(
             linear,
-            failure_probability=FAILURE_PROBABILITY / of,
-            seed=self.seed,
+            failure_probability=share,
+            seed=seed,
             tol=self.accuracy,
             dense_limit=DENSE_LIMIT,
         )
+        self.chance.spend(bound.failure_probability)
         return bound.value, bound.failure_probability
 
 

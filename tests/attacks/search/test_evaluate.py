@@ -34,7 +34,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def by_autograd(problem: Problem, delta: Tensor, target: int) -> tuple[Tensor, Tensor]:
     delta = delta.clone().requires_grad_()
     output = problem.network(problem.clean.points + delta, problem.mass)
-    shares = problem.resolved.changes(output) / problem.resolved.budgets
+    shares = problem.resolved.changes(output) / problem.resolved.violated_at
     (gradient,) = torch.autograd.grad(shares[..., target].sum(), delta)
     return shares.detach(), gradient
 
@@ -43,7 +43,7 @@ def test_shares_and_gradient_are_autograds(case: Case) -> None:
     for problem in problems(case):
         evaluator = Evaluator([problem], memory_bytes=MEMORY)
         delta = 0.3 * draw(3, *case.tokens.points.shape)
-        classes = problem.resolved.budgets.shape[0]
+        classes = problem.resolved.violated_at.shape[0]
         target = torch.arange(3) % classes
         shares, gradient = evaluator.shares_and_gradient(delta[None], target[None])
         for row in range(3):
@@ -64,7 +64,7 @@ def test_normal_product_is_the_dense_one(case: Case) -> None:
             def pooled(x: Tensor, problem: Problem = problem) -> Tensor:
                 return problem.resolved.pooled(problem.network(x, problem.mass)).flatten()
 
-            dense = torch.func.jacrev(pooled)(case.tokens.points).flatten(1) / problem.resolved.budgets[0]
+            dense = torch.func.jacrev(pooled)(case.tokens.points).flatten(1) / problem.resolved.violated_at[0]
             expected = vectors.flatten(1) @ dense.T @ dense
             scale = float(expected.abs().max()) + 1e-12
             got = evaluator.normal_product(vectors[None])[0].flatten(1)

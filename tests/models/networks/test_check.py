@@ -90,6 +90,15 @@ def test_hidden_states_of_models_with_a_head(name: str, head: HeadName) -> None:
     assert_close(read.graph(read.input.measure.points), expected, rtol=1e-12)
 
 
+def test_a_causal_bert() -> None:
+    model, inputs = HEADS["bert tokens"](is_decoder=True), inputs_of("bert")
+    read = ModuleModel(model).network(inputs)
+    assert_close(read.graph(read.input.measure.points), own_output(model, inputs), rtol=1e-12)
+    moved = read.input.measure.points.clone()
+    moved[-1] += 1.0
+    assert_same_bits(read.graph(moved)[:-1], read.graph(read.input.measure.points)[:-1])
+
+
 @pytest.mark.parametrize("name", TORCH)
 def test_torch_encoders(name: str) -> None:
     model, inputs = torch_model(name), torch_inputs(name)

@@ -32,7 +32,7 @@ def replaced(path: str, part: nn.Module) -> nn.Module:
 
 def pruned() -> nn.Module:
     model = bert()
-    prune.l1_unstructured(model.get_submodule(f"{BERT}.output.dense"), "weight", 0.3)  # type: ignore[no-untyped-call]
+    prune.l1_unstructured(model.get_submodule(f"{BERT}.output.dense"), "weight", 0.3)
     return model
 
 

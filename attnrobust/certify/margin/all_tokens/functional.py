@@ -32,6 +32,7 @@ from attnrobust.certify.margin.trust_region import (
     iterated_bound,
 )
 from attnrobust.certify.shared.constants import MoveBudget
+from attnrobust.numerics.chance import Chance, stream
 from attnrobust.numerics.rounding import ENTRY, SMALLEST_UNIT, outward
 from attnrobust.numerics.sides import Upper
 from attnrobust.threats.moves import MoveThreat, PerTokenBall
@@ -93,15 +94,14 @@ class _State:
 class FunctionalBound:
     """Bounds of the drop of one functional; parameters and reference moves are kept between radii."""
 
-    def __init__(self, rows: FunctionalRows, threat: MoveThreat, *, seed: int) -> None:
-        self.rows, self.threat, self.seed = rows, threat, seed
+    def __init__(self, rows: FunctionalRows, threat: MoveThreat, *, chance: Chance) -> None:
+        self.rows, self.threat, self.chance = rows, threat, chance
         self.index = rows.rows.index
         self.gradient = rows.gradient[self.index]
         self.parameters: Parameters = initial_parameters(rows)
         self.scale = self._first_scale()
         self.starts: Tensor | None = None
         self.memory: References | None = None
-        self.count = 0
         self.tuned = False
 
     def _first_scale(self) -> Tensor:
@@ -149,13 +149,8 @@ class FunctionalBound:
         seen.append((radius, usage))
         return float(radius * usage ** (-1.0 / min(max(power, 1.0), 3.0)))
 
-    def bound(self, const: Constants, *, failure_probability: float) -> Upper:
-        """Upper bound of the drop on the set.
-
-        Args:
-            const: Constants of the set.
-            failure_probability: What one random start may fail with; 0 refuses them (the bound is then infinite).
-        """
+    def bound(self, const: Constants) -> Upper:
+        """Upper bound of the drop on the set with these constants."""
         state = self._state(const)
         if self.tuned:
             self._descend(state, steps=WARM_STEPS, rate=WARM_RATE)
@@ -167,7 +162,7 @@ class FunctionalBound:
         self._solve_again(state)
         self._keep(state)
         quadratic, solution, _, region = state.best
-        return self._certified(quadratic, solution, region, failure_probability)
+        return self._certified(quadratic, solution, region)
 
     def _state(self, const: Constants) -> "_State":
         return _State(const, pieces(self.rows, const, self.rows.first_norm))
@@ -244,21 +239,16 @@ class FunctionalBound:
             state.best = (quadratic, solution, par, region)
         return solution, progress
 
-    def _certified(
-        self, quadratic: Quadratic, solution: Maximiser, region: Ellipsoid, failure_probability: float
-    ) -> Upper:
+    def _certified(self, quadratic: Quadratic, solution: Maximiser, region: Ellipsoid) -> Upper:
         size = quadratic.gradient.numel()
         if size <= DECOMPOSE_LIMIT:
             return decomposed_bound(quadratic, region.radius)[0]
         if size <= CHOLESKY_LIMIT:
             return factorised_bound(quadratic, region.radius, solution)
-        if failure_probability <= 0.0:
-            return Upper(torch.inf)
-        self.count += 1
-        return iterated_bound(
-            quadratic, region.radius, solution, failure_probability=failure_probability,
-            seed=self.seed + 7919 * self.count,
-        )  # fmt: skip
+        share, seed = self.chance.next_event()
+        found = iterated_bound(quadratic, region.radius, solution, failure_probability=share, seed=seed)
+        self.chance.spend(found.failure_probability)
+        return found
 
     def _quadratic(self, form: QuadraticMajorant, region: Ellipsoid) -> Quadratic:
         """The majorant in the coordinates ``scale * D`` of the movable tokens."""
@@ -278,7 +268,7 @@ class FunctionalBound:
             return decomposed_bound(quadratic, region.radius)[1]
         starts = self.starts
         if starts is None:
-            generator = torch.Generator().manual_seed(self.seed)
+            generator = torch.Generator().manual_seed(stream(self.chance.seed, self.chance.purpose, "starts"))
             starts = torch.randn(1, size, generator=generator, dtype=torch.float64).to(quadratic.gradient)
         solution = approximate(quadratic, region.radius, starts, settled=SETTLED)
         self.starts = solution.points[:1]

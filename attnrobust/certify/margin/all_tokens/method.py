@@ -12,14 +12,14 @@ from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, Pre
 from attnrobust.certify.shared.constants import MoveBudget
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
+from attnrobust.numerics.chance import MAIN_FAILURE, Chance
 from attnrobust.numerics.rounding import used_share
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.results import Kind
 from attnrobust.threats.moves import FrobeniusBall, PerTokenBall
 
-FAILURE_PROBABILITY = 1e-9  # of the whole certificate: a union bound over every random start
-EVALUATIONS = 100  # random starts that the union bound pays for; later ones say nothing
+EVENTS_OF_A_CLASS = 32  # random starts that a class is likely to need
 START = 0.6  # of the radius that the first order alone would give
 EXPONENT_CAP = 650.0  # logit changes beyond say nothing useful and would overflow
 
@@ -58,14 +58,19 @@ class MarginBound(PreparedBound):
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before
         self.budgets = goal.budgets.tolist()
         weights = goal.weights.clone()  # made in inference mode, they could not enter a slope
+        share = MAIN_FAILURE / goal.functionals.shape[0]
         self.functionals = [
-            FunctionalBound(functional_rows(self.rows, weights, f), problem.moves, seed=seed) for f in goal.functionals
+            FunctionalBound(
+                functional_rows(self.rows, weights, f),
+                problem.moves,
+                chance=Chance(seed, f"margin class {c}", share, EVENTS_OF_A_CLASS),
+            )
+            for c, f in zip(goal.classes, goal.functionals, strict=True)
         ]
-        self.starts = 0
 
     @property
     def failure_probability(self) -> float:
-        return FAILURE_PROBABILITY * self.starts / EVALUATIONS
+        return sum(each.chance.spent for each in self.functionals)
 
     @property
     @torch.inference_mode(mode=False)  # the descent in the parameters differentiates, whatever mode the caller is in
@@ -95,9 +100,7 @@ class MarginBound(PreparedBound):
             return Upper(torch.inf)
         worst = 0.0
         for one_budget, functional in zip(self.budgets, self.functionals, strict=True):
-            share = FAILURE_PROBABILITY / EVALUATIONS if self.starts < EVALUATIONS else 0.0
-            bound = functional.bound(const, failure_probability=share)
-            self.starts += bound.failure_probability > 0.0
+            bound = functional.bound(const)
             worst = max(worst, used_share(bound.value, one_budget))
             if worst == torch.inf:
                 break
