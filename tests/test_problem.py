@@ -9,7 +9,7 @@ from attnrobust.problem import Problem, TokenMap
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_close, assert_same_bits, refused
-from tests.cases import Case, case_named, cases, goals, problems, threats
+from tests.cases import Case, case_named, cases, goals, problems, telling_cases, threats
 
 CASE = case_named("biases")
 
@@ -30,6 +30,17 @@ def test_the_table_has_what_the_tests_count_on() -> None:
         assert {type(goal) for goal in goals(case)} == {Displacement, Margin}
     pairs = {(type(p.threat), type(p.goal)) for case in cases() for p in problems(case)}
     assert len(pairs) == 6
+
+
+def test_the_telling_cases_tell_everything_apart() -> None:
+    told = telling_cases()
+    assert {case.attention.heads for case in told} >= {1, 2, 12}
+    assert {case.attention.causal for case in told} == {case.tokens.uniform for case in told} == {False, True}
+    assert (
+        {case.attention.mask is None for case in told} == {case.attention.w_o is None for case in told} == {False, True}
+    )
+    assert {case.attention.b_q is None for case in told} == {case.constant for case in told} == {False, True}
+    assert min(case.n for case in told) == 1
 
 
 def test_a_layer_is_a_token_map() -> None:
