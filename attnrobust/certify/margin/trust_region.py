@@ -128,8 +128,11 @@ def _multiplier(values: Tensor, g: Tensor, radius: float) -> float:
         square = float((terms / gap**2).sum())
         if not square > 1.0 + 1e-12:
             return low * unit
-        low = min(low + square / float((terms / gap**3).sum()) * (square**0.5 - 1.0), high)
-    return high * unit
+        following = min(low + square / float((terms / gap**3).sum()) * (square**0.5 - 1.0), high)
+        if following <= low:  # the gap to the largest eigenvalue is known no better; any multiplier above it is sound
+            break
+        low = following
+    return low * unit
 
 
 def decomposed_bound(problem: Quadratic, radius: float) -> tuple[Upper, Maximiser]:
