@@ -94,7 +94,7 @@ def one(number: int, seed: int) -> Outcome:
     from benchmarks.fuzz_functions import function_call
     from benchmarks.fuzz_values import Values
 
-    values = Values(random.Random(f"{seed}/{number}"))  # noqa: S311 - no secret
+    values = Values(random.Random(f"{seed}/{number}"))
     target, call = command_call(values) if number % COMMANDS_EVERY == 0 else function_call(values)
     return judged(number, target, call)
 
