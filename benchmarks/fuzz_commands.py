@@ -25,12 +25,12 @@ KEYS = (
     "\u202eright", "e\u0301", "\x1b[31m", "\ufeffbom", "k" * 300, "-q", "--json", "\U0010ffff", "\x7f", "nul",
 )  # fmt: skip
 LINES = (
-    "a text", "", "   ", "[/INST] [bold]", "😀 😀", "日本語 العربية עברית ไทย", "\ufeff", "\x0c", "\u2028", "a\rb", "\x00",
-    "\U0001f9ff" * 20, "x" * 4000, "<script>", "\u0300", "\t", "{{7*7}}", "-1",
+    "a text", "", "   ", "[/INST] [bold]", "😀 😀", "日本語 العربية עברית ไทย", "\ufeff", "\x0c", "\u2028", "a\rb",
+    "\x00", "\U0001f9ff" * 20, "x" * 4000, "<script>", "\u0300", "\t", "{{7*7}}", "-1",
 )  # fmt: skip
 CONFIG_VALUES: tuple[Any, ...] = (
-    None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x", "1%", [], [None], [[]], {}, {"a": 1}, "frobenius",
-    ["frobenius", "per-token"], {"tolerance": []}, [{"readout": 3}], {"method": "no"}, "😀", "\x00", "cuda", "meta",
+    None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x", "1%", [], [None], [[]], {}, {"a": 1},
+    "frobenius", ["frobenius", "per-token"], {"tolerance": []}, [{"readout": 3}], {"method": "no"}, "😀", "\x00", "cuda", "meta",
 )  # fmt: skip
 CONFIG_KEYS = (
     "model", "layers", "texts", "tokens", "threats", "goals", "certificates", "attack", "seed", "device", "threads",
@@ -50,7 +50,7 @@ def _in_a_directory(command: "Command", v: Values) -> str | None:
     from attnrobust.runs.config import AttackConfig
 
     before = Path.cwd()
-    cheap = mock.patch.object(AttackConfig, "budget", lambda _: AttackBudget(restarts=1, steps=2, rounds=1))
+    cheap = mock.patch.object(AttackConfig, "budget", return_value=AttackBudget(restarts=1, steps=2, rounds=1))
     with tempfile.TemporaryDirectory() as place, cheap:
         os.chdir(place)
         try:
@@ -185,7 +185,8 @@ OPTIONS: dict[str, Any] = {
     "--layer": ("attention", "att*", "*"), "--tolerance": ("10%", "0.1", "1e-6%"), "--readout": ("readout.npz",),
     "--pool": ("mean", "row:0", "all"), "--label": (0, 1), "--threat": THREATS, "--seed": (0, -1, 2**62),
     "--device": ("cpu",), "--methods": CERTIFICATES, "--method": ("default", "token-moving", "mass-splitting"),
-    "--epsilon": (0.1, 1e3), "--out": ("out", "deep/er", "x.npz", "/proc/none", "/dev/null/x", "."), "--overwrite": None,
+    "--epsilon": (0.1, 1e3), "--out": ("out", "deep/er", "x.npz", "/proc/none", "/dev/null/x", "."),
+    "--overwrite": None,
     "--fail-under": (0, 0.1, 1e9), "-q": None, "--radius": (2.0, 1e3), "--n": (2, 5), "--search": (0, 1),
     "--json": None, "--workers": (0,), "--shard": ("1/2", "2/2"), "--no-heads": None, "--order": (1, 2, "inf"),
     "--min-certified": (0.0, 1e-9), "--max-gap": (10.0,), "--quantile": (0.0, 0.5), "--junit": ("j.xml", "/proc/x"),
@@ -225,9 +226,9 @@ def _rows_are_right(code: int, out: str, inputs: int | None, *, as_json: bool, e
         return f"lost row: {inputs} inputs, {len(rows)} rows; {err[-200:]}"
     for row in rows or ():
         certified, attacked = row.get("certified_radius"), row.get("attack_radius")
-        if certified is not None and attacked is not None and row["status"] == "found":
-            if certified > attacked * (1 + 1e-9):
-                return f"unsound: {row}"
+        both = certified is not None and attacked is not None and row["status"] == "found"
+        if both and certified > attacked * (1 + 1e-9):
+            return f"unsound: {row}"
     return None
 
 
@@ -264,8 +265,8 @@ def call_run(v: Values) -> str | None:
     """A run from a configuration, and what reads its rows."""
     inputs = write_files(v)
     config: dict[str, Any] = {
-        "model": "layer.npz", "tokens": "x.npz", "threats": [v.pick(THREATS[:5])], "goals": ["10%", "1%"][: v.pick((1, 2))],
-        "certificates": ["castin2024-derived"], "attack": {"restarts": 1, "steps": 2}, "output": "out",
+        "model": "layer.npz", "tokens": "x.npz", "threats": [v.pick(THREATS[:5])],
+        "goals": ["10%", "1%"][: v.pick((1, 2))], "certificates": ["castin2024-derived"], "attack": {"restarts": 1, "steps": 2}, "output": "out",
     }  # fmt: skip
     while v.rarely(0.4):
         key, value = v.pick(CONFIG_KEYS).partition(".")[::2], v.pick(CONFIG_VALUES)

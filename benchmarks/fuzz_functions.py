@@ -68,7 +68,7 @@ def layer(v: Values) -> Any:
     q, key, val = (v.array(h, WIDTH, k, scale=1.0) for _ in range(3))
     return v.pick((
         lambda: ar.L2Attention(q, val, scale=v.number((None, 1.0))),
-        lambda: ar.CosineAttention(q, key, val, tau=v.number((1.0, 5)), nu=v.number((1.0,)), eps=v.number((1e-2, 1e-30))),
+        lambda: ar.CosineAttention(q, key, val, tau=v.number((1.0, 5)), eps=v.number((1e-2, 1e-30))),
         lambda: ar.SigmoidAttention(q, key, val, shift=v.number((0.0, -3.0, 1e6))),
         lambda: ar.LipschitzNormAttention(q, key, val),
         lambda: ar.KernelAttention(
@@ -96,7 +96,7 @@ def threat(v: Values) -> Any:
     return v.pick((
         lambda: ar.FrobeniusBall(subset(v)),
         lambda: ar.PerTokenBall(v.text(("l2", "linf", "l1")), subset(v)),
-        lambda: ar.AnyToken(),
+        ar.AnyToken,
         lambda: ar.CouplingBall(order, domain_radius=domain, tokens=subset(v)),
         lambda: ar.WassersteinBall(order, domain_radius=domain, tokens=subset(v)),
         lambda: ar.Copies(v.number((1, 2))),
