@@ -30,7 +30,8 @@ LINES = (
 )  # fmt: skip
 CONFIG_VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x", "1%", [], [None], [[]], {}, {"a": 1},
-    "frobenius", ["frobenius", "per-token"], {"tolerance": []}, [{"readout": 3}], {"method": "no"}, "😀", "\x00", "cuda", "meta",
+    "frobenius", ["frobenius", "per-token"], {"tolerance": []}, [{"readout": 3}], {"method": "no"}, "😀",
+    "\x00", "cuda", "meta",
 )  # fmt: skip
 CONFIG_KEYS = (
     "model", "layers", "texts", "tokens", "threats", "goals", "certificates", "attack", "seed", "device", "threads",
@@ -266,7 +267,8 @@ def call_run(v: Values) -> str | None:
     inputs = write_files(v)
     config: dict[str, Any] = {
         "model": "layer.npz", "tokens": "x.npz", "threats": [v.pick(THREATS[:5])],
-        "goals": ["10%", "1%"][: v.pick((1, 2))], "certificates": ["castin2024-derived"], "attack": {"restarts": 1, "steps": 2}, "output": "out",
+        "goals": ["10%", "1%"][: v.pick((1, 2))], "certificates": ["castin2024-derived"],
+        "attack": {"restarts": 1, "steps": 2}, "output": "out",
     }  # fmt: skip
     while v.rarely(0.4):
         key, value = v.pick(CONFIG_KEYS).partition(".")[::2], v.pick(CONFIG_VALUES)
