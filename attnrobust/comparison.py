@@ -7,7 +7,7 @@ from attnrobust.attacks import DEFAULT_ATTACK, DEFAULT_BUDGET, AttackBudget
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import certify
 from attnrobust.errors import InputError, SoundnessError
-from attnrobust.problem import Problem, refuse_second_threat
+from attnrobust.problem import Problem, refuse_second_threat, require_problem
 from attnrobust.results import AttackResult, Certificate, CertificationReport, Comparison, Status
 
 RADIUS_ROUNDING = 1e-12
@@ -60,9 +60,10 @@ def compare(
         InputError: ``threat=``; the threat is part of the problem.
     """
     refuse_second_threat(removed)
+    require_problem(problem)
     certification = certify(problem, methods=methods, seed=seed)
     chosen = DEFAULT_ATTACK if attack is None else attack
-    result = run_attack(problem, method=chosen, seed=seed, budget=budget or DEFAULT_BUDGET)
+    result = run_attack(problem, method=chosen, seed=seed, budget=DEFAULT_BUDGET if budget is None else budget)
     return join(problem, result, certification)
 
 

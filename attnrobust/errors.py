@@ -30,10 +30,10 @@ class UnknownNameError(InputError):
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        known = sorted(known)
+        known, name = sorted(known), name if isinstance(name, str) else one_line(name)
         near = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:10]
         hint = ", ".join(near) if near else "none exist"
-        super().__init__(f"unknown {kind} {name!r}; nearest: {hint}")
+        super().__init__(f"unknown {kind} {one_line(name)}; nearest: {hint}")
         self.kind, self.name, self.nearest = kind, name, tuple(near)
 
 
@@ -43,6 +43,15 @@ class AlreadyViolatedError(InputError):
 
 class SoundnessError(AttnRobustError):
     """A verified attack lies inside a certified radius: one of the two is wrong."""
+
+
+def one_line(value: object, longest: int = 100) -> str:
+    """What a user gave, as a message shows it: its ``repr`` in one line, cut where it is long."""
+    try:
+        shown = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 - a broken repr must not hide the error that quotes it
+        shown = f"a {type(value).__name__}"
+    return shown if len(shown) <= longest else shown[: longest - 3] + "..."
 
 
 def first_line(error: BaseException) -> str:

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.errors import InputError, UnsupportedThreatError
+from attnrobust.errors import InputError, UnsupportedThreatError, one_line
 from attnrobust.goals import Goal, ResolvedGoal, parse_tolerance, require_computable, with_rounding
 from attnrobust.layers.rounding import output_rounding
-from attnrobust.layers.token_map import TokenMap
+from attnrobust.layers.token_map import TokenMap, require_layer
 from attnrobust.threats.base import Threat
 from attnrobust.threats.moves import MoveThreat
 from attnrobust.threats.parse import parse_threat
@@ -44,10 +44,15 @@ class Problem:
     goal: Goal
 
     def __post_init__(self) -> None:
+        require_layer(self.network)
         if not isinstance(self.clean, TokenMeasure):
             object.__setattr__(self, "clean", TokenMeasure(self.clean))
         if isinstance(self.threat, str):
             object.__setattr__(self, "threat", parse_threat(self.threat))
+        if not isinstance(self.threat, Threat):
+            raise InputError(
+                f"the threat is {one_line(self.threat)}; give FrobeniusBall() or a name such as 'frobenius'"
+            )
         if not isinstance(self.goal, Goal):
             object.__setattr__(self, "goal", parse_tolerance(str(self.goal)))
         if self.clean.width != self.network.width:
@@ -119,6 +124,17 @@ class Problem:
     def _digest_of_moves(self, key: str) -> str:
         parts = (self.network.digest, self.clean.digest(), key, self.goal.digest)
         return hashlib.sha256(";".join(parts).encode()).hexdigest()
+
+
+def require_problem(problem: object) -> None:
+    """Refuse what is no problem.
+
+    Raises:
+        InputError: With the way to make one.
+    """
+    if not isinstance(problem, Problem):
+        kind = f"a {type(problem).__name__}"
+        raise InputError(f"the problem is {kind}; give attnrobust.Problem(layer, tokens, threat, goal)")
 
 
 def refuse_second_threat(options: Mapping[str, object]) -> None:

@@ -1,6 +1,7 @@
 """Inputs as measures: tokens with masses, and what they become when they move, split and are copied."""
 
 import hashlib
+import math
 import operator
 from dataclasses import dataclass, field
 
@@ -9,21 +10,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.errors import InputError
+from attnrobust.errors import InputError, one_line
 
 MASS_SUM_TOLERANCE = 1e-9  # masses are user data in float64; n <= 1e5 terms sum to 1 far inside this
 MASS_SUM_ROUNDING = 1e-14  # sums this near to 1 are kept bit for bit, others are divided by their sum
+INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 KEPT_MASS_ROUNDING = 1e-12  # relative, of a token's mass where its children's masses are added up
 
 
 def as_tensor(name: str, value: object) -> Tensor:
     """A tensor of what a user gave: tensors as they are, numpy arrays and (nested) lists of numbers converted."""
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+            raise InputError(f"{name} is a {kind} tensor; give a dense tensor that holds its numbers")
         return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise InputError(f"{name} is a masked array, whose mask would be lost; fill it (filled) or leave the rows out")
     try:
         array = value if isinstance(value, np.ndarray) else np.asarray(value, dtype=np.float64)
         return torch.as_tensor(np.ascontiguousarray(array))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         kind = type(value).__name__
         raise InputError(f"{name} is a {kind} that is no array of numbers; give a tensor, an array or lists") from None
 
@@ -34,8 +41,16 @@ def as_number(name: str, value: object) -> float:
         if isinstance(value, bool | np.bool_ | str | bytes) or getattr(value, "ndim", 0) > 0:
             raise TypeError
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{name} is {value!r}; give a number") from None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise InputError(f"{name} is {one_line(value)}; give a number") from None
+
+
+def as_positive(name: str, value: object) -> float:
+    """A finite float > 0 of any real scalar."""
+    number = as_number(name, value)
+    if not (math.isfinite(number) and number > 0):
+        raise InputError(f"{name} must be a positive number; got {number}")
+    return number
 
 
 def as_index(name: str, value: object) -> int:
@@ -44,8 +59,24 @@ def as_index(name: str, value: object) -> int:
         if isinstance(value, bool | np.bool_):
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):
-        raise InputError(f"{name} is {value!r}; give an integer") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} is {one_line(value)}; give an integer") from None
+
+
+def as_count(name: str, value: object, *, least: int = 1) -> int:
+    """An int >= ``least`` of any integer scalar."""
+    count = as_index(name, value)
+    if count < least:
+        raise InputError(f"{name} must be >= {least}; got {one_line(count)}")
+    return count
+
+
+def as_seed(value: object) -> int:
+    """A seed: an integer of 64 bits with its sign."""
+    seed = as_index("seed", value)
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed is {one_line(seed)}; give an integer from -2**63 to 2**63 - 1")
+    return seed
 
 
 def require_finite(name: str, value: Tensor) -> Tensor:
@@ -125,8 +156,12 @@ class PerturbedTokens:
         measure = TokenMeasure(self.points, self.mass)  # the checks of points and masses
         object.__setattr__(self, "points", measure.points)
         object.__setattr__(self, "mass", measure.mass)
-        if tuple(self.parent.shape) != (measure.n,) or self.parent.is_floating_point():
-            raise InputError(f"parent must hold one token index per atom; got shape {tuple(self.parent.shape)}")
+        parent = self.parent if isinstance(self.parent, Tensor | np.ndarray) else _indices(self.parent)
+        object.__setattr__(self, "parent", as_tensor("parent", parent))
+        if tuple(self.parent.shape) != (measure.n,) or self.parent.dtype not in INDEX_TYPES:
+            kind = f"shape {tuple(self.parent.shape)} and dtype {self.parent.dtype}"
+            raise InputError(f"parent must hold one token index per atom; got {kind}")
+        object.__setattr__(self, "parent", self.parent.to(torch.int64))
         if bool((self.parent < 0).any()):
             raise InputError("parent holds a negative token index")
 
@@ -150,6 +185,18 @@ class PerturbedTokens:
         if present.shape[0] != clean.n or bool((present == 0).any()):
             raise InputError(f"the parents must cover exactly the {clean.n} clean tokens")
         return self.parent
+
+
+def as_measure(tokens: object) -> TokenMeasure:
+    """A token measure of what a user gave: bare tokens get equal masses."""
+    return tokens if isinstance(tokens, TokenMeasure) else TokenMeasure(tokens)  # type: ignore[arg-type]
+
+
+def _indices(value: object) -> Tensor:
+    """Indices that were given as a list."""
+    if not isinstance(value, list | tuple):
+        raise InputError(f"parent is {one_line(value)}; give one token index per atom")
+    return torch.tensor([as_index("an entry of parent", entry) for entry in value], dtype=torch.int64)
 
 
 def _checked_mass(mass: Tensor | None, points: Tensor) -> Tensor:

@@ -4,12 +4,12 @@
     python -m benchmarks.fuzz --first 2000 --calls 500 --out fuzz.json      # goes on: numbers in the file are skipped
     python -m benchmarks.fuzz --first 1234 --calls 1                        # one call again, with its message
 
-Call i is a function of the seed and i alone. Four of five go to the Python functions, with arguments of right and wrong
-types, shapes, dtypes, scales and names; the others to the command line, with damaged files, hostile names, odd encodings
-and random options. Attacks get one restart of two steps. Outcomes: "clean error" (an error of this package in one line;
-exit code 2 with its lines on stderr), "right answer" (the invariants hold: bounds in order, radii no NaN, a row per input,
-JSON that parses), "traceback" (any other exception or warning, exit code 70), "lost row", "unsound". The exit code is 1
-where one of the last three occurs.
+Call i is a function of the seed and i alone. Four of five go to the Python functions, with arguments of right and
+wrong types, shapes, dtypes, scales and names; the others to the command line, with damaged files, hostile names, odd
+encodings and random options. Attacks get one restart of two steps. Outcomes: "clean error" (an error of this package in
+one line; exit code 2 with its line on stderr), "right answer" (the invariants hold: bounds in order, radii no NaN, a
+row per input, JSON that parses), "traceback" (any other exception or warning, exit code 70), "lost row", "unsound". The
+exit code is 1 where one of the last three occurs.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def one(number: int, seed: int) -> Outcome:
     from benchmarks.fuzz_functions import function_call
     from benchmarks.fuzz_values import Values
 
-    values = Values(random.Random(f"{seed}/{number}"))  # noqa: S311 - no secret
+    values = Values(random.Random(f"{seed}/{number}"))
     target, call = command_call(values) if number % COMMANDS_EVERY == 0 else function_call(values)
     return judged(number, target, call)
 

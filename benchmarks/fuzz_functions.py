@@ -68,12 +68,14 @@ def layer(v: Values) -> Any:
     q, key, val = (v.array(h, WIDTH, k, scale=1.0) for _ in range(3))
     return v.pick((
         lambda: ar.L2Attention(q, val, scale=v.number((None, 1.0))),
-        lambda: ar.CosineAttention(q, key, val, tau=v.number((1.0, 5)), nu=v.number((1.0,)), eps=v.number((1e-2, 1e-30))),
+        lambda: ar.CosineAttention(q, key, val, tau=v.number((1.0, 5)), eps=v.number((1e-2, 1e-30))),
         lambda: ar.SigmoidAttention(q, key, val, shift=v.number((0.0, -3.0, 1e6))),
         lambda: ar.LipschitzNormAttention(q, key, val),
         lambda: ar.KernelAttention(
-            score=lambda x, y: -torch.cdist(x, y), key="distance", w_v=v.array(WIDTH, WIDTH, scale=1.0),
-            constants=None if v.rarely(0.5) else KernelConstants(*(v.number((1.0, 10.0)) for _ in range(4))),
+            score=lambda x, y: x @ y.mT, key="product", w_v=v.array(WIDTH, WIDTH, scale=1.0),
+            constants=None if v.rarely(0.5) else KernelConstants(
+                **{name: v.number((1.0, 10.0)) for name in ("diameter", "oscillation", "query_slope", "key_slope")}
+            ),
         ),
     ))()  # fmt: skip
 
@@ -94,7 +96,7 @@ def threat(v: Values) -> Any:
     return v.pick((
         lambda: ar.FrobeniusBall(subset(v)),
         lambda: ar.PerTokenBall(v.text(("l2", "linf", "l1")), subset(v)),
-        lambda: ar.AnyToken(),
+        ar.AnyToken,
         lambda: ar.CouplingBall(order, domain_radius=domain, tokens=subset(v)),
         lambda: ar.WassersteinBall(order, domain_radius=domain, tokens=subset(v)),
         lambda: ar.Copies(v.number((1, 2))),
@@ -139,7 +141,9 @@ NOTHINGS = ("cheap", 3, {}, [], object(), {"restarts": 1})
 def methods(v: Values) -> Any:
     """Names of certificates."""
     if v.wrong():
-        return v.pick(("castin2024", (), [1], "", ["displacement", None], 5, object(), "frobenius", {"displacement": 1}))
+        return v.pick(
+            ("castin2024", (), [1], "", ["displacement", None], 5, object(), "frobenius", {"displacement": 1})
+        )
     return v.pick(("castin2024-derived", v.pick(CERTIFICATES), [v.pick(CERTIFICATES), v.pick(CERTIFICATES)]))
 
 
@@ -191,7 +195,6 @@ def call_perturbed(v: Values) -> str | None:
     parent = v.array(3) if v.wrong() else v.pick((torch.tensor([0, 1, 1]), [0, 1, 1], torch.tensor([0, 1, 7])))
     atoms = ar.PerturbedTokens(v.array(3, WIDTH), masses(v, 3), parent)
     asked = threat(v)
-    asked = ar.parse_threat(asked) if isinstance(asked, str) else asked
     if isinstance(asked, ar.CouplingBall | ar.WassersteinBall):
         distance = asked.distance(clean, atoms)
         return None if distance >= 0 else f"unsound: distance {distance}"
@@ -209,7 +212,7 @@ def call_layer(v: Values) -> str | None:
 
 def call_threat(v: Values) -> str | None:
     made = threat(v)
-    made = ar.parse_threat(made) if isinstance(made, str) else made
+    made = made if isinstance(made, ar.Threat) else ar.Problem(attention(v), tokens(v), made, "10%").threat
     again = ar.parse_threat(made.key)
     made.check(ar.TokenMeasure(torch.ones(3, WIDTH)))
     return None if again.key == made.key else f"unsound: {made.key} is read as {again.key}"
@@ -254,7 +257,7 @@ def call_compare(v: Values) -> str | None:
 def call_token_radii(v: Values) -> str | None:
     asked, chosen = problem(v), v.number((None, None, (0,), [0, 0]))
     results = ar.token_radii(asked, tokens=chosen, epsilon=v.number((None, 0.5)), seed=seed(v), budget=budget(v))
-    wanted = asked.clean.n if chosen is None else len(chosen)
+    wanted = asked.clean.n if chosen is None else len(set(chosen)) if isinstance(chosen, list | tuple) else 1
     if len(results) != wanted:
         return f"lost row: {wanted} tokens, {len(results)} rows"
     return next(filter(None, map(attack_is_right, results)), None)
@@ -266,7 +269,7 @@ def call_bounds(v: Values) -> str | None:
     asked = threat(v) if v.wrong() else asked
     table = ar.bounds_table(
         layer(v), clean, n=v.number((None, 2, 5)), radius=v.number((None, 2.0)), epsilon=v.number((None, 0.1)),
-        threat=asked, seed=seed(v), search=v.number((None, 0, 1)),
+        threat=asked, seed=seed(v), search=v.number((0, 0, 1)),
     )  # fmt: skip
     wrong = [row.name for row in (*table.bounds, *table.lower_bounds) if not row.value >= 0]
     return f"unsound: {wrong}" if wrong else None

@@ -1,12 +1,21 @@
 import math
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from attnrobust.errors import InputError
-from attnrobust.tokens import TokenMeasure, require_finite, tensor_digest
+from attnrobust.tokens import (
+    PerturbedTokens,
+    TokenMeasure,
+    as_number,
+    as_seed,
+    as_tensor,
+    require_finite,
+    tensor_digest,
+)
 from tests.assertions import assert_same_bits, refused, shapes_unchecked
 
 POINTS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -139,3 +148,38 @@ def test_masses_follow_the_points_to_their_device() -> None:
     tokens = TokenMeasure(POINTS.cuda(), torch.tensor([0.5, 0.25, 0.25]))
     assert tokens.mass.device.type == "cuda"
     assert tokens.digest() == TokenMeasure(POINTS, torch.tensor([0.5, 0.25, 0.25])).digest()
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        ([[10**400]], "no array of numbers"),
+        (np.ma.masked_less(np.ones((2, 2)), 2), "masked array"),
+        (torch.ones(2, 2).to_sparse(), "sparse"),
+        (torch.ones(2, 2, device="meta"), "meta tensor"),
+    ],
+)
+def test_arrays_that_hold_no_numbers_to_read(value: object, cause: str) -> None:
+    with shapes_unchecked(), pytest.raises(InputError, match=cause):
+        as_tensor("tokens", value)
+
+
+@pytest.mark.parametrize("value", [10**400, np.ones((3, 3)), "1", None, b"1", complex(1, 1)])
+def test_numbers_are_refused_in_one_line(value: object) -> None:
+    with shapes_unchecked(), pytest.raises(InputError, match="give a number") as caught:
+        as_number("radius", value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [1.5, "0", 2**63, -(2**63) - 1, 10**400, True, np.datetime64("2020-01-01")])
+def test_seeds_are_integers_of_64_bits(value: object) -> None:
+    with shapes_unchecked(), pytest.raises(InputError, match="give an integer"):
+        as_seed(value)
+
+
+def test_parents_may_be_a_list() -> None:
+    with shapes_unchecked():
+        atoms = PerturbedTokens(torch.ones(2, 1), torch.tensor([0.5, 0.5]), [0, 1])  # type: ignore[arg-type]
+    assert atoms.parent.tolist() == [0, 1]
+    with shapes_unchecked(), pytest.raises(InputError, match="give an integer"):
+        PerturbedTokens(torch.ones(2, 1), torch.tensor([0.5, 0.5]), [0, 0.5])  # type: ignore[arg-type]

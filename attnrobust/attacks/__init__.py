@@ -4,14 +4,21 @@ from collections.abc import Sequence
 
 from attnrobust.attacks.foolbox.names import FOOLBOX_ATTACKS, FoolboxEntry, foolbox_names
 from attnrobust.attacks.mass_splitting import MassSplitting
-from attnrobust.attacks.method import AttackBudget, AttackMethod, MovingAttack, checked_epsilon, run_many
+from attnrobust.attacks.method import (
+    AttackBudget,
+    AttackMethod,
+    MovingAttack,
+    checked_epsilon,
+    require_budget,
+    run_many,
+)
 from attnrobust.attacks.registry import ATTACKS, DEFAULT_ATTACK, attack_for, attack_named, check_attack_name
 from attnrobust.attacks.token_duplication import TokenDuplication, duplication_effect
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.attacks.token_radii import token_radii
-from attnrobust.errors import InputError
-from attnrobust.problem import Problem, refuse_second_threat
+from attnrobust.problem import Problem, refuse_second_threat, require_problem
 from attnrobust.results import AttackResult
+from attnrobust.tokens import as_count, as_seed
 
 __all__ = [
     "ATTACKS",
@@ -67,6 +74,9 @@ def attack(
         InputError: epsilon that is not a positive number.
     """
     refuse_second_threat(removed)
+    require_problem(problem)
+    seed = as_seed(seed)
+    require_budget(budget)
     chosen = attack_for(problem.threat, method)
     return chosen.run([problem], epsilon=checked_epsilon(epsilon), seed=seed, budget=budget)[0]
 
@@ -100,9 +110,11 @@ def attack_many(
         UnknownNameError: A method that does not exist.
         InputError: epsilon or batch_size that is not positive.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be >= 1; got {batch_size}")
-    epsilon = checked_epsilon(epsilon)
+    batch_size, epsilon, seed = as_count("batch_size", batch_size), checked_epsilon(epsilon), as_seed(seed)
+    require_budget(budget)
+    problems = tuple(problems)
+    for problem in problems:
+        require_problem(problem)
     # a named attack answers every problem; where it does not search the threat, by a row that says so
     named = attack_named(method) if isinstance(method, str) and method != DEFAULT_ATTACK else method
     shares: dict[AttackMethod, list[int]] = {}

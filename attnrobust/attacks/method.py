@@ -15,12 +15,12 @@ from torch import Tensor
 from attnrobust.attacks.search.evaluate import Evaluator, group_key, search_threat
 from attnrobust.attacks.search.geometry import Geometry
 from attnrobust.attacks.verification import MovedTokens, VerifiedPoint, verify
-from attnrobust.errors import AttnRobustError, InputError, UnsupportedThreatError
+from attnrobust.errors import AttnRobustError, InputError, UnsupportedThreatError, one_line
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
 from attnrobust.threats.base import Threat
 from attnrobust.threats.moves import MoveThreat
-from attnrobust.tokens import PerturbedTokens
+from attnrobust.tokens import PerturbedTokens, as_index, as_number, as_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,13 @@ class AttackBudget:
     def __post_init__(self) -> None:
         for name in ("restarts", "steps", "rounds", "memory_bytes", "queries", "seconds"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"attack budget: {name} must be positive; got {value}")
+            if value is None and name in ("queries", "seconds"):
+                continue
+            read = as_number if name == "seconds" else as_index
+            number = read(f"attack budget: {name}", value)
+            if not number > 0:
+                raise InputError(f"attack budget: {name} must be positive; got {one_line(value)}")
+            object.__setattr__(self, name, number)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -238,9 +243,13 @@ def input_seed(seed: int, problem_digest: str, attack: str) -> int:
 
 def checked_epsilon(epsilon: float | None) -> float | None:
     """Refuse budgets that are not positive numbers."""
-    if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
-        raise InputError(f"epsilon must be a positive number; got {epsilon}")
-    return epsilon
+    return None if epsilon is None else as_positive("epsilon", epsilon)
+
+
+def require_budget(budget: object) -> None:
+    """Refuse what is no budget."""
+    if not isinstance(budget, AttackBudget):
+        raise InputError(f"the budget is {one_line(budget)}; give attnrobust.AttackBudget(restarts=8, steps=60)")
 
 
 def _record(problem: Problem, attack: str, attempt: Attempt, work: Work, *, seconds: float) -> AttackResult:

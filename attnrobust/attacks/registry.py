@@ -51,6 +51,8 @@ def attack_for(threat: Threat, method: str | AttackMethod = DEFAULT_ATTACK) -> A
     """
     if isinstance(method, str):
         method = _own(threat) if method == DEFAULT_ATTACK else attack_named(method)
+    if not isinstance(method, AttackMethod):
+        raise UnknownNameError("attack", method, (DEFAULT_ATTACK, *(known.name for known in ATTACKS)))
     if not isinstance(threat, method.threats):
         own = _own(threat).name
         raise UnsupportedThreatError(

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from attnrobust.attacks.method import AttackBudget, checked_epsilon, run_many
+from attnrobust.attacks.method import AttackBudget, checked_epsilon, require_budget, run_many
 from attnrobust.attacks.registry import attack_named
-from attnrobust.problem import Problem
+from attnrobust.problem import Problem, require_problem
 from attnrobust.results import AttackResult
 from attnrobust.threats.moves import AnyToken
+from attnrobust.tokens import as_seed
 
 
 def token_radii(
@@ -27,14 +28,18 @@ def token_radii(
         budget: What the search may cost, per token.
 
     Returns:
-        One verified result per token, in increasing order of the token; the ``problem`` digest of each is that of the
+        One verified result per token, in increasing order of the token (a token that is named twice has one);
+        the ``problem`` digest of each is that of the
         problem with the threat ``FrobeniusBall(tokens=(i,))``. The smallest radius is an upper bound of the
         "any one token" radius.
 
     Raises:
         InputError: A token that does not exist.
     """
-    threat = AnyToken(tokens=None if tokens is None else tuple(tokens))
+    require_problem(problem)
+    budget, seed = AttackBudget() if budget is None else budget, as_seed(seed)
+    require_budget(budget)
+    threat = AnyToken(tokens)
     singles = [Problem(problem.network, problem.clean, b, problem.goal) for b in threat.branches(problem.clean.n)]
     return tuple(
         run_many(
@@ -42,7 +47,7 @@ def token_radii(
             singles,
             epsilon=checked_epsilon(epsilon),
             seed=seed,
-            budget=AttackBudget() if budget is None else budget,
+            budget=budget,
             batch_size=len(singles),
         )
     )

@@ -3,15 +3,17 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 from attnrobust.certify.measures.copies import WorstCopies, worst_copies
 from attnrobust.certify.method import CertificateMethod, PreparedBound, certify_with
 from attnrobust.certify.registry import METHODS, ON_REQUEST, method_named
-from attnrobust.problem import Problem, refuse_second_threat
+from attnrobust.errors import InputError, one_line
+from attnrobust.problem import Problem, refuse_second_threat, require_problem
 from attnrobust.results import CertificationReport
+from attnrobust.tokens import as_seed
 
 __all__ = [
     "METHODS",
@@ -50,9 +52,17 @@ def certify(
         InputError: ``threat=``; the threat is part of the problem.
     """
     refuse_second_threat(removed)
+    require_problem(problem)
+    seed = as_seed(seed)
     methods = (methods,) if isinstance(methods, str) else methods
-    chosen = METHODS if methods is None else tuple(method_named(name) for name in methods)
+    chosen = METHODS if methods is None else tuple(map(method_named, _names(methods)))
     return certify_with(problem, chosen, seed=seed)
+
+
+def _names(methods: object) -> tuple[str, ...]:
+    if not isinstance(methods, Iterable):
+        raise InputError(f"methods is {one_line(methods)}; give names of certificates, or None for all that apply")
+    return tuple(methods)
 
 
 class _CallablePackage(ModuleType):

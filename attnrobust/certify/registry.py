@@ -50,6 +50,6 @@ ON_REQUEST: tuple[CertificateMethod, ...] = (ConicMargin(),)
 def method_named(name: str) -> CertificateMethod:
     """Look a certificate up by its name; UnknownNameError lists the nearest ones."""
     known = {method.name: method for method in (*METHODS, *ON_REQUEST)}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UnknownNameError("certificate", name, known)
     return known[name]

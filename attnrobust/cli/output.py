@@ -14,7 +14,12 @@ def say(message: str) -> None:
     """One line on stderr."""
     import typer
 
-    typer.echo(f"attnrobust: {message}", err=True)
+    typer.echo(f"attnrobust: {printable(message)}", err=True)
+
+
+def printable(text: str) -> str:
+    """The text in one line; what a terminal would obey (controls, line ends, directions) is shown by its escape."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
 
 
 def console() -> "Console":

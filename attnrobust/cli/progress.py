@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from attnrobust.cli.output import printable
 from attnrobust.text import shown
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _with_bar(rows: Iterable["Row"], total: int) -> Iterator["Row"]:
 def _with_lines(rows: Iterable["Row"], total: int) -> Iterator["Row"]:
     start = time.perf_counter()
     for number, row in enumerate(rows, start=1):
-        parts = [f"[{number}/{total}] {row.input_id} n={row.n} {row.status}"]
+        parts = [f"[{number}/{total}] {printable(row.input_id)} n={row.n} {row.status}"]
         if row.certified_radius is not None:
             parts.append(f"certified {shown(row.certified_radius)}")
         if row.attack_radius is not None:

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
@@ -148,9 +148,12 @@ def record(spec: object) -> dict[str, Any]:
 
 def adopt_weights(spec: Specification, **ranks: int) -> None:
     """Replace the named tensors of a record by finite float64 copies of the stated rank; None stays None."""
+    needed = {field.name for field in fields(spec) if field.default is MISSING}  # type: ignore[arg-type]
     for name, rank in ranks.items():
         value = getattr(spec, name)
         if value is None:
+            if name in needed:
+                raise InputError(f"{name} is None; give a tensor with {rank} dimensions")
             continue
         value = require_finite(name, value)
         if value.ndim != rank or 0 in value.shape:

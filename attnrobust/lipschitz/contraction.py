@@ -17,6 +17,7 @@ from attnrobust.layers.variants.sigmoid import SigmoidAttention
 from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.numerics.transport import Order
+from attnrobust.tokens import as_number, as_positive
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ def contraction(layer: TokenMap, *, radius: float, order: Order = 2) -> Contract
         raise UnsupportedModelError("a masked layer is no map of token measures; leave the mask out")
     if layer.out_width != layer.width:
         raise UnsupportedModelError(f"the layer maps width {layer.width} to {layer.out_width}; they must agree")
-    if not (math.isfinite(radius) and radius > 0) or order not in (1, 2, math.inf):
-        raise InputError("give a radius > 0 and an order 1, 2 or infinity")
+    radius = as_positive("radius", radius)
+    if as_number("order", order) not in (1, 2, math.inf):
+        raise InputError(f"order {order} is not supported; give 1, 2 or infinity")
     rate = (
         mean_field_constant(layer, radius, order=float(order))
         if isinstance(layer, Attention)
@@ -104,7 +106,7 @@ def iterations_needed(rate: float, start: float, tolerance: float) -> int:
     Raises:
         InputError: A tolerance that is not positive.
     """
-    if not tolerance > 0:
+    if not as_number("the tolerance", tolerance) > 0:
         raise InputError(f"the tolerance must be > 0; got {tolerance}")
     if start <= tolerance:
         return 0

@@ -14,7 +14,7 @@ from attnrobust.layers.token_map import TokenMap
 from attnrobust.lipschitz.contraction import contraction, iterations_needed
 from attnrobust.numerics.sides import Lower, Upper, round_up
 from attnrobust.numerics.transport import Order, coupling_cost
-from attnrobust.tokens import TokenMeasure
+from attnrobust.tokens import TokenMeasure, as_measure, as_number
 
 MOST_ITERATIONS = 100_000
 STALLED = 8.0 * torch.finfo(torch.float64).eps
@@ -94,6 +94,9 @@ def fixed_point(
     """
     known = contraction(layer, radius=radius, order=order)
     known.require()
+    clean, tolerance, order = as_measure(clean), as_number("the tolerance", tolerance), known.order
+    if clean.width != layer.width:
+        raise InputError(f"the tokens have width {clean.width}, the layer takes {layer.width}")
     longest = float(torch.linalg.vector_norm(clean.points, dim=-1).max())
     if longest > radius:
         raise InputError(f"a clean token has norm {longest:.6g}, outside of the ball of radius {radius:.6g}")

@@ -1,17 +1,17 @@
 """What a table of bounds is asked about."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from attnrobust.errors import InputError
+from attnrobust.errors import InputError, one_line
 from attnrobust.goals import Displacement
-from attnrobust.layers.token_map import TokenMap
+from attnrobust.layers.token_map import TokenMap, require_layer
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import MoveThreat
-from attnrobust.tokens import TokenMeasure
+from attnrobust.threats.parse import parse_move_threat
+from attnrobust.tokens import TokenMeasure, as_count, as_index, as_measure, as_positive, as_seed
 
 SEARCH_STEPS, SEARCHED_SIZE = 40, 256
 """Steps of the ascent for lower bounds where none are given, on inputs of at most so many numbers."""
@@ -79,34 +79,30 @@ def checked(
         InputError: Neither an input nor a radius with a token count; numbers that are not positive; a count or a radius
             that the input contradicts.
     """
-    if search is not None and search < 0:
-        raise InputError(f"the search takes a number of steps >= 0; got {search}")
+    require_layer(network)
+    if isinstance(threat, str):
+        threat = parse_move_threat(threat)
+    if not isinstance(threat, MoveThreat):
+        raise InputError(f"the threat is {one_line(threat)}; give one on moved tokens, such as FrobeniusBall()")
+    seed = as_seed(seed)
+    search = None if search is None else as_count("search (steps)", search, least=0)
+    clean = None if clean is None else as_measure(clean)
     if clean is None:
         if n is None or radius is None:
             raise InputError("give an input, or a radius together with a token count n")
         if epsilon is not None:
             raise InputError("epsilon is a distance from an input; give an input or leave epsilon out")
-        return Question(network, _count(n), _positive("radius", radius), None, None, threat, seed, search)
+        return Question(
+            network, as_count("the token count n", n), as_positive("radius", radius), None, None, threat, seed, search
+        )
     if clean.width != network.width:
         raise InputError(f"the tokens have width {clean.width}, the layer takes {network.width}")
-    if n is not None and n != clean.n:
+    if n is not None and as_index("the token count n", n) != clean.n:
         raise InputError(f"the input has {clean.n} tokens, not n = {n}; leave n out")
     largest = float(torch.linalg.vector_norm(clean.points, dim=-1).max())
     if radius is None and largest == 0.0:
         raise InputError("every token of the input is zero, which gives a ball of radius 0; give a radius")
-    radius = largest if radius is None else _positive("radius", radius)
+    radius = largest if radius is None else as_positive("radius", radius)
     if epsilon is None:
         epsilon = SHARE * (float(torch.linalg.vector_norm(clean.points)) or radius)
-    return Question(network, clean.n, radius, clean, _positive("epsilon", epsilon), threat, seed, search)
-
-
-def _count(n: int) -> int:
-    if n < 1:
-        raise InputError(f"the token count n must be >= 1; got {n}")
-    return n
-
-
-def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} must be a positive number; got {value}")
-    return value
+    return Question(network, clean.n, radius, clean, as_positive("epsilon", epsilon), threat, seed, search)

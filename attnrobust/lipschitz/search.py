@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.attacks.search.geometry import Geometry
-from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.errors import InputError, UnknownNameError, one_line
+from attnrobust.layers.token_map import require_layer
 from attnrobust.lipschitz.derivative import (
     INPUT_BALL,
     JacobianNorm,
@@ -20,8 +21,10 @@ from attnrobust.lipschitz.derivative import (
 from attnrobust.lipschitz.starts import ATOM_SPREAD, Masses, ascent_starts
 from attnrobust.numerics.sides import Lower
 from attnrobust.problem import TokenMap
-from attnrobust.threats.moves import PerTokenBall
-from attnrobust.tokens import TokenMeasure, require_finite
+from attnrobust.threats.base import Threat
+from attnrobust.threats.moves import MoveThreat, PerTokenBall
+from attnrobust.threats.parse import parse_move_threat
+from attnrobust.tokens import TokenMeasure, as_count, as_positive, as_seed, require_finite
 
 INNER = 2
 """Power iterations of the direction at every step; it is carried along, so few are enough."""
@@ -99,9 +102,11 @@ def lipschitz_search(
         Eigenvector inputs: form reported from Castin, Ablin and Peyre (ICML 2024). The ascent is derived
         (docs/attacks.md).
     """
-    _refuse(network, center, epsilon, masses, norm, restarts, steps)
-    geometry: Geometry = PerTokenBall() if threat is None else threat
-    center = center.to(torch.float64)
+    require_layer(network)
+    center, epsilon, seed = require_finite("the center", center), as_positive("epsilon", epsilon), as_seed(seed)
+    restarts, steps = as_count("restarts", restarts), as_count("steps", steps)
+    _refuse(network, center, masses, norm)
+    geometry: Geometry = as_geometry(PerTokenBall() if threat is None else threat)
     names, moves, logits = ascent_starts(network, center, epsilon, geometry, masses, planted, restarts, seed)
     ascent = _Ascent(network, center, epsilon, geometry, masses, norm)
     found = ascent.run(moves, logits, max(1, steps // 2), seed=seed)
@@ -243,17 +248,18 @@ def _repeated(found: _Found, winner: int) -> _Found:
     return _Found(*one)
 
 
-def _refuse(
-    network: TokenMap, center: Tensor, epsilon: float, masses: str, norm: str, restarts: int, steps: int
-) -> None:
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise InputError(f"epsilon must be a positive number; got {epsilon}")
-    if restarts < 1 or steps < 1:
-        raise InputError(f"restarts and steps must be >= 1; got {restarts} and {steps}")
-    if norm not in INPUT_BALL:
+def as_geometry(threat: object) -> Geometry:
+    """A threat on moved tokens, or its spelling."""
+    threat = parse_move_threat(threat) if isinstance(threat, str) else threat
+    if not hasattr(threat, "project") or (isinstance(threat, Threat) and not isinstance(threat, MoveThreat)):
+        raise InputError(f"the threat is {one_line(threat)}; give one on moved tokens, such as FrobeniusBall()")
+    return threat  # type: ignore[return-value]
+
+
+def _refuse(network: TokenMap, center: Tensor, masses: object, norm: object) -> None:
+    if not isinstance(norm, str) or norm not in INPUT_BALL:
         raise UnknownNameError("norm", norm, INPUT_BALL)
-    if masses not in ("equal", "free"):
+    if not isinstance(masses, str) or masses not in ("equal", "free"):
         raise UnknownNameError("kind of masses", masses, ("equal", "free"))
-    if center.ndim != 2 or center.shape[1] != network.width:
+    if center.ndim != 2 or center.shape[1] != network.width or center.shape[0] == 0:
         raise InputError(f"the center must have shape (n, {network.width}); got {tuple(center.shape)}")
-    require_finite("the center", center)

@@ -203,7 +203,7 @@ def _leading_vector(linear: LinearMap, *, seed: int, tol: float) -> Tensor:
         gram = np.stack([product(row) for row in np.eye(size)])
         vector = np.linalg.eigh(0.5 * (gram + gram.T))[1][:, -1]
     else:
-        start = np.random.default_rng(seed).standard_normal(size)
+        start = np.random.default_rng(seed % 2**64).standard_normal(size)
         if not np.any(product(start)):
             return torch.zeros(linear.in_shape, dtype=torch.float64, device=linear.device)
         operator = LinearOperator((size, size), matvec=product, dtype=np.float64)

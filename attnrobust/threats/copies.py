@@ -8,9 +8,10 @@ from typing import Literal
 from jaxtyping import Bool
 from torch import Tensor
 
-from attnrobust.errors import InputError, UnknownNameError, UnsupportedThreatError
+from attnrobust.errors import InputError, UnknownNameError, UnsupportedThreatError, one_line
 from attnrobust.threats.base import Threat
 from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
+from attnrobust.tokens import as_count
 
 CausalOrder = Literal["tied", "strict"]
 """What a copy means under a causal mask: "tied", all copies of a token share its position and see each other;
@@ -40,10 +41,11 @@ class Copies(Threat):
     moves: MoveThreat = SHARED
 
     def __post_init__(self) -> None:
-        if self.copies < 1:
-            raise InputError(f"copies must be >= 1; got {self.copies}")
+        object.__setattr__(self, "copies", as_count("copies", self.copies))
         if self.order not in ("tied", "strict"):
             raise UnknownNameError("order of copies", str(self.order), ("tied", "strict"))
+        if not isinstance(self.moves, MoveThreat):
+            raise InputError(f"copies take a threat on moves; got {one_line(self.moves)}, give FrobeniusBall()")
         if type(self.moves) not in (FrobeniusBall, PerTokenBall):
             raise UnsupportedThreatError(
                 f"copies do not go with the threat {self.moves.key!r}; use frobenius or per-token"

@@ -15,7 +15,7 @@ from attnrobust.numerics.transport import Order, coupling_cost, wasserstein
 from attnrobust.threats.base import Threat, selection, token_list
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.threats.token_subset import checked_tokens
-from attnrobust.tokens import KEPT_MASS_ROUNDING, PerturbedTokens, TokenMeasure
+from attnrobust.tokens import KEPT_MASS_ROUNDING, PerturbedTokens, TokenMeasure, as_number, as_positive
 
 DOMAIN_ROUNDING = 1e-12
 """Relative amount by which the norm of an atom on the boundary of the domain may round beyond it."""
@@ -34,12 +34,10 @@ class MeasureThreat(Threat):
     def __init__(
         self, order: Order = 2, *, domain_radius: float | None = None, tokens: tuple[int, ...] | None = None
     ) -> None:
-        if order not in (1, 2, math.inf):
+        if as_number("order", order) not in (1, 2, math.inf):
             raise InputError(f"order {order} is not supported; use 1, 2 or infinity")
-        if domain_radius is not None and not (math.isfinite(domain_radius) and domain_radius > 0):
-            raise InputError(f"the domain radius must be a positive number; got {domain_radius}")
         self.order: Order = order
-        self.domain_radius = None if domain_radius is None else float(domain_radius)
+        self.domain_radius = None if domain_radius is None else as_positive("the domain radius", domain_radius)
         self.tokens = checked_tokens(tokens)
 
     @property
@@ -102,8 +100,9 @@ class MeasureThreat(Threat):
         """Whether the atoms of tokens outside the subset are where those are (up to what the domain rounds)."""
         if self.tokens is None:
             return True
+        moves = perturbed.displacement(clean)  # refuses parents that do not exist
         fixed = ~self.movable(clean.n).to(perturbed.parent.device)[perturbed.parent]
-        moved = torch.linalg.vector_norm(perturbed.displacement(clean)[fixed], dim=-1)
+        moved = torch.linalg.vector_norm(moves[fixed], dim=-1)
         rounding = 0.0 if self.domain_radius is None else DOMAIN_ROUNDING * self.domain_radius
         return bool((moved <= rounding).all())
 

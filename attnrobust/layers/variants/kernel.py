@@ -11,7 +11,7 @@ from torch import Tensor
 from attnrobust.errors import InputError
 from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import Specification, adopt_weights, softmax_average
-from attnrobust.tokens import tensor_digest
+from attnrobust.tokens import as_number, tensor_digest
 
 Scores = Callable[[Float[Tensor, "*b n d"], Float[Tensor, "*b n d"]], Float[Tensor, "*b n n"]]
 
@@ -36,7 +36,8 @@ class KernelConstants:
 
     def __post_init__(self) -> None:
         for name in ("diameter", "oscillation", "query_slope", "key_slope"):
-            value = getattr(self, name)
+            value = as_number(f"kernel constant {name}", getattr(self, name))
+            object.__setattr__(self, name, value)
             if not 0.0 <= value < float("inf") or (name == "diameter" and value == 0.0):
                 raise InputError(f"kernel constant {name} is {value}; it must be finite and not negative")
 
