@@ -7,6 +7,7 @@ PACKAGE = TESTS.parent / "attnrobust"
 FREE = {"soundness", "contracts"}  # products of several modules
 
 CROSS_CUTTING = {
+    "test_borders.py",  # tests/plain in a process of its own
     "test_demo.py",  # the demo's data and page
     "test_device.py",  # the same numbers on another device
     "test_docs.py",
@@ -109,7 +110,6 @@ UNMIRRORED = {
     "models/checks/forward_inputs.py",
     "models/normalisation.py",
     "models/pretrained.py",
-    "models/read_network.py",
     # test_check.py and test_reading.py of the same folder
     "models/networks/bert.py",
     "models/networks/block_layout.py",
@@ -149,6 +149,8 @@ UNMIRRORED = {
     "threats/base.py",
     "threats/copies.py",
     "threats/parse.py",
+    # tests/plain/token_subset_cases.py
+    "threats/token_subset.py",
 }
 
 
