@@ -27,7 +27,7 @@ class CertifiedAssertion:
         radius: float,
         tolerance: str | float = "10%",
         threat: str = "frobenius",
-        methods: tuple[str, ...] | None = None,
+        methods: tuple[str, ...] | str | None = None,
         seed: int = 0,
     ) -> "Certificate":
         """Assert that no move of the tokens within ``radius`` changes the layer's output by more than ``tolerance``.
@@ -38,7 +38,7 @@ class CertifiedAssertion:
             radius: The radius to reach, in the distance of the threat.
             tolerance: ``"1%"`` of the output's norm, or an absolute number.
             threat: Key of the threat, as on the command line.
-            methods: Certificates by name; None means all that apply.
+            methods: Certificates by name, or one name; None means all that apply.
             seed: Seed of probabilistic certificates.
 
         Returns:
@@ -51,13 +51,13 @@ class CertifiedAssertion:
         __tracebackhide__ = True
         from attnrobust.certify import certify
         from attnrobust.problem import Problem
-        from attnrobust.runs.inputs import parse_tolerance
-        from attnrobust.threats.moves import parse_threat
+        from attnrobust.runs.inputs import parse_tolerance, read_threat
         from attnrobust.tokens import TokenMeasure
 
         clean = x if isinstance(x, TokenMeasure) else TokenMeasure(x)
-        problem = Problem(_network(layer), clean, parse_threat(threat), parse_tolerance(str(tolerance)))
-        report = certify(problem, methods=methods, seed=seed)
+        asked = read_threat(threat)
+        problem = Problem(_network(layer), clean, asked.moves, parse_tolerance(str(tolerance)))
+        report = certify(problem, methods=methods, seed=seed, threat=asked.measures)
         best = report.best
         if best is None or best.radius < radius:
             found = "nothing" if best is None else f"{best.radius:.6g} ({best.method})"

@@ -88,8 +88,9 @@ def meaning(bench: Workbench) -> dict[str, Any]:
     """Everything that may change a number, by content: moved or renamed files mean the same."""
     config = bench.config
     measured = any(threat.measures is not None for threat in bench.threats.values())
-    every = (*ALL_METHODS, *(ALL_MEASURE_METHODS if measured else ()))
-    certificates = config.certificates if config.certificates is not None else [method.name for method in every]
+    every = [method.name for method in ALL_METHODS]
+    every += [method.name for method in ALL_MEASURE_METHODS] if measured else []
+    certificates = every if config.certificates is None else config.certificates
     attack = config.attack.model_dump(mode="json")
     if config.attack.epsilon is None:
         del attack["epsilon"]  # younger than the runs that are on disk

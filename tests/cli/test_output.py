@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -48,11 +50,11 @@ def files(tmp_path: Path) -> Path:
 
 
 def process(
-    *arguments: object, stdout: int = subprocess.PIPE, **environment: str
+    *arguments: object, stdout: int = subprocess.PIPE, environment: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "attnrobust", *map(str, arguments)]
     return subprocess.run(
-        command, stdout=stdout, stderr=subprocess.PIPE, check=False, timeout=300, env=os.environ | environment
+        command, stdout=stdout, stderr=subprocess.PIPE, check=False, timeout=300, env={**os.environ, **environment}
     )
 
 
@@ -81,7 +83,7 @@ def test_names_of_inputs_and_paths_are_shown_as_they_are(cli: Run, files: Path) 
     assert "[/INST]" in shown.out
     assert "[bold]" in shown.out
     odd = files / "[/x] [red]"
-    odd.mkdir()
+    odd.mkdir(parents=True)
     (files / "layer.npz").rename(odd / "layer.npz")
     shown = cli("bounds", odd / "layer.npz", "--tokens", files / "markup.npz", "--search", 0)
     assert shown.code == ExitCode.OK
@@ -113,12 +115,12 @@ def test_tokens_and_layers_of_a_scan_are_shown_as_they_are(capsys: pytest.Captur
 )
 def test_a_stdout_that_is_not_utf8_loses_no_row(files: Path, environment: dict[str, str]) -> None:
     asked = ("certify", files / "layer.npz", "--tokens", files / "emoji.npz", *FAST)
-    done = process(*asked, "--out", files / "tables", **environment)
+    done = process(*asked, "--out", files / "tables", environment=environment)
     assert done.returncode == ExitCode.OK, done.stderr
     assert b"?" in done.stdout
     written = json.loads((files / "tables" / "results.json").read_text(encoding="utf-8"))["rows"]
     assert [row["input_id"] for row in written] == ["b", "\N{GRINNING FACE}"]
-    done = process(*asked, "--json", **environment)
+    done = process(*asked, "--json", environment=environment)
     assert [json.loads(line)["input_id"] for line in done.stdout.splitlines()] == ["b", "\N{GRINNING FACE}"]
 
 
@@ -225,8 +227,8 @@ def test_an_export_that_cannot_be_written_writes_nothing(cli: Run, files: Path) 
 
 def test_every_surface_says_what_a_readout_is_about(cli: Run, files: Path) -> None:
     scope = "the readout acts on the output of this attention layer; it is not the decision of the model"
-    asked = ("certify", files / "layer.npz", "--tokens", files / "x.npz", "-q", "--methods", "margin-majorant")
-    asked += ("--readout", files / "readout.npz")
+    asked: tuple[object, ...] = ("certify", files / "layer.npz", "--tokens", files / "x.npz", "-q")
+    asked += ("--methods", "margin-majorant", "--readout", files / "readout.npz")
     out = files / "out"
     said = cli(*asked, "--out", out)
     assert scope in " ".join(said.out.split())
