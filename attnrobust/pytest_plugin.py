@@ -27,7 +27,7 @@ class CertifiedAssertion:
         radius: float,
         tolerance: str | float = "10%",
         threat: str = "frobenius",
-        methods: tuple[str, ...] | None = None,
+        methods: tuple[str, ...] | str | None = None,
         seed: int = 0,
     ) -> "Certificate":
         """Assert that no move of the tokens within ``radius`` changes the layer's output by more than ``tolerance``.
@@ -38,7 +38,7 @@ class CertifiedAssertion:
             radius: The radius to reach, in the distance of the threat.
             tolerance: ``"1%"`` of the output's norm, or an absolute number.
             threat: Key of the threat, as on the command line.
-            methods: Certificates by name; None means all that apply.
+            methods: Certificates by name, or one name; None means all that apply.
             seed: Seed of probabilistic certificates.
 
         Returns:

@@ -16,8 +16,8 @@ ESTIMATE = 2.0**9 * sys.float_info.epsilon
 
 
 def output_rounding(
-    network: TokenMap, points: Float[Tensor, "n d"], mass: Float[Tensor, "n"] | None, output: Float[Tensor, "n e"]
-) -> Float[Tensor, "n e"]:
+    network: TokenMap, points: Float[Tensor, "n d"], mass: Float[Tensor, "n"] | None, output: Float[Tensor, "rows e"]
+) -> Float[Tensor, "rows e"]:
     """Upper bound of ``|computed f(X) - exact f(X)|``, entry by entry, by running error analysis.
 
     Proved for every layer of this package (docs/rounding.md). Two kinds of maps get an estimate instead, 512 units in

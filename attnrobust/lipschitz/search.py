@@ -258,8 +258,8 @@ def as_geometry(threat: object) -> Geometry:
 
 def _refuse(network: TokenMap, center: Tensor, masses: object, norm: object) -> None:
     if not isinstance(norm, str) or norm not in INPUT_BALL:
-        raise UnknownNameError("norm", norm, INPUT_BALL)
+        raise UnknownNameError("norm", str(norm), INPUT_BALL)
     if not isinstance(masses, str) or masses not in ("equal", "free"):
-        raise UnknownNameError("kind of masses", masses, ("equal", "free"))
+        raise UnknownNameError("kind of masses", str(masses), ("equal", "free"))
     if center.ndim != 2 or center.shape[1] != network.width or center.shape[0] == 0:
         raise InputError(f"the center must have shape (n, {network.width}); got {tuple(center.shape)}")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from attnrobust.errors import InputError
+from attnrobust.numerics.rounding import ENTRY, outward
 
 ROW_FAILURE = 1e-9
 """All certificates of one input together fail with at most this probability: a union over methods, classes, tokens and
@@ -31,7 +32,7 @@ def stream(seed: int, *labels: object) -> int:
 
 def union_bound(probabilities: Iterable[float]) -> float:
     """Upper bound of the probability that any of several events happens, dependent or not."""
-    return min(1.0, math.fsum(probabilities) * (1.0 + 1e-12))
+    return min(1.0, outward(math.fsum(probabilities), ENTRY))
 
 
 @dataclass(eq=False)

@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -48,11 +50,11 @@ def files(tmp_path: Path) -> Path:
 
 
 def process(
-    *arguments: object, stdout: int = subprocess.PIPE, environment: dict[str, str] | None = None
+    *arguments: object, stdout: int = subprocess.PIPE, environment: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "attnrobust", *map(str, arguments)]
     return subprocess.run(
-        command, stdout=stdout, stderr=subprocess.PIPE, check=False, timeout=300, env=os.environ | (environment or {})
+        command, stdout=stdout, stderr=subprocess.PIPE, check=False, timeout=300, env={**os.environ, **environment}
     )
 
 
@@ -81,7 +83,7 @@ def test_names_of_inputs_and_paths_are_shown_as_they_are(cli: Run, files: Path) 
     assert "[/INST]" in shown.out
     assert "[bold]" in shown.out
     odd = files / "[/x] [red]"
-    odd.mkdir()
+    odd.mkdir(parents=True)
     (files / "layer.npz").rename(odd / "layer.npz")
     shown = cli("bounds", odd / "layer.npz", "--tokens", files / "markup.npz", "--search", 0)
     assert shown.code == ExitCode.OK

@@ -114,12 +114,21 @@ def test_a_row_that_cannot_be_posed_leaves_the_others(files: Path) -> None:
     assert [row.status for row in rows[::2]] == ["error", "error", "found", "found", "found", "error"]
 
 
-def test_an_input_that_cannot_be_captured_is_a_row(files: Path) -> None:
+def test_what_no_input_can_answer_is_refused_before_any_work(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workbench, "row", lambda *_: pytest.fail("a row was computed"))
     (files / "x.txt").write_text("One.\nTwo.\n", encoding="utf-8")
-    rows = run(configured(files, tokens=None, texts=files / "x.txt", goals=["1%"]), shard=NO_SHARD).store.rows()
-    assert [row.status for row in rows] == ["error", "error"]
-    assert [row.text for row in rows] == ["One.", "Two."]
-    assert "no tokenizer" in (rows[0].message or "")
+    np.savez(files / "wide.npz", a=np.zeros((3, 7)))
+    for changes, says in (
+        ({"tokens": None, "texts": files / "x.txt"}, "no tokenizer"),
+        ({"tokens": files / "wide.npz"}, "input 'a' has tokens of width 7, the layer takes 4"),
+        (
+            {"threats": ["frobenius", "token:9"]},
+            "no input is long enough for the threat token:9: the longest has 5 tokens",
+        ),
+    ):
+        with pytest.raises(InputError, match=says):
+            run(configured(files, **changes), shard=NO_SHARD)
+    assert not (files / "out").exists()
 
 
 def test_the_same_goal_twice_is_refused(files: Path) -> None:
@@ -186,6 +195,7 @@ def test_an_output_that_becomes_read_only_loses_nothing_that_was_written(
         resume(files / "out", shard=NO_SHARD)
     store = RunStore.open(files / "out")
     monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(InputError, match=r"cannot write to .*out: Read-only file system"), store.writing():
         pytest.fail("the lock was taken")
     with pytest.raises(InputError, match=r"cannot read .*manifest\.json: Read-only file system"):

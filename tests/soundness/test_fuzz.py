@@ -58,7 +58,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "norm": (lambda: ar.lipschitz_search(LAYER, TOKENS.points, 1.0, norm={}), "unknown norm {}"),  # type: ignore[arg-type]
     "search": (lambda: ar.bounds_table(LAYER, n=2, radius=1.0, search=0.5), "search .steps. is 0.5"),  # type: ignore[arg-type]
     "radius": (lambda: ar.contraction(LAYER, radius="1"), "radius is '1'"),  # type: ignore[arg-type]
-    "token": (lambda: ar.token_radii(PROBLEM, tokens="a"), "tokens are 'a'"),
+    "token": (lambda: ar.token_radii(PROBLEM, tokens="a"), "tokens are 'a'"),  # type: ignore[arg-type]
 }
 
 

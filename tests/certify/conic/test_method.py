@@ -335,7 +335,7 @@ def test_multipliers_of_another_radius_are_worse_but_sound(monkeypatch: pytest.M
 def test_what_it_does_not_speak_about_is_refused_by_name() -> None:
     case = case_named("plain-h2-n3-d4")
     displacement = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(0.1))
-    assert "margins alone" in str(METHOD.refuses(displacement))
+    assert "it speaks about the goals Margin" in str(METHOD.refuses(displacement))
     assert METHOD.refuses(margin_problem(case, FrobeniusBall())) is None
     assert method_named("conic-margin").name == METHOD.name
 
