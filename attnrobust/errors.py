@@ -30,10 +30,11 @@ class UnknownNameError(InputError):
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        known, name = sorted(known), name if isinstance(name, str) else one_line(name)
+        known, shown = sorted(known), one_line(name)
+        name = name if isinstance(name, str) else shown
         near = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:10]
         hint = ", ".join(near) if near else "none exist"
-        super().__init__(f"unknown {kind} {one_line(name)}; nearest: {hint}")
+        super().__init__(f"unknown {kind} {shown}; nearest: {hint}")
         self.kind, self.name, self.nearest = kind, name, tuple(near)
 
 

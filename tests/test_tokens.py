@@ -164,7 +164,7 @@ def test_arrays_that_hold_no_numbers_to_read(value: object, cause: str) -> None:
         as_tensor("tokens", value)
 
 
-@pytest.mark.parametrize("value", [10**400, np.ones((3, 3)), "1", None, b"1", complex(1, 1)])
+@pytest.mark.parametrize("value", [10**400, np.ones((3, 3)), "1", None, complex(1, 1)])
 def test_numbers_are_refused_in_one_line(value: object) -> None:
     with shapes_unchecked(), pytest.raises(InputError, match="give a number") as caught:
         as_number("radius", value)

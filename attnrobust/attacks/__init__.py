@@ -1,6 +1,6 @@
 """Attacks: verified upper bounds of the robust radius."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from attnrobust.attacks.foolbox.names import FOOLBOX_ATTACKS, FoolboxEntry, foolbox_names
 from attnrobust.attacks.mass_splitting import MassSplitting
@@ -16,6 +16,7 @@ from attnrobust.attacks.registry import ATTACKS, DEFAULT_ATTACK, attack_for, att
 from attnrobust.attacks.token_duplication import TokenDuplication, duplication_effect
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.attacks.token_radii import token_radii
+from attnrobust.errors import InputError
 from attnrobust.problem import Problem, refuse_second_threat, require_problem
 from attnrobust.results import AttackResult
 from attnrobust.tokens import as_count, as_seed
@@ -112,6 +113,8 @@ def attack_many(
     """
     batch_size, epsilon, seed = as_count("batch_size", batch_size), checked_epsilon(epsilon), as_seed(seed)
     require_budget(budget)
+    if not isinstance(problems, Iterable):
+        raise InputError(f"the problems are a {type(problems).__name__}; give a list of attnrobust.Problem")
     problems = tuple(problems)
     for problem in problems:
         require_problem(problem)

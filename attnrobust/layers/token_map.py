@@ -37,6 +37,6 @@ def require_layer(layer: object) -> None:
         InputError: With the ways to make one.
     """
     made = not isinstance(layer, type) and callable(layer)
-    if not made or not all(hasattr(layer, name) for name in ("width", "out_width", "digest")):
+    if not made or not hasattr(layer, "width"):
         kind = f"the class {layer.__name__}" if isinstance(layer, type) else f"a {type(layer).__name__}"
         raise InputError(f"the layer is {kind}; give attnrobust.Attention(...) or attnrobust.from_torch(module)")

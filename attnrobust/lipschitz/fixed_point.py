@@ -94,7 +94,7 @@ def fixed_point(
     """
     known = contraction(layer, radius=radius, order=order)
     known.require()
-    clean, tolerance, order = as_measure(clean), as_number("the tolerance", tolerance), known.order
+    clean, tolerance = as_measure(clean), as_number("the tolerance", tolerance)
     if clean.width != layer.width:
         raise InputError(f"the tokens have width {clean.width}, the layer takes {layer.width}")
     longest = float(torch.linalg.vector_norm(clean.points, dim=-1).max())

@@ -69,7 +69,7 @@ def checked(
     n: int | None,
     radius: float | None,
     epsilon: float | None,
-    threat: MoveThreat,
+    threat: MoveThreat | str,
     seed: int,
     search: int | None,
 ) -> Question:
