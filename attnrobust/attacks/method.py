@@ -4,7 +4,8 @@ import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,14 @@ from torch import Tensor
 from attnrobust.attacks.search.evaluate import Evaluator, group_key, search_threat
 from attnrobust.attacks.search.geometry import Geometry
 from attnrobust.attacks.verification import MovedTokens, VerifiedPoint, verify
-from attnrobust.errors import AttnRobustError, InputError, UnsupportedThreatError, one_line
+from attnrobust.errors import (
+    AttnRobustError,
+    InputError,
+    UnsupportedModelError,
+    UnsupportedThreatError,
+    first_line,
+    one_line,
+)
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
 from attnrobust.threats.base import Threat
@@ -186,6 +194,7 @@ class AttackMethod(ABC):
 
         Raises:
             UnsupportedThreatError: The attack refuses the problems.
+            UnsupportedModelError: An operation of the network has no second derivative in torch.
         """
         start = time.perf_counter()
         for problem in problems:
@@ -194,7 +203,7 @@ class AttackMethod(ABC):
                 raise UnsupportedThreatError(f"attack {self.name!r}: {reason}")
         deadline = math.inf if budget.seconds is None else start + budget.seconds
         work = Work(problems=problems, epsilon=epsilon, seed=seed, budget=budget, deadline=deadline)
-        with torch.no_grad():
+        with torch.no_grad(), twice_differentiable():
             attempts = self.search(work)
         share = (time.perf_counter() - start) / len(problems)
         return [
@@ -239,6 +248,17 @@ def input_seed(seed: int, problem_digest: str, attack: str) -> int:
     """Seed of one input: a hash of run seed, problem and attack, so it does not depend on batch or order."""
     sha = hashlib.sha256(f"{seed};{problem_digest};{attack}".encode()).digest()
     return int.from_bytes(sha[:8], "little") >> 1
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Name the cause where torch has no second derivative of an operation of the network (``torch.cdist``, say)."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise UnsupportedModelError(
+            f"the network cannot be differentiated twice ({first_line(error)}); write its score with other operations"
+        ) from error
 
 
 def checked_epsilon(epsilon: float | None) -> float | None:

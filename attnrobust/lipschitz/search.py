@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.attacks.method import twice_differentiable
 from attnrobust.attacks.search.geometry import Geometry
 from attnrobust.errors import InputError, UnknownNameError, one_line
 from attnrobust.layers.token_map import require_layer
@@ -109,7 +110,8 @@ def lipschitz_search(
     geometry: Geometry = as_geometry(PerTokenBall() if threat is None else threat)
     names, moves, logits = ascent_starts(network, center, epsilon, geometry, masses, planted, restarts, seed)
     ascent = _Ascent(network, center, epsilon, geometry, masses, norm)
-    found = ascent.run(moves, logits, max(1, steps // 2), seed=seed)
+    with twice_differentiable():
+        found = ascent.run(moves, logits, max(1, steps // 2), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(REGROUPED if steps >= 2 * REGROUPED else 0):
         winner = int(found.values.argmax())

@@ -49,13 +49,13 @@ class HeadRank:
         sensitivity: Median of the largest singular value of the head's own Jacobian at the clean input (from below).
         relative: Median of that times norm of the input / norm of the layer's output: a move of 1 % of the input
             changes the output through this head alone by up to ``relative`` percent, to first order. It ranks, it
-            bounds nothing.
+            bounds nothing. Both are None where they are not finite (an output of norm 0, an overflow).
     """
 
     layer: str
     head: int
-    sensitivity: float
-    relative: float
+    sensitivity: float | None
+    relative: float | None
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,11 @@ def rank_heads(bench: Workbench) -> tuple[HeadRank, ...]:
             continue
         values = torch.tensor([head_sensitivities(spec, x) for x in bench.clean_tokens(layer.name)])
         sensitivity, relative = values.quantile(0.5, dim=0).unbind(-1)
-        ranks += [HeadRank(layer.name, h, float(sensitivity[h]), float(relative[h])) for h in range(spec.heads)]
-    return tuple(sorted(ranks, key=lambda r: -r.relative))
+        ranks += [
+            HeadRank(layer.name, h, finite_or_none(sensitivity[h]), finite_or_none(relative[h]))
+            for h in range(spec.heads)
+        ]
+    return tuple(sorted(ranks, key=lambda r: -_last(r.relative)))
 
 
 def head_sensitivities(spec: Attention, x: torch.Tensor) -> list[tuple[float, float]]:
@@ -179,6 +182,11 @@ def rank_tokens(rows: Iterable[Row]) -> tuple[TokenRank, ...]:
 
 def _relative(radius: float | None, row: Row) -> float | None:
     return radius / row.input_norm if radius is not None and row.input_norm else None
+
+
+def finite_or_none(value: torch.Tensor) -> float | None:
+    """The number, or None where it is not finite."""
+    return float(value) if bool(torch.isfinite(value)) else None
 
 
 def _last(value: float | None) -> float:

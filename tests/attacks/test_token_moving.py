@@ -8,9 +8,10 @@ from torch import Tensor
 
 from attnrobust.attacks import AttackBudget, attack, attack_many, token_radii
 from attnrobust.attacks.verification import MovedTokens, shrink_to_boundary, verify
-from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
 from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.variants.kernel import KernelAttention
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
@@ -291,3 +292,10 @@ def test_bad_arguments_say_what_is_wrong() -> None:
         AttackBudget(restarts=0)
     with pytest.raises(InputError, match="batch_size"):
         attack_many([problem], batch_size=0)
+
+
+def test_a_score_without_a_second_derivative_is_named() -> None:
+    layer = KernelAttention(lambda x, y: -torch.cdist(x, y), "laplace", torch.eye(2).double())
+    tokens = TokenMeasure(torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    with pytest.raises(UnsupportedModelError, match="cannot be differentiated twice"):
+        attack(Problem(layer, tokens, FrobeniusBall(), Displacement(0.1)))

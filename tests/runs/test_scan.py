@@ -1,6 +1,7 @@
 """The scan: rankings mean what they say, and what is left out is named."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,15 @@ import torch
 from attnrobust.cli import ExitCode, run
 from attnrobust.models.listing import LayerInfo
 from attnrobust.runs.run import run as run_all
-from attnrobust.runs.scan import head_sensitivities, outermost, rank, rank_layers, rank_tokens, single_head
+from attnrobust.runs.scan import (
+    finite_or_none,
+    head_sensitivities,
+    outermost,
+    rank,
+    rank_layers,
+    rank_tokens,
+    single_head,
+)
 from attnrobust.runs.work import Workbench
 from tests.cases import Case
 from tests.runs.storage.test_files import FULL
@@ -72,6 +81,10 @@ def test_head_sensitivity_is_the_norm_of_its_jacobian(case: Case) -> None:
         assert value == pytest.approx(norm, rel=2e-3, abs=1e-12)
         scale = float(torch.linalg.vector_norm(x) / torch.linalg.vector_norm(spec(x)))
         assert relative == pytest.approx(value * scale)
+
+
+def test_a_head_without_a_finite_sensitivity_has_none() -> None:
+    assert [finite_or_none(torch.tensor(value)) for value in (0.5, math.inf, math.nan)] == [0.5, None, None]
 
 
 def test_a_run_is_ranked(tmp_path: Path) -> None:
