@@ -22,6 +22,7 @@ from attnrobust.numerics.suprema import pair_slope, saturating_weight
 
 Array = Float[np.ndarray, "..."]
 
+ANGLES = 256  # one row has few numbers: the cells of lemma 2 may be fine
 SMALLEST_RANGE = 1e-9  # ranges are raised to this: below, differences of exponentials cancel
 SMALLEST_SHARE = 1e-18  # p is scaled by its bound, which must not vanish where every weight but one underflows
 
@@ -62,7 +63,7 @@ class Ranges:
 def row_ranges(row: Row, reach: MoveSet) -> Ranges:
     """Evaluate all constants of a row; proofs in docs/conic-certificate.md."""
     spreads = np.array([_spread(row, reach, c) for c in (row.weight, *np.eye(row.keys))])
-    limit = logit_range(_logit_norms(row, reach), reach).clamp_min(SMALLEST_RANGE)
+    limit = logit_range(_logit_norms(row, reach), reach, angles=ANGLES).clamp_min(SMALLEST_RANGE)
     log_weight, weight = torch.from_numpy(row.log_weight), torch.from_numpy(row.weight)
     saturating = saturating_weight(log_weight, limit)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnrobust.numerics.exponential import largest_remainder, phi_negative, psi_slope_negative, weighted_phi
 from attnrobust.numerics.rounding import ENTRY, FORMULA, inward, nan_is_infinite, outward
 
-ANGLES = 24  # cells of the share of the budget that the query token takes
+ANGLES = 24  # cells of the share of the budget that the query token takes: within 0.1 %
 DUAL_ORDER = {"l2": 2.0, "linf": 1.0, "l1": math.inf}  # of the norm dual to a token norm
 
 
@@ -55,7 +55,7 @@ class LogitNorms:
     dual_mixed: Float[Tensor, "*s n"] | None = None
 
 
-def logit_range(norms: LogitNorms, budget: MoveBudget) -> Float[Tensor, "*s n"]:
+def logit_range(norms: LogitNorms, budget: MoveBudget, *, angles: int = ANGLES) -> Float[Tensor, "*s n"]:
     """Upper bound U of ``sup |u_j|`` over the set.
 
     With |delta_i| = r sin(a): ``|l_j.Delta| <= r (own sin a + other cos a)`` and
@@ -65,14 +65,19 @@ def logit_range(norms: LogitNorms, budget: MoveBudget) -> Float[Tensor, "*s n"]:
     ``r |(own, other)| + r^2 (diagonal + |(diagonal, mixed)|) / 2``, is another bound, and for per-token sets so is the
     sum of the blocks' dual norms.
 
+    Args:
+        norms: Norms of the logit changes.
+        budget: The set.
+        angles: Cells of a; the bound is at most ``(pi / (4 angles))^2`` too large for it.
+
     References:
         Derived; docs/margin-certificate.md, lemma 2.
     """
-    r, spacing = budget.frobenius, 0.5 * math.pi / ANGLES
+    r, spacing = budget.frobenius, 0.5 * math.pi / angles
     linear, bilinear = torch.hypot(norms.own, norms.other), torch.hypot(norms.diagonal, norms.mixed)
     apart = r * linear + 0.5 * r * r * (norms.diagonal + bilinear)
     best = torch.zeros_like(apart)
-    for sine, cosine in ((math.sin(k * spacing), math.cos(k * spacing)) for k in range(ANGLES + 1)):
+    for sine, cosine in ((math.sin(k * spacing), math.cos(k * spacing)) for k in range(angles + 1)):
         value = r * (norms.own * sine + norms.other * cosine)
         best = torch.maximum(best, value + r * r * sine * (norms.diagonal * sine + norms.mixed * cosine))
     best = torch.minimum(best + spacing**2 / 8.0 * (r * linear + 2.0 * r * r * bilinear), apart)
