@@ -48,8 +48,8 @@ test-slow: $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 # make test-variation  fast tests of attacks and certificates on other numbers: inputs a few ulp away, two threads, plain BLAS
-VARIED := tests/attacks/search tests/certify/test_radius.py tests/certify/margin/test_lemmas.py tests/test_comparison.py \
-	tests/numerics/test_running_error.py tests/attacks/test_token_moving.py::test_linear_layer_margin_is_the_dual_norm
+VARIED := tests/attacks/search/test_last_bit.py tests/certify/test_radius.py tests/test_comparison.py tests/test_rounding.py \
+	tests/attacks/test_token_moving.py::test_linear_layer_margin_is_the_dual_norm
 ATTNROBUST_ULP ?= 1
 test-variation: $(VENV)/test
 	ATTNROBUST_ULP=$(ATTNROBUST_ULP) OMP_NUM_THREADS=2 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default \
