@@ -15,6 +15,7 @@ from attnrobust.threats.moves import AnyToken, FrobeniusBall
 
 TOKEN_LIMIT = 128  # tokens that move in turn; beyond, the enclosing ball has to do
 EVENTS_OF_A_TOKEN = 6  # eigenvalue bounds of a token that is not the worst
+MOST_EVENTS = 256  # bounds that share equally: smaller shares cost all of them their accuracy
 KEPT_NUMBERS = 2**18  # rows times rows of the tokens' bounds that are kept; a bound holds about 150 numbers of each
 
 
@@ -44,7 +45,10 @@ class AnyTokenBound(PreparedBound):
         self._clean: ValueRows | None = None
         self._bounds: dict[int, DisplacementBound] = {}
         self._chance = Chance(
-            self.seed, "displacement any-token", MAIN_FAILURE, EVENTS + EVENTS_OF_A_TOKEN * len(self._tokens)
+            self.seed,
+            "displacement any-token",
+            MAIN_FAILURE,
+            min(EVENTS + EVENTS_OF_A_TOKEN * len(self._tokens), MOST_EVENTS),
         )
 
     @property
