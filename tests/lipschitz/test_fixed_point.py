@@ -128,7 +128,7 @@ def test_a_layer_that_is_no_contraction_is_refused() -> None:
         contraction(Attention(w_q=layer.w_q, w_k=layer.w_k, w_v=layer.w_v, w_o=layer.w_o, causal=True), radius=1.0)
     with refused(UnsupportedModelError, "width 3 to 4"):
         contraction(Attention(w_q=layer.w_q, w_k=layer.w_k, w_v=layer.w_v), radius=1.0)
-    with refused(InputError, "radius > 0"):
+    with refused(InputError, "radius must be a positive number; got 0.0"):
         contraction(layer, radius=0.0)
 
 

@@ -197,7 +197,7 @@ def test_a_layer_of_another_kind_is_told_why_nothing_applies() -> None:
         ({"clean": TokenMeasure(draw(3, 2))}, "width 2"),
         ({"clean": TokenMeasure(torch.zeros(3, 3))}, "radius 0"),
         ({"clean": TokenMeasure(draw(3, 3)), "epsilon": -1.0}, "epsilon must be a positive number"),
-        ({"n": 3, "radius": 1.0, "search": -1}, "steps >= 0"),
+        ({"n": 3, "radius": 1.0, "search": -1}, "must be >= 0; got -1"),
     ],
 )
 def test_what_cannot_be_used_is_refused(options: dict[str, object], words: str) -> None:

@@ -159,5 +159,5 @@ def test_names_in_the_order_in_which_people_count() -> None:
         "x2",
         "x10",
     ]
-    assert shortened("a" * 12, 10) == "a" * 9 + "…"
+    assert shortened("a" * 12, 10) == "a" * 7 + "..."
     assert shortened("a" * 10, 10) == "a" * 10

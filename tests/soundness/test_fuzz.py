@@ -55,7 +55,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "domain": (lambda: ar.CouplingBall(2, domain_radius=b"1"), "the domain radius is b'1'"),  # type: ignore[arg-type]
     "copies": (lambda: ar.Copies(1.5), "copies is 1.5"),  # type: ignore[arg-type]
     "center": (lambda: ar.lipschitz_search(LAYER, "x", 1.0), "the center is a str"),  # type: ignore[arg-type]
-    "norm": (lambda: ar.lipschitz_search(LAYER, TOKENS.points, 1.0, norm={}), "unknown norm {}"),  # type: ignore[arg-type]
+    "norm": (lambda: ar.lipschitz_search(LAYER, TOKENS.points, 1.0, norm={}), "unknown norm '{}'"),  # type: ignore[arg-type]
     "search": (lambda: ar.bounds_table(LAYER, n=2, radius=1.0, search=0.5), "search .steps. is 0.5"),  # type: ignore[arg-type]
     "radius": (lambda: ar.contraction(LAYER, radius="1"), "radius is '1'"),  # type: ignore[arg-type]
     "token": (lambda: ar.token_radii(PROBLEM, tokens="a"), "tokens are 'a'"),  # type: ignore[arg-type]
