@@ -59,8 +59,8 @@ def test_a_layer_without_a_proof_is_an_answer(capsys: pytest.CaptureFixture[str]
     ("arguments", "words"),
     [
         ([], "--radius R alone"),
-        (["--radius", "0"], "radius > 0"),
-        (["--radius", "2", "--order", "3"], "order 1, 2 or infinity"),
+        (["--radius", "0"], "radius must be a positive number; got 0.0"),
+        (["--radius", "2", "--order", "3"], "order 3.0 is not supported; give 1, 2 or infinity"),
         (["--tokens", "x.npz", "--radius", "1.5"], "outside of the ball"),
         (["--radius", "2", "--tolerance", "0"], "tolerance must be > 0"),
         (["--radius", "2", "--layer", "attentoin"], "nearest: attention"),
