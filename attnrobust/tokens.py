@@ -21,8 +21,12 @@ KEPT_MASS_ROUNDING = 1e-12  # relative, of a token's mass where its children's m
 def as_tensor(name: str, value: object) -> Tensor:
     """A tensor of what a user gave: tensors as they are, numpy arrays and (nested) lists of numbers converted."""
     if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
-            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+        empty = value.is_meta and type(value) in (
+            Tensor,
+            torch.nn.Parameter,
+        )  # a subclass may hold its numbers elsewhere
+        if value.layout is not torch.strided or empty or value.is_quantized:
+            kind = "meta" if empty else "quantized" if value.is_quantized else str(value.layout)
             raise InputError(f"{name} is a {kind} tensor; give a dense tensor that holds its numbers")
         return value
     if isinstance(value, np.ma.MaskedArray):
