@@ -21,7 +21,8 @@ KEPT_MASS_ROUNDING = 1e-12  # relative, of a token's mass where its children's m
 def as_tensor(name: str, value: object) -> Tensor:
     """A tensor of what a user gave: tensors as they are, numpy arrays and (nested) lists of numbers converted."""
     if isinstance(value, Tensor):
-        empty = value.is_meta and type(value) in (
+        # a subclass may hold its numbers elsewhere
+        empty = value.is_meta and type(value) in (Tensor, torch.nn.Parameter)
             Tensor,
             torch.nn.Parameter,
         )  # a subclass may hold its numbers elsewhere
