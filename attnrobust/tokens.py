@@ -23,9 +23,6 @@ def as_tensor(name: str, value: object) -> Tensor:
     if isinstance(value, Tensor):
         # a subclass may hold its numbers elsewhere
         empty = value.is_meta and type(value) in (Tensor, torch.nn.Parameter)
-            Tensor,
-            torch.nn.Parameter,
-        )  # a subclass may hold its numbers elsewhere
         if value.layout is not torch.strided or empty or value.is_quantized:
             kind = "meta" if empty else "quantized" if value.is_quantized else str(value.layout)
             raise InputError(f"{name} is a {kind} tensor; give a dense tensor that holds its numbers")
