@@ -34,6 +34,8 @@ def output_rounding(
         One bound per entry of the output; infinity where nothing can be said.
     """
     estimate: Tensor = ESTIMATE * torch.linalg.vector_norm(output, dim=-1, keepdim=True).expand_as(output)
+    if type(points) is not Tensor:  # a subclass cannot be followed
+        return estimate
     tokens, masses = tracked(points), None if mass is None else tracked(mass)
     try:
         with torch.no_grad(), tracking():
