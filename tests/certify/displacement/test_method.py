@@ -48,7 +48,7 @@ def _ascend(problem: Problem, radius: float, *, steps: int = 40, count: int = 12
     return worst
 
 
-@pytest.mark.parametrize(("name",), with_marks((name,) for name in SMALL_CASES))
+@pytest.mark.parametrize("name", with_marks((name,) for name in SMALL_CASES))
 @pytest.mark.parametrize("pool", ["all", 0])
 def test_displacement_stays_below_the_bound(name: str, pool: Pool) -> None:
     problem = _problem(name, FrobeniusBall(), Displacement(1.0, pool=pool))
