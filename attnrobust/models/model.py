@@ -53,6 +53,15 @@ class Model(ABC):
         """The whole model from a depth on, with the clean tokens there, checked at this input; see ``ModuleModel``."""
         raise InputError(f"{self.name} holds one attention layer, no network; give a model")
 
+    def depths(self) -> tuple[str, ...]:
+        """The depths at which tokens of the whole model may move, from the input on; see ``network``."""
+        raise InputError(f"{self.name} holds one attention layer, no network; give a model")
+
+    @property
+    def decides(self) -> bool:
+        """Whether the model was made with a head that is read, so that it has a decision of its own."""
+        return False
+
     def resolve(self, name: str | None = None) -> LayerInfo:
         """The supported layer that a full name or a unique suffix means (None: the only one).
 
@@ -213,6 +222,23 @@ class ModuleModel(Model):
         except InputError as error:
             raise type(error)(f"input {line.id}: {error}") from error
         return ReadNetwork(graph, _captured_input(line, strings, tokens), info)
+
+    def depths(self) -> tuple[str, ...]:
+        return self._plan(Wanted("states")).depths
+
+    @property
+    def decides(self) -> bool:
+        config = getattr(self.module, "config", None)
+        names = {type(self.module).__name__, *(getattr(config, "architectures", None) or ())}
+        return any("For" in name or "LMHead" in name for name in names & readable_classes())
+
+    def head_kind(self, *, head: HeadName | None = None, row: int | None = None) -> str:
+        """Readable name of an output of ``network``; refuses one that the model does not have, before any input."""
+        return self._plan(Wanted(head, row)).head.kind
+
+    def word(self, index: int) -> str:
+        """What one entry of the vocabulary stands for, for language models."""
+        return self._encoder.word(index)
 
     def _plan(self, wanted: Wanted) -> Plan:
         if wanted not in self._plans:

@@ -87,7 +87,7 @@ class ReadNetwork:
         last = self.graph.steps[-1]
         if not isinstance(last.node, Affine) or self.graph.rows(self.input.measure.n)[self.graph.output] != 1:
             raise InputError(
-                f"the output ({self.info.head}) is no single row of logits; give a model with a head, or row="
+                f"the output ({self.info.head}) is no single row of logits; give a model with a head, or row= (--row)"
             )
         if last.reads[0] == self.graph.source:
             raise InputError("the network is one linear layer; there is nothing before its readout")
