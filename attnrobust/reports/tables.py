@@ -16,6 +16,9 @@ from attnrobust.text import shortened, shown
 MOST_COLUMNS = 8
 """More inputs than this are summarised in the table of certificates instead of one column each."""
 
+LONGEST_CLASS = 16
+"""Characters of the name of a class in a table."""
+
 _STYLE = {Status.FOUND: "green", Status.CERTIFIED: "green", Status.UNSOUND: "bold white on red", Status.ERROR: "red"}
 _PLAIN = {"not_found": "not found"}
 _INSTALL = "pip install"
@@ -29,12 +32,15 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
     Column("input", widest=28): lambda row: row.input_id,
     Column("text", fold=False): lambda row: shortened(row.text or "-", 32),
     Column("layer"): lambda row: row.layer,
+    Column("at", fold=False): lambda row: row.layer,
+    Column("class"): lambda row: _classes(row),
     Column("n", right=True): lambda row: str(row.n),
     Column("margin", right=True, fold=False): lambda row: shown(row.margin if row.tolerance is None else row.tolerance),
     Column("tolerance", right=True, fold=False): lambda row: shown(row.tolerance),
     Column("certified", right=True, fold=False): lambda row: shown(row.certified_radius),
     Column("by", fold=False): lambda row: row.certificate or "-",
     Column("attack", right=True, fold=False): lambda row: shown(row.attack_radius),
+    Column("of |x|", right=True, fold=False): lambda row: percent(row.relative_attack),
     Column("gap", right=True, fold=False): lambda row: shown(row.gap, 3),
     Column("usage", right=True, fold=False): lambda row: "-" if row.usage is None else f"{row.usage:.1%}",
     Column("status", fold=False): _status,
@@ -53,10 +59,13 @@ def result_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
         A rich table; columns that no row fills are left out.
     """
     certified, attacked = any(r.certified_radius is not None for r in rows), any(r.attack is not None for r in rows)
-    margins = any(r.margin is not None for r in rows)
+    margins, network = any(r.margin is not None for r in rows), any(r.depth is not None for r in rows)
     there = {
         "text": any(r.text for r in rows),
-        "layer": len({r.layer for r in rows}) > 1,
+        "layer": len({r.layer for r in rows}) > 1 and not network,
+        "at": len({r.layer for r in rows}) > 1 and network,
+        "class": any(r.label for r in rows),
+        "of |x|": attacked and network,
         "margin": margins,
         "tolerance": not margins,
         "certified": certified,
@@ -68,6 +77,17 @@ def result_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
     columns = [column for column in _CELLS if there.get(column.name, True)]
     lines = [[_CELLS[column](row) for column in columns] for row in rows]
     return lay_out(columns, lines, title=title, caption=_caption(rows))
+
+
+def percent(value: float | None) -> str:
+    """A share for people: three significant digits, a dash where there is none."""
+    return "-" if value is None else f"{shown(100.0 * value, 3)}%"
+
+
+def _classes(row: Row) -> str:
+    """The class that must stay, and the one at the attack's point."""
+    label = shortened(row.label or "-", LONGEST_CLASS)
+    return label if row.attack_label is None else f"{label} > {shortened(row.attack_label, LONGEST_CLASS)}"
 
 
 def certificate_table(rows: Sequence[Row]) -> Table | None:
@@ -129,6 +149,8 @@ def _caption(rows: Sequence[Row]) -> str | None:
     parts = [f"threat {rows[0].threat}, goal {rows[0].goal}", *scopes(rows)]
     if rows[0].epsilon is not None:
         parts.append(f"usage: share of the goal's budget that the worst point within {shown(rows[0].epsilon)} uses")
+    if any(row.depth is not None for row in rows):
+        parts.append("|x|: norm of all tokens at that depth")
     gaps = [row.gap for row in rows if row.gap is not None]
     if gaps:
         parts.append(f"median gap {shown(statistics.median(gaps), 3)} over {len(gaps)} of {len(rows)} inputs")
