@@ -15,6 +15,7 @@ from attnrobust.errors import InputError
 from attnrobust.runs.reading import DEFAULT_ATTACK
 
 if TYPE_CHECKING:
+    from attnrobust.models.model import Model
     from attnrobust.runs.config import RunConfig
     from attnrobust.runs.rows import Row
     from attnrobust.runs.work import Workbench
@@ -24,19 +25,30 @@ commands = typer.Typer()
 
 @commands.command("list-layers")
 def list_layers(model: o.ModelName, json: o.Json = False) -> int:
-    """List every attention layer of a model, and why one is not supported."""
+    """List every attention layer of a model, why one is not supported, and the depths of the whole model."""
     from dataclasses import asdict
 
     from attnrobust.models.model import load_model
     from attnrobust.reports.tables import layer_table
 
-    layers = load_model(model).layers()
+    loaded = load_model(model)
     if json:
-        for layer in layers:
+        for layer in loaded.layers():
             print_json(asdict(layer))
     else:
-        console().print(layer_table(layers))
+        console().print(layer_table(loaded.layers()))
+        console().print(_whole(loaded))
     return ExitCode.OK
+
+
+def _whole(model: "Model") -> str:
+    """What can be asked about the whole model."""
+    try:
+        depths = model.depths()
+    except InputError as error:
+        return f"not read as a whole: {error}"
+    goals = "decision, hidden, pooled" if model.decides else "nearest (by --anchors), hidden, pooled; it has no head"
+    return f"the whole model: --at {' | '.join(depths)}; --goal {goals}"
 
 
 @commands.command()

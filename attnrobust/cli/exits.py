@@ -134,7 +134,8 @@ def _tell_messages(rows: Sequence["Row"]) -> None:
             having.setdefault(row.message, []).append(row.input_id)
     for message, inputs in list(having.items())[:MOST_MESSAGES]:
         others = len(inputs) - 1
-        say(f"{inputs[0]}{f' and {others} more rows' if others else ''}: {message}")
+        more = f" and {others} more row{'s' if others > 1 else ''}" if others else ""
+        say(f"{inputs[0]}{more}: {message}")
     if len(having) > MOST_MESSAGES:
         say(f"and {len(having) - MOST_MESSAGES} more messages; they are in the rows")
 

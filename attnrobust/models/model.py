@@ -16,7 +16,7 @@ from attnrobust.models.capture import CapturedInput, Tap, TextLine, capture_taps
 from attnrobust.models.checks.forward_inputs import Given, forward_arguments
 from attnrobust.models.from_file import from_file
 from attnrobust.models.listing import LayerInfo, adapter_for, describe, find_layer, list_layers
-from attnrobust.models.networks.plan import EMBEDDINGS, HeadName, Plan, Wanted
+from attnrobust.models.networks.plan import EMBEDDINGS, Head, HeadName, Plan, Wanted
 from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, readable_classes, refuse_unread
 from attnrobust.models.pretrained import Pretrained, TextEncoder, eager_experts, load_pretrained, longest_input
 from attnrobust.tokens import TokenMeasure
@@ -49,6 +49,7 @@ class Model(ABC):
         at: str = EMBEDDINGS,
         head: HeadName | None = None,
         row: int | None = None,
+        input_id: str = "0001",
     ) -> ReadNetwork:
         """The whole model from a depth on, with the clean tokens there, checked at this input; see ``ModuleModel``."""
         raise InputError(f"{self.name} holds one attention layer, no network; give a model")
@@ -192,6 +193,7 @@ class ModuleModel(Model):
         at: str = EMBEDDINGS,
         head: HeadName | None = None,
         row: int | None = None,
+        input_id: str = "0001",
     ) -> ReadNetwork:
         """The whole model from a depth on, with the clean tokens there.
 
@@ -203,6 +205,7 @@ class ModuleModel(Model):
             head: "logits" (the model's own head), "states" (last hidden states) or "mean" (their mean); None means its
                 own head where it has one, else the states.
             row: The token whose output it is, where there is one per token; None means all (causal models: the last).
+            input_id: The identifier of an input that is no text.
 
         Raises:
             UnsupportedModelError: The model, or a part of it by name, is not modelled; or the states disagree.
@@ -210,7 +213,7 @@ class ModuleModel(Model):
         """
         plan = self._plan(Wanted(head, row))
         if isinstance(given, Mapping):
-            line, strings = TextLine("0001", ""), None
+            line, strings = TextLine(input_id, ""), None
             inputs = forward_arguments(given, next(self.module.parameters()).device)
         else:
             line = text_line(1, given) if isinstance(given, str) else given
@@ -232,9 +235,9 @@ class ModuleModel(Model):
         names = {type(self.module).__name__, *(getattr(config, "architectures", None) or ())}
         return any("For" in name or "LMHead" in name for name in names & readable_classes())
 
-    def head_kind(self, *, head: HeadName | None = None, row: int | None = None) -> str:
-        """Readable name of an output of ``network``; refuses one that the model does not have, before any input."""
-        return self._plan(Wanted(head, row)).head.kind
+    def head(self, head: HeadName | None = None, *, row: int | None = None) -> Head:
+        """What ``network`` would take as the output; refuses one that the model does not have, before any input."""
+        return self._plan(Wanted(head, row)).head
 
     def word(self, index: int) -> str:
         """What one entry of the vocabulary stands for, for language models."""

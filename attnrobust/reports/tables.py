@@ -149,7 +149,7 @@ def _caption(rows: Sequence[Row]) -> str | None:
     parts = [f"threat {rows[0].threat}, goal {rows[0].goal}", *scopes(rows)]
     if rows[0].epsilon is not None:
         parts.append(f"usage: share of the goal's budget that the worst point within {shown(rows[0].epsilon)} uses")
-    if any(row.depth is not None for row in rows):
+    if any(row.depth is not None and row.attack is not None for row in rows):
         parts.append("|x|: norm of all tokens at that depth")
     gaps = [row.gap for row in rows if row.gap is not None]
     if gaps:

@@ -11,6 +11,7 @@ from attnrobust.goals import Goal, Margin, parse_tolerance
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.models.anchors import nearest_anchor_readout
 from attnrobust.models.model import Model, ModuleModel
+from attnrobust.models.networks.heads import TOKEN
 from attnrobust.models.networks.plan import EMBEDDINGS, HeadName
 from attnrobust.models.networks.reading import ReadNetwork
 from attnrobust.runs.reading import DEFAULT_TOLERANCE
@@ -126,7 +127,9 @@ class Networks:
             UnsupportedModelError: A part that is not modelled.
         """
         assert isinstance(self.model, ModuleModel)  # noqa: S101 - other models have no depths; narrows the type
-        self.model.head_kind(head=goal.head, row=goal.row)
+        head = self.model.head(goal.head, row=goal.row)
+        if head.kind == TOKEN and goal.row is None:
+            raise InputError(f"a model for {TOKEN} decides at every token; name one by --row I")
         if goal.anchors:
             self._readout(goal)
 
@@ -134,7 +137,7 @@ class Networks:
         """The network at an input from a depth on, with the output that the goal is about."""
         key = (source.id, depth, goal.head, goal.row)
         if key not in self._reads:
-            found = self.model.network(given(source), at=depth, head=goal.head, row=goal.row)
+            found = self.model.network(given(source), at=depth, head=goal.head, row=goal.row, input_id=source.id)
             self._reads[key] = found
             while len(self._reads) > READS_KEPT:
                 self._reads.popitem(last=False)
