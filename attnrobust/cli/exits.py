@@ -130,7 +130,7 @@ def _tell_messages(rows: Sequence["Row"]) -> None:
     """What went wrong, the unsound rows first; what several rows say is told once."""
     having: dict[str, list[str]] = {}
     for row in sorted(rows, key=lambda row: row.status != Status.UNSOUND):
-        if row.message and row.status != Status.MISCLASSIFIED:
+        if row.message and (row.status != Status.MISCLASSIFIED or row.depth is not None):
             having.setdefault(row.message, []).append(row.input_id)
     for message, inputs in list(having.items())[:MOST_MESSAGES]:
         others = len(inputs) - 1

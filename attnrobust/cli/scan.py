@@ -120,7 +120,7 @@ def _print(ranking: "Scan") -> None:
         stdout.print(lay_out(columns, cells[:SHOWN_HEADS], title=title))
     if ranking.tokens:
         cells = [(r.token, f"{r.share:.1%}", str(r.rows)) for r in ranking.tokens]
-        title = f"tokens, the {SHOWN_TOKENS} of {len(cells)} that attacks move most"
+        title = f"tokens, the {min(SHOWN_TOKENS, len(cells))} of {len(cells)} that attacks move most"
         columns = [*words("token"), *numbers("mean share of the move", "rows")]
         stdout.print(lay_out(columns, cells[:SHOWN_TOKENS], title=title))
     if ranking.unsupported:

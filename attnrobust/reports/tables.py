@@ -188,7 +188,8 @@ def summary_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str,
         medians = (median(r.certified_radius for r in group), median(r.attack_radius for r in group), median(gaps))
         ended = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
         lines.append((*key, str(len(group)), *map(shown, medians), shown(max(gaps, default=None), 3), ended))
-    return SUMMARY, lines
+    whole = bool(rows) and all(row.depth is not None for row in rows)
+    return (("depth", *SUMMARY[1:]) if whole else SUMMARY), lines
 
 
 def summary_table(rows: Sequence[Row]) -> Table:

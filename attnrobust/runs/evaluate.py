@@ -99,7 +99,7 @@ def evaluate_row(task: RowTask, config: RunConfig) -> Row:
         values |= _problem_values(problem) | _label(problem, task)
         _answer(problem, task, config, values)
     except AlreadyViolatedError as error:
-        values |= _misclassified(task, config, str(error))
+        values |= _misclassified(task, config, _already(error, task))
     except UnsoundError as error:
         values |= {"status": Status.UNSOUND, "gap": _finite(error.comparison.gap), "message": str(error)}
     except Exception as error:  # one bad input must not end the others; the message is in its row
@@ -209,6 +209,13 @@ def _misclassified(task: RowTask, config: RunConfig, message: str) -> dict[str, 
     if config.attack.method is not None:
         values |= {"attack": _attack_name(task, config.attack.method), "attack_radius": 0.0}
     return values
+
+
+def _already(error: AlreadyViolatedError, task: RowTask) -> str:
+    """Why the goal fails at the clean input; a decision that is not asked to be another one is on its boundary."""
+    if task.class_name is None or not isinstance(task.goal, Margin) or task.goal.label is not None:
+        return str(error)
+    return f"two classes tie at the clean input, so the decision is on its boundary ({error}); give another input"
 
 
 def _one_line(error: Exception) -> str:
