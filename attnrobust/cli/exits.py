@@ -112,7 +112,7 @@ def exit_code(rows: Sequence["Row"], *, fail_under: float | None = None) -> Exit
     _tell_messages(rows)
     if any(row.status == Status.UNSOUND for row in rows):
         return ExitCode.UNSOUND
-    failed = [row for row in rows if row.status == Status.ERROR]
+    failed = [row for row in rows if row.status in (Status.ERROR, Status.DISAGREES)]
     if rows and len(failed) == len(rows):
         say("no input could be computed")
         return ExitCode.USAGE
@@ -141,7 +141,7 @@ def _tell_messages(rows: Sequence["Row"]) -> None:
 
 
 def _reaches(row: "Row", threshold: float) -> bool:
-    if row.status == Status.ERROR:
+    if row.status in (Status.ERROR, Status.DISAGREES):
         return False
     if row.certified_radius is not None:
         return row.certified_radius >= threshold

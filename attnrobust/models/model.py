@@ -16,6 +16,7 @@ from attnrobust.models.capture import CapturedInput, Tap, TextLine, capture_taps
 from attnrobust.models.checks.forward_inputs import Given, forward_arguments
 from attnrobust.models.from_file import from_file
 from attnrobust.models.listing import LayerInfo, adapter_for, describe, find_layer, list_layers
+from attnrobust.models.networks.confirmation import OwnModel
 from attnrobust.models.networks.plan import EMBEDDINGS, Head, HeadName, Plan, Wanted
 from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, readable_classes, refuse_unread
 from attnrobust.models.pretrained import Pretrained, TextEncoder, eager_experts, load_pretrained, longest_input
@@ -112,6 +113,7 @@ class ModuleModel(Model):
         self, module: nn.Module, *, name: str = "model", pretrained: Pretrained | None = None, owned: bool = False
     ) -> None:
         self.name = name
+        self._given_precision = _precision(module)
         own = module if owned else _own_copy(module)
         self.module = _exact(own.to(torch.float64).eval().requires_grad_(False))
         self._pretrained = pretrained
@@ -224,7 +226,8 @@ class ModuleModel(Model):
             raise
         except InputError as error:
             raise type(error)(f"input {line.id}: {error}") from error
-        return ReadNetwork(graph, _captured_input(line, strings, tokens), info)
+        own = OwnModel(self.module, plan, inputs, self._given_precision)
+        return ReadNetwork(graph, _captured_input(line, strings, tokens), info, own)
 
     def depths(self) -> tuple[str, ...]:
         return self._plan(Wanted("states")).depths
@@ -307,6 +310,12 @@ def _own_copy(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} cannot be copied ({first_line(error)}); remove what holds results of earlier "
             "calls, or save the model and give its directory"
         ) from error
+
+
+def _precision(module: nn.Module) -> str:
+    """The precisions of a module's weights, such as "float32"."""
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()})
+    return ", ".join(kinds) or "no weights"
 
 
 def _exact(module: nn.Module) -> nn.Module:

@@ -62,7 +62,9 @@ def depth_plot(rows: Sequence[Row], *, title: str) -> bytes:
             field.set_title(drawable(name), loc="left", fontsize=10, parse_math=False)
         heading = "\n".join(map(drawable, [title, *about]))
         figure.suptitle(heading, x=0.01, ha="left", fontsize=11, parse_math=False)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+        figure.align_ylabels()
+        found = {label: handle for field in axes for handle, label in zip(*field.get_legend_handles_labels(), strict=True)}
+        figure.legend(found.values(), found, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
 
     height = 1.4 + 0.2 * len(about) + 3.0 * max(len(drawn), 1)
     return png(8.0, height, draw if drawn else nothing)
@@ -87,7 +89,8 @@ def _field(axes: Any, profile: Sequence[DepthRadii]) -> None:
         there = [(x, s) for x, s in enumerate(spreads) if s is not None and s[0] > 0]
         places = [x for x, _ in there]
         axes.fill_between(places, [s[0] for _, s in there], [s[2] for _, s in there], color=colour, alpha=0.2, lw=0)
-        axes.plot(places, [s[1] for _, s in there], marker=marker, color=colour, linewidth=1.6, label=label)
+        if there:
+            axes.plot(places, [s[1] for _, s in there], marker=marker, color=colour, linewidth=1.6, label=label)
     bare = [x for x, d in enumerate(profile) if not d.certified or d.certified[1] <= 0]
     if bare:
         axes.annotate(

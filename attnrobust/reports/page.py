@@ -24,7 +24,7 @@ from attnrobust.text import shown
 MOST_ROWS, MOST_SENTENCES, MOST_LINES = 5000, 20, 4
 """What one page shows; the data has the rest."""
 
-_BAD = frozenset({Status.UNSOUND, Status.ERROR, Status.TIMEOUT, Status.NAN})
+_BAD = frozenset({Status.UNSOUND, Status.ERROR, Status.TIMEOUT, Status.NAN, Status.DISAGREES})
 
 
 def write_report(directory: Path, *, out: Path | None = None) -> tuple[Path, ...]:
@@ -137,6 +137,8 @@ def _plots(data: ReportData) -> list[dict[str, Any]]:
             f"Box plot of both radii by {'depth' if whole else 'layer'}",
         ),
     ]  # fmt: skip
+    if whole and not gaps:
+        made = made[2:]
     if len({row.layer for row in rows if row.depth is not None}) > 1:
         about = "Radii as shares of the norm of the tokens at the depth where they move: medians, and bands over all inputs."
         made.insert(0, (PROFILE_NAME, depth_plot(rows, title=data.title), 800, about, "Both radii against the depth"))

@@ -20,7 +20,8 @@ LONGEST_CLASS = 16
 """Characters of the name of a class in a table."""
 
 _STYLE = {Status.FOUND: "green", Status.CERTIFIED: "green", Status.UNSOUND: "bold white on red", Status.ERROR: "red"}
-_PLAIN = {"not_found": "not found"}
+_STYLE |= {Status.DISAGREES: "red"}
+_PLAIN = {"not_found": "not found", "disagrees": "disagrees with the model"}
 _INSTALL = "pip install"
 
 

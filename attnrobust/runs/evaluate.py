@@ -15,6 +15,7 @@ from attnrobust.certify import certify
 from attnrobust.comparison import UnsoundError, join
 from attnrobust.errors import AlreadyViolatedError, AttnRobustError
 from attnrobust.goals import Goal, Margin
+from attnrobust.models.networks.confirmation import Confirmation
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.results import AttackResult, CertificationReport, Kind, Status
 from attnrobust.runs.config import RunConfig
@@ -31,8 +32,8 @@ log = logging.getLogger(__name__)
 READOUT_SCOPE = "the readout acts on the output of this attention layer; it is not the decision of the model"
 INSTEAD = "which has a head: ask about its own decision by --at {depth} --goal decision in place of --layer and --readout"
 
-Confirmation = Callable[[AttackResult], AttackResult]
-"""Looks at an attack's point through the user's own model; a disagreement is a status."""
+Confirm = Callable[[AttackResult], Confirmation]
+"""Looks at an attack's point through the user's own model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class RowTask:
         goal_key: The goal's name in rows; None takes the goal's own.
         scope: See ``Row.goal_scope``.
         class_name: Readable names of classes; None where there are none.
-        confirm: Evaluates the attack's point through the model itself; None for layers.
+        confirm: Evaluates the attack's point through the user's own model; None for layers.
     """
 
     input_id: str
@@ -67,7 +68,7 @@ class RowTask:
     goal_key: str | None = None
     scope: str | None = None
     class_name: Callable[[int], str] | None = None
-    confirm: Confirmation | None = None
+    confirm: Confirm | None = None
 
 
 def goal_scope(goal: Goal, *, instead: str | None = None) -> str | None:
@@ -125,12 +126,12 @@ def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str
     result = run_attack(
         problem, method=name, epsilon=config.attack.epsilon, seed=config.seed, budget=config.attack.budget()
     )
-    if task.confirm is not None and result.status is Status.FOUND:
-        result = task.confirm(result)
     values |= _attack_values(problem, result) | _attack_label(problem, result, task)
     values |= {"status": result.status, "message": result.note or values.get("message"), "problem": result.problem}
     if certification is not None:
         values["gap"] = _finite(join(problem, result, certification).gap)
+    if task.confirm is not None and result.status is Status.FOUND:
+        values |= _confirmed(task.confirm, result, values.get("message"))
 
 
 def _problem_values(problem: Problem) -> dict[str, Any]:
@@ -138,6 +139,23 @@ def _problem_values(problem: Problem) -> dict[str, Any]:
     name = "tolerance" if problem.resolved.functionals is None else "margin"
     norm = float(torch.linalg.vector_norm(problem.clean.points))
     return {name: budget, "problem": problem.digest, "input_norm": norm}
+
+
+def _confirmed(confirm: Confirm, result: AttackResult, message: str | None) -> dict[str, Any]:
+    """What changes once the user's own model was given the attack's point: nothing where it agrees."""
+    try:
+        seen = confirm(result)
+    except AttnRobustError as error:
+        return _not_confirmed(result, str(error))
+    if seen.status is Status.DISAGREES:
+        return _not_confirmed(result, seen.message)
+    return {"message": "; ".join(part for part in (message, seen.message) if part) or None}
+
+
+def _not_confirmed(result: AttackResult, reason: str) -> dict[str, Any]:
+    """The radius is one of the specification only, so it is told and not counted."""
+    message = f"the violation at radius {result.radius:.6g} is not one of the model itself: {reason}"
+    return {"status": Status.DISAGREES, "attack_radius": None, "attack_label": None, "gap": None, "message": message}
 
 
 def _label(problem: Problem, task: RowTask) -> dict[str, Any]:

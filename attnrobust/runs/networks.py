@@ -11,15 +11,20 @@ from attnrobust.goals import Goal, Margin, parse_tolerance
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.models.anchors import nearest_anchor_readout
 from attnrobust.models.model import Model, ModuleModel
+from attnrobust.models.networks.confirmation import Confirmation
 from attnrobust.models.networks.heads import TOKEN
 from attnrobust.models.networks.plan import EMBEDDINGS, HeadName
 from attnrobust.models.networks.reading import ReadNetwork
+from attnrobust.results import AttackResult
 from attnrobust.runs.reading import DEFAULT_TOLERANCE
 from attnrobust.runs.rows import MOVE_AT
 from attnrobust.runs.sources import Source, given
 
 READS_KEPT = 8
 """Inputs whose networks a worker remembers; work on one input follows itself, so few are enough."""
+
+MOST_CONFIRMED = 4096
+"""Classes of a decision that is given to the model itself; the comparison takes their number squared."""
 
 FIRST_BLOCK = "block:0"
 """Another name of the embeddings."""
@@ -99,6 +104,14 @@ class NetworkQuestion:
     network: NetworkGraph
     goal: Goal
     class_name: Callable[[int], str]
+
+    @property
+    def confirm(self) -> Callable[[AttackResult], Confirmation] | None:
+        """Gives an attack's point to the model itself; None where the comparison of so many classes takes too much."""
+        if isinstance(self.goal, Margin) and self.goal.weight.shape[0] > MOST_CONFIRMED:
+            return None
+        of_model = isinstance(self.goal, Margin) and self.network is not self.read.graph
+        return lambda result: self.read.confirm(result, None if of_model else self.goal)
 
 
 class Networks:

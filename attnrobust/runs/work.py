@@ -186,7 +186,7 @@ class Workbench:
         return RowTask(
             source.id, item.layer, asked.network, measure, self.threats[item.threat], moved, text=source.text,
             tokens=captured.token_strings, row_id=item.row_id, goal_key=goal.key, scope=self._scope(item),
-            class_name=asked.class_name,
+            class_name=asked.class_name, confirm=asked.confirm,
         )  # fmt: skip
 
     def _scope(self, item: WorkItem) -> str | None:
