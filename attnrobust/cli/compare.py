@@ -193,6 +193,7 @@ def _config(
 
 
 def chosen_certificates(methods: str | None) -> list[str] | None:
+    """Names of certificates, or None for all; refuses a list without any."""
     names = None if methods is None else o.split_names(methods)
     if names == []:
         raise InputError("--methods names no certificate; leave it out to run all")

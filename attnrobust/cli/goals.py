@@ -6,7 +6,6 @@ from typing import Any
 
 from attnrobust.runs.reading import require_goal_options
 
-
 TAKES = {"tolerance": {"hidden", "pooled"}, "anchors": {"nearest"}, "row": {"decision", "hidden"}}
 """Which of several goals an option is for."""
 
@@ -43,11 +42,11 @@ def many_goals(
     """
     if not goals:
         nothing = not tolerances and anchors is None and row is None
-        return None if nothing else [one_goal(None, anchors, t, None, None, None, row) for t in tolerances or [None]]
+        return None if nothing else [one_goal(None, anchors, t, None, None, None, row) for t in tolerances or (None,)]
     found = []
     for goal in goals:
         own, token = (_taken(name, value, goal, goals) for name, value in (("anchors", anchors), ("row", row)))
-        amounts = _taken("tolerance", tolerances, goal, goals) or [None]
+        amounts: Sequence[str | None] = _taken("tolerance", tolerances, goal, goals) or [None]
         found += [one_goal(goal, own, amount, None, None, None, token) for amount in amounts]
     return found
 

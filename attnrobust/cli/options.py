@@ -10,11 +10,11 @@ _SEED = typer.Option(help="Seed of everything random.", min=-LARGEST_SEED - 1, m
 _DEVICE = typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...", show_default="cpu")
 _LAYER = "Layer, or a suffix that only it has; see list-layers."
 _AT = (
-    "In place of --layer: the whole model, its tokens moving at this depth: embeddings, or block:K for what enters block K."
+    "In place of --layer: the whole model; its tokens move at this depth, embeddings or block:K (what enters block K)."
 )
 _GOAL = (
-    "Of the whole model: decision (its own class or next token stays), nearest (the nearest of the --anchors does), hidden "
-    "or pooled (its last hidden states, or their mean, move by at most --tolerance)."
+    "Of the whole model: decision (its own class or next token stays), nearest (the nearest of the --anchors does), "
+    "hidden or pooled (its last hidden states, or their mean, move by at most --tolerance)."
 )
 _TOLERANCE = "Allowed move of the output: 1% of its norm, or a number. Default 10%."
 _THREAT = (
@@ -95,7 +95,8 @@ Budgets = Annotated[
     typer.Option("--budget", metavar="'NAME KEY=N ...'", help="Of one attack: restarts, steps, queries, seconds."),
 ]
 Decision = Annotated[
-    bool, typer.Option("--decision", help="The whole model instead: its nearest anchor, from the embeddings and block 5 on.")
+    bool,
+    typer.Option("--decision", help="The whole model instead: its nearest anchor, from the embeddings and block 5 on."),
 ]
 Heads = Annotated[bool, typer.Option("--heads/--no-heads", help="Rank the heads too.")]
 

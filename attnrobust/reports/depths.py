@@ -63,7 +63,9 @@ def depth_plot(rows: Sequence[Row], *, title: str) -> bytes:
         heading = "\n".join(map(drawable, [title, *about]))
         figure.suptitle(heading, x=0.01, ha="left", fontsize=11, parse_math=False)
         figure.align_ylabels()
-        found = {label: handle for field in axes for handle, label in zip(*field.get_legend_handles_labels(), strict=True)}
+        found = {
+            label: handle for field in axes for handle, label in zip(*field.get_legend_handles_labels(), strict=True)
+        }
         figure.legend(found.values(), found, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
 
     height = 1.4 + 0.2 * len(about) + 3.0 * max(len(drawn), 1)

@@ -140,7 +140,7 @@ def _plots(data: ReportData) -> list[dict[str, Any]]:
     if whole and not gaps:
         made = made[2:]
     if len({row.layer for row in rows if row.depth is not None}) > 1:
-        about = "Radii as shares of the norm of the tokens at the depth where they move: medians, and bands over all inputs."
+        about = "Radii as shares of the norm of the tokens at the depth where they move: medians, band of all inputs."
         made.insert(0, (PROFILE_NAME, depth_plot(rows, title=data.title), 800, about, "Both radii against the depth"))
     return [
         {

@@ -29,12 +29,23 @@ def _status(row: Row) -> Text:
     return Text(_PLAIN.get(row.status, str(row.status)), style=_STYLE.get(Status(row.status), "yellow"))
 
 
+def percent(value: float | None) -> str:
+    """A share for people: three significant digits, a dash where there is none."""
+    return "-" if value is None else f"{shown(100.0 * value, 3)}%"
+
+
+def _classes(row: Row) -> str:
+    """The class that must stay, and the one at the attack's point."""
+    label = shortened(row.label or "-", LONGEST_CLASS)
+    return label if row.attack_label is None else f"{label} > {shortened(row.attack_label, LONGEST_CLASS)}"
+
+
 _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
     Column("input", widest=28): lambda row: row.input_id,
     Column("text", fold=False): lambda row: shortened(row.text or "-", 32),
     Column("layer"): lambda row: row.layer,
     Column("at", fold=False): lambda row: row.layer,
-    Column("class"): lambda row: _classes(row),
+    Column("class"): _classes,
     Column("n", right=True): lambda row: str(row.n),
     Column("margin", right=True, fold=False): lambda row: shown(row.margin if row.tolerance is None else row.tolerance),
     Column("tolerance", right=True, fold=False): lambda row: shown(row.tolerance),
@@ -78,17 +89,6 @@ def result_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
     columns = [column for column in _CELLS if there.get(column.name, True)]
     lines = [[_CELLS[column](row) for column in columns] for row in rows]
     return lay_out(columns, lines, title=title, caption=_caption(rows))
-
-
-def percent(value: float | None) -> str:
-    """A share for people: three significant digits, a dash where there is none."""
-    return "-" if value is None else f"{shown(100.0 * value, 3)}%"
-
-
-def _classes(row: Row) -> str:
-    """The class that must stay, and the one at the attack's point."""
-    label = shortened(row.label or "-", LONGEST_CLASS)
-    return label if row.attack_label is None else f"{label} > {shortened(row.attack_label, LONGEST_CLASS)}"
 
 
 def certificate_table(rows: Sequence[Row]) -> Table | None:

@@ -178,8 +178,8 @@ class RunConfig(_Section):
         whole = values.get("at") is not None or _any_network_goal(values.get("goals"))
         if whole and values.get("layers") is not None:
             raise ValueError(
-                "layers (--layer) and at or goal (--at, --goal) exclude each other: name attention layers, or the depth "
-                "from which on the whole model is asked about"
+                "layers (--layer) and at or goal (--at, --goal) exclude each other: name attention layers, or the "
+                "depth from which on the whole model is asked about"
             )
         if not whole:
             return values

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 READOUT_SCOPE = "the readout acts on the output of this attention layer; it is not the decision of the model"
-INSTEAD = "which has a head: ask about its own decision by --at {depth} --goal decision in place of --layer and --readout"
+INSTEAD = "which has a head: give --at {depth} --goal decision in place of --layer and --readout to ask about that"
 
 Confirm = Callable[[AttackResult], Confirmation]
 """Looks at an attack's point through the user's own model."""

@@ -95,7 +95,7 @@ def _require_network_options(
     if readout is not None:
         raise InputError(f"the goal {goal} is about the whole model, a readout about one layer; leave out one of them")
     if pool is not None:
-        raise InputError(f"the goal {goal} takes no pool; ask for the goal pooled, or for one token's output by --row I")
+        raise InputError(f"the goal {goal} takes no pool; ask for the goal pooled, or for one token by --row I")
     moves = goal in ("hidden", "pooled")
     if tolerance is not None and not moves:
         raise InputError(f"the goal {goal} has no tolerance, a class stays or changes; leave out --tolerance")
@@ -116,12 +116,12 @@ def read_anchors(path: Path) -> tuple[str, ...]:
     except OSError as error:
         raise InputError(f"cannot read the anchors {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, one anchor a line") from error
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); write one anchor a line") from error
     anchors = tuple(" ".join(line.split()) for line in lines if line.strip())
     if len(anchors) < 2:
         count = f"{len(anchors)} anchor sentence{'' if len(anchors) == 1 else 's'}"
         raise InputError(f"{path} holds {count}; write at least two, one a line, one for each class")
     twice = [anchor for anchor in anchors if anchors.count(anchor) > 1]
     if twice:
-        raise InputError(f"{path} has the anchor {twice[0][:60]!r} twice; nothing can decide between them, take one out")
+        raise InputError(f"{path} has the anchor {twice[0][:60]!r} twice; nothing decides between them, take one out")
     return anchors

@@ -1,4 +1,4 @@
-"""The inputs of a run: lines of text, images, or tokens of a layer, each with its name and the digest of its content."""
+"""The inputs of a run: lines of text, images, or tokens of a layer, with names and digests of their content."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -231,8 +231,7 @@ class Workbench:
             return source
         key = (index, layer)
         if key not in self._captured:
-            found = self._capture_image(source, layer) if isinstance(source, Image) else self._capture_all(source, layer)
-            self._captured |= {(index, name): captured for name, captured in found.items()}
+            self._captured |= {(index, name): found for name, found in self._capture_all(source, layer).items()}
             while len(self._captured) > CAPTURES_KEPT * len(self.layers):
                 self._captured.popitem(last=False)
         return self._captured[key]
@@ -243,8 +242,10 @@ class Workbench:
         pixels = {"pixel_values": image.pixels[None]}
         return {layer: self.model.capture_inputs(layer, pixels, input_id=image.id)}
 
-    def _capture_all(self, line: TextLine, layer: str) -> dict[str, CapturedInput]:
+    def _capture_all(self, line: TextLine | Image, layer: str) -> dict[str, CapturedInput]:
         """Every layer's tokens from one forward pass; where one of them fails, only those of the layer in question."""
+        if isinstance(line, Image):
+            return self._capture_image(line, layer)
         names = [info.name for info in self.layers]
         if isinstance(self.model, ModuleModel):
             try:
