@@ -43,7 +43,7 @@ def write_report(directory: Path, *, out: Path | None = None) -> tuple[Path, ...
     target = out or directory
     require_writable(target)
     data = read_report_data(directory)
-    plots = _plots(data)
+    plots = _plots(data.rows, title=data.title)
     contents = {REPORT_NAME: render(data, plots, source=directory).encode()} | {p["name"]: p["png"] for p in plots}
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -117,8 +117,8 @@ def _tiles(data: ReportData) -> list[tuple[str, str]]:
     return tiles + [(status.replace("_", " "), str(count)) for status, count in statuses.most_common()]
 
 
-def _plots(data: ReportData) -> list[dict[str, Any]]:
-    rows, whole = data.rows, any(row.depth is not None for row in data.rows)
+def _plots(rows: Sequence[Row], *, title: str = "") -> list[dict[str, Any]]:
+    whole = any(row.depth is not None for row in rows)
     gaps = [row.gap for row in rows if row.gap is not None]
     numbers = f"; median gap {shown(statistics.median(gaps), 3)}, largest {shown(max(gaps), 3)}" if gaps else ""
     made = [
@@ -141,7 +141,7 @@ def _plots(data: ReportData) -> list[dict[str, Any]]:
         made = made[2:]
     if len({row.layer for row in rows if row.depth is not None}) > 1:
         about = "Radii as shares of the norm of the tokens at the depth where they move: medians, band of all inputs."
-        made.insert(0, (PROFILE_NAME, depth_plot(rows, title=data.title), 800, about, "Both radii against the depth"))
+        made.insert(0, (PROFILE_NAME, depth_plot(rows, title=title), 800, about, "Both radii against the depth"))
     return [
         {
             "name": name, "png": png, "data": base64.b64encode(png).decode(), "width": width, "caption": caption,
