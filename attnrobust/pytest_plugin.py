@@ -126,7 +126,7 @@ def _network(layer: "TokenMap | nn.Module") -> "TokenMap":
 
 @pytest.fixture
 def assert_certified() -> CertifiedAssertion:
-    """``assert_certified(layer, x, radius=0.01, tolerance="10%")``, or ``assert_certified(read, radius=0.01, goal="decision")``.
+    """``assert_certified(layer, x, radius=0.01, tolerance="10%")``; ``(read, radius=0.01, goal="decision")``.
 
     See ``CertifiedAssertion``.
     """

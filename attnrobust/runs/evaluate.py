@@ -13,7 +13,7 @@ from attnrobust.attacks import DEFAULT_ATTACK, attack_for
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import certify
 from attnrobust.comparison import UnsoundError, join
-from attnrobust.errors import AlreadyViolatedError, AttnRobustError
+from attnrobust.errors import AlreadyViolatedError, AttnRobustError, InputError
 from attnrobust.goals import Goal, Margin
 from attnrobust.models.networks.confirmation import Confirmation
 from attnrobust.problem import Problem, TokenMap
@@ -96,7 +96,7 @@ def evaluate_row(task: RowTask, config: RunConfig) -> Row:
     """
     values: dict[str, Any] = {}
     try:
-        problem = Problem(task.network, task.clean, task.threat, task.goal)
+        problem = _posed(task)
         values |= _problem_values(problem) | _label(problem, task)
         _answer(problem, task, config, values)
     except AlreadyViolatedError as error:
@@ -111,6 +111,21 @@ def evaluate_row(task: RowTask, config: RunConfig) -> Row:
         goal=task.goal_key or task.goal.key, goal_scope=task.scope, seed=config.seed, text=task.text,
         tokens=task.tokens, row_id=task.row_id, **values,
     )  # fmt: skip
+
+
+def _posed(task: RowTask) -> Problem:
+    """The problem; a margin of a decision that rounding may have made is told as what it is."""
+    try:
+        return Problem(task.network, task.clean, task.threat, task.goal)
+    except AlreadyViolatedError:
+        raise
+    except InputError as error:
+        if task.class_name is None or not str(error).startswith("the budget "):
+            raise
+        cause = str(error).removeprefix("the budget ").partition(";")[0]
+        raise InputError(
+            f"the decision is on its boundary at the clean input: its margin {cause}; give another input"
+        ) from error
 
 
 def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str, Any]) -> None:

