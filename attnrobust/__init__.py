@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from attnrobust.models.from_torch import from_torch
     from attnrobust.models.from_transformers import from_transformers
     from attnrobust.models.model import load_model
+    from attnrobust.models.networks.confirmation import Confirmation
     from attnrobust.models.networks.reading import ReadNetwork
     from attnrobust.models.read_network import read_network
     from attnrobust.problem import Problem, TokenMap
@@ -73,6 +74,7 @@ __all__ = [
     "load_model",
     "read_network",
     "ReadNetwork",
+    "Confirmation",
     "nearest_anchor_readout",
     "L2Attention",
     "CosineAttention",
@@ -162,6 +164,7 @@ _EXPORTS = {
     "attnrobust.models.from_transformers": ("from_transformers",),
     "attnrobust.models.anchors": ("nearest_anchor_readout",),
     "attnrobust.models.model": ("load_model",),
+    "attnrobust.models.networks.confirmation": ("Confirmation",),
     "attnrobust.models.networks.reading": ("ReadNetwork",),
     "attnrobust.models.read_network": ("read_network",),
     "attnrobust.problem": ("TokenMap", "Problem"),

@@ -14,6 +14,7 @@ class Status(StrEnum):
     TIMEOUT = "timeout"
     ERROR = "error"
     UNSOUND = "unsound"  # a verified attack inside a certified radius
+    DISAGREES = "disagrees"  # a violation of the specification that the user's own model does not show
 
 
 class Kind(StrEnum):

@@ -3,14 +3,17 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from attnrobust.errors import InputError, UnsupportedModelError
+from attnrobust.models.read_network import read_network
 from attnrobust.pytest_plugin import CertifiedAssertion
 from attnrobust.tokens import TokenMeasure
+from tests.models.networks.models import HEADS, inputs_of
 from tests.test_comparison import linear_problem
 
 assert_certified = CertifiedAssertion()
@@ -42,6 +45,29 @@ def test_what_cannot_be_read_is_an_error_not_a_failure() -> None:
     problem = linear_problem()
     with pytest.raises(InputError, match="tolerance"):
         assert_certified(problem.network, TokenMeasure(problem.clean.points), radius=0.1, tolerance="lots")
+
+
+def test_a_whole_model_by_its_decision() -> None:
+    read = read_network(HEADS["bert sequence"](), inputs_of("bert"), at="block:1")
+    with pytest.raises(pytest.fail.Exception, match=r"is below 1e\+06 for decision, frobenius, n = 9"):
+        assert_certified(read, radius=1e6, goal="decision")
+    with pytest.raises(pytest.fail.Exception, match=r"is below 1e\+06 for displacement 10%"):
+        assert_certified(read, radius=1e6)
+
+
+def test_goals_that_do_not_fit_are_errors() -> None:
+    problem = linear_problem()
+    read = read_network(HEADS["bert sequence"](), inputs_of("bert"), at="block:1")
+    cases: list[tuple[Any, Any, Any, Any, str]] = [
+        (problem.network, problem.clean, "decision", None, "give attnrobust.read_network"),
+        (problem.network, None, None, "1%", "give the tokens"),
+        (read, problem.clean, "decision", None, "leave the tokens out"),
+        (read, None, "decision", "1%", "exclude each other"),
+        (read, None, "decison", None, "nearest: decision"),
+    ]
+    for layer, x, goal, tolerance, says in cases:
+        with pytest.raises(InputError, match=says):
+            assert_certified(layer, x, radius=0.1, goal=goal, tolerance=tolerance)
 
 
 def test_in_a_project_of_its_own(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """The token-moving attack: every token keeps its mass and moves within the threat's set."""
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnrobust.attacks.method import MovingAttack, Search
+from attnrobust.attacks.search.curvature import CURVATURE_STEPS, top_curvature
 from attnrobust.attacks.search.directions import margin_gradients, random_directions, singular_directions
 from attnrobust.attacks.search.evaluate import Evaluator
 from attnrobust.attacks.search.projected_gradient import Finish, Start, search_rows
@@ -22,8 +24,10 @@ SCALES = (1.0, 0.1, 0.3, 0.03)
 KICKS = (0.5, 1.0, 0.25, 1.5)
 """Sizes of the random steps away from the best point, in units of its distance."""
 FLAT = 0.05
-"""Where the best radius is within this share of the first-order optimum, later rounds are left out: the function is
-nearly linear at this scale and its optimum is the first-order one."""
+"""Where the best radius is within this share of the first-order optimum and the second order says that it is no saddle
+(up to the same share), later rounds are left out: the first-order optimum is the optimum at this scale."""
+BEND_SIZE = 0.5
+"""Steps along the steepest bend, both ways, in units of the best point's distance."""
 TINY = 1e-300
 
 
@@ -45,9 +49,12 @@ class TokenMoving(MovingAttack):
         finish = search_rows(search, evaluator, start, steps=search.budget.steps)
         found = [finish.points, finish.violating]
         best, radius = finish, first_order
-        for _ in range(1, search.budget.rounds):
-            open_problems = _curved(search, best, radius)
-            if open_problems.numel() == 0 or search.out_of_time:
+        for number in range(1, search.budget.rounds):
+            if search.out_of_time:
+                break
+            bends = _bends(search, evaluator, start, best, radius, number)
+            open_problems = bends.open
+            if open_problems.numel() == 0:
                 break
             best, radius, start = (
                 _take_finish(best, open_problems),
@@ -56,7 +63,7 @@ class TokenMoving(MovingAttack):
             )
             generators = [generators[i] for i in open_problems.tolist()]
             evaluator = evaluator.take(open_problems)
-            again = _next_starts(search, evaluator, generators, start, best)
+            again = _next_starts(search, evaluator, generators, start, best, bends)
             finish = search_rows(search, evaluator, again, steps=search.budget.steps)
             best = _better(best, finish)
             for points in (best.points, finish.violating):
@@ -70,11 +77,44 @@ def _position(search: Search, evaluator: Evaluator) -> Int[Tensor, "q"]:
     return evaluator.index.to(search.evaluator.device)
 
 
-def _curved(search: Search, best: Finish, first_order: Float[Tensor, "p"]) -> Int[Tensor, "q"]:
-    """Problems whose best point is not explained by the first order at the clean input."""
+@dataclass(frozen=True, eq=False)
+class _Bends:
+    """Problems that are worth another round, and the steepest bend at the best point of those that are saddles.
+
+    Args:
+        open: Which problems.
+        direction: Unit vectors of the open problems; zero where the first order does not explain the best point.
+    """
+
+    open: Int[Tensor, "q"]
+    direction: Float[Tensor, "q n d"]
+
+
+def _bends(
+    search: Search, evaluator: Evaluator, start: Start, best: Finish, first_order: Float[Tensor, "p"], number: int
+) -> _Bends:
+    """Open are best points that the first order at the clean input does not explain, and those that are saddles."""
     merit = best.merit[:, 0]
     ratio = merit / first_order if search.epsilon is None else -merit * first_order / search.epsilon
-    return ((ratio - 1.0).abs() > FLAT).nonzero().flatten()  # an infinite merit is open, too
+    curved = ~((ratio - 1.0).abs() <= FLAT)  # an infinite merit is open, too
+    direction = torch.zeros_like(best.points[:, 0])
+    flat = (~curved & search.affordable(evaluator, CURVATURE_STEPS + 1).to(curved.device)).nonzero().flatten()
+    if flat.numel():
+        points, targets, part = best.points[flat, 0], best.targets[flat, 0], evaluator.take(flat)
+        streams = [torch.Generator().manual_seed(search.seeds[i] ^ number) for i in part.index.tolist()]
+        found = top_curvature(part, points, targets, _where_it_lives(start.problems(flat), points), streams)
+        saddle = found.excess > 1.0 - FLAT
+        curved[flat] = saddle
+        direction[flat] = torch.where(saddle[:, None, None], found.direction, 0.0)
+    index = curved.nonzero().flatten()
+    return _Bends(index, direction[index])
+
+
+def _where_it_lives(start: Start, points: Float[Tensor, "p n d"]) -> Bool[Tensor, "p n"]:
+    """Tokens that may move with these points; a branch of "any one token" keeps its token."""
+    moved = (points != 0).any(dim=-1)
+    branch = (start.allowed & moved[:, None]).flatten(2).any(dim=-1).int().argmax(dim=1)
+    return start.allowed[torch.arange(points.shape[0], device=points.device), branch]
 
 
 def _take_finish(finish: Finish, index: Tensor) -> Finish:
@@ -90,23 +130,34 @@ def _better(old: Finish, new: Finish) -> Finish:
 
 
 def _next_starts(
-    search: Search, evaluator: Evaluator, generators: list[torch.Generator], start: Start, best: Finish
+    search: Search,
+    evaluator: Evaluator,
+    generators: list[torch.Generator],
+    start: Start,
+    best: Finish,
+    bends: _Bends,
 ) -> Start:
-    """Random steps away from the best point (half of the rows), and new random directions at its distance."""
+    """Steps away from the best point (half of the rows), and new random directions at its distance.
+
+    The steps are random; from a saddle the first two go along its steepest bend, one to each side.
+    """
     rows = search.budget.restarts
     half = max(1, rows // 2)
     p, n, d = evaluator.points.shape
     random = random_directions(generators, rows, (n, d), evaluator.points)
-    at = torch.arange(p, device=random.device)
     center, distance = best.points[:, 0], start.threat.distance(best.points[:, 0])
-    # Where the best point lives; a branch of "any one token" keeps its token, the other rows take the first branches.
-    moved = (center != 0).any(dim=-1)
-    branch = (start.allowed & moved[:, None]).flatten(2).any(dim=-1).int().argmax(dim=1)
+    # The steps stay where the best point lives; the other rows of "any one token" take the first branches.
     cycle = torch.arange(rows - half, device=random.device) % start.allowed.shape[1]
-    allowed = torch.cat([start.allowed[at, branch][:, None].expand(p, half, n), start.allowed[:, cycle]], dim=1)
+    home = _where_it_lives(start, center)[:, None].expand(p, half, n)
+    allowed = torch.cat([home, start.allowed[:, cycle]], dim=1)
+    bent = torch.stack([bends.direction, -bends.direction], dim=1)[:, :half]
+    saddle = (bent != 0).flatten(2).any(dim=-1)[..., None, None]
+    random[:, : bent.shape[1]] = torch.where(saddle, bent, random[:, : bent.shape[1]])
     random = random * allowed[..., None]
     random = random / start.threat.distance(random).clamp_min(TINY)[..., None, None]
     size = random.new_tensor(KICKS)[torch.arange(half, device=random.device) % len(KICKS)]
+    size = size.repeat(p, 1)
+    size[:, : bent.shape[1]] = torch.where(saddle[..., 0, 0], BEND_SIZE, size[:, : bent.shape[1]])
     kicked = center[:, None] + (size * distance[:, None])[..., None, None] * random[:, :half]
     targets = torch.cat([best.targets[:, :1].expand(p, half), start.targets[:, cycle]], dim=1)
     scales = random.new_tensor(SCALES)[torch.arange(rows - half, device=random.device) % len(SCALES)] ** 0.5

@@ -8,6 +8,7 @@ import typer
 
 from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode, exit_code
+from attnrobust.cli.goals import one_goal
 from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
@@ -31,12 +32,17 @@ def bench(
     model: o.ModelName,
     attacks: o.Attacks,
     layer: o.Layers = None,
+    at: o.Depths = None,
     texts: o.Texts = None,
+    images: o.Images = None,
     tokens: o.Tokens = None,
+    goal: o.GoalName = None,
+    anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
     readout: o.Readout = None,
     pool: o.Pool = None,
     label: o.Label = None,
+    row: o.Row = None,
     threat: o.Threats = None,
     epsilons: o.Epsilons = None,
     queries: o.Queries = None,
@@ -56,11 +62,12 @@ def bench(
     from attnrobust.runs.bench import bench as run_bench
     from attnrobust.runs.config import load_config
 
-    at = None if epsilons is None else parse_epsilons(epsilons)
+    counted = None if epsilons is None else parse_epsilons(epsilons)
     config = load_config(
         changes={
-            "model": model, "layers": layer or None, "texts": texts, "tokens": tokens, "threats": threat or None,
-            "goals": [{"tolerance": tolerance, "readout": readout, "pool": pool, "label": label}],
+            "model": model, "layers": layer or None, "at": at or None, "texts": texts, "images": images,
+            "tokens": tokens, "threats": threat or None,
+            "goals": [one_goal(goal, anchors, tolerance, readout, pool, label, row)],
             "attack": {"restarts": restarts, "steps": steps, "queries": queries, "seconds": seconds},
             "seed": seed, "device": device, "output": out, "execution": {"workers": workers, "timeout": timeout},
         }
@@ -73,7 +80,7 @@ def bench(
             stop=stop,
             watch=lambda rows, total: tracked(rows, total, quiet=quiet),
         )
-    scores = found.scores(at)
+    scores = found.scores(counted)
     if json:
         print_json(as_values(found, scores))
     else:

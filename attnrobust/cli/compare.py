@@ -1,4 +1,4 @@
-"""The commands that compute every input of one layer, threat and goal in memory: certify, attack, compare, demo."""
+"""The commands that compute every input of one layer or depth, threat and goal in memory: certify, attack, compare."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,49 +8,64 @@ import typer
 
 from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode, exit_code, require_threshold
+from attnrobust.cli.goals import one_goal
 from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
-from attnrobust.demo import DEMO_LAYER, DEMO_MODEL, DEMO_TOLERANCE, demo_file
 from attnrobust.errors import InputError
 from attnrobust.runs.reading import DEFAULT_ATTACK
 
 if TYPE_CHECKING:
+    from attnrobust.models.model import Model
     from attnrobust.runs.config import RunConfig
     from attnrobust.runs.rows import Row
     from attnrobust.runs.work import Workbench
 
 commands = typer.Typer()
 
-DEMO_OUT = Path("attnrobust-results")
-
 
 @commands.command("list-layers")
 def list_layers(model: o.ModelName, json: o.Json = False) -> int:
-    """List every attention layer of a model, and why one is not supported."""
+    """List every attention layer of a model, why one is not supported, and the depths of the whole model."""
     from dataclasses import asdict
 
     from attnrobust.models.model import load_model
     from attnrobust.reports.tables import layer_table
 
-    layers = load_model(model).layers()
+    loaded = load_model(model)
     if json:
-        for layer in layers:
+        for layer in loaded.layers():
             print_json(asdict(layer))
     else:
-        console().print(layer_table(layers))
+        console().print(layer_table(loaded.layers()))
+        console().print(_whole(loaded))
     return ExitCode.OK
+
+
+def _whole(model: "Model") -> str:
+    """What can be asked about the whole model."""
+    try:
+        depths = model.depths()
+    except InputError as error:
+        return f"not read as a whole: {error}"
+    goals = "decision, hidden, pooled" if model.decides else "nearest (by --anchors), hidden, pooled; it has no head"
+    return f"the whole model: --at {' | '.join(depths)}; --goal {goals}"
 
 
 @commands.command()
 def certify(
     model: o.ModelName,
     layer: o.Layer = None,
+    at: o.At = None,
     texts: o.Texts = None,
+    images: o.Images = None,
     tokens: o.Tokens = None,
+    goal: o.GoalName = None,
+    anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
     readout: o.Readout = None,
     pool: o.Pool = None,
     label: o.Label = None,
+    row: o.Row = None,
     threat: o.ThreatKey = "frobenius",
     seed: o.Seed = 0,
     device: o.Device = "cpu",
@@ -62,23 +77,29 @@ def certify(
     quiet: o.Quiet = False,
 ) -> int:
     """Certified radii: no move of the tokens within them breaks the goal. No attack."""
+    asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = _config(
-        model, layer, {"texts": texts, "tokens": tokens}, threat, seed, device, certificates=_certificates(methods),
-        goal={"tolerance": tolerance, "readout": readout, "pool": pool, "label": label}, attack={"method": None},
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
+        certificates=chosen_certificates(methods), attack={"method": None},
     )  # fmt: skip
-    return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+    return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 
 
 @commands.command()
 def attack(
     model: o.ModelName,
     layer: o.Layer = None,
+    at: o.At = None,
     texts: o.Texts = None,
+    images: o.Images = None,
     tokens: o.Tokens = None,
+    goal: o.GoalName = None,
+    anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
     readout: o.Readout = None,
     pool: o.Pool = None,
     label: o.Label = None,
+    row: o.Row = None,
     threat: o.ThreatKey = "frobenius",
     seed: o.Seed = 0,
     device: o.Device = "cpu",
@@ -91,24 +112,29 @@ def attack(
     quiet: o.Quiet = False,
 ) -> int:
     """Verified attack radii: the nearest tokens found that break the goal. No certificate."""
+    asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = _config(
-        model, layer, {"texts": texts, "tokens": tokens}, threat, seed, device, certificates=(),
-        goal={"tolerance": tolerance, "readout": readout, "pool": pool, "label": label},
-        attack={"method": attack, "epsilon": epsilon},
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
+        certificates=(), attack={"method": attack, "epsilon": epsilon},
     )  # fmt: skip
-    return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+    return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 
 
 @commands.command()
 def compare(
     model: o.ModelName,
     layer: o.Layer = None,
+    at: o.At = None,
     texts: o.Texts = None,
+    images: o.Images = None,
     tokens: o.Tokens = None,
+    goal: o.GoalName = None,
+    anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
     readout: o.Readout = None,
     pool: o.Pool = None,
     label: o.Label = None,
+    row: o.Row = None,
     threat: o.ThreatKey = "frobenius",
     seed: o.Seed = 0,
     device: o.Device = "cpu",
@@ -121,35 +147,12 @@ def compare(
     quiet: o.Quiet = False,
 ) -> int:
     """Both, input by input: certified radius, attack radius and the gap between them."""
+    asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = _config(
-        model, layer, {"texts": texts, "tokens": tokens}, threat, seed, device, certificates=_certificates(methods),
-        goal={"tolerance": tolerance, "readout": readout, "pool": pool, "label": label}, attack={"method": attack},
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
+        certificates=chosen_certificates(methods), attack={"method": attack},
     )  # fmt: skip
-    return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
-
-
-@commands.command()
-def demo(
-    layer: o.Layer = DEMO_LAYER,
-    tolerance: o.Tolerance = DEMO_TOLERANCE,
-    threat: o.ThreatKey = "frobenius",
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    methods: o.Methods = None,
-    attack: o.Method = DEFAULT_ATTACK,
-    json: o.Json = False,
-    out: o.ResultsOut = DEMO_OUT,
-    overwrite: o.Overwrite = False,
-    fail_under: o.FailUnder = None,
-    quiet: o.Quiet = False,
-) -> int:
-    """Compare on what ships with the package: one layer of all-MiniLM-L6-v2, eight sentences."""
-    with demo_file() as texts:
-        config = _config(
-            DEMO_MODEL, layer, {"texts": texts}, threat, seed, device, certificates=_certificates(methods),
-            goal={"tolerance": tolerance}, attack={"method": attack},
-        )  # fmt: skip
-        return _run(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
+    return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
@@ -158,6 +161,7 @@ def demo(
 def _config(
     model: str,
     layer: str | None,
+    at: str | None,
     inputs: Mapping[str, Path | None],
     threat: str,
     seed: int,
@@ -167,16 +171,17 @@ def _config(
     goal: Mapping[str, Any],
     attack: Mapping[str, Any],
 ) -> "RunConfig":
-    """The configuration of a run of one layer, threat and goal."""
+    """The configuration of a run of one layer or depth, threat and goal."""
     from attnrobust.runs.config import make_config
 
     if sum(path is not None for path in inputs.values()) != 1:
-        raise InputError("give the inputs by exactly one of --texts FILE and --tokens FILE")
+        raise InputError("give the inputs by exactly one of --texts FILE, --images FILE and --tokens FILE")
     return make_config(
         {
             **{name: None if path is None else path.expanduser().absolute() for name, path in inputs.items()},
             "model": model,
             "layers": None if layer is None else [layer],
+            "at": at,
             "threats": [threat],
             "goals": [goal],
             "certificates": None if certificates is None else list(certificates),
@@ -187,14 +192,15 @@ def _config(
     )
 
 
-def _certificates(methods: str | None) -> list[str] | None:
+def chosen_certificates(methods: str | None) -> list[str] | None:
+    """Names of certificates, or None for all; refuses a list without any."""
     names = None if methods is None else o.split_names(methods)
     if names == []:
         raise InputError("--methods names no certificate; leave it out to run all")
     return names
 
 
-def _run(
+def compute(
     config: "RunConfig",
     *,
     json: bool,
@@ -283,8 +289,8 @@ def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:
     from attnrobust.reports.plots import gap_plot
     from attnrobust.runs.storage.files import write_results
 
-    layer, goal = (rows[0].layer, rows[0].goal) if rows else ("", "")
-    plot = gap_plot(rows, title=f"{config.model}, {layer}: {goal}, {config.threats[0]}")
+    places, goal = ", ".join(dict.fromkeys(row.layer for row in rows)), rows[0].goal if rows else ""
+    plot = gap_plot(rows, title=f"{config.model}, {places}: {goal}, {config.threats[0]}")
     written = write_results(out, rows, run=_options(config), job=job, plot=plot)
     say("wrote " + ", ".join(str(path) for path in written))
 
@@ -294,8 +300,9 @@ def _options(config: "RunConfig") -> dict[str, Any]:
     values = config.model_dump(mode="json")
     (goal,), attack, names = values["goals"], values["attack"], values["certificates"]
     return {
-        **{name: values[name] for name in ("model", "texts", "tokens", "seed", "device")},
+        **{name: values[name] for name in ("model", "texts", "images", "tokens", "seed", "device")},
         **goal,
+        "at": None if config.at is None else ", ".join(config.at),
         "layer": None if config.layers is None else config.layers[0],
         "threat": config.threats[0],
         "certify": config.certifies,

@@ -109,26 +109,39 @@ def exit_code(rows: Sequence["Row"], *, fail_under: float | None = None) -> Exit
         rows: All rows of the run.
         fail_under: The threshold, or None.
     """
-    with_message = [row for row in rows if row.message and row.status != Status.MISCLASSIFIED]
-    for row in sorted(with_message, key=lambda row: row.status != Status.UNSOUND)[:MOST_MESSAGES]:
-        say(f"{row.input_id}: {row.message}")
-    if len(with_message) > MOST_MESSAGES:
-        say(f"and {len(with_message) - MOST_MESSAGES} more messages; they are in the rows")
+    _tell_messages(rows)
     if any(row.status == Status.UNSOUND for row in rows):
         return ExitCode.UNSOUND
-    failed = [row for row in rows if row.status == Status.ERROR]
+    failed = [row for row in rows if row.status in (Status.ERROR, Status.DISAGREES)]
     if rows and len(failed) == len(rows):
         say("no input could be computed")
         return ExitCode.USAGE
+    from attnrobust.runs.rows import scopes
+
     below = [row for row in rows if fail_under is not None and not _reaches(row, fail_under)]
     if below:
-        say(f"{len(below)} of {len(rows)} rows are below --fail-under {fail_under:g}, first {below[0].input_id}")
+        about = "".join(f"; {scope}" for scope in scopes(below))
+        say(f"{len(below)} of {len(rows)} rows are below --fail-under {fail_under:g}, first {below[0].input_id}{about}")
         return ExitCode.BELOW
     return ExitCode.OK
 
 
+def _tell_messages(rows: Sequence["Row"]) -> None:
+    """What went wrong, the unsound rows first; what several rows say is told once."""
+    having: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: row.status != Status.UNSOUND):
+        if row.message and (row.status != Status.MISCLASSIFIED or row.depth is not None):
+            having.setdefault(row.message, []).append(row.input_id)
+    for message, inputs in list(having.items())[:MOST_MESSAGES]:
+        others = len(inputs) - 1
+        more = f" and {others} more row{'s' if others > 1 else ''}" if others else ""
+        say(f"{inputs[0]}{more}: {message}")
+    if len(having) > MOST_MESSAGES:
+        say(f"and {len(having) - MOST_MESSAGES} more messages; they are in the rows")
+
+
 def _reaches(row: "Row", threshold: float) -> bool:
-    if row.status == Status.ERROR:
+    if row.status in (Status.ERROR, Status.DISAGREES):
         return False
     if row.certified_radius is not None:
         return row.certified_radius >= threshold

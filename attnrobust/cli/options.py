@@ -9,6 +9,13 @@ LARGEST_SEED = 2**63 - 1
 _SEED = typer.Option(help="Seed of everything random.", min=-LARGEST_SEED - 1, max=LARGEST_SEED, show_default="0")
 _DEVICE = typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...", show_default="cpu")
 _LAYER = "Layer, or a suffix that only it has; see list-layers."
+_AT = (
+    "In place of --layer: the whole model; its tokens move at this depth, embeddings or block:K (what enters block K)."
+)
+_GOAL = (
+    "Of the whole model: decision (its own class or next token stays), nearest (the nearest of the --anchors does), "
+    "hidden or pooled (its last hidden states, or their mean, move by at most --tolerance)."
+)
 _TOLERANCE = "Allowed move of the output: 1% of its norm, or a number. Default 10%."
 _THREAT = (
     "frobenius, per-token, any-token, token:I or tokens:I,J,...; of the token measure: wasserstein:P or coupling:P "
@@ -25,6 +32,21 @@ ModelName = Annotated[
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="As for compare.")]
 Layer = Annotated[str | None, typer.Option(metavar="NAME", help=_LAYER)]
 Layers = Annotated[list[str] | None, typer.Option("--layer", metavar="NAME", help="Name, suffix or glob; repeatable.")]
+At = Annotated[str | None, typer.Option("--at", metavar="DEPTH", help=_AT)]
+Depths = Annotated[list[str] | None, typer.Option("--at", metavar="DEPTH", help=f"{_AT} A glob too; repeatable.")]
+GoalName = Annotated[str | None, typer.Option("--goal", metavar="GOAL", help=_GOAL)]
+GoalNames = Annotated[list[str] | None, typer.Option("--goal", metavar="GOAL", help=f"{_GOAL} Repeatable.")]
+Anchors = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Of --goal nearest: UTF-8 text, one sentence a line and class.")
+]
+Row = Annotated[
+    int | None,
+    typer.Option("--row", metavar="I", help="Token whose output counts, where a model has one per token; -1 the last."),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Inputs: .npz or .safetensors, every array (c, h, w) is one, as pixel_values."),
+]
 Texts = Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: UTF-8 text, one a line.")]
 Tokens = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Inputs: .npz or .safetensors, every array (n, d) is one.")
@@ -71,6 +93,10 @@ Steps = Annotated[int | None, typer.Option(metavar="N", help="Steps of a round."
 Budgets = Annotated[
     list[str] | None,
     typer.Option("--budget", metavar="'NAME KEY=N ...'", help="Of one attack: restarts, steps, queries, seconds."),
+]
+Decision = Annotated[
+    bool,
+    typer.Option("--decision", help="The whole model instead: its nearest anchor, from the embeddings and block 5 on."),
 ]
 Heads = Annotated[bool, typer.Option("--heads/--no-heads", help="Rank the heads too.")]
 

@@ -7,6 +7,7 @@ import typer
 
 from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode, exit_code, require_threshold
+from attnrobust.cli.goals import many_goals
 from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.output import console, say
 from attnrobust.cli.progress import tracked
@@ -24,10 +25,15 @@ def run(
     config: o.ConfigFile = None,
     model: o.ModelOption = None,
     layer: o.Layers = None,
+    at: o.Depths = None,
     texts: o.Texts = None,
+    images: o.Images = None,
     tokens: o.Tokens = None,
     threat: o.Threats = None,
+    goal: o.GoalNames = None,
+    anchors: o.Anchors = None,
     tolerance: o.Tolerances = None,
+    row: o.Row = None,
     methods: o.Methods = None,
     method: o.MethodChange = None,
     seed: o.SeedChange = None,
@@ -40,7 +46,7 @@ def run(
     fail_under: o.FailUnder = None,
     quiet: o.Quiet = False,
 ) -> int:
-    """Compute many rows: inputs x layers x threats x goals, into a directory that can be resumed."""
+    """Compute many rows: inputs x layers (or depths) x threats x goals, into a directory that can be resumed."""
     from attnrobust.runs.config import load_config
     from attnrobust.runs.run import run as run_all
 
@@ -48,8 +54,9 @@ def run(
     effective = load_config(
         config,
         changes={
-            "model": model, "texts": texts, "tokens": tokens, "layers": layer or None, "threats": threat or None,
-            "goals": tolerance or None, "certificates": None if methods is None else o.split_names(methods),
+            "model": model, "texts": texts, "images": images, "tokens": tokens, "layers": layer or None,
+            "at": at or None, "threats": threat or None, "goals": many_goals(goal, tolerance, anchors, row),
+            "certificates": None if methods is None else o.split_names(methods),
             "attack": {"method": method}, "seed": seed, "device": device, "output": out,
             "execution": {"engine": engine, "workers": workers, "timeout": timeout},
         },
@@ -84,10 +91,15 @@ def show_config(
     config: o.ConfigFile = None,
     model: o.ModelOption = None,
     layer: o.Layers = None,
+    at: o.Depths = None,
     texts: o.Texts = None,
+    images: o.Images = None,
     tokens: o.Tokens = None,
     threat: o.Threats = None,
+    goal: o.GoalNames = None,
+    anchors: o.Anchors = None,
     tolerance: o.Tolerances = None,
+    row: o.Row = None,
     methods: o.Methods = None,
     method: o.MethodChange = None,
     seed: o.SeedChange = None,
@@ -104,8 +116,9 @@ def show_config(
     effective = load_config(
         config,
         changes={
-            "model": model, "texts": texts, "tokens": tokens, "layers": layer or None, "threats": threat or None,
-            "goals": tolerance or None, "certificates": None if methods is None else o.split_names(methods),
+            "model": model, "texts": texts, "images": images, "tokens": tokens, "layers": layer or None,
+            "at": at or None, "threats": threat or None, "goals": many_goals(goal, tolerance, anchors, row),
+            "certificates": None if methods is None else o.split_names(methods),
             "attack": {"method": method}, "seed": seed, "device": device, "output": out,
             "execution": {"engine": engine, "workers": workers, "timeout": timeout},
         },

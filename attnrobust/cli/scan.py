@@ -1,5 +1,6 @@
 """The command that scans a whole model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,12 +8,15 @@ import typer
 
 from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode, exit_code
+from attnrobust.cli.goals import one_goal
 from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
 from attnrobust.text import shown
 
 if TYPE_CHECKING:
+    from attnrobust.runs.config import RunConfig
+    from attnrobust.runs.rows import Row
     from attnrobust.runs.scan import Scan
 
 commands = typer.Typer()
@@ -24,9 +28,15 @@ SHOWN_HEADS, SHOWN_TOKENS = 15, 15
 @commands.command()
 def scan(
     model: o.ModelName,
+    at: o.Depths = None,
     texts: o.Texts = None,
+    images: o.Images = None,
     tokens: o.Tokens = None,
-    tolerance: o.Tolerance = "10%",
+    goal: o.GoalName = None,
+    anchors: o.Anchors = None,
+    tolerance: o.Tolerance = None,
+    label: o.Label = None,
+    row: o.Row = None,
     threat: o.ThreatKey = "frobenius",
     methods: o.Methods = None,
     seed: o.Seed = 0,
@@ -36,26 +46,28 @@ def scan(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> int:
-    """Run every supported attention layer and rank layers, heads and tokens by vulnerability."""
+    """Run every supported attention layer and rank layers, heads and tokens; with --goal, every depth of the model."""
     from dataclasses import asdict
 
-    from attnrobust.models.model import load_model
     from attnrobust.runs.config import load_config
     from attnrobust.runs.run import run
-    from attnrobust.runs.scan import outermost, rank
+    from attnrobust.runs.scan import rank
     from attnrobust.runs.work import Workbench
 
-    layers = [layer.name for layer in outermost(load_model(model).layers())]
+    asked = one_goal(goal, anchors, tolerance, None, None, label, row)
+    places = {"at": at or ["*"]} if goal is not None or at else {"layers": _layers(model)}
     config = load_config(
-        changes={
-            "model": model, "layers": layers or ["*"], "texts": texts, "tokens": tokens, "threats": [threat],
-            "goals": [tolerance], "certificates": None if methods is None else o.split_names(methods), "seed": seed,
-            "output": out, "execution": {"workers": workers},
+        changes=places | {
+            "model": model, "texts": texts, "images": images, "tokens": tokens, "threats": [threat], "goals": [asked],
+            "certificates": None if methods is None else o.split_names(methods), "seed": seed, "output": out,
+            "execution": {"workers": workers},
         }
     )  # fmt: skip
     with stopping() as stop:
         outcome = run(config, stop=stop, watch=lambda rows, total: tracked(rows, total, quiet=quiet))
     rows = outcome.store.rows()
+    if config.at is not None:
+        _draw(rows, config)
     ranking = rank(rows, Workbench(config), heads=heads and not outcome.remaining)
     if json:
         print_json(asdict(ranking))
@@ -69,10 +81,29 @@ def scan(
     return code
 
 
+def _layers(model: str) -> list[str]:
+    """The layers that count, each once."""
+    from attnrobust.models.model import load_model
+    from attnrobust.runs.scan import outermost
+
+    return [layer.name for layer in outermost(load_model(model).layers())] or ["*"]
+
+
+def _draw(rows: Sequence["Row"], config: "RunConfig") -> None:
+    """The depth profile, beside the rows."""
+    from attnrobust.reports.depths import PROFILE_NAME, depth_plot
+    from attnrobust.runs.storage.atomic import write_atomically
+
+    write_atomically(config.output, {PROFILE_NAME: depth_plot(rows, title=config.model)})
+
+
 def _print(ranking: "Scan") -> None:
+    from attnrobust.reports.depths import depth_table
     from attnrobust.reports.layout import lay_out, numbers, words
 
     stdout = console()
+    if ranking.depths:
+        stdout.print(depth_table(ranking.depths))
     lines = [
         (r.layer, str(r.rows), *map(_percent, (r.relative_attack, r.relative_certified)),
          *map(shown, (r.attack_radius, r.certified_radius)), shown(r.gap, 3))
@@ -80,7 +111,8 @@ def _print(ranking: "Scan") -> None:
     ]  # fmt: skip
     heading = numbers("rows", "attack / input", "certified / input", "attack radius", "certified radius", "gap")
     title = "layers, the most vulnerable first (medians over the inputs)"
-    stdout.print(lay_out([*words("layer"), *heading], lines, title=title))
+    if ranking.layers or not ranking.depths:
+        stdout.print(lay_out([*words("layer"), *heading], lines, title=title))
     if ranking.heads:
         cells = [(f"{r.layer} head {r.head}", shown(r.relative), shown(r.sensitivity)) for r in ranking.heads]
         title = f"heads, the most sensitive {SHOWN_HEADS} of {len(cells)} (first order, a ranking and no bound)"
@@ -88,7 +120,7 @@ def _print(ranking: "Scan") -> None:
         stdout.print(lay_out(columns, cells[:SHOWN_HEADS], title=title))
     if ranking.tokens:
         cells = [(r.token, f"{r.share:.1%}", str(r.rows)) for r in ranking.tokens]
-        title = f"tokens, the {SHOWN_TOKENS} of {len(cells)} that attacks move most"
+        title = f"tokens, the {min(SHOWN_TOKENS, len(cells))} of {len(cells)} that attacks move most"
         columns = [*words("token"), *numbers("mean share of the move", "rows")]
         stdout.print(lay_out(columns, cells[:SHOWN_TOKENS], title=title))
     if ranking.unsupported:

@@ -16,7 +16,8 @@ from attnrobust.models.capture import CapturedInput, Tap, TextLine, capture_taps
 from attnrobust.models.checks.forward_inputs import Given, forward_arguments
 from attnrobust.models.from_file import from_file
 from attnrobust.models.listing import LayerInfo, adapter_for, describe, find_layer, list_layers
-from attnrobust.models.networks.plan import EMBEDDINGS, HeadName, Plan, Wanted
+from attnrobust.models.networks.confirmation import OwnModel
+from attnrobust.models.networks.plan import EMBEDDINGS, Head, HeadName, Plan, Wanted
 from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, readable_classes, refuse_unread
 from attnrobust.models.pretrained import Pretrained, TextEncoder, eager_experts, load_pretrained, longest_input
 from attnrobust.tokens import TokenMeasure
@@ -49,9 +50,19 @@ class Model(ABC):
         at: str = EMBEDDINGS,
         head: HeadName | None = None,
         row: int | None = None,
+        input_id: str = "0001",
     ) -> ReadNetwork:
         """The whole model from a depth on, with the clean tokens there, checked at this input; see ``ModuleModel``."""
         raise InputError(f"{self.name} holds one attention layer, no network; give a model")
+
+    def depths(self) -> tuple[str, ...]:
+        """The depths at which tokens of the whole model may move, from the input on; see ``network``."""
+        raise InputError(f"{self.name} holds one attention layer, no network; give a model")
+
+    @property
+    def decides(self) -> bool:
+        """Whether the model was made with a head that is read, so that it has a decision of its own."""
+        return False
 
     def resolve(self, name: str | None = None) -> LayerInfo:
         """The supported layer that a full name or a unique suffix means (None: the only one).
@@ -102,6 +113,7 @@ class ModuleModel(Model):
         self, module: nn.Module, *, name: str = "model", pretrained: Pretrained | None = None, owned: bool = False
     ) -> None:
         self.name = name
+        self._given_precision = _precision(module)
         own = module if owned else _own_copy(module)
         self.module = _exact(own.to(torch.float64).eval().requires_grad_(False))
         self._pretrained = pretrained
@@ -183,6 +195,7 @@ class ModuleModel(Model):
         at: str = EMBEDDINGS,
         head: HeadName | None = None,
         row: int | None = None,
+        input_id: str = "0001",
     ) -> ReadNetwork:
         """The whole model from a depth on, with the clean tokens there.
 
@@ -194,6 +207,7 @@ class ModuleModel(Model):
             head: "logits" (the model's own head), "states" (last hidden states) or "mean" (their mean); None means its
                 own head where it has one, else the states.
             row: The token whose output it is, where there is one per token; None means all (causal models: the last).
+            input_id: The identifier of an input that is no text.
 
         Raises:
             UnsupportedModelError: The model, or a part of it by name, is not modelled; or the states disagree.
@@ -201,7 +215,7 @@ class ModuleModel(Model):
         """
         plan = self._plan(Wanted(head, row))
         if isinstance(given, Mapping):
-            line, strings = TextLine("0001", ""), None
+            line, strings = TextLine(input_id, ""), None
             inputs = forward_arguments(given, next(self.module.parameters()).device)
         else:
             line = text_line(1, given) if isinstance(given, str) else given
@@ -212,7 +226,25 @@ class ModuleModel(Model):
             raise
         except InputError as error:
             raise type(error)(f"input {line.id}: {error}") from error
-        return ReadNetwork(graph, _captured_input(line, strings, tokens), info)
+        own = OwnModel(self.module, plan, inputs, self._given_precision)
+        return ReadNetwork(graph, _captured_input(line, strings, tokens), info, own)
+
+    def depths(self) -> tuple[str, ...]:
+        return self._plan(Wanted("states")).depths
+
+    @property
+    def decides(self) -> bool:
+        config = getattr(self.module, "config", None)
+        names = {type(self.module).__name__, *(getattr(config, "architectures", None) or ())}
+        return any("For" in name or "LMHead" in name for name in names & readable_classes())
+
+    def head(self, head: HeadName | None = None, *, row: int | None = None) -> Head:
+        """What ``network`` would take as the output; refuses one that the model does not have, before any input."""
+        return self._plan(Wanted(head, row)).head
+
+    def word(self, index: int) -> str:
+        """What one entry of the vocabulary stands for, for language models."""
+        return self._encoder.word(index)
 
     def _plan(self, wanted: Wanted) -> Plan:
         if wanted not in self._plans:
@@ -278,6 +310,12 @@ def _own_copy(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} cannot be copied ({first_line(error)}); remove what holds results of earlier "
             "calls, or save the model and give its directory"
         ) from error
+
+
+def _precision(module: nn.Module) -> str:
+    """The precisions of a module's weights, such as "float32"."""
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()})
+    return ", ".join(kinds) or "no weights"
 
 
 def _exact(module: nn.Module) -> nn.Module:

@@ -131,6 +131,10 @@ class TextEncoder:
         spans = zip(encoding["offset_mapping"], raw, strict=True)
         return Encoded(tuple(ids), tuple(text[start:end].strip() or token for (start, end), token in spans))
 
+    def word(self, index: int) -> str:
+        """What one entry of the vocabulary stands for."""
+        return str(self._tokenizer.decode([index])).strip() or str(self._tokenizer.convert_ids_to_tokens(index))
+
 
 def eager_experts(module: Any) -> None:
     """Run the experts of a mixture one by one: the grouped products are not there in float64."""
@@ -189,7 +193,8 @@ def _class(source: str, *, local: bool, classes: Collection[str] | None) -> Any:
         return transformers.AutoModel
     if len(names) > 1 or names[0] not in classes:
         raise UnsupportedModelError(
-            f"{source} is a {' or '.join(names)}, whose head is not read; give head='states' or 'mean'"
+            f"{source} is a {' or '.join(names)}, whose head is not read; ask for hidden states: "
+            "head='states' or 'mean' (--goal hidden, pooled, or nearest with --anchors FILE)"
         )
     return getattr(transformers, names[0])
 

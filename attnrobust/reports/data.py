@@ -55,8 +55,10 @@ def _from_run(directory: Path) -> ReportData:
         ("What it ran on:", _listing(manifest.versions)),
         ("Content digests (a run with the same ones has the same rows):", _listing(manifest.meaning)),
     ]
-    subtitle = f"begun {manifest.created}; {len(manifest.layers)} layers; run {manifest.digest[:12]}"
-    return ReportData(store.rows(), f"Robustness of {config['model']}", subtitle, steps, manifest.rows)
+    places = _count(len(manifest.layers), "layer" if config.get("at") is None else "depth")
+    subtitle = f"begun {manifest.created}; {places}; run {manifest.digest[:12]}"
+    rows = store.rows()
+    return ReportData(rows, _title(str(config["model"]), rows), subtitle, steps, manifest.rows)
 
 
 def _from_command(path: Path) -> ReportData:
@@ -68,7 +70,17 @@ def _from_command(path: Path) -> ReportData:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}); run the command again") from error
     steps = [("Options:", _listing(options)), ("What it ran on:", _listing(versions))]
-    return ReportData(rows, f"Robustness of {options['model']}", f"written {written}", steps, len(rows))
+    return ReportData(rows, _title(str(options["model"]), rows), f"written {written}", steps, len(rows))
+
+
+def _title(model: str, rows: Sequence[Row]) -> str:
+    """What the page is about: of a whole model its goals, of layers the model they belong to."""
+    goals = dict.fromkeys(row.goal for row in rows if row.depth is not None)
+    return f"Robustness of {model}" + (f" as a whole: {', '.join(goals)}" if goals else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _listing(values: Mapping[str, Any]) -> str:

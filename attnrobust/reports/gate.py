@@ -88,7 +88,7 @@ def judge(rows: Sequence[Row], thresholds: Thresholds, *, planned: int | None = 
 def _shortfall(row: Row, thresholds: Thresholds) -> str:
     if row.status == Status.UNSOUND:
         return f"unsound: {row.message}"
-    if row.status in (Status.ERROR, Status.TIMEOUT, Status.NAN):
+    if row.status in (Status.ERROR, Status.TIMEOUT, Status.NAN, Status.DISAGREES):
         return f"{row.status}: {row.message or 'no result'}"
     reasons = []
     least, most = thresholds.min_certified, thresholds.max_gap

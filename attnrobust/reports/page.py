@@ -11,8 +11,9 @@ from typing import Any
 
 from attnrobust.errors import InputError
 from attnrobust.reports.data import ReportData, read_report_data
+from attnrobust.reports.depths import PROFILE_NAME, depth_plot
 from attnrobust.reports.plots import gap_boxes, gaps_by_method, radii_by_layer, scatter_plot
-from attnrobust.reports.tables import not_installed, summary_lines
+from attnrobust.reports.tables import not_installed, percent, summary_lines
 from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.runs.storage.atomic import require_writable, write_atomically
@@ -23,7 +24,7 @@ from attnrobust.text import shown
 MOST_ROWS, MOST_SENTENCES, MOST_LINES = 5000, 20, 4
 """What one page shows; the data has the rest."""
 
-_BAD = frozenset({Status.UNSOUND, Status.ERROR, Status.TIMEOUT, Status.NAN})
+_BAD = frozenset({Status.UNSOUND, Status.ERROR, Status.TIMEOUT, Status.NAN, Status.DISAGREES})
 
 
 def write_report(directory: Path, *, out: Path | None = None) -> tuple[Path, ...]:
@@ -42,7 +43,7 @@ def write_report(directory: Path, *, out: Path | None = None) -> tuple[Path, ...
     target = out or directory
     require_writable(target)
     data = read_report_data(directory)
-    plots = _plots(data.rows)
+    plots = _plots(data.rows, title=data.title)
     contents = {REPORT_NAME: render(data, plots, source=directory).encode()} | {p["name"]: p["png"] for p in plots}
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,8 @@ def _tiles(data: ReportData) -> list[tuple[str, str]]:
     return tiles + [(status.replace("_", " "), str(count)) for status, count in statuses.most_common()]
 
 
-def _plots(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _plots(rows: Sequence[Row], *, title: str = "") -> list[dict[str, Any]]:
+    whole = any(row.depth is not None for row in rows)
     gaps = [row.gap for row in rows if row.gap is not None]
     numbers = f"; median gap {shown(statistics.median(gaps), 3)}, largest {shown(max(gaps), 3)}" if gaps else ""
     made = [
@@ -131,9 +133,15 @@ def _plots(rows: Sequence[Row]) -> list[dict[str, Any]]:
         ),
         (
             "radius-by-layer.png", radii_by_layer(rows), 800,
-            "Radii of each layer over all its inputs, threats and goals.", "Box plot of both radii by layer",
+            f"Radii of each {'depth' if whole else 'layer'} over all its inputs, threats and goals.",
+            f"Box plot of both radii by {'depth' if whole else 'layer'}",
         ),
     ]  # fmt: skip
+    if whole and not gaps:
+        made = made[2:]
+    if len({row.layer for row in rows if row.depth is not None}) > 1:
+        about = "Radii as shares of the norm of the tokens at the depth where they move: medians, band of all inputs."
+        made.insert(0, (PROFILE_NAME, depth_plot(rows, title=title), 800, about, "Both radii against the depth"))
     return [
         {
             "name": name, "png": png, "data": base64.b64encode(png).decode(), "width": width, "caption": caption,
@@ -175,6 +183,16 @@ def _word(text: str, kind: str = "") -> dict[str, Any]:
     return {"shown": text, "kind": kind, "sort": None}
 
 
+def _classes(row: Row) -> str:
+    """The class that must stay, and the one at the attack's point."""
+    return (row.label or "") + ("" if row.attack_label is None else f" \N{RIGHTWARDS ARROW} {row.attack_label}")
+
+
+def _share(value: float | None) -> dict[str, Any]:
+    cell = _number(value)
+    return cell | {"shown": "" if value is None else percent(value)}
+
+
 def _number(value: float | None) -> dict[str, Any]:
     """A cell that sorts by its value; NaN, where there is none, sorts last."""
     return {"shown": shown(value), "kind": "number", "sort": math.nan if value is None else value}
@@ -183,7 +201,9 @@ def _number(value: float | None) -> dict[str, Any]:
 _COLUMNS: Mapping[str, Callable[[Row], dict[str, Any]]] = {
     "input": lambda row: _word(row.input_id, "name"),
     "text": lambda row: _word(row.text or "", "text"),
-    "layer": lambda row: _word(row.layer),
+    "layer": lambda row: _word(row.layer if row.depth is None else ""),
+    "depth": lambda row: _word("" if row.depth is None else row.layer),
+    "class": lambda row: _word(_classes(row)),
     "threat": lambda row: _word(row.threat),
     "goal": lambda row: _word(row.goal),
     "n": lambda row: _number(float(row.n)),
@@ -191,11 +211,12 @@ _COLUMNS: Mapping[str, Callable[[Row], dict[str, Any]]] = {
     "certified": lambda row: _number(row.certified_radius),
     "by": lambda row: _word(row.certificate or ""),
     "attack": lambda row: _number(row.attack_radius),
+    "of the norm": lambda row: _share(row.relative_attack if row.depth is not None else None),
     "gap": lambda row: _number(row.gap),
     "status": _status,
     "seconds": lambda row: _number(round((row.seconds_certify or 0.0) + (row.seconds_attack or 0.0), 2)),
 }
-_MAY_BE_SAME = ("layer", "threat", "goal", "by")
+_MAY_BE_SAME = ("layer", "depth", "threat", "goal", "by")
 
 
 def _heat_values(line: HeatLine) -> dict[str, Any]:

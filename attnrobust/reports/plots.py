@@ -20,7 +20,8 @@ MANY_INPUTS = 40
 DPI = 144
 
 
-def _png(width: float, height: float, draw: Callable[["Figure"], None], *, dpi: int = DPI) -> bytes:
+def png(width: float, height: float, draw: Callable[["Figure"], None], *, dpi: int = DPI) -> bytes:
+    """The bytes of a figure of this size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,7 +50,7 @@ def gap_plot(rows: Sequence[Row], *, title: str) -> bytes:
 
     def draw(figure: "Figure") -> None:
         if not drawn:
-            _nothing(figure, "no input has a radius to draw")
+            nothing(figure, "no input has a radius to draw")
         elif len(drawn) > MANY_INPUTS:
             figure.set_size_inches(7.5, 7.0)
             gap_scatter(figure, drawn)
@@ -58,7 +59,7 @@ def gap_plot(rows: Sequence[Row], *, title: str) -> bytes:
             _lines(figure, drawn)
         _headings(figure, rows, drawn, title)
 
-    return _png(9.0, 6.0, draw, dpi=150)
+    return png(9.0, 6.0, draw, dpi=150)
 
 
 def _positive(value: float | None) -> bool:
@@ -163,7 +164,7 @@ def _radius_label(rows: Sequence[Row]) -> str:
 
 def scatter_plot(rows: Sequence[Row]) -> bytes:
     """Attack radius against certified radius of every row; no point may cross the diagonal."""
-    return _png(6.4, 6.0, lambda figure: gap_scatter(figure, rows))
+    return png(6.4, 6.0, lambda figure: gap_scatter(figure, rows))
 
 
 def gaps_by_method(rows: Sequence[Row]) -> dict[str, list[float]]:
@@ -200,7 +201,7 @@ def gap_boxes(rows: Sequence[Row]) -> bytes:
         axes.grid(axis="x", which="both", color="#E6E6E6", linewidth=0.6)
         axes.set_axisbelow(True)
 
-    return _png(8.0, 1.3 + 0.36 * max(len(groups), 2), draw if groups else _nothing)
+    return png(8.0, 1.3 + 0.36 * max(len(groups), 2), draw if groups else nothing)
 
 
 def radii_by_layer(rows: Sequence[Row]) -> bytes:
@@ -233,10 +234,11 @@ def radii_by_layer(rows: Sequence[Row]) -> bytes:
         axes.set_axisbelow(True)
         figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
 
-    return _png(8.0, 1.6 + 0.6 * max(len(layers), 2), draw if any(certified) or any(attacked) else _nothing)
+    return png(8.0, 1.6 + 0.6 * max(len(layers), 2), draw if any(certified) or any(attacked) else nothing)
 
 
-def _nothing(figure: "Figure", message: str = "no row has the radii for this plot") -> None:
+def nothing(figure: "Figure", message: str = "no row has the radii for this plot") -> None:
+    """Say that there is nothing to draw."""
     axes = figure.add_subplot()
     axes.axis("off")
     axes.text(0.5, 0.5, message, ha="center", color=GREY)

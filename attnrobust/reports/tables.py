@@ -16,8 +16,12 @@ from attnrobust.text import shortened, shown
 MOST_COLUMNS = 8
 """More inputs than this are summarised in the table of certificates instead of one column each."""
 
+LONGEST_CLASS = 16
+"""Characters of the name of a class in a table."""
+
 _STYLE = {Status.FOUND: "green", Status.CERTIFIED: "green", Status.UNSOUND: "bold white on red", Status.ERROR: "red"}
-_PLAIN = {"not_found": "not found"}
+_STYLE |= {Status.DISAGREES: "red"}
+_PLAIN = {"not_found": "not found", "disagrees": "disagrees with the model"}
 _INSTALL = "pip install"
 
 
@@ -25,16 +29,30 @@ def _status(row: Row) -> Text:
     return Text(_PLAIN.get(row.status, str(row.status)), style=_STYLE.get(Status(row.status), "yellow"))
 
 
+def percent(value: float | None) -> str:
+    """A share for people: three significant digits, a dash where there is none."""
+    return "-" if value is None else f"{shown(100.0 * value, 3)}%"
+
+
+def _classes(row: Row) -> str:
+    """The class that must stay, and the one at the attack's point."""
+    label = shortened(row.label or "-", LONGEST_CLASS)
+    return label if row.attack_label is None else f"{label} > {shortened(row.attack_label, LONGEST_CLASS)}"
+
+
 _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
     Column("input", widest=28): lambda row: row.input_id,
     Column("text", fold=False): lambda row: shortened(row.text or "-", 32),
     Column("layer"): lambda row: row.layer,
+    Column("at", fold=False): lambda row: row.layer,
+    Column("class"): _classes,
     Column("n", right=True): lambda row: str(row.n),
     Column("margin", right=True, fold=False): lambda row: shown(row.margin if row.tolerance is None else row.tolerance),
     Column("tolerance", right=True, fold=False): lambda row: shown(row.tolerance),
     Column("certified", right=True, fold=False): lambda row: shown(row.certified_radius),
     Column("by", fold=False): lambda row: row.certificate or "-",
     Column("attack", right=True, fold=False): lambda row: shown(row.attack_radius),
+    Column("of |x|", right=True, fold=False): lambda row: percent(row.relative_attack),
     Column("gap", right=True, fold=False): lambda row: shown(row.gap, 3),
     Column("usage", right=True, fold=False): lambda row: "-" if row.usage is None else f"{row.usage:.1%}",
     Column("status", fold=False): _status,
@@ -53,10 +71,13 @@ def result_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
         A rich table; columns that no row fills are left out.
     """
     certified, attacked = any(r.certified_radius is not None for r in rows), any(r.attack is not None for r in rows)
-    margins = any(r.margin is not None for r in rows)
+    margins, network = any(r.margin is not None for r in rows), any(r.depth is not None for r in rows)
     there = {
         "text": any(r.text for r in rows),
-        "layer": len({r.layer for r in rows}) > 1,
+        "layer": len({r.layer for r in rows}) > 1 and not network,
+        "at": len({r.layer for r in rows}) > 1 and network,
+        "class": any(r.label for r in rows),
+        "of |x|": attacked and network,
         "margin": margins,
         "tolerance": not margins,
         "certified": certified,
@@ -129,6 +150,8 @@ def _caption(rows: Sequence[Row]) -> str | None:
     parts = [f"threat {rows[0].threat}, goal {rows[0].goal}", *scopes(rows)]
     if rows[0].epsilon is not None:
         parts.append(f"usage: share of the goal's budget that the worst point within {shown(rows[0].epsilon)} uses")
+    if any(row.depth is not None and row.attack is not None for row in rows):
+        parts.append("|x|: norm of all tokens at that depth")
     gaps = [row.gap for row in rows if row.gap is not None]
     if gaps:
         parts.append(f"median gap {shown(statistics.median(gaps), 3)} over {len(gaps)} of {len(rows)} inputs")
@@ -166,7 +189,8 @@ def summary_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str,
         medians = (median(r.certified_radius for r in group), median(r.attack_radius for r in group), median(gaps))
         ended = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
         lines.append((*key, str(len(group)), *map(shown, medians), shown(max(gaps, default=None), 3), ended))
-    return SUMMARY, lines
+    whole = bool(rows) and all(row.depth is not None for row in rows)
+    return (("depth", *SUMMARY[1:]) if whole else SUMMARY), lines
 
 
 def summary_table(rows: Sequence[Row]) -> Table:

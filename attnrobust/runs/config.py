@@ -14,16 +14,22 @@ from attnrobust.runs.reading import (
     ATTACKS,
     CERTIFICATES,
     DEFAULT_ATTACK,
+    DEFAULT_DEPTH,
     DEFAULT_TOLERANCE,
+    NETWORK_GOALS,
     is_known_move,
+    read_anchors,
     require_goal_options,
 )
 
 if TYPE_CHECKING:
     from attnrobust.attacks import AttackBudget
     from attnrobust.goals import Goal
+    from attnrobust.runs.networks import NetworkGoal
 
 DEFAULT_OUTPUT = "attnrobust-run"
+INPUTS = ("texts", "tokens", "images")
+"""Kinds of input files; a run has one of them."""
 SMALLEST_SEED, LARGEST_SEED = -(2**63), 2**63 - 1
 """Seeds are stored as signed 64-bit integers."""
 
@@ -39,11 +45,15 @@ def _text(value: Any) -> Any:
 
 
 def _goals(value: Any) -> Any:
-    """A goal may be a tolerance alone."""
+    """A goal may be a tolerance alone, or the name of a goal of a whole model."""
     goals = _listed(value)
-    if goals is None:
-        return goals
-    return tuple(goal if isinstance(goal, Mapping | BaseModel) else {"tolerance": goal} for goal in goals)
+    return goals if goals is None else tuple(map(_goal, goals))
+
+
+def _goal(value: Any) -> Any:
+    if isinstance(value, Mapping | BaseModel):
+        return value
+    return {"goal" if value in NETWORK_GOALS else "tolerance": value}
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -54,27 +64,42 @@ class _Section(BaseModel):
 
 
 class GoalConfig(_Section):
-    """One goal: a tolerance, or a readout file whose label must stay (see ``attnrobust.runs.inputs.make_goal``)."""
+    """One goal: a tolerance, or a readout file whose label must stay (see ``attnrobust.runs.inputs.make_goal``).
 
+    With ``goal`` it is about the whole model from a depth on (see ``attnrobust.runs.networks``).
+    """
+
+    goal: str | None = None
     tolerance: Annotated[str | None, BeforeValidator(_text)] = None
     readout: Path | None = None
     pool: str | None = None
     label: int | None = Field(default=None, ge=0)
+    anchors: Path | None = None
+    row: int | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _default(cls, values: Any) -> Any:
-        nothing = isinstance(values, dict) and values.get("tolerance") is None and values.get("readout") is None
+        if not isinstance(values, dict) or values.get("goal") in ("decision", "nearest"):
+            return values
+        nothing = values.get("tolerance") is None and values.get("readout") is None
         return values | {"tolerance": DEFAULT_TOLERANCE} if nothing else values
 
     def check(self) -> None:
         """Refuse what cannot be read; only a readout's file needs torch."""
-        require_goal_options(tolerance=self.tolerance, readout=self.readout, pool=self.pool, label=self.label)
+        require_goal_options(**dict(self))
         if self.readout is not None:
             self.make()
+        if self.anchors is not None:
+            read_anchors(self.anchors)
 
-    def make(self) -> "Goal":
-        """The goal itself; reads the readout file."""
+    def make(self) -> "Goal | NetworkGoal":
+        """The goal itself; reads the readout file or the anchors."""
+        if self.goal is not None:
+            from attnrobust.runs.networks import NetworkGoal
+
+            anchors = () if self.anchors is None else read_anchors(self.anchors)
+            return NetworkGoal(self.goal, tolerance=self.tolerance, row=self.row, label=self.label, anchors=anchors)
         from attnrobust.runs.inputs import make_goal
 
         return make_goal(tolerance=self.tolerance, readout=self.readout, pool=self.pool, label=self.label)
@@ -124,13 +149,16 @@ class RunConfig(_Section):
     """What to compute: every input on every layer under every threat and goal.
 
     ``certificates`` null means all that apply, an empty list none. ``layers`` takes names, unique suffixes and globs;
-    null means the model's only layer.
+    null means the model's only layer. ``at`` takes depths and globs of them instead: then the rows are about the whole
+    model, whose tokens move there, and so is every goal.
     """
 
     model: str
     layers: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = ("*",)
+    at: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
     texts: Path | None = None
     tokens: Path | None = None
+    images: Path | None = None
     threats: Names = ("frobenius",)
     goals: Annotated[tuple[GoalConfig, ...], BeforeValidator(_goals)] = (GoalConfig(),)
     certificates: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
@@ -141,11 +169,40 @@ class RunConfig(_Section):
     output: Path = Path(DEFAULT_OUTPUT)
     execution: ExecutionConfig = ExecutionConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _layers_or_depths(cls, values: Any) -> Any:
+        """A goal about the whole model has a depth, and no layers; without one it is at the embeddings."""
+        if not isinstance(values, dict):
+            return values
+        whole = values.get("at") is not None or _any_network_goal(values.get("goals"))
+        if whole and values.get("layers") is not None:
+            raise ValueError(
+                "layers (--layer) and at or goal (--at, --goal) exclude each other: name attention layers, or the "
+                "depth from which on the whole model is asked about"
+            )
+        if not whole:
+            return values
+        return values | {"layers": None, "at": DEFAULT_DEPTH if values.get("at") is None else values["at"]}
+
+    @model_validator(mode="after")
+    def _goals_of_one_sort(self) -> "RunConfig":
+        if self.at is None:
+            return self
+        if any(goal.goal is None for goal in self.goals):
+            raise ValueError(
+                f"every goal at a depth is one of {', '.join(NETWORK_GOALS)} (--goal); name layers (--layer) for a "
+                "tolerance or a readout of a layer"
+            )
+        if self.tokens is not None:
+            raise ValueError("tokens of a file cannot be compared with the model's own states; give texts or images")
+        return self
+
     @model_validator(mode="after")
     def _something_to_do(self) -> "RunConfig":
-        if (self.texts is None) == (self.tokens is None):
-            raise ValueError("give the inputs by exactly one of texts and tokens")
-        for name in ("layers", "threats", "goals"):
+        if sum(getattr(self, name) is not None for name in INPUTS) != 1:
+            raise ValueError("give the inputs by exactly one of texts, tokens and images")
+        for name in ("layers", "at", "threats", "goals"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} is empty; name at least one")
         if self.certificates == () and self.attack.method is None:
@@ -180,6 +237,11 @@ class RunConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _any_network_goal(goals: Any) -> bool:
+    found = _goals(goals) or ()
+    return any((goal.get("goal") if isinstance(goal, Mapping) else goal.goal) is not None for goal in found)
+
+
 def load_config(path: Path | None = None, *, changes: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a configuration file and put the changes (flags) over it.
 
@@ -196,9 +258,9 @@ def load_config(path: Path | None = None, *, changes: Mapping[str, Any] | None =
     values = _anchored({"output": DEFAULT_OUTPUT}, Path())
     values |= {} if path is None else _anchored(_read(path), path.parent)
     given = _anchored(_pruned(changes or {}), Path())
-    for one, other in (("texts", "tokens"), ("tokens", "texts")):
-        if one in given and other not in given:  # a flag replaces the other kind of input in the file
-            values.pop(other, None)
+    for kinds in (INPUTS, ("layers", "at")):
+        if any(kind in given for kind in kinds):  # a flag replaces the other kinds of input or place in the file
+            values = {key: value for key, value in values.items() if key not in kinds or key in given}
     return make_config(_merged(values, given), source=path)
 
 
@@ -233,7 +295,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _anchored(values: dict[str, Any], base: Path) -> dict[str, Any]:
     """Paths made absolute from ``base``."""
     out = dict(values)
-    for key in ("texts", "tokens", "output"):
+    for key in (*INPUTS, "output"):
         if isinstance(out.get(key), str | Path):
             out[key] = str((base / Path(out[key]).expanduser()).absolute())
     if isinstance(out.get("goals"), list | tuple | dict):
@@ -243,9 +305,10 @@ def _anchored(values: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def _anchored_goal(goal: Any, base: Path) -> Any:
-    if isinstance(goal, dict) and isinstance(goal.get("readout"), str | Path):
-        return goal | {"readout": str((base / Path(goal["readout"]).expanduser()).absolute())}
-    return goal
+    if not isinstance(goal, dict):
+        return goal
+    files = {name: goal[name] for name in ("readout", "anchors") if isinstance(goal.get(name), str | Path)}
+    return goal | {name: str((base / Path(path).expanduser()).absolute()) for name, path in files.items()}
 
 
 def _pruned(values: Mapping[str, Any]) -> dict[str, Any]:

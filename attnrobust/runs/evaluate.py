@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
@@ -12,8 +13,9 @@ from attnrobust.attacks import DEFAULT_ATTACK, attack_for
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import certify
 from attnrobust.comparison import UnsoundError, join
-from attnrobust.errors import AlreadyViolatedError, AttnRobustError
+from attnrobust.errors import AlreadyViolatedError, AttnRobustError, InputError
 from attnrobust.goals import Goal, Margin
+from attnrobust.models.networks.confirmation import Confirmation
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.results import AttackResult, CertificationReport, Kind, Status
 from attnrobust.runs.config import RunConfig
@@ -28,6 +30,10 @@ log = logging.getLogger(__name__)
 
 
 READOUT_SCOPE = "the readout acts on the output of this attention layer; it is not the decision of the model"
+INSTEAD = "which has a head: give --at {depth} --goal decision in place of --layer and --readout to ask about that"
+
+Confirm = Callable[[AttackResult], Confirmation]
+"""Looks at an attack's point through the user's own model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +42,18 @@ class RowTask:
 
     Args:
         input_id: The input's name in files.
-        layer: The layer's name.
-        network: The layer.
+        layer: The layer's name, or the depth of a whole model.
+        network: The layer, or the model from that depth on.
         clean: The clean tokens.
         threat: What may change.
         goal: What must stay true.
         text: The sentence, if there is one.
         tokens: The n token strings, or empty.
         row_id: See ``Row``.
+        goal_key: The goal's name in rows; None takes the goal's own.
+        scope: See ``Row.goal_scope``.
+        class_name: Readable names of classes; None where there are none.
+        confirm: Evaluates the attack's point through the user's own model; None for layers.
     """
 
     input_id: str
@@ -55,11 +65,22 @@ class RowTask:
     text: str | None = None
     tokens: tuple[str, ...] = ()
     row_id: str | None = None
+    goal_key: str | None = None
+    scope: str | None = None
+    class_name: Callable[[int], str] | None = None
+    confirm: Confirm | None = None
 
 
-def goal_scope(goal: Goal) -> str | None:
-    """What a goal is about where its name may suggest more: a margin here is one of a layer's output."""
-    return READOUT_SCOPE if isinstance(goal, Margin) else None
+def goal_scope(goal: Goal, *, instead: str | None = None) -> str | None:
+    """What a layer's goal is about where its name may suggest more: a margin here is one of the layer's output.
+
+    Args:
+        goal: The goal.
+        instead: The depth from which on the model's own decision can be asked about, where it has one.
+    """
+    if not isinstance(goal, Margin):
+        return None
+    return READOUT_SCOPE + ("" if instead is None else ", " + INSTEAD.format(depth=instead))
 
 
 def evaluate_row(task: RowTask, config: RunConfig) -> Row:
@@ -75,21 +96,36 @@ def evaluate_row(task: RowTask, config: RunConfig) -> Row:
     """
     values: dict[str, Any] = {}
     try:
-        problem = Problem(task.network, task.clean, task.threat, task.goal)
-        values |= _problem_values(problem)
+        problem = _posed(task)
+        values |= _problem_values(problem) | _label(problem, task)
         _answer(problem, task, config, values)
     except AlreadyViolatedError as error:
-        values |= _misclassified(task, config, str(error))
+        values |= _misclassified(task, config, _already(error, task))
     except UnsoundError as error:
         values |= {"status": Status.UNSOUND, "gap": _finite(error.comparison.gap), "message": str(error)}
     except Exception as error:  # one bad input must not end the others; the message is in its row
         log.debug("row %s failed", task.input_id, exc_info=True)
         values |= {"status": Status.ERROR, "message": _one_line(error)}
     return Row(
-        input_id=task.input_id, layer=task.layer, n=task.clean.n, threat=task.threat.key, goal=task.goal.key,
-        goal_scope=goal_scope(task.goal), seed=config.seed, text=task.text, tokens=task.tokens, row_id=task.row_id,
-        **values,
+        input_id=task.input_id, layer=task.layer, n=task.clean.n, threat=task.threat.key,
+        goal=task.goal_key or task.goal.key, goal_scope=task.scope, seed=config.seed, text=task.text,
+        tokens=task.tokens, row_id=task.row_id, **values,
     )  # fmt: skip
+
+
+def _posed(task: RowTask) -> Problem:
+    """The problem; a margin of a decision that rounding may have made is told as what it is."""
+    try:
+        return Problem(task.network, task.clean, task.threat, task.goal)
+    except AlreadyViolatedError:
+        raise
+    except InputError as error:
+        if task.class_name is None or not str(error).startswith("the budget "):
+            raise
+        cause = str(error).removeprefix("the budget ").partition(";")[0]
+        raise InputError(
+            f"the decision is on its boundary at the clean input: its margin {cause}; give another input"
+        ) from error
 
 
 def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str, Any]) -> None:
@@ -98,17 +134,19 @@ def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str
     if config.certifies:
         certification = certify(problem, methods=config.certificates, seed=config.seed)
         values |= _certificate_values(certification) | {"status": Status.CERTIFIED, "problem": certification.problem}
-        values["message"] = certification.why_none or None
+        values["message"] = _why_none(certification) or None
     if config.attack.method is None:
         return
     values["attack"] = name = _attack_name(task, config.attack.method)
     result = run_attack(
         problem, method=name, epsilon=config.attack.epsilon, seed=config.seed, budget=config.attack.budget()
     )
-    values |= _attack_values(problem, result)
+    values |= _attack_values(problem, result) | _attack_label(problem, result, task)
     values |= {"status": result.status, "message": result.note or values.get("message"), "problem": result.problem}
     if certification is not None:
         values["gap"] = _finite(join(problem, result, certification).gap)
+    if task.confirm is not None and result.status is Status.FOUND:
+        values |= _confirmed(task.confirm, result, values.get("message"))
 
 
 def _problem_values(problem: Problem) -> dict[str, Any]:
@@ -116,6 +154,49 @@ def _problem_values(problem: Problem) -> dict[str, Any]:
     name = "tolerance" if problem.resolved.functionals is None else "margin"
     norm = float(torch.linalg.vector_norm(problem.clean.points))
     return {name: budget, "problem": problem.digest, "input_norm": norm}
+
+
+def _confirmed(confirm: Confirm, result: AttackResult, message: str | None) -> dict[str, Any]:
+    """What changes once the user's own model was given the attack's point: nothing where it agrees."""
+    try:
+        seen = confirm(result)
+    except AttnRobustError as error:
+        return _not_confirmed(result, str(error))
+    if seen.status is Status.DISAGREES:
+        return _not_confirmed(result, seen.message)
+    return {"message": "; ".join(part for part in (message, seen.message) if part) or None}
+
+
+def _not_confirmed(result: AttackResult, reason: str) -> dict[str, Any]:
+    """The radius is one of the specification only, so it is told and not counted."""
+    message = f"the violation at radius {result.radius:.6g} is not one of the model itself: {reason}"
+    return {"status": Status.DISAGREES, "attack_radius": None, "attack_label": None, "gap": None, "message": message}
+
+
+def _label(problem: Problem, task: RowTask) -> dict[str, Any]:
+    label = problem.resolved.label
+    return {} if task.class_name is None or label is None else {"label": task.class_name(label)}
+
+
+def _attack_label(problem: Problem, result: AttackResult, task: RowTask) -> dict[str, Any]:
+    """The strongest of the other classes at the attack's point; on the boundary itself it ties with the label."""
+    goal, resolved = problem.goal, problem.resolved
+    if task.class_name is None or result.perturbed is None or not isinstance(goal, Margin) or result.atoms is not None:
+        return {}
+    if result.status is not Status.FOUND or resolved.weights is None:
+        return {}
+    logits = goal.logits(resolved.weights @ problem.network(result.perturbed, problem.mass))
+    others = list(resolved.classes)
+    return {"attack_label": task.class_name(others[int(logits[others].argmax())])}
+
+
+def _why_none(report: CertificationReport) -> str:
+    """Why nothing is certified: what the methods say that speak about such problems, else the first one by name."""
+    if report.certificates or any(entry.declared for entry in report.skipped) or not report.skipped:
+        return report.why_none
+    first, others = report.skipped[0], len(report.skipped) - 1
+    more = f"; {others} more do not apply either" if others else ""
+    return f"no certificate: {first.method}: {first.reason}{more}"
 
 
 def _certificate_values(report: CertificationReport) -> dict[str, Any]:
@@ -161,6 +242,13 @@ def _misclassified(task: RowTask, config: RunConfig, message: str) -> dict[str, 
     if config.attack.method is not None:
         values |= {"attack": _attack_name(task, config.attack.method), "attack_radius": 0.0}
     return values
+
+
+def _already(error: AlreadyViolatedError, task: RowTask) -> str:
+    """Why the goal fails at the clean input; a decision that is not asked to be another one is on its boundary."""
+    if task.class_name is None or not isinstance(task.goal, Margin) or task.goal.label is not None:
+        return str(error)
+    return f"two classes tie at the clean input, so the decision is on its boundary ({error}); give another input"
 
 
 def _one_line(error: Exception) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 
 from attnrobust.certify import METHODS
 from attnrobust.errors import InputError
+from attnrobust.runs.sources import inputs_digest
 from attnrobust.runs.storage.files import versions
 from attnrobust.runs.storage.store import Manifest
-from attnrobust.runs.work import Workbench, WorkItem, inputs_digest, model_digest
+from attnrobust.runs.work import Workbench, WorkItem, model_digest
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def make_manifest(bench: Workbench, items: Sequence[WorkItem]) -> Manifest:
         meaning=meaning(bench),
         config=config.model_dump(mode="json"),
         rows=len(items),
-        layers=[layer.name for layer in bench.layers],
+        layers=list(bench.places),
         versions=versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -94,7 +95,7 @@ def meaning(bench: Workbench) -> dict[str, Any]:
     return {
         "model": model_digest(bench.model),
         "inputs": inputs_digest(bench.sources),
-        "layers": [layer.name for layer in bench.layers],
+        "layers": list(bench.places),
         "threats": list(bench.threats),
         "goals": [f"{goal.key} ({goal.digest})" for goal in bench.goals],
         "certificates": list(certificates),

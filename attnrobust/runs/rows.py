@@ -7,9 +7,14 @@ from typing import Any
 
 from attnrobust.errors import InputError
 from attnrobust.status import Status
+from attnrobust.text import natural_order
 
 SCHEMA_VERSION = 1
 """Version of the row fields; raised when a field changes its meaning or goes away."""
+
+
+MOVE_AT = "; the tokens move at "
+"""Between what a goal about a whole model asks and the depth, in ``Row.goal_scope``."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Row:
 
     Args:
         input_id: The input's name.
-        layer: The layer's name.
+        layer: The layer's name; of a whole model the depth at which its tokens move.
         n: Number of tokens.
         threat: The threat's key; radii are in its distance, in units of the token vectors.
         goal: The goal's key.
@@ -56,7 +61,10 @@ class Row:
         token_moves: l2 norm of each token's move in the attack's point.
         input_norm: Frobenius norm of the clean tokens, to judge radii by.
         row_id: Digest that names the row in a run of many; None elsewhere.
-        goal_scope: What the goal is about, in words, where its name may suggest more (a readout of a layer); else None.
+        goal_scope: What the goal is about, in words, where its name may suggest more (a readout of a layer), and of a
+            whole model always; else None.
+        label: Name of the class that must stay, of a goal about a whole model that has classes; else None.
+        attack_label: Name of the class at the attack's point; None where it found none.
     """
 
     input_id: str
@@ -89,6 +97,23 @@ class Row:
     input_norm: float | None = None
     row_id: str | None = None
     goal_scope: str | None = None
+    label: str | None = None
+    attack_label: str | None = None
+
+    @property
+    def depth(self) -> int | None:
+        """The place of the depth in its model (the embeddings are 0); None of a row about a layer."""
+        return None if self.goal_scope is None or MOVE_AT not in self.goal_scope else depth_place(self.layer)
+
+    @property
+    def relative_attack(self) -> float | None:
+        """Attack radius as a share of the norm of the clean tokens."""
+        return _share(self.attack_radius, self.input_norm)
+
+    @property
+    def relative_certified(self) -> float | None:
+        """Certified radius as a share of the norm of the clean tokens."""
+        return _share(self.certified_radius, self.input_norm)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON and Parquet, in the order of the fields."""
@@ -125,5 +150,25 @@ def median(values: Iterable[float | None]) -> float | None:
 
 
 def scopes(rows: Iterable[Row]) -> list[str]:
-    """What the goals of rows are about, each once, where their names may suggest more."""
-    return list(dict.fromkeys(row.goal_scope for row in rows if row.goal_scope is not None))
+    """What the goals of rows are about, each once, where their names may suggest more; depths are joined."""
+    depths: dict[str, list[str]] = {}
+    for row in rows:
+        if row.goal_scope is not None:
+            about, between, depth = row.goal_scope.partition(MOVE_AT)
+            depths.setdefault(about + between, []).append(depth)
+    return [about + ", ".join(sorted(set(found), key=depth_place)) for about, found in depths.items()]
+
+
+def depth_place(name: str) -> int:
+    """The place of a depth in its model: what enters block K has K, the embeddings 0, an input before them -1."""
+    kind, _, number = name.partition(":")
+    return int(number) if number.isdecimal() else 0 if kind == "embeddings" else -1
+
+
+def layer_order(row: Row) -> list[tuple[int, str]]:
+    """Sorting key of a row's layer or depth."""
+    return natural_order(row.layer) if row.depth is None else [(row.depth, "")]
+
+
+def _share(radius: float | None, norm: float | None) -> float | None:
+    return radius / norm if radius is not None and norm else None

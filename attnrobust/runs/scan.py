@@ -1,4 +1,4 @@
-"""A whole model at a glance: which layers, heads and tokens are the most vulnerable."""
+"""A model at a glance: which layers, heads and tokens are the most vulnerable, or how its decision is by depth."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -11,6 +11,7 @@ from attnrobust.layers.attention import Attention
 from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.models.listing import LayerInfo
 from attnrobust.numerics.linear_map import largest_singular_value_lower
+from attnrobust.runs.depths import DepthRadii, depth_profile
 from attnrobust.runs.heat import token_shares
 from attnrobust.runs.rows import Row, median
 from attnrobust.runs.work import Workbench
@@ -75,19 +76,21 @@ class TokenRank:
 
 @dataclass(frozen=True)
 class Scan:
-    """The rankings, most vulnerable first.
+    """The rankings, most vulnerable first; of a whole model the depths instead of layers and heads.
 
     Args:
         layers: By relative attack radius.
         heads: By relative sensitivity.
         tokens: By share of the attacks' moves.
         unsupported: Layers that were left out; ``reason`` says why.
+        depths: From the input on.
     """
 
     layers: tuple[LayerRank, ...]
     heads: tuple[HeadRank, ...]
     tokens: tuple[TokenRank, ...]
     unsupported: tuple[LayerInfo, ...]
+    depths: tuple[DepthRadii, ...] = ()
 
 
 def outermost(layers: Sequence[LayerInfo]) -> tuple[LayerInfo, ...]:
@@ -105,6 +108,8 @@ def rank(rows: Sequence[Row], bench: Workbench, *, heads: bool = True) -> Scan:
         bench: The run's workbench; it has the model and the inputs.
         heads: Whether to compute the heads' sensitivities (one Lanczos run per head and input).
     """
+    if bench.networks is not None:
+        return Scan(layers=(), heads=(), tokens=rank_tokens(rows), unsupported=(), depths=depth_profile(rows))
     return Scan(
         layers=rank_layers(rows),
         heads=rank_heads(bench) if heads else (),
@@ -122,8 +127,8 @@ def rank_layers(rows: Sequence[Row]) -> tuple[LayerRank, ...]:
         LayerRank(
             layer=layer,
             rows=len(group),
-            relative_attack=median(_relative(row.attack_radius, row) for row in group),
-            relative_certified=median(_relative(row.certified_radius, row) for row in group),
+            relative_attack=median(row.relative_attack for row in group),
+            relative_certified=median(row.relative_certified for row in group),
             attack_radius=median(row.attack_radius for row in group),
             certified_radius=median(row.certified_radius for row in group),
             gap=median(row.gap for row in group),
@@ -178,10 +183,6 @@ def rank_tokens(rows: Iterable[Row]) -> tuple[TokenRank, ...]:
                 shares.setdefault(token, []).append(share)
     ranks = [TokenRank(token, len(values), statistics.fmean(values)) for token, values in shares.items()]
     return tuple(sorted(ranks, key=lambda r: (-r.share, r.token)))
-
-
-def _relative(radius: float | None, row: Row) -> float | None:
-    return radius / row.input_norm if radius is not None and row.input_norm else None
 
 
 def finite_or_none(value: torch.Tensor) -> float | None:

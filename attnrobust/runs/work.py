@@ -20,7 +20,9 @@ from attnrobust.models.model import Model, ModuleModel, load_model
 from attnrobust.runs.config import RunConfig
 from attnrobust.runs.evaluate import RowTask, evaluate_row, goal_scope
 from attnrobust.runs.inputs import on_device
+from attnrobust.runs.networks import NetworkGoal, Networks
 from attnrobust.runs.rows import Row
+from attnrobust.runs.sources import Image, Source, read_images, source_digest
 from attnrobust.status import Status
 from attnrobust.threats.base import Threat
 from attnrobust.threats.parse import parse_threat
@@ -31,8 +33,6 @@ CAPTURES_KEPT = 8
 
 log = logging.getLogger(__name__)
 
-Source = TextLine | CapturedInput
-
 
 @dataclass(frozen=True)
 class WorkItem:
@@ -41,7 +41,7 @@ class WorkItem:
     Args:
         row_id: Digest of the input's content, layer, threat and goal (and of the repetition, for equal inputs).
         source: Which input, an index into the input file of this run.
-        layer: Full name of the layer.
+        layer: Full name of the layer, or the depth of the whole model.
         threat: Key of the threat.
         goal: Which goal, an index into the configuration.
     """
@@ -67,20 +67,23 @@ class Workbench:
 
     @cached_property
     def model(self) -> Model:
-        """The model, on the configured device."""
-        return load_model(self.config.model, device=self.config.device)
+        """The model, on the configured device; with its head where a goal is about its decision."""
+        head = any(goal.goal == "decision" for goal in self.config.goals)
+        return load_model(self.config.model, device=self.config.device, head=head)
 
     @cached_property
     def sources(self) -> Sequence[Source]:
         """The inputs in the order of their file."""
         if self.config.texts is not None:
             return read_texts(self.config.texts)
+        if self.config.images is not None:
+            return read_images(self.config.images)
         assert self.config.tokens is not None  # noqa: S101 - the configuration has one of them; narrows the type
         widths = {layer.d for layer in self.layers}
         return read_tokens(self.config.tokens, width=widths.pop() if len(widths) == 1 else None)
 
     @cached_property
-    def goals(self) -> tuple[Goal, ...]:
+    def goals(self) -> tuple[Goal | NetworkGoal, ...]:
         """The goals of the configuration."""
         return tuple(goal.make() for goal in self.config.goals)
 
@@ -100,8 +103,18 @@ class Workbench:
                 chosen[layer.name] = layer
         return tuple(chosen.values())
 
+    @cached_property
+    def networks(self) -> Networks | None:
+        """The networks of the model, where the configuration is about the whole of it."""
+        return None if self.config.at is None else Networks(self.model, self.config.at)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Names of the layers, or the depths at which tokens move."""
+        return tuple(layer.name for layer in self.layers) if self.networks is None else self.networks.depths
+
     def items(self) -> list[WorkItem]:
-        """The whole work list, in the order input, layer, threat, goal."""
+        """The whole work list, in the order input, layer or depth, threat, goal."""
         seen: Counter[str] = Counter()
         items = []
         for index, source in enumerate(self.sources):
@@ -109,12 +122,10 @@ class Workbench:
             repetition = seen[content]
             seen[content] += 1
             items += [
-                WorkItem(
-                    _row_id(content, repetition, layer.name, threat, goal.digest), index, layer.name, threat, place
-                )
-                for layer in self.layers
+                WorkItem(_row_id(content, repetition, place, threat, goal.digest), index, place, threat, number)
+                for place in self.places
                 for threat in self.threats
-                for place, goal in enumerate(self.goals)
+                for number, goal in enumerate(self.goals)
             ]
         return items
 
@@ -124,12 +135,16 @@ class Workbench:
         Inputs are captured one by one until each threat has one that it can be asked of; the first suffices as a rule.
 
         Raises:
-            InputError: What the first input that cannot be captured says, or a threat names tokens that no input has.
+            InputError: A goal that the model does not answer, what the first input that cannot be captured says, or a
+                threat names tokens that no input has.
         """
+        for goal in self.goals:
+            if isinstance(goal, NetworkGoal) and self.networks is not None:
+                self.networks.require(goal)
         open_threats, sizes, wrong = dict(self.threats), list[int](), list[AttnRobustError]()
         for index in range(len(self.sources)):
             try:
-                sizes.append(self._capture(index, self.layers[0].name).measure.n)
+                sizes.append(self._tokens_of(index))
             except AttnRobustError as error:
                 wrong.append(error)
                 continue
@@ -144,15 +159,42 @@ class Workbench:
     def row(self, item: WorkItem) -> Row:
         """Compute one row; whatever goes wrong is its status."""
         try:
-            captured, spec = self._capture(item.source, item.layer), self.spec(item.layer)
+            task = self._task(item)
         except AttnRobustError as error:
             return self.failed(item, Status.ERROR, str(error))
-        measure, goal = on_device(captured.measure, self.goals[item.goal], self.config.device)
-        task = RowTask(
-            captured.id, item.layer, spec, measure, self.threats[item.threat], goal,
-            text=captured.text, tokens=captured.token_strings, row_id=item.row_id,
-        )  # fmt: skip
         return evaluate_row(task, self.config)
+
+    def _task(self, item: WorkItem) -> RowTask:
+        """The work of an item."""
+        goal, threat = self.goals[item.goal], self.threats[item.threat]
+        if isinstance(goal, NetworkGoal):
+            return self._network_task(item, goal)
+        captured, spec = self._capture(item.source, item.layer), self.spec(item.layer)
+        measure, moved = on_device(captured.measure, goal, self.config.device)
+        return RowTask(
+            captured.id, item.layer, spec, measure, threat, moved, text=captured.text, tokens=captured.token_strings,
+            row_id=item.row_id, scope=self._scope(item),
+        )  # fmt: skip
+
+    def _network_task(self, item: WorkItem, goal: NetworkGoal) -> RowTask:
+        """The work of an item about the whole model."""
+        assert self.networks is not None  # noqa: S101 - the configuration has a depth; narrows the type
+        source = self.sources[item.source]
+        asked = self.networks.question(source, item.layer, goal)
+        captured = asked.read.input
+        measure, moved = on_device(captured.measure, asked.goal, self.config.device)
+        return RowTask(
+            source.id, item.layer, asked.network, measure, self.threats[item.threat], moved, text=source.text,
+            tokens=captured.token_strings, row_id=item.row_id, goal_key=goal.key, scope=self._scope(item),
+            class_name=asked.class_name, confirm=asked.confirm,
+        )  # fmt: skip
+
+    def _scope(self, item: WorkItem) -> str | None:
+        """What the goal of an item is about."""
+        goal = self.goals[item.goal]
+        if isinstance(goal, NetworkGoal):
+            return goal.scope(item.layer)
+        return goal_scope(goal, instead=depth_of_layer(item.layer) if self.model.decides else None)
 
     def clean_tokens(self, layer: str) -> Iterator[Float[Tensor, "n d"]]:
         """The clean tokens of every input of a layer that can be captured."""
@@ -166,7 +208,7 @@ class Workbench:
         """The row of an item that could not be computed."""
         source, goal = self.sources[item.source], self.goals[item.goal]
         return Row(
-            source.id, item.layer, 0, item.threat, goal.key, goal_scope=goal_scope(goal), seed=self.config.seed,
+            source.id, item.layer, 0, item.threat, goal.key, goal_scope=self._scope(item), seed=self.config.seed,
             status=status, message=message, text=source.text, row_id=item.row_id,
         )  # fmt: skip
 
@@ -175,6 +217,13 @@ class Workbench:
         if layer not in self._specs:
             self._specs[layer] = self.model.layer(layer)
         return self._specs[layer]
+
+    def _tokens_of(self, index: int) -> int:
+        """The number of tokens of an input at the first layer or depth."""
+        goal, place = self.goals[0], self.places[0]
+        if isinstance(goal, NetworkGoal) and self.networks is not None:
+            return self.networks.read(self.sources[index], place, goal).input.measure.n
+        return self._capture(index, place).measure.n
 
     def _capture(self, index: int, layer: str) -> CapturedInput:
         source = self.sources[index]
@@ -187,8 +236,16 @@ class Workbench:
                 self._captured.popitem(last=False)
         return self._captured[key]
 
-    def _capture_all(self, line: TextLine, layer: str) -> dict[str, CapturedInput]:
+    def _capture_image(self, image: Image, layer: str) -> dict[str, CapturedInput]:
+        if not isinstance(self.model, ModuleModel):
+            raise InputError(f"{self.model.name} holds weights only; give the layer's input tokens (--tokens)")
+        pixels = {"pixel_values": image.pixels[None]}
+        return {layer: self.model.capture_inputs(layer, pixels, input_id=image.id)}
+
+    def _capture_all(self, line: TextLine | Image, layer: str) -> dict[str, CapturedInput]:
         """Every layer's tokens from one forward pass; where one of them fails, only those of the layer in question."""
+        if isinstance(line, Image):
+            return self._capture_image(line, layer)
         names = [info.name for info in self.layers]
         if isinstance(self.model, ModuleModel):
             try:
@@ -221,14 +278,10 @@ def matching_layers(model: Model, pattern: str) -> tuple[LayerInfo, ...]:
     return supported
 
 
-def source_digest(source: Source) -> str:
-    """SHA-256 of an input's content (text, or tokens and masses)."""
-    return source.measure.digest() if isinstance(source, CapturedInput) else _sha(f"text;{source.text}")
-
-
-def inputs_digest(sources: Sequence[Source]) -> str:
-    """SHA-256 of all inputs with their names, in order."""
-    return _sha(";".join(f"{source.id}={source_digest(source)}" for source in sources))
+def depth_of_layer(layer: str) -> str:
+    """The depth at which the tokens of an attention layer move in the whole model, by the number in its name."""
+    numbers = [part for part in layer.split(".") if part.isdecimal()]
+    return f"block:{numbers[0]}" if len(numbers) == 1 else "DEPTH"
 
 
 def model_digest(model: Model) -> str:

@@ -80,15 +80,18 @@ def _cause(model: nn.Module) -> str:
 
 def disagreement(graph: NetworkGraph, x: Tensor, actual: Tensor) -> float | None:
     """The largest difference of an output from the graph's, as a share of the terms; None within ``AGREEMENT``."""
+    found = difference_of_terms(graph, x, actual)
+    return None if found <= AGREEMENT else found
+
+
+def difference_of_terms(graph: NetworkGraph, x: Tensor, actual: Tensor) -> float:
+    """The largest difference of an output from the graph's, as a share of the terms; infinity for NaN and shapes."""
     states = graph.states(x)
     expected = states[graph.output]
     if actual.shape != expected.shape:
         return float("inf")
-    share = (actual.to(expected) - expected).abs() / term_sizes(graph, states).clamp_min(
-        torch.finfo(torch.float64).tiny
-    )
-    if bool((share <= AGREEMENT).all()):
-        return None
+    terms = term_sizes(graph, states).clamp_min(torch.finfo(torch.float64).tiny)
+    share = (actual.to(expected) - expected).abs() / terms
     return float(share.max()) if bool(torch.isfinite(share).all()) else float("inf")
 
 

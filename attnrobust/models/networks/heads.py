@@ -22,6 +22,9 @@ STATES, MEAN = "last hidden states", "mean of the last hidden states"
 
 LOGITS, HIDDEN = "logits", "last_hidden_state"
 
+CURE = "ask for hidden states: head='states' or 'mean' (--goal hidden, pooled, or nearest with --anchors FILE)"
+"""What a model without a head of its own, or with one that is not read, has all the same."""
+
 Nodes = tuple[tuple[str, Node], ...]
 
 
@@ -41,7 +44,7 @@ def choose_head(model: nn.Module, wanted: Wanted, logits: HeadReader | None, *, 
     name = wanted.head or ("states" if logits is None else "logits")
     if name == "logits":
         if logits is None:
-            raise InputError(f"{type(model).__name__} has no head of its own; give head='states' or 'mean'")
+            raise InputError(f"{type(model).__name__} has no head of its own; {CURE}")
         return logits(model, wanted.row)
     if name == "mean":
         refuse_row(MEAN, wanted.row)
@@ -83,7 +86,7 @@ def classify_tokens(model: nn.Module, row: int | None) -> Head:
 def masked_words(row: int | None, nodes: Nodes) -> Head:
     """Scores of all words at one token; for all tokens there would be (n, vocabulary) of them."""
     if row is None:
-        raise InputError(f"a {MASKED} scores words at one token; give row=, the position of the masked one")
+        raise InputError(f"a {MASKED} scores words at one token; give row= (--row), the position of the masked one")
     return Head(MASKED, *picked(row, nodes, "", LOGITS))
 
 

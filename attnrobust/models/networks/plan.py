@@ -1,7 +1,7 @@
 """What a reader found in a model, and the graph that it makes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -80,6 +80,7 @@ class Plan:
     pieces: tuple[Piece, ...]
     head: Head
     batch_first: bool = True
+    _graphs: dict[int, NetworkGraph] = field(default_factory=dict, repr=False)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -98,12 +99,23 @@ class Plan:
             names.append(named if enters or ends else self.pieces[index - 1].path if index else ENTRY)
         return tuple(names)
 
+    @property
+    def depths(self) -> tuple[str, ...]:
+        """The states at which tokens may move: the first one and those that enter blocks."""
+        entered = zip(self.states, self.pieces, strict=False)
+        return tuple(s for i, (s, piece) in enumerate(entered) if i == 0 or isinstance(piece, Block))
+
     def graph(self, width: int) -> NetworkGraph:
-        """The network for tokens of this width; its depths are the states that enter blocks.
+        """The network for tokens of this width, the same object at every call; its depths are ``depths``.
 
         Raises:
             InputError: Widths that do not fit.
         """
+        if width not in self._graphs:
+            self._graphs[width] = self._built(width)
+        return self._graphs[width]
+
+    def _built(self, width: int) -> NetworkGraph:
         builder, states, block = GraphBuilder(width), self.states, 0
         names = {builder.latest: states[0]}
         for piece, after in zip(self.pieces, states[1:], strict=True):

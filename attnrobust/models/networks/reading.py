@@ -8,13 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
-from attnrobust.goals import Margin
+from attnrobust.goals import Goal, Margin
 from attnrobust.layers.graph.affine import Affine
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.models.adapters import class_path
 from attnrobust.models.capture import CapturedInput
 from attnrobust.models.networks.bert import BertReader
 from attnrobust.models.networks.check import require_agreement
+from attnrobust.models.networks.confirmation import Confirmation, FoundPoint, OwnModel, confirm_point
 from attnrobust.models.networks.distilbert import DistilBertReader
 from attnrobust.models.networks.gpt2 import Gpt2Reader
 from attnrobust.models.networks.parts import refuse_at, refuse_dropout
@@ -22,6 +23,7 @@ from attnrobust.models.networks.plan import EMBEDDINGS, Plan, Wanted
 from attnrobust.models.networks.states import States, watch
 from attnrobust.models.networks.torch_layers import TorchReader
 from attnrobust.models.networks.vit import VitReader
+from attnrobust.tokens import as_index
 
 
 class Reader(Protocol):
@@ -67,32 +69,72 @@ class ReadNetwork:
         graph: The network.
         input: The clean input: its tokens at that depth, and its text where it has one.
         info: What was read.
+        own: The model object and the call that was read; None for a graph without one.
     """
 
     graph: NetworkGraph
     input: CapturedInput
     info: NetworkInfo
+    own: OwnModel | None = None
 
-    def decision(self, *, label: int | None = None) -> tuple[NetworkGraph, Margin]:
+    def confirm(self, result: FoundPoint, goal: Goal | None = None) -> Confirmation:
+        """Whether the model object itself breaks the goal at the point that an attack found.
+
+        The model runs its own forward call in float64; where block K begins (the depth ``at``) a hook replaces the
+        hidden states by the perturbed ones, and everything behind is the model's own code. Copies of equal mass are
+        ordinary tokens to it; unequal masses are not expressible.
+
+        Args:
+            result: An attack's result for a problem about this network, at this input.
+            goal: The goal of that problem; None means the one of ``decision()``, "the predicted label stays". A margin
+                whose readout is the last linear layer, or some classes of it, is read from the model's own logits; any
+                other goal from the output of ``graph``.
+
+        Returns:
+            What the model does there, and whether that agrees with the result; ``status`` is DISAGREES if not.
+
+        Raises:
+            InputError: The result has no point; there is no model object; the goal does not fit the output.
+            AlreadyViolatedError: The goal fails in the model's own run at the clean input.
+        """
+        if self.own is None:
+            raise InputError("this network was not read from a model object; there is nothing to confirm with")
+        return confirm_point(self.own, self.graph, self.info.at, self.input.measure, result, goal)
+
+    def decision(self, *, label: int | None = None, target: int | None = None) -> tuple[NetworkGraph, Margin]:
         """The network and goal of "the decision stays": the last linear layer becomes the goal's readout.
 
         The decision is that of the model's own logits; the split keeps vocabularies and the identity out of it.
 
         Args:
             label: The class that must stay; None means the clean prediction.
+            target: Ask about one rival alone: the goal fails where this class reaches the label's score, whatever the
+                other classes score. The target may be overtaken there; ``confirm`` says which class the model gives.
 
         Raises:
-            InputError: The output is no row of logits.
+            InputError: The output is no row of logits; a target that does not exist or is the label.
         """
         last = self.graph.steps[-1]
         if not isinstance(last.node, Affine) or self.graph.rows(self.input.measure.n)[self.graph.output] != 1:
             raise InputError(
-                f"the output ({self.info.head}) is no single row of logits; give a model with a head, or row="
+                f"the output ({self.info.head}) is no single row of logits; give a model with a head, or row= (--row)"
             )
         if last.reads[0] == self.graph.source:
             raise InputError("the network is one linear layer; there is nothing before its readout")
         hidden = self.graph.part(self.graph.source, last.reads[0])
-        return hidden, Margin(last.node.weight.T.contiguous(), last.node.bias, pool=0, label=label)
+        goal = Margin(last.node.weight.T.contiguous(), last.node.bias, pool=0, label=label)
+        return hidden, goal if target is None else self._against(goal, as_index("target", target))
+
+    def _against(self, goal: Margin, target: int) -> Margin:
+        """The margin of the label over one other class."""
+        count = goal.weight.shape[0]
+        label = goal.label
+        if label is None:
+            label = int(self.graph(self.input.measure.points)[0].argmax())
+        if not 0 <= target < count or target == label:
+            raise InputError(f"target {target} must be one of the classes 0 to {count - 1} other than {label}")
+        both = [label, target]
+        return Margin(goal.weight[both], None if goal.bias is None else goal.bias[both], pool=0, label=0)
 
 
 def readable_classes() -> frozenset[str]:

@@ -62,6 +62,66 @@ def watch(model: nn.Module, plan: Plan, model_inputs: Mapping[str, Any]) -> Stat
     )
 
 
+def output_behind(
+    model: nn.Module, plan: Plan, model_inputs: Mapping[str, Any], index: int, tokens: Float[Tensor, "m d"]
+) -> Float[Tensor, "r e"]:
+    """The model's output with other tokens entering one piece; everything behind it is the model's own.
+
+    Args:
+        model: The model.
+        plan: How it is read.
+        model_inputs: Arguments of the forward call.
+        index: The piece that these tokens enter.
+        tokens: Any number of them, if the model takes it.
+
+    Raises:
+        InputError: The model refuses them.
+        UnsupportedModelError: The piece, or the module that gives the output, is not called exactly once.
+    """
+    entry = _Replaced(model, plan.pieces[index].path, tokens, batch_first=plan.batch_first)
+    last = _Watched(model, plan.head.module)
+    try:
+        plain = run_model(model, model_inputs)
+    finally:
+        entry.remove()
+        last.remove()
+    if entry.calls != 1:
+        raise refuse_at(entry.path, f"is called {entry.calls} times in one forward pass; only one call is modelled")
+    output = _named(plain if not last.path else last.only(last.outputs), plan.head.attribute)
+    return plan.head.of(matrix(output, last.path, batch_first=plan.batch_first))
+
+
+class _Replaced:
+    """A hook that lets other tokens enter a module."""
+
+    def __init__(self, model: nn.Module, path: str, tokens: Float[Tensor, "m d"], *, batch_first: bool) -> None:
+        self.path, self.tokens, self.batch_first, self.calls = path, tokens, batch_first, 0
+        self._hook = model.get_submodule(path).register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.calls += 1
+        if args:
+            return (self._like(args[0]), *args[1:]), kwargs
+        name = next(name for name in _ENTERING if kwargs.get(name) is not None)
+        return args, kwargs | {name: self._like(kwargs[name])}
+
+    def _like(self, given: Tensor) -> Tensor:
+        """The tokens in the shape and precision of what would have entered."""
+        tokens = self.tokens.to(given)
+        if given.ndim == 2:
+            return tokens
+        return tokens[None] if self.batch_first else tokens[:, None]
+
+    def remove(self) -> None:
+        self._hook.remove()
+
+
+_ENTERING = ("hidden_states", "src", "input")
+"""Names under which tokens enter a piece that is called with keyword arguments."""
+
+
 def _tap(model: nn.Module, block: Block) -> Tap:
     module = model.get_submodule(block.attention_path)
     adapter = adapter_for(module)
@@ -83,7 +143,7 @@ class _Watched:
         )
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = (kwargs.get(name) for name in ("hidden_states", "src", "input"))
+        named = (kwargs.get(name) for name in _ENTERING)
         given = args[0] if args else next((value for value in named if value is not None), None)
         self.inputs.append(_kept(given))
 

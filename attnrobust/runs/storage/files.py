@@ -16,6 +16,8 @@ from attnrobust.runs.storage.atomic import require_writable, require_writable_fi
 from attnrobust.runs.storage.parquet import parquet_bytes
 
 PARQUET_NAME, JSON_NAME, PLOT_NAME, REPORT_NAME = "results.parquet", "results.json", "gap.png", "report.html"
+YOUNGER = ("label", "attack_label")
+"""Fields of rows that came later."""
 MANIFEST = "manifest.json"
 """A directory that has it holds a run of many rows."""
 
@@ -27,8 +29,13 @@ def job_digest(meaning: Mapping[str, Any]) -> str:
 
 def rows_digest(rows: Iterable[Row]) -> str:
     """SHA-256 of rows without their seconds; a report carries the digest of the rows that it shows."""
-    text = "\n".join(json_text(row.as_dict()) for row in without_times(rows))
+    text = "\n".join(json_text(_digested(row)) for row in without_times(rows))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digested(row: Row) -> dict[str, Any]:
+    """What the digest is about; fields that are younger than reports on disk count where they say something."""
+    return {name: value for name, value in row.as_dict().items() if name not in YOUNGER or value is not None}
 
 
 def require_results_place(directory: Path) -> None:

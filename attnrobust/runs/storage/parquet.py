@@ -9,7 +9,7 @@ from attnrobust.runs.rows import SCHEMA_VERSION, Row, row_from_dict
 
 _TEXT = (
     *("input_id", "layer", "threat", "goal", "certificate", "certificate_kind", "attack", "status", "message"),
-    *("problem", "text", "row_id", "goal_scope"),
+    *("problem", "text", "row_id", "goal_scope", "label", "attack_label"),
 )
 _FLOAT = (
     *("tolerance", "margin", "certified_radius", "attack_radius", "gap", "seconds_certify", "seconds_attack"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnrobust.errors import InputError
-from attnrobust.runs.rows import SCHEMA_VERSION, Row
+from attnrobust.runs.rows import SCHEMA_VERSION, Row, layer_order
 from attnrobust.runs.storage.atomic import require_writable, write_atomically
 from attnrobust.runs.storage.files import JSON_NAME, MANIFEST, job_digest, json_text
 from attnrobust.runs.storage.parquet import parquet_bytes, read_parquet, read_row_ids
@@ -129,9 +129,7 @@ class RunStore:
         """Every finished row once, by input, layer, threat and goal, whatever order they were computed in."""
         rows = (row for path in self.parts() for row in read_parquet(path, run=self.manifest.digest))
         found = {row.row_id: row for row in rows}
-        return sorted(
-            found.values(), key=lambda r: (natural_order(r.input_id), natural_order(r.layer), r.threat, r.goal)
-        )
+        return sorted(found.values(), key=lambda r: (natural_order(r.input_id), layer_order(r), r.threat, r.goal))
 
     def append(self, rows: Sequence[Row]) -> Path:
         """Write finished rows as one part, whole or not at all.
