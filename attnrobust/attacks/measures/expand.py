@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.attacks.search.evaluate import ScaledGoal
 from attnrobust.attacks.search.pullback import FEATURES, covers
+from attnrobust.attacks.search.stacked_goal import ScaledGoal
 from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
 from attnrobust.goals import Goal, ResolvedGoal
 from attnrobust.layers.attention import Attention
