@@ -36,7 +36,7 @@ def graph_named(name: str) -> NetworkGraph:
 
 def with_gradient(f: object, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
-    value = f(x)  # type: ignore[operator]
+    value = f(x)
     (gradient,) = torch.autograd.grad((value * torch.arange(1.0, value.numel() + 1.0).view_as(value)).sum(), x)
     return value.detach(), gradient
 
