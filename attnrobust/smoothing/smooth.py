@@ -20,9 +20,10 @@ from attnrobust.threats.moves import MoveThreat
 
 SAFE = 1.0 - 1e-9
 """Covers what quantiles of the normal and the beta distribution round (libraries give about 1e-12)."""
-TRIES = 16
-STRETCH = 1.01
-"""A flip of half of the votes proves nothing: the move grows by 1 % until fresh votes prove another majority."""
+TRIES = 9
+STRETCH = 0.01
+"""A flip of half of the votes proves nothing: the move is stretched by 0, 1, 3, 7, ... % until fresh votes prove a
+change of the majority."""
 
 
 def smooth(problem: Problem, smoothing: Smoothing | float, *, seed: int = 0, attack: bool = True) -> SmoothedComparison:
@@ -126,10 +127,10 @@ def _attacked(voters: Voters, smoothing: Smoothing, certified: _Certified, seed:
         return _Flip()
     failure = 0.5 * smoothing.failure_probability / TRIES
     for attempt in range(TRIES):
-        counts = voters.votes(delta, smoothing.samples, _generator(seed, f"verify {attempt}", digest))
+        stretched = delta * (1.0 + STRETCH * (2**attempt - 1))
+        counts = voters.votes(stretched, smoothing.samples, _generator(seed, f"verify {attempt}", digest))
         if _proves_other(counts, failure):
-            return _Flip(float(threat.distance(delta)), int(counts[0]) / smoothing.samples)
-        delta = delta * STRETCH
+            return _Flip(float(threat.distance(stretched)), int(counts[0]) / smoothing.samples)
     return _Flip()
 
 
