@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -56,7 +57,8 @@ def trained(recipe: Recipe) -> ViTForImageClassification:
         _train(model, recipe.epochs)
     finally:
         torch.random.set_rng_state(state)
-    return model.eval()
+    model.train(mode=False)
+    return model
 
 
 def accuracy(model: ViTForImageClassification) -> float:
@@ -68,22 +70,13 @@ def accuracy(model: ViTForImageClassification) -> float:
 
 
 def _untrained(recipe: Recipe) -> ViTForImageClassification:
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=recipe.width,
-            num_hidden_layers=recipe.blocks,
-            num_attention_heads=recipe.heads,
-            intermediate_size=2 * recipe.width,
-            hidden_act=recipe.activation,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            image_size=SIDE,
-            patch_size=recipe.patch,
-            num_channels=1,
-            num_labels=10,
-            attn_implementation="sdpa",
-        )
-    )
+    options: dict[str, Any] = {
+        "hidden_size": recipe.width, "num_hidden_layers": recipe.blocks, "num_attention_heads": recipe.heads,
+        "intermediate_size": 2 * recipe.width, "hidden_act": recipe.activation, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "image_size": SIDE, "patch_size": recipe.patch, "num_channels": 1,
+        "num_labels": 10, "attn_implementation": "sdpa",
+    }  # fmt: skip
+    return ViTForImageClassification(ViTConfig(**options))
 
 
 def _train(model: ViTForImageClassification, epochs: int) -> None:

@@ -49,14 +49,15 @@ class SmoothedRow:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is infinite or missing is null."""
-        row = {name: value for name, value in vars(self).items() if name != "answer"} | {"model": "smoothed"}
+        row: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "answer"}
+        row["model"] = "smoothed"
         if self.answer is None:
             return row
         values = asdict(self.answer)
         sampling = values.pop("smoothing")
         del values["label"], values["majority"]
         numbers = {name: _finite(value) for name, value in (values | {"gap": self.answer.gap}).items()}
-        return row | sampling | numbers
+        return {**row, **sampling, **numbers}
 
     @property
     def certified_radius(self) -> float | None:

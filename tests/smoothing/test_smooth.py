@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,8 @@ from attnrobust.layers.graph import Activate, Affine, GraphBuilder, NetworkGraph
 from attnrobust.problem import Problem
 from attnrobust.smoothing import Smoothing, smooth
 from attnrobust.smoothing.votes import Voters, decided, probability_above, probability_below
-from attnrobust.threats.base import Threat
 from attnrobust.threats.measures import WassersteinBall
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import refused
 from tests.layers.graph.networks import masses, network, random
@@ -36,7 +36,7 @@ def tokens(first: float) -> TokenMeasure:
     return TokenMeasure(x)
 
 
-def exact(threat: Threat, first: float) -> float:
+def exact(threat: MoveThreat, first: float) -> float:
     """The decision is the sign of the mean first coordinate: its radius under a threat is ``2 first / dual norm``."""
     gradient = torch.zeros(N, D, dtype=torch.float64)
     gradient[:, 0] = 1.0 / N
@@ -44,7 +44,7 @@ def exact(threat: Threat, first: float) -> float:
 
 
 @pytest.mark.parametrize("threat", [FrobeniusBall(), FrobeniusBall(tokens=(1,)), AnyToken(), PerTokenBall("linf")])
-def test_linear_decisions_are_their_own_smoothed_ones(threat: Threat) -> None:
+def test_linear_decisions_are_their_own_smoothed_ones(threat: MoveThreat) -> None:
     problem = Problem(linear(), tokens(0.4), threat, READOUT)
     smoothing = Smoothing(0.5, samples=4000)
     found, radius = smooth(problem, smoothing, seed=3), exact(threat, 0.4)
@@ -120,11 +120,12 @@ def test_refusals() -> None:
         smooth(Problem(linear(), x, FrobeniusBall(), Displacement(0.1)), 0.5)
     with refused(UnsupportedThreatError, "smoothing covers moved tokens"):
         smooth(Problem(linear(), x, WassersteinBall(2), READOUT), 0.5)
-    for values, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"sigma": 0.0}, "sigma must be a positive number"),
         ({"sigma": math.nan}, "sigma"),
         ({"sigma": 1.0, "samples": 3}, "at least 10 samples"),
         ({"sigma": 1.0, "failure_probability": 0.7}, "between 0 and 0.5"),
-    ):
+    )
+    for values, message in wrong:
         with refused(InputError, message):
             Smoothing(**values)
