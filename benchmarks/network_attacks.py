@@ -106,7 +106,7 @@ def steps(_: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, A
 
 
 def _step(tokens: int, rows: int) -> dict[str, Any]:
-    model, problem = _long_problem(tokens)
+    model, problem = long_problem(tokens)
     encoder = model.module.encoder
     evaluator = Evaluator([problem], memory_bytes=1 << 30)
     moves = 0.01 * torch.randn(1, rows, *problem.clean.points.shape, dtype=torch.float64)
@@ -132,7 +132,7 @@ def _forward_and_backward(encoder: torch.nn.Module, x: torch.Tensor, dtype: torc
     torch.autograd.grad(encoder(x)[0].sum(), x)
 
 
-def _long_problem(tokens: int) -> tuple[Any, ar.Problem]:
+def long_problem(tokens: int) -> tuple[Any, ar.Problem]:
     model = ar.load_model("minilm")
     read = model.network(FILLER * max(1, min(tokens // 8, 25)), head="mean")
     points = read.input.measure.points
@@ -151,7 +151,7 @@ def memory(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict
 
 
 def _memory(tokens: int) -> dict[str, Any]:
-    _, problem = _long_problem(tokens)
+    _, problem = long_problem(tokens)
     _ = problem.resolved
     before = _peak()
     start = time.process_time()
