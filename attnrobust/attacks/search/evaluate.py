@@ -170,7 +170,7 @@ class Evaluator:
         x = self.place(delta)
         if self.prepared is not None:
             return self.goal.shares(self.prepared.forward(x).output)
-        return self.goal.shares(torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])]))
+        return self.goal.shares(torch.stack([self.output(i, x[i]) for i in range(x.shape[0])]))
 
     def _shares_and_gradient(self, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         self._count(delta.shape[1])
@@ -181,12 +181,13 @@ class Evaluator:
             return shares, self._pull(delta, tape.pullback(cotangent))
         x.requires_grad_(True)
         with torch.enable_grad():
-            output = torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])])
+            output = torch.stack([self.output(i, x[i]) for i in range(x.shape[0])])
         shares, cotangent = self.goal.shares_and_cotangent(output.detach(), target)
         (gradient,) = torch.autograd.grad(output, x, cotangent)
         return shares, self._pull(delta, gradient)
 
-    def _plain(self, index: int, x: Float[Tensor, "r n d"]) -> Tensor:
+    def output(self, index: int, x: Float[Tensor, "r n d"]) -> Tensor:
+        """The network's output for one problem at placed tokens, as the search sees it; differentiable."""
         if isinstance(self.network, NetworkGraph):
             return self.graphs[index].value(x)
         mass = None if self.mass is None else self.mass[index].expand(x.shape[0], -1)
@@ -222,7 +223,7 @@ class Evaluator:
         x = self.points[index].expand_as(vectors).clone().requires_grad_(True)
         goal = self.goal.take(torch.tensor([index], device=x.device))
         with torch.enable_grad():
-            image = goal.pool(self._plain(index, x)[None])[0]
+            image = goal.pool(self.output(index, x)[None])[0]
             dual = torch.zeros_like(image, requires_grad=True)
             (pulled,) = torch.autograd.grad(image, x, dual, create_graph=True)
             # The pullback is linear in its cotangent: differentiating it along v gives J v.
@@ -238,7 +239,7 @@ class Evaluator:
             width = self.points.shape[-1] + self.network.out_width
             return int(8 * WORKING_COPIES * n * (self.network.heads * n + width))
         if self._row_bytes is None:
-            self._row_bytes = bytes_of_a_row(lambda x: self._plain(0, x), self.points[0])
+            self._row_bytes = bytes_of_a_row(lambda x: self.output(0, x), self.points[0])
         return self._row_bytes
 
     @property

@@ -8,7 +8,7 @@ known here runs by its own ``forward`` in float64.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -28,19 +28,24 @@ from attnrobust.layers.normalisation import LayerNorm
 Run = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
 """A node's value from what it reads and the masses of its rows (float64)."""
 
-_PREPARED: WeakKeyDictionary[NetworkGraph, dict[torch.dtype, "PreparedNetwork"]] = WeakKeyDictionary()
+KEPT = 4
+"""Graphs whose fused weights are kept, the last ones used: every text of a model is a graph object of its own."""
+
+_RECENT: list[tuple[ref[NetworkGraph], dict[torch.dtype, "PreparedNetwork"]]] = []
 
 
 def prepared_network(graph: NetworkGraph, dtype: torch.dtype) -> "PreparedNetwork":
-    """The graph in one precision; made once for each graph object."""
-    found = _PREPARED.setdefault(graph, {})
-    if dtype not in found:
-        found[dtype] = PreparedNetwork(graph, dtype)
-    return found[dtype]
+    """The graph in one precision; made once while the graph is among the last ones used."""
+    found = next((entry for entry in _RECENT if entry[0]() is graph), (ref(graph), {}))
+    _RECENT[:] = [found, *(entry for entry in _RECENT if entry is not found and entry[0]() is not None)][:KEPT]
+    prepared = found[1]
+    if dtype not in prepared:
+        prepared[dtype] = PreparedNetwork(graph, dtype)
+    return prepared[dtype]
 
 
 class PreparedNetwork:
-    """A graph with fused weights; it does not keep the graph itself alive, which is its key in the cache.
+    """A graph with fused weights; it does not keep the graph itself alive.
 
     Args:
         graph: The graph.

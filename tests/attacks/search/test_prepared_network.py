@@ -9,7 +9,7 @@ from torch import Tensor
 from attnrobust.attacks import AttackBudget, attack
 from attnrobust.attacks.search.evaluate import Evaluator
 from attnrobust.attacks.search.memory import bytes_of_a_row
-from attnrobust.attacks.search.prepared_network import prepared_network
+from attnrobust.attacks.search.prepared_network import KEPT, prepared_network
 from attnrobust.goals import Displacement
 from attnrobust.layers.graph import Affine, GraphBuilder, NetworkGraph, Scale
 from attnrobust.layers.graph.attend import Attend
@@ -173,3 +173,14 @@ def test_same_bits_whatever_the_companions() -> None:
     together = attack_many(inputs, budget=QUICK)
     for problem, result in zip(inputs, together, strict=True):
         assert attack(problem, budget=QUICK).radius == result.radius
+
+
+def test_fused_weights_of_the_last_graphs_are_kept() -> None:
+    graphs = [network("pre", 1, "gelu") for _ in range(KEPT + 1)]
+    first = prepared_network(graphs[0], torch.float32)
+    for graph in graphs[1:KEPT]:
+        prepared_network(graph, torch.float32)
+    assert prepared_network(graphs[0], torch.float32) is first
+    for graph in graphs[1:]:
+        prepared_network(graph, torch.float32)
+    assert prepared_network(graphs[0], torch.float32) is not first
