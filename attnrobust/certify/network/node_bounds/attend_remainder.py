@@ -48,6 +48,7 @@ class RowRemainders:
     chance: Chance
     _seen: list[Tensor] = field(default_factory=list, repr=False)
     _latest: tuple[float, LogitForms] | None = field(default=None, repr=False)
+    _whole: tuple[float, float] | None = field(default=None, repr=False)
 
     @cached_property
     def _rows(self) -> SubtractedRows:
@@ -113,6 +114,11 @@ class RowRemainders:
 
     def whole(self, size: float) -> float:
         """Bound of the Frobenius norm: the joint form (19) without its first part; inf where it says nothing."""
+        if self._whole is None or self._whole[0] != size:
+            self._whole = (size, self._joint(size))
+        return self._whole[1]
+
+    def _joint(self, size: float) -> float:
         forms = self._forms(size)
         if forms is None:
             return math.inf

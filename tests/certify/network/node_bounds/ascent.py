@@ -9,8 +9,8 @@ from torch import Tensor
 from attnrobust.certify.network.node_bounds.node_bound import NodeBound
 from attnrobust.certify.network.node_bounds.registry import bound_of
 from attnrobust.certify.network.node_bounds.state_move import StateMove, state_move
-from attnrobust.layers.graph.node import Edges, Node
 from attnrobust.layers.graph.network_graph import NetworkGraph
+from attnrobust.layers.graph.node import Edges, Node
 from attnrobust.layers.graph.wiring import Step
 from attnrobust.numerics.chance import Chance
 
@@ -94,7 +94,11 @@ def largest(function: Callable[..., Tensor], measure: Measure, within: tuple[Sta
         gradients = torch.autograd.grad(value.sum(), moves, allow_unused=True, materialize_grads=True)
         rate = 1.5 / (1.0 + 0.3 * step)
         moves = [
-            shortened(e.detach() + rate * w.frobenius * g / torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True).clamp_min(1e-300), w)
+            shortened(
+                e.detach()
+                + rate * w.frobenius * g / torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True).clamp_min(1e-300),
+                w,
+            )
             for e, g, w in zip(moves, gradients, within, strict=True)
         ]
     return best
