@@ -20,7 +20,7 @@ from attnrobust.numerics.rounding import FORMULA, outward, used_share
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 
-EVENTS = 256  # eigenvalue bounds that a radius is likely to need
+EVENTS = 128  # eigenvalue bounds that a radius is likely to need
 REFERENCE_SHARE = 0.03  # of the radius of the first order alone, at which the sizes of remainders are compared
 COTANGENT_NUMBERS = 2**24  # of the cotangents that are kept; classes beyond are bounded by the output's move
 
@@ -57,10 +57,10 @@ class ChainBound(PreparedBound):
     @torch.no_grad()
     def __init__(self, problem: Problem, *, seed: int) -> None:
         self._problem, self._goal = problem, problem.resolved
-        self._chance = Chance(seed, "network-chain", 2.0 * SIDE_FAILURE, EVENTS)
+        self._chance = Chance(seed, "network-chain", SIDE_FAILURE, EVENTS)
         self._network = Network.of(problem, self._chance)
         self._tails: dict[str, Tail] = {}
-        self._build = Tails(problem, self._network.clean, self._chance)
+        self._build = Tails(problem, self._network.clean, self._network.profiles, self._chance)
         self._prepare_readouts()
         self._prepare_tails(stream(seed, "output"))
 
@@ -87,13 +87,13 @@ class ChainBound(PreparedBound):
         """Tails in the order of evaluation, each weighted by the remainders that the earlier ones lead to."""
         reference, wanted = self._reference_radius(), frozenset(targets(self._network.wiring))
 
-        def refine(name: str, moved: StateMove, remainders: Mapping[str, StateMove]) -> StateMove:
+        def refine(name: str, moved: StateMove, remainders: Mapping[str, float]) -> StateMove:
             if name in wanted:
-                self._tails[name] = self._build.of_state(name, _sizes(remainders))
+                self._tails[name] = self._build.of_state(name, remainders)
             return self._refined(name, moved, remainders, reference)
 
         _, remainders = self._network.moves(threat_move(self._problem, reference), refine)
-        self._output = None if len(self._classes) else self._build.of_output(_sizes(remainders), seed)
+        self._output = None if len(self._classes) else self._build.of_output(remainders, seed)
 
     def _reference_radius(self) -> float:
         """A radius at which remainders are compared; any one is sound."""
@@ -112,7 +112,7 @@ class ChainBound(PreparedBound):
 
     # ---- at one radius ---------------------------------------------------------------------------------------------
 
-    def _refined(self, name: str, moved: StateMove, remainders: Mapping[str, StateMove], radius: float) -> StateMove:
+    def _refined(self, name: str, moved: StateMove, remainders: Mapping[str, float], radius: float) -> StateMove:
         return moved.meet(self._tails[name].move(radius, remainders)) if name in self._tails else moved
 
     @property
@@ -145,7 +145,3 @@ class ChainBound(PreparedBound):
                 inputs = [moves[name] for name in step.reads]
                 total = total + self._network.bounds[step.name].readout(self._cotangents[step.name], *inputs)
         return torch.nan_to_num(total, nan=torch.inf)
-
-
-def _sizes(remainders: Mapping[str, StateMove]) -> dict[str, float]:
-    return {name: move.frobenius for name, move in remainders.items()}

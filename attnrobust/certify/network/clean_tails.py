@@ -5,19 +5,22 @@ derivatives J from the input and X_m from an additive change of state m (docs/ne
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.certify.network.node_bounds.normalise import NormaliseBound
 from attnrobust.certify.network.node_bounds.state_move import StateMove, state_move
+from attnrobust.certify.shared.first_order import ACCURACY as FIRST_ORDER
 from attnrobust.certify.shared.first_order import first_order
 from attnrobust.certify.shared.head_sizes import spectral_norm
 from attnrobust.layers.graph.affine import Affine, Scale
 from attnrobust.layers.graph.elementwise import Activate
 from attnrobust.layers.graph.linearisation import Linearisation
+from attnrobust.layers.graph.normalise import Normalise
 from attnrobust.layers.graph.rows import AddPositions
 from attnrobust.layers.graph.wiring import Wiring
 from attnrobust.numerics.chance import Chance
@@ -25,6 +28,7 @@ from attnrobust.numerics.linear_map import (
     LinearMap,
     largest_singular_value_upper,
     pool_rows,
+    scale_rows,
     select_tokens,
 )
 from attnrobust.numerics.rounding import FORMULA, outward
@@ -32,8 +36,12 @@ from attnrobust.problem import Problem
 
 DENSE_TARGET, DENSE_NUMBERS = 256, 2**22  # numbers of a target, and of all its derivatives, that are built
 PROBES = 4  # random cotangents that estimate how sensitive a target is to each remainder; any weights are sound
-ACCURACY = 1e-2  # of the stacked norms
+ACCURACY, MAX_STEPS = 1e-2, 60  # of a norm; fewer steps only widen it
+LARGE = 600  # numbers of the input beyond which the first order of the output is as accurate as the other norms
 FLOOR = 1e-3  # smallest estimate, of the largest one
+Measured = Callable[[LinearMap], LinearMap]
+"""How a map to the whole target is measured: some rows weighted, or pooled."""
+
 TOKENWISE = (Affine, Scale, AddPositions, Activate)
 
 
@@ -43,31 +51,37 @@ class Tail:
 
     Args:
         first: Move of the target to first order, by a threat of size 1.
-        norms: ``||X_m||_2`` of every source; with ``stacked`` the weights omega_m instead.
+        norms: ``||X_m||_2`` of every source, from its weighted remainder; with ``stacked`` the weights omega_m instead.
         rows: Norms of the target's token rows of X_m, (n,), where they were computed.
         stacked: Norm of ``[X_m / omega_m]_m``, all sources at once; None where every norm is known.
+        scale: Row factors under which the whole target is measured; None means 1.
     """
 
     first: StateMove
     norms: Mapping[str, float]
     rows: Mapping[str, Float[Tensor, "n"]]
     stacked: float | None = None
+    scale: Float[Tensor, "n"] | None = None
 
-    def move(self, radius: float, remainders: Mapping[str, StateMove]) -> StateMove:
+    def move(self, radius: float, remainders: Mapping[str, float]) -> StateMove:
         """Bounds of the target's move on the threat's set of this radius."""
         rest = self._rest(remainders)
-        tokens = radius * self.first.tokens + (self._token_rest(remainders) if self.rows else rest)
+        tokens = outward(radius * self.first.tokens + (self._token_rest(remainders) if self.rows else rest), FORMULA)
         whole = outward(radius * self.first.frobenius + rest, FORMULA)
-        return state_move(whole, outward(tokens, FORMULA), tokens.new_full(self.first.entries.shape, math.inf))
+        unknown = tokens.new_full(self.first.entries.shape, math.inf)
+        if self.scale is None:
+            return state_move(whole, tokens, unknown)
+        tokens = tokens / self.scale
+        return state_move(whole / float(self.scale.min()), tokens, unknown, scaled=(self.scale, whole))
 
-    def _rest(self, remainders: Mapping[str, StateMove]) -> float:
-        sizes = {name: (value, remainders[name].frobenius) for name, value in self.norms.items()}
+    def _rest(self, remainders: Mapping[str, float]) -> float:
+        sizes = [(value, remainders[name]) for name, value in self.norms.items() if remainders[name] > 0.0]
         if self.stacked is None:
-            return sum(norm * size for norm, size in sizes.values() if size > 0.0)
-        return self.stacked * math.sqrt(sum((weight * size) ** 2 for weight, size in sizes.values() if size > 0.0))
+            return sum(norm * size for norm, size in sizes)
+        return self.stacked * math.hypot(*(weight * size for weight, size in sizes))
 
-    def _token_rest(self, remainders: Mapping[str, StateMove]) -> Tensor:
-        parts = [rows * remainders[name].frobenius for name, rows in self.rows.items()]
+    def _token_rest(self, remainders: Mapping[str, float]) -> Tensor:
+        parts = [rows * remainders[name] for name, rows in self.rows.items()]
         found = sum(parts, start=torch.zeros_like(self.first.tokens))
         return torch.nan_to_num(found, nan=torch.inf)
 
@@ -101,11 +115,13 @@ class Tails:
     Args:
         problem: The question.
         clean: Its network's derivatives.
+        profiles: Weights of the coordinates in which remainders are measured.
         chance: Failure probability of the norms.
     """
 
     problem: Problem
     clean: Linearisation
+    profiles: Mapping[str, Float[Tensor, "n e"]]
     chance: Chance
 
     def of_state(self, name: str, expected: Mapping[str, float]) -> Tail:
@@ -115,27 +131,38 @@ class Tails:
             name: The state.
             expected: Sizes of the remainders before it near the radius that will be certified; they choose weights.
         """
-        sources = curved_before(self.clean.wiring, name)
-        linear = self.clean.linear_map(stop=name)
-        if self._small(linear, sources):
-            return self._dense(name, sources)
-        movable = self.problem.moves.movable(self.problem.clean.n).to(linear.device)
-        clean = self.problem.clean
+        linear, scale, clean = self.clean.linear_map(stop=name), self._scale(name), self.problem.clean
+        if self._small(linear, curved_before(self.clean.wiring, name)):
+            return self._dense(name, scale)
         factor = self.problem.moves.frobenius_factor(clean.n, clean.width)
-        first = self._upper(select_tokens(linear, movable)) * factor
-        rows, width = self.clean.clean[name].shape
-        return self._stacked(name, sources, expected, _whole(first, int(rows), int(width), like=linear), pool=None)
+        movable = self.problem.moves.movable(clean.n).to(linear.device)
+
+        def measured(whole: LinearMap) -> LinearMap:
+            return whole if scale is None else scale_rows(whole, scale)
+
+        size = self._upper(measured(select_tokens(linear, movable))) * factor
+        return self._stacked(name, expected, _whole(size, linear), measured, scale)
 
     def of_output(self, expected: Mapping[str, float], seed: int) -> Tail:
         """The tail of what a displacement counts of the output."""
-        pool, name = self.problem.resolved.weights, self.clean.wiring.output
-        linear = self.clean.linear_map()
-        found = first_order(self.problem, linear, seed=seed)
+        pool, linear = self.problem.resolved.weights, self.clean.linear_map()
+        accuracy = FIRST_ORDER if linear.in_size <= LARGE else ACCURACY
+        found = first_order(self.problem, linear, seed=seed, accuracy=accuracy)
         self.chance.spend(found.failure_probability)
-        rows, width = self.clean.clean[name].shape
-        shape = (int(rows) if pool is None else 1, int(width))
-        first = _whole(float(found.slopes[0]), *shape, like=linear)
-        return self._stacked(name, curved_before(self.clean.wiring, name), expected, first, pool=pool)
+        first = _whole(float(found.slopes[0]), linear)
+        return self._stacked(self.clean.wiring.output, expected, first, lambda whole: pool_rows(whole, pool))
+
+    def _scale(self, name: str) -> Float[Tensor, "n"] | None:
+        """``s_min / s_i`` where a norm reads the state: what its tokens' moves are worth there; else None."""
+        for step in self.clean.wiring.steps:
+            if name in step.reads and isinstance(step.node, Normalise):
+                spread = NormaliseBound(step.node.norm, self.clean.clean[name]).spread
+                return spread.min() / spread
+        return None
+
+    def _profiled(self, source: str, change: Tensor) -> Tensor:
+        """A change of a state, or a cotangent there, in the coordinates in which its remainder is measured."""
+        return change / self.profiles[source] if source in self.profiles else change
 
     def _small(self, linear: LinearMap, sources: tuple[str, ...]) -> bool:
         size = sum(self.clean.clean[name].numel() for name in sources) + linear.in_size
@@ -143,25 +170,27 @@ class Tails:
 
     def _upper(self, linear: LinearMap) -> float:
         share, seed = self.chance.next_event()
-        bound = largest_singular_value_upper(linear, failure_probability=share, seed=seed, tol=ACCURACY)
+        bound = largest_singular_value_upper(
+            linear, failure_probability=share, seed=seed, tol=ACCURACY, max_steps=MAX_STEPS
+        )
         self.chance.spend(bound.failure_probability)
         return bound.value
 
     # ---- small targets: every derivative is built -------------------------------------------------------------------
 
-    def _dense(self, name: str, sources: tuple[str, ...]) -> Tail:
+    def _dense(self, name: str, scale: Float[Tensor, "n"] | None) -> Tail:
         rows, width = (int(size) for size in self.clean.clean[name].shape)
         unit = torch.eye(rows * width, dtype=torch.float64, device=self.clean.clean[name].device)
-        start = self.clean.wiring.source
-        pulled = self.clean.pull({name: unit.reshape(-1, rows, width)}, (start, *sources))
-        matrices = {source: value.flatten(1) for source, value in pulled.items() if source != start}
+        unit = unit.reshape(-1, rows, width)
+        start, sources = self.clean.wiring.source, curved_before(self.clean.wiring, name)
+        pulled = self.clean.pull({name: unit if scale is None else unit * scale[:, None]}, (start, *sources))
+        matrices = {source: self._profiled(source, pulled[source]).flatten(1) for source in sources}
+        by_row = {source: spectral_norm(matrix.unflatten(0, (rows, width))) for source, matrix in matrices.items()}
         return Tail(
             first=self._first_dense(pulled[start], rows, width),
             norms={source: outward(float(spectral_norm(matrix)), FORMULA) for source, matrix in matrices.items()},
-            rows={
-                source: outward(spectral_norm(matrix.unflatten(0, (rows, width))), FORMULA)
-                for source, matrix in matrices.items()
-            },
+            rows={source: outward(norms, FORMULA) for source, norms in by_row.items()},
+            scale=scale,
         )
 
     def _first_dense(self, jacobian: Float[Tensor, "m n d"], rows: int, width: int) -> StateMove:
@@ -183,16 +212,18 @@ class Tails:
     def _stacked(
         self,
         name: str,
-        sources: tuple[str, ...],
         expected: Mapping[str, float],
         first: StateMove,
-        pool: Float[Tensor, "n"] | None,
+        measured: Measured,
+        scale: Tensor | None = None,
     ) -> Tail:
+        """A tail whose sources share one norm, of the target as it is measured."""
+        sources = curved_before(self.clean.wiring, name)
         if not sources:
-            return Tail(first, {}, {})
-        weights = self._weights(name, sources, expected, pool)
-        norm = self._upper(pool_rows(self._stack(name, weights), pool))
-        return Tail(first, weights, {}, stacked=norm)
+            return Tail(first, {}, {}, scale=scale)
+        plain = dict.fromkeys(sources, 1.0)
+        weights = self._weights(measured(self._stack(name, plain)), sources, expected)
+        return Tail(first, weights, {}, self._upper(measured(self._stack(name, weights))), scale)
 
     def _stack(self, name: str, weights: Mapping[str, float]) -> LinearMap:
         """``(t_m)_m -> sum_m X_m t_m / omega_m`` on the flattened sources."""
@@ -200,34 +231,29 @@ class Tails:
         sizes = [math.prod(shape) for shape in shapes.values()]
 
         def matvec(flat: Tensor) -> Tensor:
-            parts = flat.split(sizes, dim=-1)
             changes = {
-                source: part.unflatten(-1, shapes[source]) / weights[source]
-                for source, part in zip(weights, parts, strict=True)
+                source: self._profiled(source, part.unflatten(-1, shapes[source])) / weights[source]
+                for source, part in zip(weights, flat.split(sizes, dim=-1), strict=True)
             }
             return self.clean.push(changes, (name,))[name]
 
         def rmatvec(cotangent: Tensor) -> Tensor:
             pulled = self.clean.pull({name: cotangent}, weights)
-            return torch.cat([pulled[source].flatten(-2) / weights[source] for source in weights], dim=-1)
+            parts = (self._profiled(source, pulled[source]) / weight for source, weight in weights.items())
+            return torch.cat([part.flatten(-2) for part in parts], dim=-1)
 
         target = self.clean.clean[name]
         return LinearMap(matvec, rmatvec, (sum(sizes),), tuple(target.shape), target.device)
 
-    def _weights(
-        self, name: str, sources: tuple[str, ...], expected: Mapping[str, float], pool: Float[Tensor, "n"] | None
-    ) -> dict[str, float]:
+    def _weights(self, stack: LinearMap, sources: tuple[str, ...], expected: Mapping[str, float]) -> dict[str, float]:
         """``omega_m^2 = ||X_m|| / |Rem_m|`` from estimates of both: then the stack costs at most what the sum does."""
-        generator = torch.Generator().manual_seed(self.chance.seed % 2**62)
-        target = self.clean.clean[name]
-        shape = (PROBES, *target.shape) if pool is None else (PROBES, 1, target.shape[1])
-        probe = torch.randn(shape, generator=generator, dtype=torch.float64).to(target)
-        if pool is not None:
-            probe = pool[:, None] * probe
-        pulled = self.clean.pull({name: probe}, sources)
-        sensitive = _floored({source: float(torch.linalg.vector_norm(pulled[source])) for source in sources})
-        sizes = _floored({source: expected.get(source, 0.0) for source in sources})
-        return {source: math.sqrt(sensitive[source] / sizes[source]) for source in sources}
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(PROBES, *stack.out_shape, generator=generator, dtype=torch.float64).to(stack.device)
+        sizes = [self.clean.clean[source].numel() for source in sources]
+        lengths = torch.stack([torch.linalg.vector_norm(part) for part in stack.rmatvec(probe).split(sizes, dim=-1)])
+        sensitive = _floored(dict(zip(sources, lengths.tolist(), strict=True)))
+        rest = _floored({source: expected.get(source, 0.0) for source in sources})
+        return {source: math.sqrt(sensitive[source] / rest[source]) for source in sources}
 
 
 def _floored(values: dict[str, float]) -> dict[str, float]:
@@ -236,6 +262,8 @@ def _floored(values: dict[str, float]) -> dict[str, float]:
     return {name: max(value / largest, FLOOR) for name, value in finite.items()}
 
 
-def _whole(size: float, rows: int, width: int, *, like: LinearMap) -> StateMove:
+def _whole(size: float, like: LinearMap) -> StateMove:
+    """A move of a target of which only the whole is known."""
+    rows, width = like.out_shape
     one = torch.full((rows,), size, dtype=torch.float64, device=like.device)
     return state_move(size, one, one[:, None].expand(-1, width))

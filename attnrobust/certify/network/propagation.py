@@ -12,15 +12,21 @@ from attnrobust.certify.network.node_bounds.registry import bound_of
 from attnrobust.certify.network.node_bounds.state_move import StateMove, state_move
 from attnrobust.errors import UnsupportedModelError
 from attnrobust.goals import ResolvedGoal
+from attnrobust.layers.graph.activation_functions import FUNCTIONS
+from attnrobust.layers.graph.affine import Affine
+from attnrobust.layers.graph.elementwise import Activate
 from attnrobust.layers.graph.linearisation import Linearisation
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.layers.graph.wiring import Wiring
 from attnrobust.numerics.chance import Chance
+from attnrobust.numerics.rounding import nonzero
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import PerTokenBall
 
-Refine = Callable[[str, StateMove, Mapping[str, StateMove]], StateMove]
-"""State, its move from its own node, remainders so far: a move that is no larger."""
+FLOOR = 1e-3  # of the largest: least weight of a neuron
+
+Refine = Callable[[str, StateMove, Mapping[str, float]], StateMove]
+"""State, its move from its own node, sizes of the remainders so far: a move that is no larger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,37 +36,68 @@ class Network:
     Args:
         clean: Clean states and derivatives.
         bounds: One bound a step.
+        profiles: Weights of the entries of a remainder that its size is measured with; none means 1.
     """
 
     clean: Linearisation
     bounds: Mapping[str, NodeBound]
+    profiles: Mapping[str, Float[Tensor, "n e"]]
 
     @classmethod
     def of(cls, problem: Problem, chance: Chance) -> "Network":
         """The problem's network at its clean input."""
         graph = graph_of(problem)
         clean = graph.linearise(problem.clean.points, problem.mass)
-        return cls(clean, {step.name: bound_of(step, clean, chance) for step in graph.steps})
+        return cls(clean, {step.name: bound_of(step, clean, chance) for step in graph.steps}, profiles(clean))
 
     @property
     def wiring(self) -> Wiring:
         """The network."""
         return self.clean.wiring
 
-    def moves(
-        self, source: StateMove, refine: Refine | None = None
-    ) -> tuple[dict[str, StateMove], dict[str, StateMove]]:
-        """Moves of every state, and remainders of every node that has one, in the order of evaluation."""
-        moves, remainders = {self.wiring.source: source}, dict[str, StateMove]()
+    def moves(self, source: StateMove, refine: Refine | None = None) -> tuple[dict[str, StateMove], dict[str, float]]:
+        """Moves of every state, and weighted sizes of the remainders of the nodes that have one (if refined)."""
+        moves, remainders = {self.wiring.source: source}, dict[str, float]()
         for step in self.wiring.steps:
             inputs, bound = [moves[name] for name in step.reads], self.bounds[step.name]
             moved = bound.move(*inputs)
             if refine is not None:
                 if not step.node.affine:
-                    remainders[step.name] = bound.remainder(*inputs)
+                    remainders[step.name] = self._size(step.name, inputs)
                 moved = refine(step.name, moved, remainders)
             moves[step.name] = moved
         return moves, remainders
+
+    def _size(self, name: str, inputs: list[StateMove]) -> float:
+        if name in self.profiles:
+            return self.bounds[name].weighted_remainder(self.profiles[name], *inputs)
+        return self.bounds[name].remainder(*inputs).frobenius
+
+
+def profiles(clean: Linearisation) -> dict[str, Float[Tensor, "n e"]]:
+    """Weights of the neurons of ``Affine, Activate, Affine``: large where a neuron counts for much and bends little.
+
+    ``omega_k^2 = |out_k| / (theta_k |in_k|)`` balances ``||W_in diag(omega theta)||`` against ``||W_out / omega||``, with
+    ``theta_k`` about ``|phi''(x_k)| |in_k|``; any weights are sound.
+    """
+    steps = {step.name: step for step in clean.wiring.steps}
+    found = {}
+    for step in clean.wiring.steps:
+        hidden = steps.get(step.reads[0])
+        if not isinstance(step.node, Affine) or hidden is None or not isinstance(hidden.node, Activate):
+            continue
+        given, higher = steps.get(hidden.reads[0]), FUNCTIONS[hidden.node.function].higher
+        if given is not None and isinstance(given.node, Affine):
+            x = clean.clean[given.name]
+            bend = torch.ones_like(x) if higher is None else _relative(higher(x)[0].abs())
+            effect = _relative(torch.linalg.vector_norm(step.node.weight, dim=1))
+            reach = _relative(torch.linalg.vector_norm(given.node.weight, dim=0))
+            found[hidden.name] = (effect / bend).sqrt() / reach
+    return found
+
+
+def _relative(sizes: Tensor) -> Tensor:
+    return (sizes / nonzero(sizes.max())).clamp_min(FLOOR)
 
 
 def graph_of(problem: Problem) -> NetworkGraph:

@@ -20,6 +20,7 @@ from attnrobust.numerics.rounding import FORMULA, nan_is_infinite, outward
 
 DENSE_LIMIT = 300  # n d up to which every eigenvalue is computed without randomness
 ROUNDS = 2  # rebalancing rounds of the joint bound
+MAX_STEPS = 60  # of an eigenvalue bound; fewer only widen it
 REMEMBERED = 4  # directions that choose the shares
 
 
@@ -133,8 +134,8 @@ class RowRemainders:
                 return best
             if not math.isfinite(found):
                 return best
-            best, settled = min(best, found), found > 0.98 * best
-            if settled and best < math.inf and len(self._seen) > 1:
+            best = min(best, found)
+            if len(self._seen) > 1:  # later radii begin with shares that are already balanced
                 break
         return outward(best * size, FORMULA)
 
@@ -149,8 +150,8 @@ class RowRemainders:
         share, seed = self.chance.next_event()
         points = self.clean.points
         bounds = largest_eigenvalue_upper(
-            apply, int(self.movable.sum()) * points.shape[1], failure_probability=share, seed=seed, tol=5e-3,
-            dense_limit=DENSE_LIMIT, device=points.device,
+            apply, int(self.movable.sum()) * points.shape[1], failure_probability=share, seed=seed, tol=2e-2,
+            max_steps=MAX_STEPS, dense_limit=DENSE_LIMIT, device=points.device,
         )  # fmt: skip
         self.chance.spend(bounds.upper.failure_probability)
         self._seen = [self._embedded(bounds.vector), *self._seen[: REMEMBERED - 1]]

@@ -34,6 +34,10 @@ class ActivateBound(NodeBound):
     def remainder(self, *inputs: StateMove) -> StateMove:
         return _sloped(inputs[0], remainder_slope(self.function, self.x, inputs[0].entries))
 
+    def weighted_remainder(self, weights: Tensor, *inputs: StateMove) -> float:
+        slopes = remainder_slope(self.function, self.x, inputs[0].entries)
+        return _sloped(inputs[0], slopes * weights).frobenius
+
     def readout(self, cotangents: Tensor, *inputs: StateMove) -> Tensor:
         """``sum |c_ik| slope_ik |t_ik|``, also as ``max |c_ik| slope_ik / reach_ik`` times the squared norm."""
         (given,) = inputs

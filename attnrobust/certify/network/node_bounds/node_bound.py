@@ -1,5 +1,6 @@
 """What a certificate of a whole network asks of one node at its clean input."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -23,6 +24,14 @@ class NodeBound(ABC):
     @abstractmethod
     def remainder(self, *inputs: StateMove) -> StateMove:
         """Bounds of ``f(x + e) - f(x) - f'(x) e``."""
+
+    def weighted_remainder(self, weights: Float[Tensor, "n e"], *inputs: StateMove) -> float:
+        """Bound of ``||(f(x + e) - f(x) - f'(x) e) * weights||_F``, entry by entry."""
+        found = self.remainder(*inputs)
+        if found.frobenius == 0.0:
+            return 0.0
+        by_entry = float(torch.linalg.vector_norm(found.entries * weights))
+        return min(float(weights.max()) * found.frobenius, by_entry if by_entry >= 0.0 else math.inf)
 
     def readout(self, cotangents: Float[Tensor, "c n e"], *inputs: StateMove) -> Float[Tensor, "c"]:
         """Upper bounds of ``|<cotangents_c, f(x + e) - f(x) - f'(x) e>|``; unless overridden, by Cauchy-Schwarz."""

@@ -39,14 +39,14 @@ class NormaliseBound(NodeBound):
         return self.x - self.x.mean(dim=-1, keepdim=True) if centre else self.x
 
     @cached_property
-    def _spread(self) -> Float[Tensor, "n"]:
-        """S."""
+    def spread(self) -> Float[Tensor, "n"]:
+        """The root s of the clean mean square."""
         return (self._centred.square().mean(dim=-1) + self.norm.eps).sqrt()
 
     @cached_property
     def _radius(self) -> Float[Tensor, "n"]:
         """``sqrt(zeta) = |Pi x| / (s sqrt(d))``, below 1: the clean output's part of the sphere's radius."""
-        return torch.linalg.vector_norm(self._centred, dim=-1) / (self._spread * math.sqrt(self.norm.width))
+        return torch.linalg.vector_norm(self._centred, dim=-1) / (self.spread * math.sqrt(self.norm.width))
 
     @cached_property
     def _sizes(self) -> tuple[float, float]:
@@ -55,7 +55,7 @@ class NormaliseBound(NodeBound):
 
     def _share(self, given: StateMove) -> Float[Tensor, "n"]:
         """T of every token."""
-        return (given.tokens / (self._spread * self._sizes[0])).clamp_min(SMALL)
+        return (given.tokens / (self.spread * self._sizes[0])).clamp_min(SMALL)
 
     def move(self, *inputs: StateMove) -> StateMove:
         share = self._share(inputs[0])
@@ -67,7 +67,7 @@ class NormaliseBound(NodeBound):
         return self._assembled(inputs[0], share, torch.minimum(share * slope, share + self._move(share)), slope)
 
     def readout(self, cotangents: Tensor, *inputs: StateMove) -> Tensor:
-        """``sum_i |C_i| |Rem_i|`` with ``C = weight c``; also ``||E||^2`` times the largest ``|C_i| |Rem_i| / |e_i|^2``."""
+        """``sum_i |C_i| |Rem_i|`` with ``C = weight c``; also ``||E||^2`` times the largest ``|C_i| kappa_i``."""
         (given,) = inputs
         share, weighted = self._share(given), cotangents * self.norm.weight
         if isinstance(self.norm, LayerNorm):
@@ -76,8 +76,11 @@ class NormaliseBound(NodeBound):
         width, _ = self._sizes
         slope = remainder_slope(share, self._move_slope(share))
         by_token = lengths @ (width * torch.minimum(share * slope, share + self._move(share)))
-        curvature = remainder_curvature(share) / (width * self._spread.square())
+        curvature = remainder_curvature(share) / (width * self.spread.square())
         by_square = (lengths * curvature).amax(dim=-1) * given.frobenius**2
+        if given.scaled is not None:
+            factors, size = given.scaled
+            by_square = torch.minimum(by_square, (lengths * curvature / factors.square()).amax(dim=-1) * size**2)
         by_square = torch.nan_to_num(by_square, nan=torch.inf)
         plain = readout_of(cotangents, self.remainder(given))
         return torch.minimum(torch.minimum(by_token, by_square), plain)
@@ -92,7 +95,7 @@ class NormaliseBound(NodeBound):
     @cached_property
     def _steepest(self) -> Float[Tensor, "n"]:
         """``|f(x + e) - f(x)| <= |e| / (s s')^{1/2}`` with s' >= eps^{1/2}."""
-        return (self._spread / math.sqrt(self.norm.eps)).sqrt()
+        return (self.spread / math.sqrt(self.norm.eps)).sqrt()
 
     def _move_slope(self, share: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
         """Supremum of the bound over its share up to this share."""
@@ -105,7 +108,11 @@ class NormaliseBound(NodeBound):
     ) -> StateMove:
         """From bounds on the sphere, and their largest quotients by the share, to the state."""
         width, weight = self._sizes
-        whole = float((slope / self._spread).max()) * weight * given.frobenius
+        steepness = weight * slope / self.spread
+        whole = float(steepness.max()) * given.frobenius
+        if given.scaled is not None:
+            factors, size = given.scaled
+            whole = min(whole, float((steepness / factors).max()) * size)
         bound = torch.where(given.tokens > 0.0, width * bound, torch.zeros_like(bound))
         return state_move(whole, weight * bound, bound[:, None] * self.norm.weight.abs())
 

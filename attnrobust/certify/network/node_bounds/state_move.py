@@ -21,16 +21,19 @@ class StateMove:
         entries: Bounds of ``|E_ik|``, (n, d).
         image: Where E is an image ``E = E' W`` of an earlier move: that move and W. What is known of E' through W may
             say more than the three norms.
+        scaled: Row factors (n,) and a bound of ``||diag(factors) E||_F``, where one is known.
     """
 
     frobenius: float
     tokens: Float[Tensor, "n"]
     entries: Float[Tensor, "n d"]
     image: "tuple[StateMove, Float[Tensor, 'c d']] | None" = None
+    scaled: tuple[Float[Tensor, "n"], float] | None = None
 
     def within(self, frobenius: float) -> "StateMove":
         """The same move, of which another bound of ``||E||_F`` became known."""
-        return state_move(min(self.frobenius, frobenius), self.tokens, self.entries, image=self.image)
+        whole = min(self.frobenius, frobenius)
+        return state_move(whole, self.tokens, self.entries, image=self.image, scaled=self.scaled)
 
     def plus(self, other: "StateMove") -> "StateMove":
         """The sum of two moves."""
@@ -42,7 +45,8 @@ class StateMove:
             min(self.frobenius, other.frobenius),
             torch.minimum(self.tokens, other.tokens),
             torch.minimum(self.entries, other.entries),
-            image=self.image,
+            image=self.image or other.image,
+            scaled=self.scaled or other.scaled,
         )
 
 
@@ -52,8 +56,11 @@ def state_move(
     entries: Float[Tensor, "n d"],
     *,
     image: tuple[StateMove, Float[Tensor, "c d"]] | None = None,
+    scaled: tuple[Float[Tensor, "n"], float] | None = None,
 ) -> StateMove:
-    """A move of which all three bounds hold; a token is no longer than the whole and no shorter than an entry."""
+    """A move of which all bounds hold; a token is no longer than the whole and no shorter than an entry."""
+    if scaled is not None:
+        tokens = torch.minimum(nan_is_infinite(tokens), nan_is_infinite(scaled[1] / scaled[0]))
     entries, tokens, whole = nan_is_infinite(entries), nan_is_infinite(tokens), tokens.new_tensor(frobenius)
     whole = nan_is_infinite(whole)
     tokens = torch.minimum(torch.minimum(tokens, torch.linalg.vector_norm(entries, dim=-1)), whole)
@@ -62,6 +69,7 @@ def state_move(
         tokens=tokens,
         entries=torch.minimum(entries, tokens[:, None]),
         image=image,
+        scaled=scaled,
     )
 
 

@@ -59,11 +59,11 @@ class NodeAt:
 def _linear(jvp: Callable[[Edges], Tensor], vjp: Callable[[Tensor], Edges], moves: Edges) -> Tensor:
     class Product(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: object, *given: Tensor) -> Tensor:
+        def forward(_: object, *given: Tensor) -> Tensor:
             return jvp(given)
 
         @staticmethod
-        def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        def backward(_: object, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
             return vjp(gradient)
 
     found: Tensor = Product.apply(*moves)  # type: ignore[no-untyped-call]
