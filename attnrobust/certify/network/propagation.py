@@ -77,8 +77,8 @@ class Network:
 def profiles(clean: Linearisation) -> dict[str, Float[Tensor, "n e"]]:
     """Weights of the neurons of ``Affine, Activate, Affine``: large where a neuron counts for much and bends little.
 
-    ``omega_k^2 = |out_k| / (theta_k |in_k|)`` balances ``||W_in diag(omega theta)||`` against ``||W_out / omega||``, with
-    ``theta_k`` about ``|phi''(x_k)| |in_k|``; any weights are sound.
+    ``omega_k^2 = |out_k| / (theta_k |in_k|)`` balances ``||W_in diag(omega theta)||`` with ``||W_out / omega||``, where
+    ``theta_k`` is about ``|phi''(x_k)| |in_k|``; any weights are sound.
     """
     steps = {step.name: step for step in clean.wiring.steps}
     found = {}
