@@ -31,7 +31,7 @@ class NetworkProduct(CertificateMethod):
     name: ClassVar[str] = "network-product"
     reference: ClassVar[str] = "derived; docs/network-certificates.md, theorem 1"
     region: ClassVar[str] = "every move of the movable tokens with threat distance at most the radius"
-    relative_tolerance: ClassVar[float] = 3e-3
+    relative_tolerance: ClassVar[float] = 1e-2
     layers = (NetworkGraph,)
     features = NODE_FEATURES
 

@@ -21,7 +21,21 @@ from attnrobust.numerics.rounding import FORMULA, nan_is_infinite, outward
 DENSE_LIMIT = 300  # n d up to which every eigenvalue is computed without randomness
 ROUNDS = 2  # rebalancing rounds of the joint bound
 MAX_STEPS = 60  # of an eigenvalue bound; fewer only widen it
+GRID = 1.03  # between two sizes at which coefficients are computed: the search reuses them
+SMALLEST_BALL, LARGEST_BALL = 1e-30, 1e30
 REMEMBERED = 4  # directions that choose the shares
+
+
+def enclosing(size: float) -> float | None:
+    """The next larger of a few sizes, at which coefficients are computed; None where there is none.
+
+    On the ball of that size the parts are at most linear in the move's length, so a bound there holds, in proportion,
+    on every smaller ball.
+    """
+    if not SMALLEST_BALL < size < LARGEST_BALL:
+        return SMALLEST_BALL if size <= SMALLEST_BALL else None
+    found = GRID ** math.ceil(math.log(size) / math.log(GRID))
+    return found if found >= size else found * GRID
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +62,8 @@ class RowRemainders:
     movable: Bool[Tensor, "n"]
     chance: Chance
     _seen: list[Tensor] = field(default_factory=list, repr=False)
-    _latest: tuple[float, LogitForms] | None = field(default=None, repr=False)
-    _whole: tuple[float, float] | None = field(default=None, repr=False)
+    _forms: dict[float, LogitForms] = field(default_factory=dict, repr=False)
+    _slopes: dict[float, float] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _rows(self) -> SubtractedRows:
@@ -67,24 +81,22 @@ class RowRemainders:
     def _key_form(self) -> QueryKeyForm:
         return QueryKeyForm(self._rows)
 
-    def _forms(self, size: float) -> LogitForms | None:
-        """Coefficients at a size; None where they overflow."""
-        if not math.isfinite(size):
-            return None
-        if self._latest is None or self._latest[0] != size:
-            self._latest = (size, self._majorant.forms(size))
-        return self._latest[1] if self._latest[1].finite else None
+    def _forms_at(self, ball: float) -> LogitForms | None:
+        """Coefficients on a ball; None where they overflow."""
+        if ball not in self._forms:
+            self._forms = {ball: self._majorant.forms(ball)}
+        return self._forms[ball] if self._forms[ball].finite else None
 
     # ---- row by row ------------------------------------------------------------------------------------------------
 
     def heads(self, size: float, tokens: Float[Tensor, "n"]) -> Float[Tensor, "h n"]:
         """Bounds R_hi of the head vectors of every row (equations 11 to 18, one row at a time)."""
-        forms = self._forms(size)
-        clean = self.clean
-        if forms is None:
+        clean, ball = self.clean, enclosing(size)
+        forms = None if ball is None else self._forms_at(ball)
+        if ball is None or forms is None:
             return torch.full_like(clean.beta_norm, torch.inf)
         bilinear = clean.bilinear_norms[:, None] * tokens
-        curved = forms.multiplier * size**2
+        curved = forms.multiplier * (ball * size)
         values = self._majorant.diagonal_reach(forms.paired.square()).sqrt() * clean.value_norms[:, None] * size**2
         crossed = self._rows.value_reach * bilinear * size
         return nan_is_infinite(outward(curved + values + crossed + forms.query.sqrt() * bilinear, FORMULA))
@@ -115,12 +127,16 @@ class RowRemainders:
 
     def whole(self, size: float) -> float:
         """Bound of the Frobenius norm: the joint form (19) without its first part; inf where it says nothing."""
-        if self._whole is None or self._whole[0] != size:
-            self._whole = (size, self._joint(size))
-        return self._whole[1]
+        ball = enclosing(size)
+        if ball is None:
+            return math.inf
+        if ball not in self._slopes:
+            self._slopes = {ball: self._joint(ball)}
+        return outward(self._slopes[ball] * size, FORMULA)
 
     def _joint(self, size: float) -> float:
-        forms = self._forms(size)
+        """The bound on the ball of this size, per unit of the move's length."""
+        forms = self._forms_at(size)
         if forms is None:
             return math.inf
         product = JointProduct(self._rows, self._majorant, self._clean_pair.grown(forms.paired), self._key_form)
@@ -137,7 +153,7 @@ class RowRemainders:
             best = min(best, found)
             if len(self._seen) > 1:  # later radii begin with shares that are already balanced
                 break
-        return outward(best * size, FORMULA)
+        return best
 
     def _bounded(self, product: JointProduct, forms: LogitForms, scales: Float[Tensor, "5"]) -> float:
         """Cauchy-Schwarz with the shares that are best on the directions seen so far; any shares are sound."""
