@@ -81,9 +81,9 @@ class NormaliseBound(NodeBound):
         if given.scaled is not None:
             factors, size = given.scaled
             by_square = torch.minimum(by_square, (lengths * curvature / factors.square()).amax(dim=-1) * size**2)
-        by_square = torch.nan_to_num(by_square, nan=torch.inf)
-        plain = readout_of(cotangents, self.remainder(given))
-        return torch.minimum(torch.minimum(by_token, by_square), plain)
+        bounds = torch.stack([by_token, by_square, readout_of(cotangents, self.remainder(given))])
+        smallest: Tensor = torch.nan_to_num(bounds, nan=torch.inf).amin(dim=0)
+        return smallest
 
     # ---- one token -------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from attnrobust.layers.graph.node import Edges, Node
 from attnrobust.layers.graph.wiring import Step
 from attnrobust.numerics.chance import Chance
 
-STARTS, STEPS = 24, 25
+STARTS, STEPS = 16, 15
 Measure = Callable[[Tensor], Tensor]
 
 
