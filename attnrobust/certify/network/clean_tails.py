@@ -77,7 +77,7 @@ class Tail:
     def _rest(self, remainders: Mapping[str, float]) -> float:
         sizes = [(value, remainders[name]) for name, value in self.norms.items() if remainders[name] > 0.0]
         if self.stacked is None:
-            return sum(norm * size for norm, size in sizes)
+            return math.fsum(norm * size for norm, size in sizes)
         return self.stacked * math.hypot(*(weight * size for weight, size in sizes))
 
     def _token_rest(self, remainders: Mapping[str, float]) -> Tensor:

@@ -13,7 +13,6 @@ from attnrobust.certify.displacement.bilinear import QueryKeyForm, ValueLogitFor
 from attnrobust.certify.displacement.bound import balanced_shares
 from attnrobust.certify.displacement.joint_form import JointProduct
 from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajorant
-from attnrobust.errors import InputError
 from attnrobust.numerics.chance import Chance
 from attnrobust.numerics.lanczos import largest_eigenvalue_upper
 from attnrobust.numerics.rounding import FORMULA, nan_is_infinite, outward
@@ -128,11 +127,16 @@ class RowRemainders:
     def whole(self, size: float) -> float:
         """Bound of the Frobenius norm: the joint form (19) without its first part; inf where it says nothing."""
         ball = enclosing(size)
-        if ball is None:
+        if ball is None or ball > self._size_of_tokens:
             return math.inf
         if ball not in self._slopes:
             self._slopes = {ball: self._joint(ball)}
         return outward(self._slopes[ball] * size, FORMULA)
+
+    @cached_property
+    def _size_of_tokens(self) -> float:
+        """Moves that are longer than all tokens together are left to what saturates."""
+        return float(torch.linalg.vector_norm(self.clean.points))
 
     def _joint(self, size: float) -> float:
         """The bound on the ball of this size, per unit of the move's length."""
@@ -146,7 +150,7 @@ class RowRemainders:
         for _ in range(ROUNDS):
             try:
                 found = self._bounded(product, forms, scales)
-            except InputError:  # a product left float64
+            except ValueError:  # a product left float64
                 return best
             if not math.isfinite(found):
                 return best

@@ -36,5 +36,5 @@ def test_a_bound_of_scaled_rows_bounds_tokens() -> None:
 
 def test_slopes_scale_every_bound() -> None:
     move = scaled_move(token_move(5.0, TOKENS, 2), torch.tensor([[2.0, 1.0], [0.0, 0.0]], dtype=torch.float64))
-    assert move.tokens.tolist() == [math.sqrt(45.0), 0.0]
+    assert move.tokens.tolist() == [6.0, 0.0]
     assert move.entries.tolist() == [[6.0, 3.0], [0.0, 0.0]]
