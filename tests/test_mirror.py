@@ -61,6 +61,17 @@ UNMIRRORED = {
     # tests/contracts/test_certificates.py
     "certify/method.py",
     "certify/registry.py",
+    # tests/certify/network/node_bounds/test_registry.py
+    "certify/network/node_bounds/affine.py",
+    "certify/network/node_bounds/attend.py",
+    "certify/network/node_bounds/attend_remainder.py",
+    "certify/network/node_bounds/elementwise.py",
+    "certify/network/node_bounds/node_bound.py",
+    "certify/network/node_bounds/rows.py",
+    # tests/certify/network/test_chain.py
+    "certify/network/clean_tails.py",
+    "certify/network/product.py",
+    "certify/network/propagation.py",
     # the lemmas of the displacement and margin certificates
     "certify/shared/change.py",
     "certify/shared/constants.py",

@@ -18,6 +18,8 @@ from attnrobust.certify.measures.copies import MeasureCopies
 from attnrobust.certify.measures.curvature import MeasureCurvature
 from attnrobust.certify.measures.local import MeasureLocal
 from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.network.chain import NetworkChain
+from attnrobust.certify.network.product import NetworkProduct
 from attnrobust.certify.rigorous.local import RigorousLocal
 from attnrobust.errors import UnknownNameError
 
@@ -35,6 +37,8 @@ METHODS: tuple[CertificateMethod, ...] = (
     DisplacementCertificate(),
     MarginTokenCertificate(),
     MarginCertificate(),
+    NetworkProduct(),
+    NetworkChain(),
     MeasureBall(),
     MeasureLocal(),
     MeasureCurvature(),
