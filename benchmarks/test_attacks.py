@@ -83,7 +83,7 @@ def our_steps(setting: Setting) -> Callable[[], object]:
     """Steps of token moving from the batch (a search drops rows as it goes; here all of them take every step)."""
     evaluator = Evaluator([setting.problem], memory_bytes=1 << 30)
     search = Search(
-        evaluator=evaluator, threat=search_threat(setting.problem), epsilon=3.0, seeds=(0,), budget=AttackBudget()
+        evaluator=evaluator, threat=search_threat(setting.problem.moves), epsilon=3.0, seeds=(0,), budget=AttackBudget()
     )
     start = Start(
         setting.moves[None],

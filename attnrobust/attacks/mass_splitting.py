@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attnrobust.attacks.measures.expand import expand_layer, goal_row
+from attnrobust.attacks.measures.expand import expand_layer, tokens_read
 from attnrobust.attacks.measures.goal import MeasureReader, nearer, query_sensitivity
 from attnrobust.attacks.measures.masses import refine_masses
 from attnrobust.attacks.measures.split_starts import far_starts, kicked_starts, near_starts
@@ -88,12 +88,12 @@ class MassSplitting(AttackMethod):
 
     def _chosen(self, problem: Problem) -> list[int]:
         """The tokens that split, most sensitive first."""
-        n, row = problem.clean.n, goal_row(problem)
+        n, read = problem.clean.n, tokens_read(problem)
         movable = problem.threat.movable(n)
         missing = [t for t in self.tokens or () if not 0 <= t < n or not bool(movable[t])]
         if missing:
             raise InputError(f"token {missing[0]} does not exist or may not move; it cannot split")
-        allowed = [i for i in (range(n) if self.tokens is None else self.tokens) if bool(movable[i]) and i != row]
+        allowed = [i for i in (range(n) if self.tokens is None else self.tokens) if bool(movable[i]) and i not in read]
         if len(allowed) <= MAX_SPLIT or self.tokens is not None:
             return allowed
         order = query_sensitivity(problem).argsort(descending=True).tolist()

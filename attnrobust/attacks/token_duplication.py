@@ -6,14 +6,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.attacks.measures.expand import expanded_problem, goal_row
+from attnrobust.attacks.measures.expand import expand_layer, expanded_goal, expanded_problem, goal_row
 from attnrobust.attacks.method import AttackMethod, Attempt, Work
 from attnrobust.attacks.search.pullback import FEATURES, covers
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.attacks.verification import VerifiedPoint
-from attnrobust.errors import InputError, UnsupportedModelError
+from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.features import features_of
+from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.problem import Problem
 from attnrobust.threats.copies import CausalOrder, Copies
 from attnrobust.threats.moves import PerTokenBall
@@ -82,6 +83,8 @@ class TokenDuplication(AttackMethod):
 
     def refuses_more(self, problem: Problem, epsilon: float | None) -> str | None:
         layer = problem.network
+        if type(layer) is NetworkGraph:
+            return _refused_network(problem)
         if type(layer) is not Attention:
             return f"it handles Attention layers; {type(layer).__name__} does not say what a copy is"
         unknown = features_of(layer) - FEATURES
@@ -89,6 +92,16 @@ class TokenDuplication(AttackMethod):
 
     def search(self, work: Work) -> list[Attempt]:
         return [_duplicated(problem, copies_of(problem), work) for problem in work.problems]
+
+
+def _refused_network(problem: Problem) -> str | None:
+    """Why it is not known what a copy is in this network; None if it is."""
+    n = problem.clean.n
+    try:
+        expand_layer(problem.network, torch.arange(n, device=problem.clean.points.device), n)
+    except UnsupportedModelError as error:
+        return first_line(error)
+    return None
 
 
 def copies_of(problem: Problem) -> Copies:
@@ -131,7 +144,10 @@ def choose_copies(problem: Problem, copies: int, *, order: CausalOrder = "tied")
     seen: dict[tuple[int, ...], float] = {}
     queries = 0
     for round_index in range(copies):
-        if round_index == 0 and order == "tied" and problem.mass is None:
+        if isinstance(problem.network, NetworkGraph):
+            used = torch.tensor([_resting(problem, _with(extra, j), order) for j in range(n)], dtype=torch.float64)
+            queries += n
+        elif round_index == 0 and order == "tied" and problem.mass is None:
             used = _first_copy(problem)
         else:
             resting = [expanded(problem, _with(extra, j), order).usage_at_rest for j in range(n)]
@@ -177,18 +193,31 @@ class Duplicated:
         return float(self.problem.resolved.usage(self.problem.clean_output))
 
 
-def expanded(problem: Problem, extra: tuple[int, ...], order: CausalOrder) -> Duplicated:
-    """The question about moved tokens with extra copies of each token."""
+def _atoms(problem: Problem, extra: tuple[int, ...]) -> tuple[Int[Tensor, "m"], Float[Tensor, "m"], Float[Tensor, "m"]]:
+    """Parents and masses of the atoms, and 1 for the first one of each token."""
     counts = torch.tensor([1 + e for e in extra], device=problem.clean.points.device)
     parent = torch.arange(problem.clean.n, device=counts.device).repeat_interleave(counts)
     mass = problem.clean.mass[parent]
-    first = torch.ones_like(parent, dtype=torch.bool)
-    first[1:] = parent.diff() > 0
+    first = torch.ones_like(mass)
+    first[1:] = (parent.diff() > 0).to(mass)
+    return parent, mass / mass.sum(), first
+
+
+def _resting(problem: Problem, extra: tuple[int, ...], order: CausalOrder) -> float:
+    """Used budget of copies that do not move, to choose by; a choice is verified where its copies move."""
+    parent, mass, first = _atoms(problem, extra)
+    network = expand_layer(problem.network, parent, problem.clean.n, order=order)
+    given = None if problem.mass is None else mass  # copies of equal tokens have equal masses
+    output = network(problem.clean.points[parent], given)
+    return float(expanded_goal(problem, parent, mass, first).usage(output))
+
+
+def expanded(problem: Problem, extra: tuple[int, ...], order: CausalOrder) -> Duplicated:
+    """The question about moved tokens with extra copies of each token."""
+    parent, mass, first = _atoms(problem, extra)
     moves = problem.moves
     movable = moves.movable(problem.clean.n).to(parent.device)[parent].nonzero().flatten().tolist()
-    question = expanded_problem(
-        problem, parent, mass / mass.sum(), row_scale=first.to(mass.dtype), movable=tuple(movable), order=order
-    )
+    question = expanded_problem(problem, parent, mass, row_scale=first, movable=tuple(movable), order=order)
     if isinstance(moves, PerTokenBall):
         threat = PerTokenBall(norm=moves.norm, tokens=tuple(movable))
         question = Problem(question.network, question.clean, threat, question.goal)

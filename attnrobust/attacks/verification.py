@@ -20,8 +20,15 @@ NUDGES = (1.0, 1.0 + 1e-9, 1.0 + 1e-6, 1.0 + 1e-4)
 """Stretches tried in turn where rounding undoes a violation (a perturbation that is tiny against its tokens)."""
 ADDITIONS = 8
 """Times that a perturbation is shortened until the moved tokens, rounded, lie inside of a fixed budget."""
+TOKENS_TOGETHER = 2048
+"""Tokens in one exact evaluation: scores of 512 tokens in 12 heads take 25 MB for each candidate."""
 GROWTH_LIMIT = 1e4
 """A proposal that does not violate the goal is stretched along its ray by at most this factor."""
+
+
+def rows_together(points: Float[Tensor, "k m d"]) -> int:
+    """Candidates that are evaluated in one call; by their own size alone, so that their numbers do not change."""
+    return max(1, TOKENS_TOGETHER // int(points.shape[-2]))
 
 
 class Reading(ABC):
@@ -79,6 +86,9 @@ class MovedTokens(Reading):
         return self.problem.moves.distance(delta)
 
     def usage(self, points: Float[Tensor, "k m d"]) -> Float[Tensor, "k"]:
+        return torch.cat([self._usage(part) for part in points.split(rows_together(points))])
+
+    def _usage(self, points: Tensor) -> Tensor:
         mass = None if self.problem.mass is None else self.problem.mass.expand(points.shape[0], -1)
         return self.problem.resolved.usage(self.problem.network(points, mass))
 

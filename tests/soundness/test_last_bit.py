@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from attnrobust.attacks import AttackBudget, attack
-from attnrobust.attacks.search.evaluate import StackedGoal
+from attnrobust.attacks.search.stacked_goal import StackedGoal
 from attnrobust.goals import Displacement, Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem

@@ -186,7 +186,7 @@ class _Query:
 
     def _shares(self, delta: Tensor) -> Tensor:
         goal = self.problem.resolved
-        output = self.problem.network(self.problem.clean.points + delta, self.problem.mass)
+        output = self.evaluator.output(0, self.problem.clean.points + delta)
         shares: Tensor = goal.changes(output) / goal.violated_at
         return shares
 

@@ -8,12 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.attacks.search.evaluate import ScaledGoal
+from attnrobust.attacks.measures.expand_graph import expand_graph, picked_tokens, pools
 from attnrobust.attacks.search.pullback import FEATURES, covers
+from attnrobust.attacks.search.stacked_goal import ScaledGoal
 from attnrobust.errors import InputError, UnsupportedModelError, UnsupportedThreatError
 from attnrobust.goals import Goal, ResolvedGoal
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.features import features_of
+from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.threats.copies import CausalOrder
 from attnrobust.threats.moves import FrobeniusBall
@@ -62,6 +64,8 @@ def expand_layer(layer: TokenMap, parent: Int[Tensor, "m"], n: int, *, order: Ca
             unknown = ", ".join(sorted(features_of(layer) - FEATURES)) or f"the subclass {type(layer).__name__}"
             raise UnsupportedModelError(f"it is not known what {unknown} of Attention does with split or copied tokens")
         return _expand_attention(layer, parent, n, order)
+    if isinstance(layer, NetworkGraph):
+        return expand_graph(layer, parent, n, order=order, attention=_expand_attention_of_graph)
     inner = {"layers", "inner"} & ({f.name for f in fields(layer)} if is_dataclass(layer) else set())
     if inner:
         changed: dict[str, Any] = {name: _expand_parts(getattr(layer, name), parent, n, order) for name in inner}
@@ -75,6 +79,12 @@ def _expand_parts(part: object, parent: Tensor, n: int, order: CausalOrder) -> o
     if isinstance(part, tuple):
         return tuple(expand_layer(one, parent, n, order=order) for one in part)
     return expand_layer(cast("TokenMap", part), parent, n, order=order)
+
+
+def _expand_attention_of_graph(layer: Attention, parent: Tensor, n: int, order: CausalOrder) -> Attention:
+    expanded = expand_layer(layer, parent, n, order=order)
+    assert isinstance(expanded, Attention)  # noqa: S101 - as its argument; narrows the type
+    return expanded
 
 
 def _expand_attention(layer: Attention, parent: Tensor, n: int, order: CausalOrder) -> Attention:
@@ -123,8 +133,13 @@ def expanded_problem(
 
 
 def expanded_goal(problem: Problem, parent: Tensor, mass: Tensor, row_scale: Tensor) -> ResolvedGoal:
-    """The resolved goal of the clean input, read from atoms; see ``expanded_problem``."""
+    """The resolved goal of the clean input, read from atoms; see ``expanded_problem``.
+
+    A network that pools gives one row, however many atoms there are: its goal stays as it is.
+    """
     goal = problem.resolved
+    if pools(problem.network):
+        return replace(goal, noise=None)
     if goal.weights is None:
         clean = goal.clean[parent] * row_scale[:, None]
         return ScaledGoal(None, None, goal.budgets, clean, rounding=goal.rounding, row_scale=row_scale)
@@ -137,8 +152,18 @@ def expanded_goal(problem: Problem, parent: Tensor, mass: Tensor, row_scale: Ten
     )
 
 
+def tokens_read(problem: Problem) -> frozenset[int]:
+    """Tokens whose own rows are read: by the goal, or inside of a network that pools."""
+    if isinstance(problem.network, NetworkGraph) and pools(problem.network):
+        return picked_tokens(problem.network, problem.clean.n)
+    row = goal_row(problem)
+    return frozenset() if row is None else frozenset({row})
+
+
 def goal_row(problem: Problem) -> int | None:
-    """The one row that the goal reads, or None where it reads the mean or all rows."""
+    """The one row that the goal reads, or None where it reads the mean, all rows, or the one row of a network."""
+    if pools(problem.network):
+        return None
     pool = getattr(problem.goal, "pool", None)
     if pool is None:
         raise UnsupportedThreatError(f"goal {problem.goal.key!r} does not say which rows it reads")

@@ -6,12 +6,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.attacks.measures.expand import expanded_problem
+from attnrobust.attacks.measures.expand import expand_layer, expanded_problem
+from attnrobust.attacks.measures.expand_graph import pools
 from attnrobust.attacks.search.evaluate import into_ball
 from attnrobust.attacks.search.pullback import PreparedAttention, covers
-from attnrobust.attacks.verification import Reading
+from attnrobust.attacks.verification import Reading, rows_together
+from attnrobust.goals import ResolvedGoal
 from attnrobust.numerics.transport import wasserstein
-from attnrobust.problem import Problem
+from attnrobust.problem import Problem, TokenMap
 from attnrobust.threats.measures import MeasureThreat
 from attnrobust.tokens import PerturbedTokens, TokenMeasure
 
@@ -31,9 +33,9 @@ class MeasureReader(Reading):
     inside = 1e-9  # a distance by exact transport is an upper bound that rounds with the masses
 
     def __init__(self, problem: Problem, mass: Float[Tensor, "m"], parent: Int[Tensor, "m"]) -> None:
-        self._expanded = expanded_problem(problem, parent, mass, row_scale=(mass * problem.clean.n).sqrt())
+        self._network, self._resolved, self._given_mass = _read_from_atoms(problem, parent, mass)
         self._mass, self._budget = mass, problem.resolved.violated_at[0] / problem.clean.n**0.5
-        whole = problem.resolved.weights is None
+        whole = problem.resolved.weights is None and not pools(problem.network)
         self._clean = TokenMeasure(problem.clean_output, problem.clean.mass) if whole else None
         self._problem, self._parent = problem, parent
         self.anchors = problem.clean.points[parent]
@@ -60,10 +62,13 @@ class MeasureReader(Reading):
         return PerturbedTokens(points, self._mass, self._parent)
 
     def usage(self, points: Float[Tensor, "k m d"]) -> Float[Tensor, "k"]:
-        mass = None if self._expanded.mass is None else self._mass.expand(points.shape[0], -1)
-        output = self._expanded.network(points, mass)
+        return torch.cat([self._usage(part) for part in points.split(rows_together(points))])
+
+    def _usage(self, points: Float[Tensor, "k m d"]) -> Float[Tensor, "k"]:
+        mass = None if self._given_mass is None else self._given_mass.expand(points.shape[0], -1)
+        output = self._network(points, mass)
         if self._clean is None:
-            return self._expanded.resolved.usage(output)
+            return self._resolved.usage(output)
         finite = torch.isfinite(output).flatten(1).all(dim=1).tolist()
         moved = [self._distance(rows) if good else math.nan for rows, good in zip(output, finite, strict=True)]
         distances: Tensor = torch.tensor(moved, dtype=torch.float64).to(output)
@@ -73,6 +78,16 @@ class MeasureReader(Reading):
     def _distance(self, rows: Tensor) -> float:
         assert self._clean is not None  # noqa: S101 - only called for displacements of all rows; narrows the type
         return wasserstein(self._clean, TokenMeasure(rows, self._mass), order=2).lower.value
+
+
+def _read_from_atoms(problem: Problem, parent: Tensor, mass: Tensor) -> tuple[TokenMap, ResolvedGoal, Tensor | None]:
+    """The network for atoms, the goal, and the masses to hand to the network (None where they are equal)."""
+    if pools(problem.network):  # its goal is the clean one, so the expensive rounding of a new one is not asked for
+        network = expand_layer(problem.network, parent, problem.clean.n)
+        measure = TokenMeasure(problem.clean.points[parent], mass)
+        return network, problem.resolved, None if measure.uniform else mass
+    expanded = expanded_problem(problem, parent, mass, row_scale=(mass * problem.clean.n).sqrt())
+    return expanded.network, expanded.resolved, None if expanded.mass is None else mass
 
 
 def nearer(problem: Problem, atoms: PerturbedTokens, epsilon: float | None) -> PerturbedTokens:

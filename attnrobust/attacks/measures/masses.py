@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.attacks.measures.expand import expand_layer, goal_row
+from attnrobust.attacks.measures.expand_graph import pools
 from attnrobust.attacks.search.evaluate import into_ball
 from attnrobust.numerics.transport import Order, coupling_cost
 from attnrobust.problem import Problem, TokenMap
@@ -75,6 +76,8 @@ def _masses(logits: Tensor, parent: Int[Tensor, "m"], total: Float[Tensor, "n"])
 def _usage(problem: Problem, layer: TokenMap, parent: Tensor, mass: Tensor, points: Tensor) -> Tensor:
     """Used budget, rows compared along the coupling (the search's surrogate; results are verified by transport)."""
     output, goal, row = layer(points, mass), problem.resolved, goal_row(problem)
+    if pools(problem.network):
+        return goal.usage(output)
     if goal.weights is None:
         squares = ((output - goal.clean[parent]) ** 2).sum(dim=-1)
         rooted: Tensor = (problem.clean.n * (mass * squares).sum()).sqrt() / goal.violated_at[0]

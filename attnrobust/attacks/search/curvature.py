@@ -1,9 +1,9 @@
 """The second order at a point where the first order says that nothing is nearer.
 
-Let s be the used share, D a point of Frobenius length r at which g = s'(D) points along D, and H = s''(D). To second
-order the share at ``D + v`` is largest over the ball of radius r at D itself if and only if ``H <= mu`` with the
-multiplier ``mu = <g, D> / r^2`` (the global optimality condition of the trust region problem; orthogonal to D it is
-all that is left). Where ``v^T H v > mu |v|^2`` the point is a saddle: along its ray the share may be linear to the
+Let s be the used share, D a point of Frobenius length r at which ``g = s'(D) = mu D``, and H = s''(D). Where D + v has
+the length r too, ``<D, v> = -|v|^2 / 2``, so to second order the share changes by ``(v^T H v - mu |v|^2) / 2``: D is
+the best point of its sphere if and only if ``H <= mu``. Where the ray is linear, H D = 0, and only what H does across
+the ray is left to ask. Where ``v^T H v > mu |v|^2`` the point is a saddle: the share may be linear along its ray to the
 last bit, and yet it grows to both sides. Equal tokens and other symmetric inputs start there.
 
 For sets that are not Frobenius balls this is a sign to search on, not a condition.

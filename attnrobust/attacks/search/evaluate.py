@@ -1,124 +1,26 @@
 """Batched value and closed-form gradient of the used budget for several problems on one layer."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from attnrobust.attacks.search.graph_input import GraphInput
+from attnrobust.attacks.search.memory import bytes_of_a_row
 from attnrobust.attacks.search.pullback import AttentionTape, PreparedAttention, covers
-from attnrobust.goals import ResolvedGoal
+from attnrobust.attacks.search.stacked_goal import ScaledGoal, StackedGoal
 from attnrobust.layers.attention import Attention
-from attnrobust.numerics.running_error import gamma
+from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 
 TINY = 1e-300
+REACHED = 1e-12
+"""A share within this distance of 1 uses the whole budget; ends of a bracket count as inside it by as much."""
 WORKING_COPIES = 5
 """Score-sized arrays alive at once in one value-and-gradient call (scores, weights, two gradients, one temporary)."""
-
-
-@dataclass(frozen=True, eq=False)
-class ScaledGoal(ResolvedGoal):
-    """A displacement of all rows in which each row has its own factor.
-
-    Args:
-        row_scale: Factors (n,); ``clean`` has them applied already.
-    """
-
-    row_scale: Float[Tensor, "n"] = field(kw_only=True)
-
-    def pooled(self, output: Float[Tensor, "*b n e"]) -> Float[Tensor, "*b n e"]:
-        """Every row times its factor."""
-        return output * self.row_scale[:, None]
-
-    def pooled_rounding(self, output: Float[Tensor, "n e"], error: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
-        """Every row's error times its factor, and one product's rounding."""
-        return self.pooled(error) + gamma(1) * self.pooled(output.abs())
-
-
-@dataclass(frozen=True, eq=False)
-class StackedGoal:
-    """The resolved goals of p problems of one shape, stacked.
-
-    Args:
-        weights: Row weights (p, n), or None where every row counts.
-        functionals: (p, c, e), or None for displacements.
-        budgets: What a change must reach to be a violation, rounding included (p, c).
-        clean: Pooled clean outputs (p, n, e) or (p, e).
-        row_scale: Factors on the rows of a displacement (p, n), or None where every row counts alike.
-    """
-
-    weights: Float[Tensor, "p n"] | None
-    functionals: Float[Tensor, "p c e"] | None
-    budgets: Float[Tensor, "p c"]
-    clean: Float[Tensor, "p ..."]
-    row_scale: Float[Tensor, "p n"] | None = None
-
-    @classmethod
-    def stack(cls, goals: Sequence[ResolvedGoal]) -> "StackedGoal":
-        """Stack goals of equal shape."""
-        first = goals[0]
-        return cls(
-            weights=None if first.weights is None else torch.stack([_present(g.weights) for g in goals]),
-            functionals=None if first.functionals is None else torch.stack([_present(g.functionals) for g in goals]),
-            budgets=torch.stack([g.violated_at for g in goals]),
-            clean=torch.stack([g.clean for g in goals]),
-            row_scale=torch.stack([g.row_scale for g in goals if isinstance(g, ScaledGoal)])
-            if isinstance(first, ScaledGoal)
-            else None,
-        )
-
-    def take(self, index: Int[Tensor, "q"]) -> "StackedGoal":
-        """The goals of some of the problems."""
-        return StackedGoal(
-            weights=None if self.weights is None else self.weights[index],
-            functionals=None if self.functionals is None else self.functionals[index],
-            budgets=self.budgets[index],
-            clean=self.clean[index],
-            row_scale=None if self.row_scale is None else self.row_scale[index],
-        )
-
-    def pool(self, output: Float[Tensor, "p r n e"]) -> Float[Tensor, "p r ..."]:
-        """The part of outputs (or of their derivatives) that counts."""
-        if self.row_scale is not None:
-            return output * self.row_scale[:, None, :, None]
-        if self.weights is None:
-            return output
-        return torch.matmul(self.weights[:, None, None, :], output).squeeze(-2)
-
-    def unpool(self, cotangent: Float[Tensor, "p r ..."]) -> Float[Tensor, "p r n e"]:
-        """Adjoint of ``pool``."""
-        if self.row_scale is not None:
-            return cotangent * self.row_scale[:, None, :, None]
-        if self.weights is None:
-            return cotangent
-        return self.weights[:, None, :, None] * cotangent[:, :, None, :]
-
-    def shares(self, output: Float[Tensor, "p r n e"]) -> Float[Tensor, "p r c"]:
-        """Used share of every budget."""
-        difference = self.pool(output) - self.clean[:, None]
-        if self.functionals is None:
-            drops: Tensor = torch.linalg.vector_norm(difference.flatten(2), dim=-1, keepdim=True)
-        else:
-            drops = -torch.matmul(difference, self.functionals.mT)
-        return drops / self.budgets[:, None]
-
-    def shares_and_cotangent(
-        self, output: Float[Tensor, "p r n e"], target: Int[Tensor, "p r"]
-    ) -> tuple[Float[Tensor, "p r c"], Float[Tensor, "p r n e"]]:
-        """Shares, and the derivative of the share ``target`` with respect to the output."""
-        shares = self.shares(output)
-        if self.functionals is None:
-            difference = self.pool(output) - self.clean[:, None]
-            scale = self.budgets[:, None] ** 2 * shares  # = budget * norm of the difference
-            scale = torch.where(scale > 0, scale, math.inf).reshape(*scale.shape[:2], *(1,) * (difference.ndim - 2))
-            return shares, self.unpool(difference / scale)
-        rows = torch.arange(target.shape[0], device=target.device)[:, None]
-        return shares, self.unpool(-self.functionals[rows, target] / self.budgets[rows, target][..., None])
 
 
 class Evaluator:
@@ -130,7 +32,7 @@ class Evaluator:
 
     Args:
         problems: Problems of one group (``group_key``).
-        memory_bytes: Bytes that the score-sized arrays of one call may take.
+        memory_bytes: Bytes that the arrays of one call may take.
         scale: Token moves are the search's variables times these factors (p, n); None means 1.
         domain_radius: Moved tokens are put back into the ball of this radius (nearest point); None means all of space.
     """
@@ -154,6 +56,8 @@ class Evaluator:
         self.mass = None if equal else torch.stack([p.clean.mass for p in problems])
         self.goal = StackedGoal.stack([p.resolved for p in problems])
         self.scale, self.domain_radius = scale, domain_radius
+        self._row_bytes: int | None = None
+        self._graphs: list[GraphInput] | None = None
         self._cut: dict[int, list[Evaluator]] = {}
 
     @property
@@ -174,7 +78,28 @@ class Evaluator:
         problems = [self.problems[i] for i in index.tolist()]
         chosen = Evaluator(problems, memory_bytes=self.memory_bytes, scale=scale, domain_radius=self.domain_radius)
         chosen.index, chosen.queries = self.index[index.cpu()], self.queries
+        chosen._row_bytes, graphs = self._row_bytes, self._graphs
+        chosen._graphs = None if graphs is None else [graphs[i] for i in index.tolist()]
         return chosen
+
+    @property
+    def graphs(self) -> list[GraphInput]:
+        """Each problem on a whole network, prepared for the search; one evaluation each."""
+        if self._graphs is None:
+            assert isinstance(self.network, NetworkGraph)  # noqa: S101 - asked before; narrows the type
+            self._count(1)
+            self._graphs = [
+                GraphInput(self.network, p.clean.points, p.mass, self.goal.take(torch.tensor([i], device=self.device)))
+                for i, p in enumerate(self.problems)
+            ]
+        return self._graphs
+
+    @property
+    def resolution(self) -> Float[Tensor, "p 1"]:
+        """What the search takes for a used share of exactly 1: the rounding of each problem's evaluation."""
+        whole = isinstance(self.network, NetworkGraph)
+        found = [graph.resolution for graph in self.graphs] if whole else [REACHED] * len(self.problems)
+        return self.points.new_tensor(found)[:, None]
 
     def _count(self, rows: int) -> None:
         self.queries[self.index] += rows
@@ -245,7 +170,7 @@ class Evaluator:
         x = self.place(delta)
         if self.prepared is not None:
             return self.goal.shares(self.prepared.forward(x).output)
-        return self.goal.shares(torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])]))
+        return self.goal.shares(torch.stack([self.output(i, x[i]) for i in range(x.shape[0])]))
 
     def _shares_and_gradient(self, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         self._count(delta.shape[1])
@@ -256,12 +181,15 @@ class Evaluator:
             return shares, self._pull(delta, tape.pullback(cotangent))
         x.requires_grad_(True)
         with torch.enable_grad():
-            output = torch.stack([self._plain(i, x[i]) for i in range(x.shape[0])])
+            output = torch.stack([self.output(i, x[i]) for i in range(x.shape[0])])
         shares, cotangent = self.goal.shares_and_cotangent(output.detach(), target)
         (gradient,) = torch.autograd.grad(output, x, cotangent)
         return shares, self._pull(delta, gradient)
 
-    def _plain(self, index: int, x: Tensor) -> Tensor:
+    def output(self, index: int, x: Float[Tensor, "r n d"]) -> Tensor:
+        """The network's output for one problem at placed tokens, as the search sees it; differentiable."""
+        if isinstance(self.network, NetworkGraph):
+            return self.graphs[index].value(x)
         mass = None if self.mass is None else self.mass[index].expand(x.shape[0], -1)
         return self.network(x, mass)
 
@@ -290,10 +218,12 @@ class Evaluator:
         return self.prepared.forward(self.points[:, None])
 
     def _plain_normal_product(self, index: int, vectors: Tensor) -> Tensor:
+        if isinstance(self.network, NetworkGraph):
+            return self.graphs[index].normal_product(vectors)
         x = self.points[index].expand_as(vectors).clone().requires_grad_(True)
         goal = self.goal.take(torch.tensor([index], device=x.device))
         with torch.enable_grad():
-            image = goal.pool(self._plain(index, x)[None])[0]
+            image = goal.pool(self.output(index, x)[None])[0]
             dual = torch.zeros_like(image, requires_grad=True)
             (pulled,) = torch.autograd.grad(image, x, dual, create_graph=True)
             # The pullback is linear in its cotangent: differentiating it along v gives J v.
@@ -303,11 +233,14 @@ class Evaluator:
 
     @property
     def bytes_of_a_row(self) -> int:
-        """Bytes of the score-sized and token-sized arrays that one evaluation needs at once."""
+        """Bytes that one evaluation with its gradient needs at once, for one row of one problem."""
         n = self.points.shape[-2]
-        heads = self.network.heads if isinstance(self.network, Attention) else 1
-        width = self.points.shape[-1] + self.network.out_width
-        return int(8 * WORKING_COPIES * n * (heads * n + width))
+        if isinstance(self.network, Attention):
+            width = self.points.shape[-1] + self.network.out_width
+            return int(8 * WORKING_COPIES * n * (self.network.heads * n + width))
+        if self._row_bytes is None:
+            self._row_bytes = bytes_of_a_row(lambda x: self.output(0, x), self.points[0])
+        return self._row_bytes
 
     @property
     def rows_at_once(self) -> int:
@@ -341,8 +274,3 @@ def into_ball(points: Float[Tensor, "*b d"], radius: float | None) -> Float[Tens
         return points
     length = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
     return points * torch.where(length > radius, radius / length.clamp_min(TINY), 1.0)
-
-
-def _present(value: Tensor | None) -> Tensor:
-    assert value is not None  # noqa: S101 - group_key separates problems with and without it; narrows the type
-    return value

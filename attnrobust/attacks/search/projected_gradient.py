@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnrobust.attacks.method import Search
-from attnrobust.attacks.search.evaluate import Evaluator
+from attnrobust.attacks.search.evaluate import REACHED, Evaluator
 from attnrobust.attacks.search.geometry import Geometry
 
 MOMENTUM = 0.25
@@ -33,8 +33,6 @@ PATIENCE, PROGRESS = 6, 3e-4
 """A row ends when its merit improves by less than this share within so many steps."""
 MAX_RESCALES = 5
 """Moves along the ray in a row before a point is taken as it is."""
-REACHED = 1e-12
-"""A share within this distance of 1 uses the whole budget; ends of a bracket count as inside it by as much."""
 TINY = 1e-300
 
 
@@ -194,14 +192,15 @@ def _step(search: Search, evaluator: Evaluator, threat: Geometry, rows: _Rows) -
     slope = _dot(gradient, rows.trial)
     distance = threat.distance(rows.trial)
     finite = torch.isfinite(share) & torch.isfinite(gradient).flatten(2).all(dim=-1)
-    reached = (share - 1.0).abs() <= REACHED
+    resolution = evaluator.resolution
+    reached = (share - 1.0).abs() <= resolution
     predicted = torch.where(reached, distance, distance * (1.0 + (1.0 - share) / slope))
     if search.epsilon is None:
         predicted = _bracketed(rows, distance, share, predicted)
         near = (share - 1.0).abs() <= TRUSTED
         merit = torch.where(near & ((slope > 0) | reached), predicted, math.inf)
         rescale = ~near & torch.isfinite(predicted) & (rows.rescaled < MAX_RESCALES)
-        _remember(rows, distance, share)
+        _remember(rows, distance, share, resolution)
     else:
         merit, rescale = -share, torch.zeros_like(finite)
     merit = torch.where(finite, merit, math.inf)
@@ -236,9 +235,9 @@ def _bracketed(rows: _Rows, distance: Tensor, share: Tensor, predicted: Tensor) 
     return torch.where(inside, predicted, middle)
 
 
-def _remember(rows: _Rows, distance: Tensor, share: Tensor) -> None:
+def _remember(rows: _Rows, distance: Tensor, share: Tensor, resolution: Tensor) -> None:
     """Keep the nearest violation that each row met, whatever becomes of the row."""
-    nearer = (share >= 1.0 - REACHED) & (distance < rows.violation)
+    nearer = (share >= 1.0 - resolution) & (distance < rows.violation)
     rows.violation = torch.where(nearer, distance, rows.violation)
     rows.violating = _pick(nearer, rows.trial, rows.violating)
 
