@@ -50,6 +50,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
         NotApplicable,
         Status,
     )
+    from attnrobust.smoothing.record import SmoothedComparison, Smoothing
+    from attnrobust.smoothing.smooth import smooth
     from attnrobust.threats.base import Threat
     from attnrobust.threats.copies import Copies
     from attnrobust.threats.measures import CouplingBall, WassersteinBall
@@ -116,6 +118,9 @@ __all__ = [
     "FixedPoint",
     "ContractiveResidual",
     "token_radii",
+    "smooth",
+    "Smoothing",
+    "SmoothedComparison",
     # what can go wrong
     "AttnRobustError",
     "InputError",
@@ -172,6 +177,8 @@ _EXPORTS = {
         "AttackResult",
         "Status",
     ),
+    "attnrobust.smoothing.record": ("Smoothing", "SmoothedComparison"),
+    "attnrobust.smoothing.smooth": ("smooth",),
     "attnrobust.threats.base": ("Threat",),
     "attnrobust.threats.copies": ("Copies",),
     "attnrobust.threats.measures": ("CouplingBall", "WassersteinBall"),

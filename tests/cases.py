@@ -1,11 +1,12 @@
 """One table of problems that every test draws on: small layers with inputs, named after what is hard in them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -230,6 +231,10 @@ TELLING = (
 )
 
 
+LARGE = 8
+"""Cases with more tokens take too long for a default run of every certificate against every attack."""
+
+
 @cache
 def _all_cases() -> tuple[Case, ...]:
     built = tuple(_build())
@@ -248,6 +253,12 @@ def cases(*, max_n: int | None = None) -> tuple[Case, ...]:
 def telling_cases() -> tuple[Case, ...]:
     """A case for each thing that sets an algebraic claim apart; ``cases()`` is for what tries to break a bound."""
     return tuple(case_named(name) for name in TELLING)
+
+
+def telling_first(chosen: Iterable[Case]) -> list[Any]:
+    """Parameters of a test that takes seconds a case: the telling ones of at most 8 tokens by default, others slow."""
+    usual = {case.name for case in telling_cases() if case.n <= LARGE}
+    return [pytest.param(c, id=c.name, marks=[] if c.name in usual else [pytest.mark.slow]) for c in chosen]
 
 
 def case_named(name: str) -> Case:

@@ -1,9 +1,10 @@
 """What the tests of the displacement certificate share: exact remainders, dense forms and ascent on a ratio."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from attnrobust.certify.displacement.base import MovingRows, ValueRows
@@ -20,6 +21,8 @@ SMALL_CASES = (
     "saturated-concatenated-masses", "equal-tokens", "near-tie", "large-norms", "one-outlier", "causal-biases-strong",
     "padding", "finite-mask-masses", "masses-one-dominates", "narrow-width-1",
 )  # fmt: skip
+RARE = {"concatenated", "scale-negative", "near-tie", "large-norms", "one-outlier", "masses-one-dominates", "saturated"}
+"""Those of them that differ from another one in size alone, or that the product of all certificates has, too: slow."""
 RADII = (0.1, 1.5)
 
 
@@ -148,7 +151,14 @@ def form_root(matrix: Tensor, moves: Tensor) -> Tensor:
 
 SLACK = 1.0 + 1e-9  # rounding of the measured side only
 SELECTIONS = [(name, None) for name in SMALL_CASES] + [("biases", (1,)), ("causal-biases-strong", (0, 4))]
-selected = pytest.mark.parametrize(("name", "tokens"), SELECTIONS)
+
+
+def with_marks(options: Iterable[Sequence[object]]) -> list[ParameterSet]:
+    """Parameters that begin with the name of a case; those of ``RARE`` run with the slow tests."""
+    return [pytest.param(*values, marks=[pytest.mark.slow] if values[0] in RARE else []) for values in options]
+
+
+selected = pytest.mark.parametrize(("name", "tokens"), with_marks(SELECTIONS))
 
 
 def taking_turns(*pairs: tuple[tuple[object, ...], tuple[object, ...]]) -> list[tuple[object, ...]]:
@@ -158,7 +168,7 @@ def taking_turns(*pairs: tuple[tuple[object, ...], tuple[object, ...]]) -> list[
 
 two_pools = pytest.mark.parametrize(
     ("name", "tokens", "pool"),
-    taking_turns((("all",), ("mean",)), (("mean",), (0,)), ((0,), ("all",))),
+    with_marks(taking_turns((("all",), ("mean",)), (("mean",), (0,)), ((0,), ("all",)))),
 )
 
 

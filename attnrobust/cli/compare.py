@@ -78,7 +78,7 @@ def certify(
 ) -> int:
     """Certified radii: no move of the tokens within them breaks the goal. No attack."""
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
-    config = _config(
+    config = one_place(
         model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
         certificates=chosen_certificates(methods), attack={"method": None},
     )  # fmt: skip
@@ -113,7 +113,7 @@ def attack(
 ) -> int:
     """Verified attack radii: the nearest tokens found that break the goal. No certificate."""
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
-    config = _config(
+    config = one_place(
         model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
         certificates=(), attack={"method": attack, "epsilon": epsilon},
     )  # fmt: skip
@@ -148,7 +148,7 @@ def compare(
 ) -> int:
     """Both, input by input: certified radius, attack radius and the gap between them."""
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
-    config = _config(
+    config = one_place(
         model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
         certificates=chosen_certificates(methods), attack={"method": attack},
     )  # fmt: skip
@@ -158,7 +158,7 @@ def compare(
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _config(
+def one_place(
     model: str,
     layer: str | None,
     at: str | None,

@@ -100,6 +100,17 @@ Decision = Annotated[
 ]
 Heads = Annotated[bool, typer.Option("--heads/--no-heads", help="Rank the heads too.")]
 
+# ---- smoothing -------------------------------------------------------------------------------------------------------
+
+Sigma = Annotated[
+    float,
+    typer.Option(metavar="S", help="Standard deviation of the noise on every coordinate of the tokens that move."),
+]
+Samples = Annotated[int, typer.Option(metavar="N", help="Votes that bound the majority's probability.", min=10)]
+FailureProbability = Annotated[
+    float, typer.Option(metavar="P", help="Of everything that is stated about one input, at most.")
+]
+
 # ---- Lipschitz bounds ------------------------------------------------------------------------------------------------
 
 BallRadius = Annotated[

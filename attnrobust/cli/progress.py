@@ -3,16 +3,41 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar, runtime_checkable
 
 from attnrobust.cli.output import printable
 from attnrobust.text import shown
 
-if TYPE_CHECKING:
-    from attnrobust.runs.rows import Row
+
+@runtime_checkable
+class Progressing(Protocol):
+    """What is shown of a row."""
+
+    @property
+    def input_id(self) -> str:
+        """The input's name."""
+
+    @property
+    def n(self) -> int:
+        """Its tokens."""
+
+    @property
+    def status(self) -> str:
+        """How it ended."""
+
+    @property
+    def certified_radius(self) -> float | None:
+        """Certified radius, if there is one."""
+
+    @property
+    def attack_radius(self) -> float | None:
+        """Attack radius, if there is one."""
 
 
-def tracked(rows: Iterable["Row"], total: int, *, quiet: bool = False) -> Iterator["Row"]:
+R = TypeVar("R", bound=Progressing)
+
+
+def tracked(rows: Iterable[R], total: int, *, quiet: bool = False) -> Iterator[R]:
     """Pass rows on as they come, and show how far the run is.
 
     Args:
@@ -28,7 +53,7 @@ def tracked(rows: Iterable["Row"], total: int, *, quiet: bool = False) -> Iterat
         yield from _with_lines(rows, total)
 
 
-def _with_bar(rows: Iterable["Row"], total: int) -> Iterator["Row"]:
+def _with_bar(rows: Iterable[R], total: int) -> Iterator[R]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -50,7 +75,7 @@ def _with_bar(rows: Iterable["Row"], total: int) -> Iterator["Row"]:
             progress.advance(task)
 
 
-def _with_lines(rows: Iterable["Row"], total: int) -> Iterator["Row"]:
+def _with_lines(rows: Iterable[R], total: int) -> Iterator[R]:
     start = time.perf_counter()
     for number, row in enumerate(rows, start=1):
         parts = [f"[{number}/{total}] {printable(row.input_id)} n={row.n} {row.status}"]

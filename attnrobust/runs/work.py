@@ -159,12 +159,12 @@ class Workbench:
     def row(self, item: WorkItem) -> Row:
         """Compute one row; whatever goes wrong is its status."""
         try:
-            task = self._task(item)
+            task = self.task(item)
         except AttnRobustError as error:
             return self.failed(item, Status.ERROR, str(error))
         return evaluate_row(task, self.config)
 
-    def _task(self, item: WorkItem) -> RowTask:
+    def task(self, item: WorkItem) -> RowTask:
         """The work of an item."""
         goal, threat = self.goals[item.goal], self.threats[item.threat]
         if isinstance(goal, NetworkGoal):

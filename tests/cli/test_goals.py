@@ -225,8 +225,10 @@ def test_a_readout_names_the_models_own_decision(
     cli: Run, classifier: Path, encoder: Path, texts: Path, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "head.npz", weight=np.random.default_rng(0).normal(size=(3, 24)))
-    asked = ("--layer", "1.attention", "--readout", tmp_path / "head.npz", "--texts", texts, "-q")
-    asked += ("--methods", "castin2024-derived")
+    asked = (
+        "--layer", "1.attention", "--readout", tmp_path / "head.npz", "--texts", texts, "-q", "--methods",
+        "castin2024-derived",
+    )  # fmt: skip
     instead = "it is not the decision of the model, which has a head: give --at block:1 --goal decision"
     out = tmp_path / "out"
     said = cli("certify", classifier, *asked, "--out", out, "--fail-under", 1e9)

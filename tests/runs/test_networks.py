@@ -192,7 +192,7 @@ def test_a_configuration_is_about_layers_or_about_the_whole(classifier: Path) ->
         ({"images": "y.npz"}, "exactly one of texts, tokens and images"),
     ):
         with pytest.raises(InputError, match=says):
-            make_config(base | wrong)  # type: ignore[arg-type]
+            make_config(base | wrong)
 
 
 # ---- the model's own word --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from attnrobust.problem import Problem
 from attnrobust.results import Kind
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
 from attnrobust.tokens import TokenMeasure
-from tests.cases import Case, case_named, goals, problems, threats
+from tests.cases import Case, case_named, cases, goals, problems, telling_first, threats
 from tests.stress import Draw, largest_usage
 
 METHODS: tuple[CertificateMethod, ...] = (
@@ -41,9 +41,10 @@ def method(request: pytest.FixtureRequest) -> CertificateMethod:
     return chosen
 
 
-def test_above_everything_found_on_the_set(every_case: Case) -> None:
+@pytest.mark.parametrize("case", telling_first(cases()))
+def test_above_everything_found_on_the_set(case: Case) -> None:
     """Each method at three sizes, from nearly linear to far outside of it, on every threat and goal."""
-    for index, problem in list(enumerate(problems(every_case)))[every_case.n % 3 :: 3]:
+    for index, problem in list(enumerate(problems(case)))[case.n % 3 :: 3]:
         prepared = [method.prepare(problem, seed=0) for method in METHODS]
         scale = prepared[-1].first_guess or 1.0
         for size in (0.1 * scale, scale, 10.0 * scale):

@@ -8,10 +8,9 @@ from attnrobust.attacks import AttackBudget, attack_many
 from attnrobust.certify import CertificateMethod
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
-from tests.cases import Case, cases, problems
+from tests.cases import Case, cases, problems, telling_first
 from tests.methods import MOVING_ATTACKS, MOVING_METHODS
 
-LARGE = 8  # cases with more tokens run with `-m slow`
 QUICK = AttackBudget(restarts=4, steps=30, rounds=1)
 FULL = AttackBudget()
 
@@ -26,12 +25,7 @@ def _attacked(case: Case, budget: AttackBudget) -> tuple[tuple[Problem, AttackRe
     return tuple(rows)
 
 
-def _sized(case: Case) -> object:
-    marks = [pytest.mark.slow] if case.n > LARGE else []
-    return pytest.param(case, id=case.name, marks=marks)
-
-
-@pytest.mark.parametrize("case", [_sized(case) for case in cases()])
+@pytest.mark.parametrize("case", telling_first(cases()))
 def test_no_attack_inside_a_certified_radius(case: Case) -> None:
     """Every certificate in one test, so that a case is attacked once whichever process runs it."""
     for method in MOVING_METHODS:

@@ -18,7 +18,7 @@ from attnrobust.results import Kind
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.cases import case_named
-from tests.displacement_tools import SMALL_CASES, clean_rows, dense_forms, form_root, worst_ratio
+from tests.displacement_tools import SMALL_CASES, clean_rows, dense_forms, form_root, with_marks, worst_ratio
 
 METHOD = DisplacementCertificate()
 THREATS: tuple[MoveThreat, ...] = (
@@ -48,7 +48,7 @@ def _ascend(problem: Problem, radius: float, *, steps: int = 40, count: int = 12
     return worst
 
 
-@pytest.mark.parametrize("name", SMALL_CASES)
+@pytest.mark.parametrize("name", with_marks((name,) for name in SMALL_CASES))
 @pytest.mark.parametrize("pool", ["all", 0])
 def test_displacement_stays_below_the_bound(name: str, pool: Pool) -> None:
     problem = _problem(name, FrobeniusBall(), Displacement(1.0, pool=pool))

@@ -138,7 +138,7 @@ def test_a_row_that_takes_too_long_ends_its_actor(tmp_path: Path) -> None:
     played, made = cluster(tmp_path, timeout=0.2)
     played.plan.update(x2="hang", x5="hang")
     assert statuses(played, made) == ALL | {"x2": "timeout", "x5": "timeout"}
-    assert len(played.made) == 4
+    assert len(played.made) in (3, 4)  # an actor that ends when nothing is left to do is not replaced
 
 
 def test_actors_without_room_do_not_hold_up_the_others(tmp_path: Path) -> None:
@@ -222,6 +222,7 @@ def titles() -> dict[int, bytes]:
     return {pid: title for pid, title in found.items() if b"ray" in title}
 
 
+@pytest.mark.slow  # half a minute of processor time, most of it Ray's own
 @pytest.mark.filterwarnings("ignore")  # Ray leaves sockets and files open
 def test_two_actors_give_the_same_rows_even_if_one_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One cluster for all that needs a real one: it takes seconds to start."""
