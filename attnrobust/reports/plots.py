@@ -4,6 +4,7 @@ import io
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from attnrobust.runs.rows import Row, scopes
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, RED = "#0072B2", "#E69F00", "#8C8C8C", "#D55E00"  # Okabe and Ito: told apart by every common eye
+WIDEST_LINE = 105
+"""Characters of a line above a plot."""
 MANY_INPUTS = 40
 """More inputs than this are drawn as a scatter plot instead of one line each."""
 DPI = 144
@@ -67,7 +70,7 @@ def _positive(value: float | None) -> bool:
 
 
 def _headings(figure: "Figure", rows: Sequence[Row], drawn: Sequence[Row], title: str) -> None:
-    scope = "".join(f"\n{scope}" for scope in scopes(rows))
+    scope = "".join(f"\n{line}" for scope in scopes(rows) for line in wrap(scope, WIDEST_LINE))
     figure.suptitle(drawable(title) + scope, x=0.01, ha="left", fontsize=11, parse_math=False)
     if len(drawn) < len(rows):
         missing = [drawable(shortened(row.input_id, 24)) for row in rows if row not in drawn]
@@ -95,7 +98,8 @@ def _lines(figure: "Figure", rows: Sequence[Row]) -> None:
             axes.annotate(
                 note, at, (0, 5), textcoords="offset points", ha="center", fontsize=8, color=RED * unsound or "black"
             )
-    labels = [f"{_row_label(row)}  (n = {row.n})" for row in rows]
+    several = len({row.layer for row in rows}) > 1
+    labels = [f"{_row_label(row)}  ({f'{drawable(row.layer)}, ' if several else ''}n = {row.n})" for row in rows]
     axes.set_yticks(range(len(rows)), labels, parse_math=False)
     axes.set_ylim(len(rows) - 0.4, -0.75)
     axes.set_xscale("log")
@@ -151,8 +155,9 @@ def plain_ticks(axis: "Axis") -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    few = math.log10(high / low) > 2.0
-    axis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0)))
+    decades = math.log10(high / low)
+    subs = (1.0,) if decades > 2.0 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(map(float, range(1, 10)))
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

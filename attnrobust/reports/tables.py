@@ -9,6 +9,7 @@ from rich.text import Text
 
 from attnrobust.models.listing import LayerInfo
 from attnrobust.reports.layout import Column, lay_out, numbers, words
+from attnrobust.reports.narrow import BETWEEN, fitted
 from attnrobust.runs.rows import Row, median, scopes
 from attnrobust.status import Status
 from attnrobust.text import shortened, shown
@@ -37,7 +38,7 @@ def percent(value: float | None) -> str:
 def _classes(row: Row) -> str:
     """The class that must stay, and the one at the attack's point."""
     label = shortened(row.label or "-", LONGEST_CLASS)
-    return label if row.attack_label is None else f"{label} > {shortened(row.attack_label, LONGEST_CLASS)}"
+    return label if row.attack_label is None else f"{label}{BETWEEN}{shortened(row.attack_label, LONGEST_CLASS)}"
 
 
 _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
@@ -60,12 +61,13 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
 }
 
 
-def result_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
+def result_table(rows: Sequence[Row], *, title: str | None = None, width: int | None = None) -> Table:
     """One line per input: sizes, the best certificate, the attack, the gap, the status, the seconds.
 
     Args:
         rows: The rows, all of one command.
         title: Above the table.
+        width: Characters of the terminal; where they are few, names are shortened and the least columns left out.
 
     Returns:
         A rich table; columns that no row fills are left out.
@@ -81,14 +83,15 @@ def result_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
         "margin": margins,
         "tolerance": not margins,
         "certified": certified,
-        "by": certified,
+        "by": any(r.certificate for r in rows) or (certified and not network),
         "attack": attacked,
         "gap": certified and attacked,
         "usage": any(r.epsilon is not None for r in rows),
     }
     columns = [column for column in _CELLS if there.get(column.name, True)]
-    lines = [[_CELLS[column](row) for column in columns] for row in rows]
-    return lay_out(columns, lines, title=title, caption=_caption(rows))
+    columns, lines = fitted(columns, [[_CELLS[column](row) for column in columns] for row in rows], width=width)
+    shares = any(column.name == "of |x|" for column in columns)
+    return lay_out(columns, lines, title=title, caption=_caption(rows, shares=shares))
 
 
 def certificate_table(rows: Sequence[Row]) -> Table | None:
@@ -143,14 +146,14 @@ def _column_names(identifiers: Sequence[str]) -> list[str]:
     return [shortened(name, 10) for name in (heads if len(set(heads)) == len(heads) else identifiers)]
 
 
-def _caption(rows: Sequence[Row]) -> str | None:
+def _caption(rows: Sequence[Row], *, shares: bool) -> str | None:
     """Medians and what stands behind the letters; the messages of rows that failed are printed apart."""
     if not rows:
         return None
     parts = [f"threat {rows[0].threat}, goal {rows[0].goal}", *scopes(rows)]
     if rows[0].epsilon is not None:
         parts.append(f"usage: share of the goal's budget that the worst point within {shown(rows[0].epsilon)} uses")
-    if any(row.depth is not None and row.attack is not None for row in rows):
+    if shares:
         parts.append("|x|: norm of all tokens at that depth")
     gaps = [row.gap for row in rows if row.gap is not None]
     if gaps:

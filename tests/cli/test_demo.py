@@ -40,11 +40,7 @@ def test_the_decision_at_the_last_block(capsys: pytest.CaptureFixture[str], tmp_
         assert (row["layer"], row["goal"], row["status"]) == ("block:5", "nearest", "found")
         assert row["certified_radius"] <= row["attack_radius"] < row["input_norm"]
         assert row["label"] != row["attack_label"]
-    assert {row["label"] for row in said.rows[:3]} == {
-        "The food was wonderful.",
-        "The train was late again.",
-        "Stocks fell sharply today.",
-    }
+    assert [row["label"] for row in said.rows[:3]] == ["Delicious food.", "Delayed trains.", "Stock market news."]
 
 
 @pytest.mark.slow
