@@ -1,0 +1,236 @@
+"""Everything at the clean input that serves every radius, tolerance and goal on the same readout."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attnrobust.certify.network.composite.metrics import sampled_metrics
+from attnrobust.certify.network.composite.nodes.attend import AttendRemainder
+from attnrobust.certify.network.composite.nodes.base import Channel, NodeRemainder
+from attnrobust.certify.network.composite.nodes.elementwise import ActivateRemainder, ProductRemainder
+from attnrobust.certify.network.composite.nodes.normalise import NormaliseRemainder
+from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms
+from attnrobust.certify.network.composite.second_order import Moves, SecondOrder
+from attnrobust.certify.network.composite.sketch import Sketch, basis, gaussian
+from attnrobust.certify.network.composite.targets import Port, Readout, Target
+from attnrobust.certify.network.composite.top_eigenvalue import Operator, top_singular_value
+from attnrobust.layers.graph.attend import Attend, AttentionState
+from attnrobust.layers.graph.elementwise import Activate, Product
+from attnrobust.layers.graph.linearisation import Linearisation
+from attnrobust.layers.graph.normalise import Normalise
+from attnrobust.numerics.chance import MAIN_FAILURE, Chance, stream
+
+BASIS_LIMIT = 320
+"""Numbers that move, up to which sums over all directions are taken over a basis."""
+SKETCH_SHARE = 0.5  # of the failure probability goes to sketches, the rest to starts of Lanczos
+RANGE_NUMBERS = 2**24  # numbers per state that a batch of the range sweep holds
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """How much work a preparation does.
+
+    Args:
+        sketch: Gaussian directions where a basis is too large.
+        seed: Of everything random.
+        failure: Probability with which any of it may fail.
+    """
+
+    sketch: int
+    seed: int
+    failure: float = MAIN_FAILURE
+
+
+class Preparation:
+    """Norms of a network's prefix maps at one clean input.
+
+    Args:
+        record: The network at the input.
+        moves: What may move.
+        output: The readout for which metrics are chosen, and which is certified.
+        settings: How much work.
+    """
+
+    def __init__(self, record: Linearisation, moves: Moves, output: Readout, settings: Settings) -> None:
+        self.record, self.moves, self.output, self.settings = record, moves, output, settings
+        self._metrics = sampled_metrics(record, moves, output, seed=stream(settings.seed, "metrics"))
+        events = 2 * len(self._metrics.ports) + 2 + self._attends
+        self._per_sketch = SKETCH_SHARE * settings.failure / events
+        self._sketched = 0
+        count = len(self._metrics.ports)
+        self._chance = Chance(
+            stream(settings.seed, "starts"), "composite", (1.0 - SKETCH_SHARE) * settings.failure,
+            expected=4 * count + count * (count + 1),
+        )  # fmt: skip
+
+    # ---- what the certificates ask ---------------------------------------------------------------------------------
+
+    @property
+    def failure_probability(self) -> float:
+        """Of everything that was relied on so far."""
+        return self._chance.spent + self._sketched * self._per_sketch
+
+    def recursion(self, radius: float) -> Recursion:
+        """All ports at one Frobenius radius."""
+        return Recursion(self.remainders, self.ports, radius)
+
+    @cached_property
+    def first(self) -> float:
+        """Norm of the first order, from the moves to the readout."""
+        return self.norm(
+            lambda v: self.output.flat(self._tangents(v, self.output.states)),
+            lambda y: self._pulled(self.output.cotangents(y)), self.moves.size, self.output.size,
+        )  # fmt: skip
+
+    @cached_property
+    def readout(self) -> TargetNorms:
+        """Norms of the readout itself."""
+        return self.target_norms(self.output)
+
+    @cached_property
+    def ports(self) -> dict[str, TargetNorms]:
+        """Norms of every port that some curved node comes before."""
+        return {port.name: self.target_norms(port) for port in self._metrics.ports if self._second.upstream(port)}
+
+    @cached_property
+    def remainders(self) -> dict[str, NodeRemainder]:
+        """Every node's remainder, its ranges settled."""
+        found = {port.name: self._remainder(port) for port in self._metrics.ports}
+        states = sorted({name for port in self._metrics.ports for name in port.reads})
+        largest = max(int(self.record.clean[name].numel()) for name in states)
+        identity = torch.eye(self.moves.size, dtype=torch.float64, device=self._device)
+        for rows in identity.split(max(1, RANGE_NUMBERS // largest)):
+            tangents = self._tangents(rows, states)
+            for remainder in found.values():
+                remainder.observe(tuple(tangents[name] for name in remainder.port.reads))
+        for remainder in found.values():
+            remainder.settle()
+            self._sharpen(remainder)
+        return found
+
+    # ---- norms -----------------------------------------------------------------------------------------------------
+
+    def norm(
+        self, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor], size: int, out_size: int
+    ) -> float:
+        """Upper bound of the norm of a map by its products, on its smaller side."""
+        weight = 2 * max(int(value.numel()) for value in self.record.clean.values())
+        if size <= out_size:
+            operator = Operator(lambda v: backward(forward(v)), size, weight)
+        else:
+            operator = Operator(lambda y: forward(backward(y)), out_size, weight)
+        return top_singular_value(operator, self._chance, device=self._device)
+
+    def target_norms(self, target: Target) -> TargetNorms:
+        """Curvature, cross terms and tails of one target."""
+        upstream = self._second.upstream(target)
+        sources = [port for port in upstream if self._second.upstream(port)]
+        return TargetNorms(
+            curvature=self._sketched_norm(self._second.curvature(target)),
+            cross=self._sketched_norm(self._second.cross(target, sources)) if sources else 0.0,
+            sources=tuple(port.name for port in sources),
+            tails={
+                (port.name, name): self._tail(port.name, channel, target)
+                for port in upstream
+                for name, channel in self.remainders[port.name].channels.items()
+            },
+        )
+
+    def _sketched_norm(self, operator: Operator) -> float:
+        return self._use(self._sketch) * top_singular_value(operator, self._chance, device=self._device)
+
+    def _use(self, sketch: Sketch) -> float:
+        """The factor of one use of a sketch, which is recorded."""
+        self._sketched += 1 if sketch.failure > 0.0 else 0
+        return math.sqrt(sketch.inflation)
+
+    def _tail(self, node: str, channel: Channel, target: Target) -> float:
+        def forward(t: Tensor) -> Tensor:
+            source = channel.emit(t.unflatten(-1, channel.shape))
+            return target.flat(self.record.push({node: source}, target.states))
+
+        def backward(y: Tensor) -> Tensor:
+            cotangent = self.record.pull(target.cotangents(y), (node,))[node]
+            return channel.absorb(cotangent).flatten(-len(channel.shape))
+
+        return self.norm(forward, backward, math.prod(channel.shape), target.size)
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return self.moves.movable.device
+
+    @property
+    def _attends(self) -> int:
+        return sum(isinstance(step.node, Attend) for step in self.record.wiring.steps)
+
+    @cached_property
+    def _sketch(self) -> Sketch:
+        return self._directions(self.moves.size, "moves")
+
+    def _directions(self, size: int, purpose: str) -> Sketch:
+        if size <= max(BASIS_LIMIT, self.settings.sketch):
+            return basis(size, self._device)
+        seed = stream(self.settings.seed, "sketch", purpose)
+        return gaussian(size, self.settings.sketch, failure=self._per_sketch, seed=seed, device=self._device)
+
+    @cached_property
+    def _second(self) -> SecondOrder:
+        return SecondOrder(self.record, self.moves, self._metrics.ports, self._sketch.directions)
+
+    def _tangents(self, flat: Tensor, states: Sequence[str]) -> dict[str, Tensor]:
+        return self.record.push({self.record.wiring.source: self.moves.tokens(flat)}, states)
+
+    def _pulled(self, cotangents: dict[str, Tensor]) -> Tensor:
+        source = self.record.wiring.source
+        return self.moves.flat(self.record.pull(cotangents, (source,))[source])
+
+    def _remainder(self, port: Port) -> NodeRemainder:
+        step = next(step for step in self.record.wiring.steps if step.name == port.name)
+        node, clean = step.node, self.record.clean[step.reads[0]]
+        if isinstance(node, Normalise):
+            return NormaliseRemainder(port, node.norm, clean)
+        if isinstance(node, Activate):
+            return ActivateRemainder(port, node.function, clean, self._metrics.importance[port.name])
+        if isinstance(node, Product):
+            return ProductRemainder(port, self._metrics.importance[port.name])
+        state = self.record.nodes[port.name]
+        assert isinstance(state, AttentionState)  # noqa: S101 - other nodes were refused; narrows the type
+        return AttendRemainder(port, state)
+
+    def _sharpen(self, remainder: NodeRemainder) -> None:
+        """Joint norm of the features, and of attention its own second derivative."""
+        port, form = remainder.port, remainder.form()
+        if form is not None:
+            states = port.states
+
+            def forward(v: Tensor) -> Tensor:
+                tangents = self._tangents(v, states)
+                return form.forward(tuple(tangents[name] for name in port.reads))
+
+            def backward(y: Tensor) -> Tensor:
+                (edge,) = form.backward(y)
+                return self._pulled({port.reads[0]: edge})
+
+            out_size = int(self.record.clean[port.reads[0]].numel())
+            remainder.joint = self.norm(forward, backward, self.moves.size, out_size)
+        if isinstance(remainder, AttendRemainder) and self._second.upstream(port):
+            remainder.kappa = self._own_curvature(port)
+
+    def _own_curvature(self, port: Port) -> float:
+        """``sup ||f''[R, .]||_F`` over remainders of metric norm 1."""
+        state, sketch = self.record.nodes[port.name], self._directions(port.size, port.name)
+        mine = state.features(port.edges(sketch.directions))
+
+        def product(v: Tensor) -> Tensor:
+            image = state.bilinear(mine, state.features(port.edges(v[:, None])))
+            return port.flat_cotangent(state.bilinear_adjoint(mine, image)).sum(1)
+
+        weight = 4 * sketch.directions.shape[0] * port.size
+        operator = Operator(product, port.size, weight)
+        return self._use(sketch) * top_singular_value(operator, self._chance, device=self._device)

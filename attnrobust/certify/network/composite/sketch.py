@@ -1,0 +1,58 @@
+"""Directions that stand for all: a basis, or Gaussian ones with the factor that their number costs."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BISECTIONS = 80  # of the quantile; the side that is kept is the sound one
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """Directions a_1..a_s with ``sum_basis |B a|^2 <= inflation sum_i |B a_i|^2`` for a fixed matrix B.
+
+    Args:
+        directions: The a_i, (s, N); Gaussian ones already divided by sqrt(s).
+        inflation: At least 1; exactly 1 for a basis.
+        failure: Probability with which the inequality may fail for one B that does not depend on the directions.
+    """
+
+    directions: Float[Tensor, "s N"]
+    inflation: float
+    failure: float
+
+
+def basis(size: int, device: torch.device) -> Sketch:
+    """Every unit vector: an identity, no randomness."""
+    return Sketch(torch.eye(size, dtype=torch.float64, device=device), 1.0, 0.0)
+
+
+def gaussian(size: int, count: int, *, failure: float, seed: int, device: torch.device) -> Sketch:
+    """``count`` independent Gaussian directions (lemma 1).
+
+    Args:
+        size: N.
+        count: s.
+        failure: Probability of failure of one use.
+        seed: Of the directions; what they are used on must not depend on it.
+        device: Where they live.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(count, size, generator=generator, dtype=torch.float64) / math.sqrt(count)
+    return Sketch(directions.to(device), inflation(count, failure), failure)
+
+
+def inflation(count: int, failure: float) -> float:
+    """``1 / q`` with the largest q < 1 for which ``(q e^{1-q})^{s/2} <= failure``: lemma 1 in its Chernoff form."""
+    wanted = 2.0 * math.log(failure) / count
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        if math.log(middle) + 1.0 - middle <= wanted:
+            low = middle
+        else:
+            high = middle
+    return (1.0 + 1e-12) / low if low > 0.0 else math.inf
