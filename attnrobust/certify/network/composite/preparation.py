@@ -17,7 +17,7 @@ from attnrobust.certify.network.composite.recursion import Recursion, TargetNorm
 from attnrobust.certify.network.composite.second_order import Moves, SecondOrder
 from attnrobust.certify.network.composite.sketch import Sketch, basis, gaussian
 from attnrobust.certify.network.composite.targets import Port, Readout, Target
-from attnrobust.certify.network.composite.top_eigenvalue import Operator, top_singular_value
+from attnrobust.certify.network.composite.top_eigenvalue import Operator, top_eigenvalue, top_singular_value
 from attnrobust.layers.graph.attend import Attend, AttentionState
 from attnrobust.layers.graph.elementwise import Activate, Product
 from attnrobust.layers.graph.linearisation import Linearisation
@@ -133,12 +133,25 @@ class Preparation:
             curvature=self._sketched_norm(self._second.curvature(target)),
             cross=self._sketched_norm(self._second.cross(target, sources)) if sources else 0.0,
             sources=tuple(port.name for port in sources),
-            tails={
-                (port.name, name): self._tail(port.name, channel, target)
-                for port in upstream
-                for name, channel in self.remainders[port.name].channels.items()
-            },
+            tails=self.tails(target),
         )
+
+    def upstream(self, target: Target) -> list[Port]:
+        """The curved nodes before a target."""
+        return self._second.upstream(target)
+
+    def tails(self, target: Target) -> dict[tuple[str, str], float]:
+        """Norms from every channel of the nodes before a target to it."""
+        return {
+            (port.name, name): self._tail(port.name, channel, target)
+            for port in self.upstream(target)
+            for name, channel in self.remainders[port.name].channels.items()
+        }
+
+    def top(self, product: Callable[[Tensor], Tensor]) -> float:
+        """Upper bound of the largest eigenvalue, or 0, of a symmetric map of moves."""
+        weight = 4 * max(int(value.numel()) for value in self.record.clean.values())
+        return top_eigenvalue(Operator(product, self.moves.size, weight), self._chance, device=self._device)
 
     def _sketched_norm(self, operator: Operator) -> float:
         return self._use(self._sketch) * top_singular_value(operator, self._chance, device=self._device)

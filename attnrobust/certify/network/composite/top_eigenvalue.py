@@ -1,4 +1,4 @@
-"""Largest eigenvalues of batched positive semidefinite operators from above: decomposed where small, else by Lanczos.
+"""Largest eigenvalues of batched symmetric operators from above: decomposed where small, else by Lanczos.
 
 Lanczos with one start of failure probability delta meets its step errors at about ``4e-15 / delta``: too much for the
 hundreds of norms of one network. Two independent starts of failure probability ``sqrt(delta)`` each, and the larger of
@@ -26,7 +26,7 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """A symmetric positive semidefinite operator by its products.
+    """A symmetric operator by its products.
 
     Args:
         product: (b, N) -> (b, N).
@@ -40,7 +40,7 @@ class Operator:
 
 
 def top_eigenvalue(operator: Operator, chance: Chance, *, device: torch.device) -> float:
-    """Upper bound of the largest eigenvalue; random where the matrix is too large, and then ``chance`` records it.
+    """Upper bound of the largest eigenvalue, at least 0; random where the matrix is too large, and then ``chance`` records it.
 
     Args:
         operator: The operator; it must not depend on the stream of ``chance``.
