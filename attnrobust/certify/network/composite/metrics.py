@@ -1,7 +1,6 @@
 """Metrics of the ports and importances of outputs, from random second-order sensitivities; any positive ones are sound.
 
-A remainder R_m hurts through ``<g, Y_m f_m''[T_m a, R_m]>``: its typical size per token (per neuron behind an
-activation) is the metric in which R_m is measured. The typical size of the cotangent at the node's output is the
+A remainder R_m hurts through ``<g, Y_m f_m''[T_m a, R_m]>``: its typical size per token is the metric in which R_m is measured. The typical size of the cotangent at the node's output is the
 importance in which its remainder is.
 """
 
@@ -12,13 +11,15 @@ import torch
 from torch import Tensor
 
 from attnrobust.certify.network.composite.second_order import Moves
-from attnrobust.certify.network.composite.targets import Port, Readout, curved_steps
-from attnrobust.layers.graph.elementwise import Activate
+from attnrobust.certify.network.composite.targets import Port, Readout, backwards, curved_steps, root_of
 from attnrobust.layers.graph.linearisation import Linearisation
+from attnrobust.layers.graph.normalise import Normalise
+from attnrobust.layers.graph.wiring import Step
+from attnrobust.layers.normalisation import LayerNorm
 from attnrobust.numerics.rounding import SMALLEST
 
 SAMPLES = 24
-TOKEN_FLOOR = 0.2  # of the port's root mean square: raw sizes are inverse to the metric
+TOKEN_FLOOR = 0.5  # of the port's root mean square: raw sizes are inverse to the metric
 ENTRY_FLOOR = 0.2
 
 
@@ -45,22 +46,32 @@ def sampled_metrics(record: Linearisation, moves: Moves, output: Readout, *, see
     cotangents = record.pull(output.cotangents(draw(output.size)), [step.name for step in steps])
     ports, importance = [], {}
     for step in steps:
-        back = record.nodes[step.name].bilinear_adjoint(along[step.name], cotangents[step.name])
+        edges = record.nodes[step.name].bilinear_adjoint(along[step.name], cotangents[step.name])
+        roots, maps = zip(*(root_of(record, name) for name in step.reads), strict=True)
+        back = [backwards(edge, matrix) for edge, matrix in zip(edges, maps, strict=True)]
         whole = torch.stack([edge.square().mean() for edge in back]).mean()
-        by_entry = isinstance(step.node, Activate)
-        ports.append(Port(step.name, step.reads, tuple(_scale(edge, whole, by_entry) for edge in back)))
+        shapes = [_raw_shape(step, record.clean[name]) for name in roots]
+        scales = tuple(_scale(edge, whole, shape) for edge, shape in zip(back, shapes, strict=True))
+        ports.append(Port(step.name, step.reads, roots, maps, scales))
         importance[step.name] = _importance(cotangents[step.name])
     return Metrics(tuple(ports), importance)
 
 
-def _scale(edge: Tensor, whole: Tensor, by_entry: bool) -> Tensor:
-    square = edge.square().mean(0)
+def _raw_shape(step: Step, clean: Tensor) -> Tensor:
+    """Relative sensitivity of a node to a raw change of each token, (n, 1): a normalisation divides by its size."""
+    if not isinstance(step.node, Normalise):
+        return torch.ones_like(clean[:, :1])
+    norm = step.node.norm
+    u = clean - clean.mean(dim=-1, keepdim=True) if isinstance(norm, LayerNorm) else clean
+    inverse = (u.square().mean(dim=-1, keepdim=True) + norm.eps).rsqrt()
+    return inverse / inverse.square().mean().sqrt()
+
+
+def _scale(edge: Tensor, whole: Tensor, shape: Tensor) -> Tensor:
     if not float(whole) > SMALLEST:
-        return torch.ones_like(square)
-    if by_entry:
-        return (square + ENTRY_FLOOR**2 * whole).sqrt()
-    token = square.mean(-1, keepdim=True)
-    return (token + TOKEN_FLOOR**2 * whole).sqrt().expand_as(square).contiguous()
+        return torch.ones_like(edge[0])
+    token = edge.square().mean(0).mean(-1, keepdim=True)
+    return torch.maximum(token.sqrt(), TOKEN_FLOOR * whole.sqrt() * shape).expand_as(edge[0]).contiguous()
 
 
 def _importance(cotangent: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnrobust.certify.network.composite.metrics import sampled_metrics
 from attnrobust.certify.network.composite.nodes.attend import AttendRemainder
-from attnrobust.certify.network.composite.nodes.base import Channel, NodeRemainder
+from attnrobust.certify.network.composite.nodes.base import Channel, Form, NodeRemainder
 from attnrobust.certify.network.composite.nodes.elementwise import ActivateRemainder, ProductRemainder
 from attnrobust.certify.network.composite.nodes.normalise import NormaliseRemainder
 from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms
@@ -58,7 +58,7 @@ class Preparation:
     def __init__(self, record: Linearisation, moves: Moves, output: Readout, settings: Settings) -> None:
         self.record, self.moves, self.output, self.settings = record, moves, output, settings
         self._metrics = sampled_metrics(record, moves, output, seed=stream(settings.seed, "metrics"))
-        events = 2 * len(self._metrics.ports) + 2 + self._attends
+        events = 3 * len(self._metrics.ports) + 2
         self._per_sketch = SKETCH_SHARE * settings.failure / events
         self._sketched = 0
         count = len(self._metrics.ports)
@@ -178,10 +178,6 @@ class Preparation:
     def _device(self) -> torch.device:
         return self.moves.movable.device
 
-    @property
-    def _attends(self) -> int:
-        return sum(isinstance(step.node, Attend) for step in self.record.wiring.steps)
-
     @cached_property
     def _sketch(self) -> Sketch:
         return self._directions(self.moves.size, "moves")
@@ -217,33 +213,32 @@ class Preparation:
         return AttendRemainder(port, state)
 
     def _sharpen(self, remainder: NodeRemainder) -> None:
-        """Joint norm of the features, and of attention its own second derivative."""
-        port, form = remainder.port, remainder.form()
+        """Joint norm of the features, and the norm of the node's own second derivative."""
+        port, form, channel = remainder.port, remainder.form(), remainder.curved()
         if form is not None:
-            states = port.states
+            remainder.joint = self._joint(port.reads[0], form)
+        if channel is not None and self.upstream(port):
+            remainder.kappa = self._own_curvature(port, channel)
 
-            def forward(v: Tensor) -> Tensor:
-                tangents = self._tangents(v, states)
-                return form.forward(tuple(tangents[name] for name in port.reads))
+    def _joint(self, state: str, form: Form) -> float:
+        def forward(v: Tensor) -> Tensor:
+            return form.forward((self._tangents(v, (state,))[state],))
 
-            def backward(y: Tensor) -> Tensor:
-                (edge,) = form.backward(y)
-                return self._pulled({port.reads[0]: edge})
+        def backward(y: Tensor) -> Tensor:
+            (edge,) = form.backward(y)
+            return self._pulled({state: edge})
 
-            out_size = int(self.record.clean[port.reads[0]].numel())
-            remainder.joint = self.norm(forward, backward, self.moves.size, out_size)
-        if isinstance(remainder, AttendRemainder) and self._second.upstream(port):
-            remainder.kappa = self._own_curvature(port)
+        return self.norm(forward, backward, self.moves.size, int(self.record.clean[state].numel()))
 
-    def _own_curvature(self, port: Port) -> float:
-        """``sup ||f''[R, .]||_F`` over remainders of metric norm 1."""
+    def _own_curvature(self, port: Port, channel: Channel) -> float:
+        """``sup ||f''[R, .]||_F`` in a channel over remainders of metric norm 1."""
         state, sketch = self.record.nodes[port.name], self._directions(port.size, port.name)
         mine = state.features(port.edges(sketch.directions))
 
         def product(v: Tensor) -> Tensor:
-            image = state.bilinear(mine, state.features(port.edges(v[:, None])))
-            return port.flat_cotangent(state.bilinear_adjoint(mine, image)).sum(1)
+            image = channel.emit(state.bilinear(mine, state.features(port.edges(v[:, None]))))
+            return port.flat_cotangent(state.bilinear_adjoint(mine, channel.absorb(image))).sum(1)
 
-        weight = 4 * sketch.directions.shape[0] * port.size
+        weight = 4 * sketch.directions.shape[0] * max(port.size, math.prod(channel.shape))
         operator = Operator(product, port.size, weight)
         return self._use(sketch) * top_singular_value(operator, self._chance, device=self._device)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.layers.graph.affine import Affine
 from attnrobust.layers.graph.linearisation import Linearisation
 from attnrobust.layers.graph.node import Edges
 from attnrobust.layers.graph.wiring import Step
@@ -17,22 +18,28 @@ from attnrobust.layers.graph.wiring import Step
 class Port:
     """What one curved node reads: all of its edges, flattened into one vector, in a metric.
 
-    ``flat(e)`` has the entries ``scales * e``; its Euclidean norm is the metric of the port.
+    An edge that is a wide affine image of a narrower state (the inside of an MLP) is represented by that root: a
+    remainder of the root reaches one neuron with the norm of its weights, one of the wide edge with all of its size.
+    ``flat(e)`` has the entries ``scales * e`` of the roots; its Euclidean norm is the metric of the port.
 
     Args:
         name: The curved step.
         reads: States of its edges.
-        scales: Positive factors of every entry of every edge.
+        roots: The state behind each edge.
+        maps: Matrix from each root to its edge; None: they are the same.
+        scales: Positive factors of every entry of every root.
     """
 
     name: str
     reads: tuple[str, ...]
+    roots: tuple[str, ...]
+    maps: tuple[Tensor | None, ...]
     scales: Edges
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The states that are read, each once."""
-        return tuple(dict.fromkeys(self.reads))
+        """The roots, each once."""
+        return tuple(dict.fromkeys(self.roots))
 
     @cached_property
     def size(self) -> int:
@@ -40,24 +47,50 @@ class Port:
         return sum(scale.numel() for scale in self.scales)
 
     def flat(self, tangents: Mapping[str, Tensor]) -> Float[Tensor, "*b N"]:
-        """The scaled edges of tangents at the states, as one vector."""
-        parts = [(scale * tangents[name]).flatten(-2) for name, scale in zip(self.reads, self.scales, strict=True)]
+        """The scaled roots of tangents at the states, as one vector."""
+        parts = [(scale * tangents[name]).flatten(-2) for name, scale in zip(self.roots, self.scales, strict=True)]
         return torch.cat(parts, dim=-1)
 
     def edges(self, flat: Float[Tensor, "*b N"]) -> Edges:
-        """The edges of one flat vector: the inverse of ``flat``."""
-        parts = flat.split([scale.numel() for scale in self.scales], dim=-1)
-        return tuple(part.unflatten(-1, scale.shape) / scale for part, scale in zip(parts, self.scales, strict=True))
+        """The edges of one flat vector."""
+        roots = zip(self._split(flat), self.scales, self.maps, strict=True)
+        return tuple(forwards(part / scale, matrix) for part, scale, matrix in roots)
 
     def flat_cotangent(self, edges: Edges) -> Float[Tensor, "*b N"]:
         """The transpose of ``edges``."""
-        return torch.cat([(y / scale).flatten(-2) for y, scale in zip(edges, self.scales, strict=True)], dim=-1)
+        parts = zip(edges, self.scales, self.maps, strict=True)
+        return torch.cat([(backwards(y, matrix) / scale).flatten(-2) for y, scale, matrix in parts], dim=-1)
 
     def cotangents(self, flat: Float[Tensor, "*b N"]) -> dict[str, Tensor]:
         """The transpose of ``flat``: cotangents at the states."""
+        return added(self.roots, [part * scale for part, scale in zip(self._split(flat), self.scales, strict=True)])
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
         parts = flat.split([scale.numel() for scale in self.scales], dim=-1)
-        shaped = [part.unflatten(-1, scale.shape) * scale for part, scale in zip(parts, self.scales, strict=True)]
-        return added(self.reads, shaped)
+        return [part.unflatten(-1, scale.shape) for part, scale in zip(parts, self.scales, strict=True)]
+
+
+def forwards(root: Tensor, matrix: Tensor | None) -> Tensor:
+    """The edge of a root."""
+    return root if matrix is None else root @ matrix
+
+
+def backwards(edge: Tensor, matrix: Tensor | None) -> Tensor:
+    """The transpose of ``forwards``."""
+    return edge if matrix is None else edge @ matrix.T
+
+
+def root_of(record: Linearisation, state: str) -> tuple[str, Tensor | None]:
+    """The narrow state of which ``state`` is a wider affine image token by token, and the matrix between them."""
+    matrix: Tensor | None = None
+    steps = {step.name: step for step in record.wiring.steps}
+    while state in steps:
+        node = steps[state].node
+        if not isinstance(node, Affine) or node.weight.shape[0] >= node.weight.shape[1]:
+            break
+        matrix = node.weight if matrix is None else node.weight @ matrix
+        state = steps[state].reads[0]
+    return state, matrix
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,8 +70,9 @@ class AttendRemainder(NodeRemainder):
             name: zeros(heads, n, width, width)
             for name, width in {"values": size, "rows": size, "queries": left.shape[-1], "keys": left.shape[-1]}.items()
         }
-        self.kappa: float | None = None
-        """Upper bound of ``sup ||f''[R, .]||_F`` over metric norms 1; set by the preparation."""
+
+    def curved(self) -> Channel:
+        return self.channels["out"]
 
     @property
     def channels(self) -> Mapping[str, Channel]:

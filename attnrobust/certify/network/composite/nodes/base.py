@@ -58,6 +58,8 @@ class NodeRemainder(ABC):
 
     def __init__(self, port: Port) -> None:
         self.port = port
+        self.kappa: float | None = None
+        """Upper bound of ``sup ||f''[R, .]||_F`` over metric norms 1 in ``curved``; set by the preparation."""
         self.joint: float | None = None
         """Upper bound of the norm of ``form`` over moves of norm 1; set by the preparation."""
 
@@ -73,6 +75,10 @@ class NodeRemainder(ABC):
     @abstractmethod
     def settle(self) -> None:
         """Ranges from everything observed."""
+
+    def curved(self) -> Channel | None:
+        """The channel in which the node's own second derivative is normed; None: it has a closed bound."""
+        return None
 
     def form(self) -> Form | None:
         """Features whose joint norm sharpens the bounds; None where there are none."""
@@ -94,12 +100,14 @@ class Reach:
     Args:
         tangent: Supremum of |(T D)_k| over moves of norm 1.
         raw: Supremum of |R_k| over remainders of metric norm 1.
-        weights: Weights c_k > 0 of the joint form ``sum_k c_k |(T D)_k|^2``.
+        weights: Weights c_k > 0 of the joint forms ``sum_k c_k |e_k|^2``.
+        raw_joint: Supremum of that form's root over remainders of metric norm 1; None: the R_k are orthogonal parts.
     """
 
     tangent: Tensor
     raw: Tensor
     weights: Tensor
+    raw_joint: float | None = None
 
     def sizes(self, radius: float, rho: float) -> Tensor:
         """``E_k >= |e_k|``."""
@@ -109,18 +117,19 @@ class Reach:
         """Upper bound of ``(sum_k factor_k^2 |e_k|^2)^{1/2}`` over the ball (lemma 5)."""
         square = factor.square()
         apart = float((square * self.sizes(radius, rho).square()).sum().sqrt())
-        together = self._tangents(square, joint) * radius + float((factor * self.raw).max()) * rho
+        raw = float((factor * self.raw).max()) if self.raw_joint is None else self._split(square, self.raw, self.raw_joint)
+        together = self._split(square, self.tangent, joint) * radius + raw * rho
         return outward(min(apart, together), FORMULA)
 
-    def _tangents(self, square: Tensor, joint: float | None) -> float:
-        """Bound of ``sum_k square_k |(T D)_k|^2`` over moves of norm 1, its root: each share ``alpha`` is sound."""
-        own = square * self.tangent.square()
+    def _split(self, square: Tensor, size: Tensor, joint: float | None) -> float:
+        """Bound of the root of ``sum_k square_k |x_k|^2``, |x_k| <= size_k, the joint form given: any share is sound."""
+        own = square * size.square()
         best = float(own.sum())
         if joint is None:
             return best**0.5
         ratio = (square / self.weights).flatten()
         for share in (*(float(torch.quantile(ratio, q)) for q in QUANTILES), float(ratio.max())):
-            rest = (square - share * self.weights).clamp_min(0.0) * self.tangent.square()
+            rest = (square - share * self.weights).clamp_min(0.0) * size.square()
             best = min(best, share * joint**2 + float(rest.sum()))
         return best**0.5
 
