@@ -38,7 +38,7 @@ class ClassDrop:
     def at(self, recursion: Recursion, radius: float) -> float:
         """Bound of the drop at a Frobenius radius whose ports are known."""
         parts = recursion.at(self.norms)
-        composite = self._quadratic(radius) + parts.cross + parts.beyond
+        composite = self._quadratic(radius) + min(parts.cross + parts.beyond, parts.third + parts.cross_third + parts.further)
         linear = self.slope * radius + parts.whole
         return min(value for value in (composite, linear, math.inf) if not math.isnan(value))
 
@@ -60,7 +60,7 @@ class ClassDrop:
         ports = preparation.upstream(self.readout)
         sources = [port for port in ports if preparation.upstream(port)]
         return TargetNorms(
-            curvature=0.0, cross=self._cross(sources), sources=tuple(port.name for port in sources),
+            curvature=0.0, third=preparation.third_norm(self.readout), cross=self._cross(sources), sources=tuple(port.name for port in sources),
             tails=preparation.tails(self.readout),
         )  # fmt: skip
 

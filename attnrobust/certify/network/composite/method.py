@@ -75,7 +75,7 @@ class NetworkComposite(CertificateMethod):
 
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
         pieces = self._pieces(problem)
-        settings = Settings(self.sketch, seed, MAIN_FAILURE / len(pieces))
+        settings = Settings(self.sketch, self.sketch // 2, seed, MAIN_FAILURE / len(pieces))
         if len(pieces) == 1:
             return self._piece(problem, pieces[0], settings)
         return WorstBranch(

@@ -1,7 +1,7 @@
 """Everything at the clean input that serves every radius, tolerance and goal on the same readout."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,8 +15,16 @@ from attnrobust.certify.network.composite.nodes.elementwise import ActivateRemai
 from attnrobust.certify.network.composite.nodes.normalise import NormaliseRemainder
 from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms
 from attnrobust.certify.network.composite.second_order import Moves, SecondOrder
-from attnrobust.certify.network.composite.sketch import Sketch, basis, gaussian
+from attnrobust.certify.network.composite.sketch import (
+    PairSketch,
+    Sketch,
+    all_pairs,
+    basis,
+    gaussian,
+    gaussian_pairs,
+)
 from attnrobust.certify.network.composite.targets import Port, Readout, Target
+from attnrobust.certify.network.composite.third_order import ThirdOrder
 from attnrobust.certify.network.composite.top_eigenvalue import Operator, top_eigenvalue, top_singular_value
 from attnrobust.layers.graph.attend import Attend, AttentionState
 from attnrobust.layers.graph.elementwise import Activate, Product
@@ -26,7 +34,11 @@ from attnrobust.numerics.chance import MAIN_FAILURE, Chance, stream
 
 BASIS_LIMIT = 320
 """Numbers that move, up to which sums over all directions are taken over a basis."""
-SKETCH_SHARE = 0.5  # of the failure probability goes to sketches, the rest to starts of Lanczos
+PAIR_LIMIT = 32
+"""The same for sums over all pairs of directions."""
+ROUGHLY = 0.5  # of an eigenvalue may be given away where a norm is far from what binds
+BEND_PAIRS = 512  # pairs for the second order of single features: one sweep, no iteration
+SKETCH_SHARE, BEND_SHARE = 0.4, 0.2  # of the failure probability; the rest is for starts of Lanczos
 RANGE_NUMBERS = 2**24  # numbers per state that a batch of the range sweep holds
 
 
@@ -36,11 +48,13 @@ class Settings:
 
     Args:
         sketch: Gaussian directions where a basis is too large.
+        pairs: Gaussian pairs of directions for the third order.
         seed: Of everything random.
         failure: Probability with which any of it may fail.
     """
 
     sketch: int
+    pairs: int
     seed: int
     failure: float = MAIN_FAILURE
 
@@ -58,13 +72,13 @@ class Preparation:
     def __init__(self, record: Linearisation, moves: Moves, output: Readout, settings: Settings) -> None:
         self.record, self.moves, self.output, self.settings = record, moves, output, settings
         self._metrics = sampled_metrics(record, moves, output, seed=stream(settings.seed, "metrics"))
-        events = 3 * len(self._metrics.ports) + 2
+        events = 4 * len(self._metrics.ports) + 4
         self._per_sketch = SKETCH_SHARE * settings.failure / events
-        self._sketched = 0
+        self._sketched, self._bent = 0, 0.0
         count = len(self._metrics.ports)
         self._chance = Chance(
-            stream(settings.seed, "starts"), "composite", (1.0 - SKETCH_SHARE) * settings.failure,
-            expected=4 * count + count * (count + 1),
+            stream(settings.seed, "starts"), "composite", (1.0 - SKETCH_SHARE - BEND_SHARE) * settings.failure,
+            expected=6 * count + count * (count + 1),
         )  # fmt: skip
 
     # ---- what the certificates ask ---------------------------------------------------------------------------------
@@ -72,7 +86,7 @@ class Preparation:
     @property
     def failure_probability(self) -> float:
         """Of everything that was relied on so far."""
-        return self._chance.spent + self._sketched * self._per_sketch
+        return self._chance.spent + self._sketched * self._per_sketch + self._bent
 
     def recursion(self, radius: float) -> Recursion:
         """All ports at one Frobenius radius."""
@@ -101,16 +115,36 @@ class Preparation:
         """Every node's remainder, its ranges settled."""
         found = {port.name: self._remainder(port) for port in self._metrics.ports}
         states = sorted({name for port in self._metrics.ports for name in port.reads})
-        largest = max(int(self.record.clean[name].numel()) for name in states)
         identity = torch.eye(self.moves.size, dtype=torch.float64, device=self._device)
-        for rows in identity.split(max(1, RANGE_NUMBERS // largest)):
+        for rows in identity.split(self._batch(self._metrics.ports)):
             tangents = self._tangents(rows, states)
             for remainder in found.values():
                 remainder.observe(tuple(tangents[name] for name in remainder.port.reads))
+        self._bend(found)
         for remainder in found.values():
             remainder.settle()
             self._sharpen(remainder)
         return found
+
+    def _bend(self, remainders: Mapping[str, NodeRemainder]) -> None:
+        """Half the Frobenius norm of every feature's second derivative, from pairs of directions."""
+        ports = [remainder.port for remainder in remainders.values() if self.upstream(remainder.port)]
+        if not ports:
+            return
+        features = sum(remainder.features for remainder in remainders.values())
+        failure = BEND_SHARE * self.settings.failure
+        pairs = self._pairs("bends", BEND_PAIRS, failure / features)
+        self._bent += failure if pairs.failure > 0.0 else 0.0
+        form = ThirdOrder(self.record, self.moves, (pairs.first, pairs.second))
+        step, factor = self._batch(ports), 0.5 * math.sqrt(pairs.inflation)
+        for start in range(0, pairs.first.shape[0], step):
+            for port, edges in form.seconds(ports, slice(start, start + step)).items():
+                remainders[port.name].observe_second(tuple(factor * edge for edge in edges))
+
+    def _batch(self, ports: Sequence[Port]) -> int:
+        """Directions of a sweep that collects features at once."""
+        largest = max(int(self.record.clean[name].numel()) for port in ports for name in port.reads)
+        return max(1, RANGE_NUMBERS // largest)
 
     # ---- norms -----------------------------------------------------------------------------------------------------
 
@@ -131,6 +165,7 @@ class Preparation:
         sources = [port for port in upstream if self._second.upstream(port)]
         return TargetNorms(
             curvature=self._sketched_norm(self._second.curvature(target)),
+            third=self.third_norm(target),
             cross=self._sketched_norm(self._second.cross(target, sources)) if sources else 0.0,
             sources=tuple(port.name for port in sources),
             tails=self.tails(target),
@@ -156,7 +191,14 @@ class Preparation:
     def _sketched_norm(self, operator: Operator) -> float:
         return self._use(self._sketch) * top_singular_value(operator, self._chance, device=self._device)
 
-    def _use(self, sketch: Sketch) -> float:
+    def third_norm(self, target: Target) -> float:
+        """``sup |D3[D, D, D]|`` over moves of norm 1, at most."""
+        top = top_singular_value(
+            self._third.curvature(target), self._chance, device=self._device, tolerance=ROUGHLY
+        )
+        return self._use(self._third_pairs) * top
+
+    def _use(self, sketch: Sketch | PairSketch) -> float:
         """The factor of one use of a sketch, which is recorded."""
         self._sketched += 1 if sketch.failure > 0.0 else 0
         return math.sqrt(sketch.inflation)
@@ -181,6 +223,20 @@ class Preparation:
     @cached_property
     def _sketch(self) -> Sketch:
         return self._directions(self.moves.size, "moves")
+
+    @cached_property
+    def _third_pairs(self) -> PairSketch:
+        return self._pairs("third", self.settings.pairs, self._per_sketch)
+
+    @cached_property
+    def _third(self) -> ThirdOrder:
+        return ThirdOrder(self.record, self.moves, (self._third_pairs.first, self._third_pairs.second))
+
+    def _pairs(self, purpose: str, count: int, failure: float) -> PairSketch:
+        if self.moves.size <= PAIR_LIMIT:
+            return all_pairs(self.moves.size, self._device)
+        seed = stream(self.settings.seed, "pairs", purpose)
+        return gaussian_pairs(self.moves.size, count, failure=failure, seed=seed, device=self._device)
 
     def _directions(self, size: int, purpose: str) -> Sketch:
         if size <= max(BASIS_LIMIT, self.settings.sketch):

@@ -1,11 +1,14 @@
 """Bounds of the remainder at every port at one radius, node after node; docs/network-composite.md, section 3."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from attnrobust.certify.network.composite.nodes.base import NodeRemainder
+from attnrobust.certify.network.composite.nodes.base import Ball, NodeRemainder
 from attnrobust.numerics.rounding import FORMULA, outward
+
+Sizes = dict[tuple[str, str], float]
+"""By node and channel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,12 +17,14 @@ class TargetNorms:
 
     Args:
         curvature: ``tau``: ``|1/2 D2[D, D]| <= tau r^2 / 2``.
+        third: ``sigma``: ``|1/6 D3[D, D, D]| <= sigma r^3 / 6``.
         cross: ``C``: ``|cross[D, R]| <= r C (sum rho_m^2)^{1/2}``.
         sources: The ports that the cross term stacks.
         tails: Norm of ``Y_{m->l} emit`` by node and channel.
     """
 
     curvature: float
+    third: float
     cross: float
     sources: tuple[str, ...]
     tails: Mapping[tuple[str, str], float]
@@ -27,26 +32,36 @@ class TargetNorms:
 
 @dataclass(frozen=True)
 class Parts:
-    """A bound of a target's remainder, taken apart.
+    """A bound of a target's remainder R = R2 + R', taken apart.
 
     Args:
-        second: ``tau r^2 / 2``.
-        cross: Second derivative between the first order and remainders.
-        beyond: Quadratic terms of remainders, and everything of third and higher order, carried by clean tails.
-        whole: The other way: every node's whole remainder, carried by clean tails.
+        second: ``|R2| <= tau r^2 / 2``.
+        cross: Of level 2: second derivative between the first order and R.
+        beyond: Of level 2: quadratic terms of remainders and all node remainders of third order.
+        third: Of level 3: ``sigma r^3 / 6``.
+        cross_third: Of level 3: second derivative between the first order and R'.
+        further: Of level 3: as beyond, less the third order.
+        whole: Of level 1: every node's whole remainder, carried by clean tails.
     """
 
     second: float
     cross: float
     beyond: float
+    third: float
+    cross_third: float
+    further: float
     whole: float
 
     @property
+    def rest(self) -> float:
+        """Bound of |R'|: of the levels, the smallest."""
+        levels = (self.cross + self.beyond, self.third + self.cross_third + self.further, self.whole + self.second)
+        return outward(_smallest(levels), FORMULA)
+
+    @property
     def total(self) -> float:
-        """The smaller of the two bounds."""
-        composite = self.second + self.cross + self.beyond
-        found = min((value for value in (composite, self.whole) if not math.isnan(value)), default=math.inf)
-        return outward(found, FORMULA)
+        """Bound of |R|."""
+        return outward(_smallest((self.second + self.rest, self.whole)), FORMULA)
 
 
 class Recursion:
@@ -62,37 +77,57 @@ class Recursion:
         self, remainders: Mapping[str, NodeRemainder], ports: Mapping[str, TargetNorms], radius: float
     ) -> None:
         self._radius = radius
-        self.rho: dict[str, float] = {}
+        self.balls: dict[str, Ball] = {}
         self.parts: dict[str, Parts] = {}
-        self._beyond: dict[tuple[str, str], float] = {}
-        self._whole: dict[tuple[str, str], float] = {}
+        self.whole: Sizes = {}
+        self.beyond: Sizes = {}
+        self.further: Sizes = {}
         for name, remainder in remainders.items():
-            self.rho[name] = 0.0
+            self.balls[name] = Ball(radius, 0.0, 0.0)
             if name in ports:
-                self.parts[name] = self.at(ports[name])
-                self.rho[name] = self.parts[name].total
+                parts = self.parts[name] = self.at(ports[name])
+                self.balls[name] = Ball(radius, parts.total, parts.rest)
             self._add(name, remainder)
 
     def _add(self, name: str, remainder: NodeRemainder) -> None:
-        beyond, whole = (
-            bound(self._radius, self.rho[name]) if math.isfinite(self.rho[name]) else {}
-            for bound in (remainder.beyond, remainder.whole)
-        )
-        for channel in remainder.channels:
-            self._beyond[name, channel] = beyond.get(channel, math.inf)
-            self._whole[name, channel] = whole.get(channel, math.inf)
+        ball = self.balls[name]
+        known = math.isfinite(ball.rho) and math.isfinite(ball.rest)
+        pairs = (
+            (self.whole, remainder.whole), (self.beyond, remainder.beyond), (self.further, remainder.further),
+        )  # fmt: skip
+        for sizes, bound in pairs:
+            found = bound(ball) if known else {}
+            for channel in remainder.channels:
+                sizes[name, channel] = found.get(channel, math.inf)
 
     def at(self, norms: TargetNorms) -> Parts:
         """The remainder of one target, from those of the nodes before it."""
-        stacked = math.sqrt(math.fsum(self.rho[name] ** 2 for name in norms.sources))
+        radius, balls = self._radius, [self.balls[name] for name in norms.sources]
+        stacked, rest = _length(ball.rho for ball in balls), _length(ball.rest for ball in balls)
         return Parts(
-            second=0.5 * norms.curvature * self._radius**2,
-            cross=norms.cross * self._radius * stacked if norms.sources else 0.0,
-            beyond=_carried(norms.tails, self._beyond),
-            whole=_carried(norms.tails, self._whole),
+            second=0.5 * norms.curvature * radius**2,
+            cross=_times(norms.cross * radius, stacked),
+            beyond=_carried(norms.tails, self.beyond),
+            third=norms.third * radius**3 / 6.0,
+            cross_third=_times(norms.cross * radius, rest),
+            further=_carried(norms.tails, self.further),
+            whole=_carried(norms.tails, self.whole),
         )
 
 
+def _length(sizes: Iterable[float]) -> float:
+    return math.sqrt(math.fsum(size * size for size in sizes))
+
+
+def _times(factor: float, size: float) -> float:
+    """A product in which nothing times anything is nothing."""
+    return factor * size if factor > 0.0 and size > 0.0 else 0.0
+
+
 def _carried(tails: Mapping[tuple[str, str], float], sizes: Mapping[tuple[str, str], float]) -> float:
-    """``sum tail * size``, where nothing times anything is nothing."""
-    return math.fsum(tail * sizes[key] for key, tail in tails.items() if tail > 0.0 and sizes[key] > 0.0)
+    return math.fsum(_times(tail, sizes[key]) for key, tail in tails.items())
+
+
+def _smallest(values: tuple[float, ...]) -> float:
+    """NaN says nothing."""
+    return min((value for value in values if not math.isnan(value)), default=math.inf)

@@ -36,50 +36,69 @@ def settled(remainder: NodeRemainder, tangent: Tensor) -> NodeRemainder:
     return remainder
 
 
-def attacked(
-    node: Node, clean: tuple[Tensor, ...], remainder: NodeRemainder, tangent: Tensor, measure: Callable[[Tensor], Tensor],
-    radius: float, rho: float, *, mass: Tensor | None = None,
-) -> dict[str, float]:
-    """Largest ``|Rem|`` and ``|Beyond|`` found, in the measure of the channels."""  # fmt: skip
-    state, port = node.at(clean, mass), remainder.port
-    value = node.forward(clean, mass)
+class Attacked:
+    """Ascent on the remainders of one node alone; derivatives by their matrices, as the closed products have no graph.
 
-    def parts(d: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
-        raw = port.edges(flat)
-        e = tuple(torch.einsum("a,and->nd", d, tangent[:, edge]) + part for edge, part in enumerate(raw))
-        rest = node.forward(tuple(x + step for x, step in zip(clean, e, strict=True)), mass) - value - _first(state, e)
-        return rest, rest - 0.5 * state.second(e, e) + 0.5 * state.second(raw, raw)
+    Args:
+        node: The node.
+        clean: Its clean inputs.
+        remainder: Whose port is used.
+        tangent: The map from moves to the edges.
+        measure: From the node's output to where the bound speaks.
+        mass: Masses.
+    """
 
-    starts = [(random(N_IN), random(port.size)) for _ in range(3)]
-    return {
-        "whole": supremum(lambda d, r: torch.linalg.vector_norm(measure(parts(d, r)[0])), (radius, rho), starts),
-        "beyond": supremum(lambda d, r: torch.linalg.vector_norm(measure(parts(d, r)[1])), (radius, rho), starts),
-    }
+    def __init__(
+        self, node: Node, clean: tuple[Tensor, ...], remainder: NodeRemainder, tangent: Tensor,
+        measure: Callable[[Tensor], Tensor], mass: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.node, self.clean, self.mass, self.tangent, self.measure = node, clean, mass, tangent, measure
+        self.port, state = remainder.port, node.at(clean, mass)
+        self.value = node.forward(clean, mass)
+        sizes = [part.numel() for part in clean]
+        units = torch.eye(sum(sizes), dtype=torch.float64).split(sizes, dim=1)
+        basis = tuple(unit.unflatten(-1, part.shape) for unit, part in zip(units, clean, strict=True))
+        self.first = state.jvp(basis).flatten(1)
+        form = state.second(tuple(e[:, None] for e in basis), tuple(e[None] for e in basis))
+        self.second = form.expand(sum(sizes), sum(sizes), *self.value.shape).flatten(2)
+
+    def found(self, radius: float, rho: float) -> dict[str, float]:
+        """Largest ``|Rem|`` and ``|Beyond|`` found."""
+        sizes = (N_IN, self.port.size)
+        return {
+            name: supremum(lambda d, r, at=at: self._parts(d, r)[at], (radius, rho), sizes)
+            for at, name in enumerate(("whole", "beyond"))
+        }
+
+    def _parts(self, d: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        raw = self.port.edges(flat)
+        e = tuple(torch.einsum("ba,and->bnd", d, self.tangent[:, edge]) + part for edge, part in enumerate(raw))
+        moved = self.node.forward(tuple(x + step for x, step in zip(self.clean, e, strict=True)), self.mass)
+        whole, part = (torch.cat([edge.flatten(1) for edge in edges], dim=1) for edges in (e, raw))
+        rest = (moved - self.value).flatten(1) - whole @ self.first
+        bends = [torch.einsum("bk,kly,bl->by", x, self.second, x) for x in (whole, part)]
+        sizes = (rest, rest - 0.5 * bends[0] + 0.5 * bends[1])
+        return tuple(torch.linalg.vector_norm(self.measure(out.unflatten(1, self.value.shape)), dim=(1, 2)) for out in sizes)  # type: ignore[return-value]
 
 
-def _first(state: Any, e: tuple[Tensor, ...]) -> Tensor:
-    """``f'[e]`` by its matrix: the closed products run without autograd."""
-    sizes = [part.numel() for part in e]
-    columns = []
-    for index, size in enumerate(sizes):
-        unit = torch.eye(size, dtype=torch.float64).reshape(size, *e[index].shape)
-        others = tuple(unit if at == index else torch.zeros_like(e[at]).expand(size, *e[at].shape) for at in range(len(e)))
-        columns.append(state.jvp(others))
-    flat = torch.cat([part.flatten() for part in e])
-    return torch.einsum("k,knd->nd", flat, torch.cat(columns))
-
-
-def check(node: Node, clean: tuple[Tensor, ...], remainder: NodeRemainder, tangent: Tensor, measure: Any, **options: Any) -> float:
+def check(attack: Attacked, remainder: NodeRemainder, *, mixing: float = 1.0) -> float:
     """Assert every bound at radii of all sizes; the largest ratio of attack and bound."""
     closest = 0.0
     for radius in RADII:
         for rho in (0.0, 0.3 * radius):
-            found = attacked(node, clean, remainder, tangent, measure, radius, rho, **options)
+            found = attack.found(radius, rho)
             for name, bounds in (("whole", remainder.whole(radius, rho)), ("beyond", remainder.beyond(radius, rho))):
-                assert_at_most(found[name], sum(bounds.values()), rtol=1e-9, what=f"{name} r={radius} rho={rho}")
-                # below, the attacked difference is rounding
-                closest = max(closest, found[name] / sum(bounds.values()) if found[name] > 1e-9 else 0.0)
+                bound = mixing * sum(v for key, v in bounds.items() if key != "out") + bounds.get("out", 0.0)
+                size = float(torch.linalg.vector_norm(attack.measure(attack.value)))
+                noise = 1e-13 * (1.0 + size)  # the attacked differences cancel
+                if found[name] > bound * (1.0 + 1e-9) + noise:
+                    raise AssertionError(f"{name} r={radius} rho={rho}: {found[name]!r} exceeds {bound!r}")
+                closest = max(closest, found[name] / bound if found[name] > 1e3 * noise else 0.0)
     return closest
+
+
+def port(*scales: Tensor, names: tuple[str, ...] = ("x",)) -> Port:
+    return Port("node", names, names, (None,) * len(names), scales)
 
 
 def scales(*shape: int) -> Tensor:
@@ -92,32 +111,45 @@ def test_normalise(kind: Any, n: int, eps: float, size: float) -> None:
     norm = kind(weight=random(D), bias=random(D), eps=eps)
     x, tangent = random(n, D, scale=size), random(N_IN, 1, n, D, scale=0.5 * size)
     token = scales(n, 1).expand(n, D).contiguous() / size
-    remainder = settled(NormaliseRemainder(Port("node", ("x",), (token,)), norm, x), tangent)
-    closest = check(Normalise(norm), (x,), remainder, tangent, lambda out: out / norm.weight)
-    assert closest > 0.2
+    remainder = settled(NormaliseRemainder(port(token), norm, x), tangent)
+    attack = Attacked(Normalise(norm), (x,), remainder, tangent, lambda out: out / norm.weight)
+    assert check(attack, remainder) > 0.2
 
 
 def test_normalise_of_equal_entries() -> None:
     norm = LayerNorm(weight=random(D), bias=random(D), eps=0.1)
     x, tangent = torch.ones(2, D, dtype=torch.float64), random(N_IN, 1, 2, D, scale=0.1)
-    remainder = settled(NormaliseRemainder(Port("node", ("x",), (torch.ones_like(x),)), norm, x), tangent)
-    check(Normalise(norm), (x,), remainder, tangent, lambda out: out / norm.weight)
+    remainder = settled(NormaliseRemainder(port(torch.ones_like(x)), norm, x), tangent)
+    check(Attacked(Normalise(norm), (x,), remainder, tangent, lambda out: out / norm.weight), remainder)
 
 
 @pytest.mark.parametrize("function", SUPREMA)
 def test_activate(function: Any) -> None:
-    x, tangent = random(2, D, scale=2.0), random(N_IN, 1, 2, D, scale=0.5)
-    importance = scales(2, D)
-    remainder = settled(ActivateRemainder(Port("node", ("x",), (scales(2, D),)), function, x, importance), tangent)
-    closest = check(Activate(function), (x,), remainder, tangent, lambda out: out * importance)
-    assert closest > 0.3 or function == "identity"
+    x, tangent, importance = random(2, D, scale=2.0), random(N_IN, 1, 2, D, scale=0.5), scales(2, D)
+    remainder = settled(ActivateRemainder(port(token_scales(2)), function, x, importance), tangent)
+    attack = Attacked(Activate(function), (x,), remainder, tangent, lambda out: out * importance)
+    assert check(attack, remainder) > 0.3 or function == "identity"
+
+
+def test_activate_behind_a_wide_map() -> None:
+    """The remainder lives at a narrower state: a neuron sees it through its own weights."""
+    matrix, x, importance = random(2, D), random(3, D), scales(3, D)
+    tangent, scale = random(N_IN, 1, 3, D, scale=0.5), scales(3, 1).expand(3, 2).contiguous()
+    remainder = ActivateRemainder(Port("node", ("x",), ("root",), (matrix,), (scale,)), "gelu", x, importance)
+    settled(remainder, tangent)
+    attack = Attacked(Activate("gelu"), (x,), remainder, tangent, lambda out: out * importance)
+    assert check(attack, remainder) > 0.3
 
 
 def test_product() -> None:
     x, y, tangent, importance = random(2, D), random(2, D), random(N_IN, 2, 2, D), scales(2, D)
-    port = Port("node", ("x", "y"), (scales(2, D), scales(2, D)))
-    remainder = settled(ProductRemainder(port, importance), tangent)
-    assert check(Product(), (x, y), remainder, tangent, lambda out: out * importance) > 0.3
+    remainder = settled(ProductRemainder(port(token_scales(2), token_scales(2), names=("x", "y")), importance), tangent)
+    attack = Attacked(Product(), (x, y), remainder, tangent, lambda out: out * importance)
+    assert check(attack, remainder) > 0.3
+
+
+def token_scales(n: int) -> Tensor:
+    return scales(n, 1).expand(n, D).contiguous()
 
 
 @pytest.mark.parametrize("strength", [0.3, 3.0, 100.0])
@@ -136,24 +168,17 @@ def test_attend_of_equal_tokens_without_projection() -> None:
 
 def check_attention(layer: Any, x: Tensor, mass: Tensor | None, curved: bool) -> None:
     n = x.shape[0]
-    tangent, token = random(N_IN, 1, n, D, scale=0.5), scales(n, 1).expand(n, D).contiguous()
-    node, port = Attend(layer), Port("node", ("x",), (token,))
+    tangent, node, at = random(N_IN, 1, n, D, scale=0.5), Attend(layer), port(token_scales(n))
     state: Any = node.at((x,), mass)
-    remainder = AttendRemainder(port, state)
-    settled(remainder, tangent)
+    remainder = settled(AttendRemainder(at, state), tangent)
     if curved:
-        basis = port.edges(torch.eye(port.size, dtype=torch.float64))[0]
+        basis = at.edges(torch.eye(at.size, dtype=torch.float64))[0]
         forms = state.second((basis[:, None],), (basis[None],)).flatten(2)
         remainder.kappa = float(torch.linalg.matrix_norm(forms.flatten(1), 2))
     outer = remainder.channels["heads"]
     images = outer.emit(torch.eye(outer.shape[0] * n * outer.shape[2], dtype=torch.float64).unflatten(-1, outer.shape))
     mixing = float(torch.linalg.matrix_norm(images.flatten(1), 2))
-    for radius in RADII:
-        for rho in (0.0, 0.3 * radius):
-            found = attacked(node, (x,), remainder, tangent, lambda out: out, radius, rho, mass=mass)
-            for name, bounds in (("whole", remainder.whole(radius, rho)), ("beyond", remainder.beyond(radius, rho))):
-                bound = mixing * bounds["heads"] + bounds["out"]
-                assert_at_most(found[name], bound, rtol=1e-9, what=f"{name} r={radius} rho={rho}")
+    check(Attacked(node, (x,), remainder, tangent, lambda out: out, mass), remainder, mixing=mixing)
 
 
 @pytest.mark.parametrize("function", SUPREMA)

@@ -4,15 +4,22 @@ Notation of docs/displacement-certificate.md: row-heads g = (h, i), softmax weig
 inner part of the output projection; docs/network-composite.md, 5c.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.displacement.base import ValueRows
-from attnrobust.certify.network.composite.nodes.base import Channel, NodeRemainder, largest_eigenvalues
+from attnrobust.certify.network.composite.nodes.base import (
+    Ball,
+    Channel,
+    NodeRemainder,
+    largest_eigenvalues,
+    remainder_size,
+)
 from attnrobust.certify.network.composite.targets import Port
 from attnrobust.layers.graph.attend import AttentionState
 from attnrobust.layers.graph.node import Edges
@@ -22,7 +29,7 @@ from attnrobust.numerics.suprema import growing_weight, saturating_weight
 
 @dataclass(frozen=True, eq=False)
 class _Sizes:
-    """Suprema of the features on a ball, or of their raw parts per metric norm of the remainder.
+    """Suprema of the features, of the tangents, of the second order, or of a remainder of metric norm 1.
 
     Args:
         logits: ``|l_j|``, (h, n, n).
@@ -38,14 +45,9 @@ class _Sizes:
     keys: Tensor
     rows: Tensor
 
-    def ball(self, raw: "_Sizes", radius: float, rho: float) -> "_Sizes":
-        """These as tangents, the other as raw parts."""
-        return _Sizes(
-            *(
-                getattr(self, name) * radius + getattr(raw, name) * rho
-                for name in ("logits", "values", "queries", "keys", "rows")
-            )
-        )
+    def joined(self, other: "_Sizes", how: Callable[[Tensor, Tensor], Tensor]) -> "_Sizes":
+        """Combined feature by feature."""
+        return _Sizes(*(how(getattr(self, part.name), getattr(other, part.name)) for part in fields(self)))
 
 
 class AttendRemainder(NodeRemainder):
@@ -70,6 +72,7 @@ class AttendRemainder(NodeRemainder):
             name: zeros(heads, n, width, width)
             for name, width in {"values": size, "rows": size, "queries": left.shape[-1], "keys": left.shape[-1]}.items()
         }
+        self._squares = {name: zeros(heads, n) for name in self._grams} | {"logits": zeros(heads, n, n)}
 
     def curved(self) -> Channel:
         return self.channels["out"]
@@ -88,21 +91,35 @@ class AttendRemainder(NodeRemainder):
 
     # ---- ranges ----------------------------------------------------------------------------------------------------
 
+    @property
+    def features(self) -> int:
+        return sum(square.numel() for square in self._squares.values())
+
     def observe(self, edges: Edges) -> None:
-        features = self._state.features(edges)
-        self._logits += features.logits.square().sum(0)
-        values = features.values @ self._inner
-        weights = self._state.jacobian.weights
-        rows = weights @ values + (weights * features.logits) @ self._clean.values
-        left, right = self._clean.balanced_factors
-        parts = {"values": values, "rows": rows, "queries": _heads(edges[0], left), "keys": _heads(edges[0], right)}
+        logits, parts = self._features(edges)
+        self._logits += logits.square().sum(0)
         for name, part in parts.items():
             by_row = part.permute(1, 2, 0, 3)
             self._grams[name] += by_row.mT @ by_row
 
+    def observe_second(self, edges: Edges) -> None:
+        logits, parts = self._features(edges)
+        self._squares["logits"] += logits.square().sum(0)
+        for name, part in parts.items():
+            self._squares[name] += part.square().sum(-1).sum(0)
+
+    def _features(self, edges: Edges) -> tuple[Tensor, dict[str, Tensor]]:
+        features, weights = self._state.features(edges), self._state.jacobian.weights
+        values = features.values @ self._inner
+        rows = weights @ values + (weights * features.logits) @ self._clean.values
+        left, right = self._clean.balanced_factors
+        parts = {"values": values, "rows": rows, "queries": _heads(edges[0], left), "keys": _heads(edges[0], right)}
+        return features.logits, parts
+
     def settle(self) -> None:
         norms = {name: largest_eigenvalues(gram).sqrt() for name, gram in self._grams.items()}
         self._tangent = _Sizes(logits=outward(self._logits.sqrt(), FORMULA), **norms)
+        self._bend = _Sizes(**{name: outward(square.sqrt(), FORMULA) for name, square in self._squares.items()})
         self._raw = self._raw_sizes()
 
     def _raw_sizes(self) -> _Sizes:
@@ -124,16 +141,34 @@ class AttendRemainder(NodeRemainder):
 
     # ---- bounds ----------------------------------------------------------------------------------------------------
 
-    def beyond(self, radius: float, rho: float) -> Mapping[str, float]:
-        terms = _Terms(self._clean, self._tangent.ball(self._raw, radius, rho))
-        third = _stack(torch.minimum(terms.third, terms.whole + terms.second))
-        if self.kappa is not None:
-            return {"heads": third, "out": outward(0.5 * self.kappa * rho**2, FORMULA)}
-        zero = _Sizes(*(torch.zeros_like(part) for part in vars(self._raw).values()))
-        return {"heads": third + _stack(_Terms(self._clean, zero.ball(self._raw, 0.0, rho)).second), "out": 0.0}
+    def _first(self, ball: Ball) -> _Sizes:
+        return self._tangent.joined(self._tangent, lambda t, _: t * ball.radius)
 
-    def whole(self, radius: float, rho: float) -> Mapping[str, float]:
-        return {"heads": _stack(_Terms(self._clean, self._tangent.ball(self._raw, radius, rho)).whole), "out": 0.0}
+    def _rest(self, ball: Ball) -> _Sizes:
+        return self._bend.joined(self._raw, lambda bend, raw: remainder_size(bend, raw, ball))
+
+    def _all(self, ball: Ball) -> _Sizes:
+        return self._first(ball).joined(self._rest(ball), torch.add)
+
+    def whole(self, ball: Ball) -> Mapping[str, float]:
+        return {"heads": _stack(_Terms(self._clean, self._all(ball)).whole), "out": 0.0}
+
+    def beyond(self, ball: Ball) -> Mapping[str, float]:
+        terms = _Terms(self._clean, self._all(ball))
+        return self._with_quadratic(torch.minimum(terms.third, terms.whole + terms.second), ball)
+
+    def further(self, ball: Ball) -> Mapping[str, float]:
+        """Fourth order and ``C3(e) - C3(T D)``, a difference of polynomials; or nothing taken off."""
+        terms, first = _Terms(self._clean, self._all(ball)), _Terms(self._clean, self._first(ball))
+        change = (terms.cubic - first.cubic + CANCELLATION * terms.cubic).clamp_min(0.0)
+        return self._with_quadratic(torch.minimum(terms.fourth + change, terms.third + first.cubic), ball)
+
+    def _with_quadratic(self, per_row: Tensor, ball: Ball) -> Mapping[str, float]:
+        """With ``1/2 f''[R, R]``: by the norm of the form at the output, or row by row."""
+        apart = _stack(_Terms(self._clean, self._rest(ball)).second)
+        form = math.inf if self.kappa is None else outward(0.5 * self.kappa * ball.rho**2, FORMULA)
+        together = _stack(per_row)
+        return {"heads": together, "out": form} if form < apart else {"heads": together + apart, "out": 0.0}
 
 
 class _Terms:
@@ -166,6 +201,24 @@ class _Terms:
         l, spread = self._s.logits, self._spread
         inside = self._bilinear * spread + l * self._values + 0.5 * l.square() * spread
         return (self._w * inside).sum(-1)
+
+    @property
+    def cubic(self) -> Tensor:
+        """``|C3| = |E[(q + l^2/2) gamma] + E[(l q + l^3/6) vh] - E[l^2]/2 a|``: a polynomial, all signs positive."""
+        l, q, spread = self._s.logits, self._bilinear, self._spread
+        bent = 0.5 * l.square()
+        inside = (q + bent) * self._values + (l * q + l.pow(3) / 6.0) * spread + bent * self._s.rows[..., None]
+        return (self._w * inside).sum(-1)
+
+    @property
+    def fourth(self) -> Tensor:
+        """``(E[(psi - l^2/2)(gamma - a)] + E[(psi_3 - l^3/6 + q^2/2) vh] - P (second + C3)) / (1 + P)``."""
+        l, q, u, spread = self._s.logits, self._bilinear, self._logit, self._spread
+        curved = self._upper * u.pow(3) / 6.0 + self._w * (l * q + 0.5 * q.square())
+        steep = 3.0 * l.square() * q + 3.0 * l * q.square() + q.pow(3)
+        steep = self._upper * u.pow(4) / 24.0 + self._w * (steep / 6.0 + 0.5 * q.square())
+        inside = curved * (self._values + self._s.rows[..., None]) + steep * spread
+        return inside.sum(-1) + self._partition * (self.second + self.cubic)
 
     @property
     def third(self) -> Tensor:

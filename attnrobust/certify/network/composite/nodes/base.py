@@ -1,9 +1,10 @@
-"""What a curved node must give: ranges of its features on the ball, and bounds of its remainder there.
+"""What a curved node must give: ranges of its features on the ball, and bounds of its remainders there.
 
-At a node with port e = T D + R (||D|| <= r, metric norm of R at most rho) write
-``Rem(e) = f(x + e) - f(x) - f'[e]`` and ``Beyond(D, R) = 1/2 f''[R, R] + Rem(e) - 1/2 f''[e, e]``. Both are written as
-sums of channels ``emit(t)`` with a bound of |t|, because a remainder is sharper where it arises (per neuron, before an
-output projection) than as a whole output.
+At a node with port e = T D + R, ||D|| <= r, and R = R2 + R' with the exact second order R2 of the network, write
+``Rem(e) = f(x + e) - f(x) - f'[e]``, ``C3(e) = 1/6 f'''[e, e, e]``,
+``Beyond = 1/2 f''[R, R] + Rem(e) - 1/2 f''[e, e]`` and ``Further = Beyond - C3(T D)``. They are sums of channels
+``emit(t)`` with a bound of |t|, because a remainder is sharper where it arises (per neuron, before an output
+projection) than as a whole output.
 """
 
 from abc import ABC, abstractmethod
@@ -19,6 +20,21 @@ from attnrobust.layers.graph.node import Edges
 from attnrobust.numerics.rounding import FORMULA, nonzero, outward
 
 QUANTILES = (0.5, 0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Ball:
+    """What is known of D and R.
+
+    Args:
+        radius: ``||D||_F`` at most.
+        rho: Metric norm of R at most.
+        rest: Metric norm of R' = R - R2 at most.
+    """
+
+    radius: float
+    rho: float
+    rest: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +84,18 @@ class NodeRemainder(ABC):
     def channels(self) -> Mapping[str, Channel]:
         """Where the remainder arises."""
 
+    @property
+    @abstractmethod
+    def features(self) -> int:
+        """How many features ``observe_second`` bounds: each may fail by itself."""
+
     @abstractmethod
     def observe(self, edges: Edges) -> None:
         """Take tangents T_m b of a batch (b, n, d) of orthonormal moves; all batches together are a basis."""
+
+    @abstractmethod
+    def observe_second(self, edges: Edges) -> None:
+        """Take second derivatives ``D2[a, b]`` at the edges for a batch of pairs; their squares add up to a bound."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -85,12 +110,16 @@ class NodeRemainder(ABC):
         return None
 
     @abstractmethod
-    def beyond(self, radius: float, rho: float) -> Mapping[str, float]:
+    def whole(self, ball: Ball) -> Mapping[str, float]:
+        """Per channel a bound of |t| of ``Rem``."""
+
+    @abstractmethod
+    def beyond(self, ball: Ball) -> Mapping[str, float]:
         """Per channel a bound of |t| of ``Beyond``."""
 
     @abstractmethod
-    def whole(self, radius: float, rho: float) -> Mapping[str, float]:
-        """Per channel a bound of |t| of ``Rem``."""
+    def further(self, ball: Ball) -> Mapping[str, float]:
+        """Per channel a bound of |t| of ``Further``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,27 +128,51 @@ class Reach:
 
     Args:
         tangent: Supremum of |(T D)_k| over moves of norm 1.
+        bend: Supremum of |(R2)_k| over moves of norm 1.
         raw: Supremum of |R_k| over remainders of metric norm 1.
         weights: Weights c_k > 0 of the joint forms ``sum_k c_k |e_k|^2``.
-        raw_joint: Supremum of that form's root over remainders of metric norm 1; None: the R_k are orthogonal parts.
+        joint: Supremum of that form's root over moves of norm 1, or None.
+        raw_joint: The same over remainders of metric norm 1; None: the R_k are orthogonal parts.
     """
 
     tangent: Tensor
+    bend: Tensor
     raw: Tensor
     weights: Tensor
+    joint: float | None = None
     raw_joint: float | None = None
 
-    def sizes(self, radius: float, rho: float) -> Tensor:
-        """``E_k >= |e_k|``."""
-        return self.tangent * radius + self.raw * rho
+    def first(self, ball: Ball) -> Tensor:
+        """``|(T D)_k|`` at most."""
+        return self.tangent * ball.radius
 
-    def stacked(self, factor: Tensor, radius: float, rho: float, joint: float | None) -> float:
+    def rest(self, ball: Ball) -> Tensor:
+        """``|R_k|`` at most."""
+        return remainder_size(self.bend, self.raw, ball)
+
+    def sizes(self, ball: Ball) -> Tensor:
+        """``E_k >= |e_k|``."""
+        return self.first(ball) + self.rest(ball)
+
+    def stacked(self, factor: Tensor, ball: Ball) -> float:
         """Upper bound of ``(sum_k factor_k^2 |e_k|^2)^{1/2}`` over the ball (lemma 5)."""
         square = factor.square()
-        apart = float((square * self.sizes(radius, rho).square()).sum().sqrt())
-        raw = float((factor * self.raw).max()) if self.raw_joint is None else self._split(square, self.raw, self.raw_joint)
-        together = self._split(square, self.tangent, joint) * radius + raw * rho
+        apart = float((square * self.sizes(ball).square()).sum().sqrt())
+        together = self._split(square, self.tangent, self.joint) * ball.radius + self.stacked_rest(factor, ball)
         return outward(min(apart, together), FORMULA)
+
+    def stacked_rest(self, factor: Tensor, ball: Ball) -> float:
+        """The same of R alone."""
+        square = factor.square()
+        whole = self._raw(factor, square)
+        bent = float((square * self.bend.square()).sum().sqrt()) * ball.radius**2
+        apart = float((square * self.rest(ball).square()).sum().sqrt())
+        return outward(min(apart, whole * ball.rho, bent + whole * ball.rest), FORMULA)
+
+    def _raw(self, factor: Tensor, square: Tensor) -> float:
+        if self.raw_joint is None:
+            return float((factor * self.raw).max())
+        return self._split(square, self.raw, self.raw_joint)
 
     def _split(self, square: Tensor, size: Tensor, joint: float | None) -> float:
         """Bound of the root of ``sum_k square_k |x_k|^2``, |x_k| <= size_k, the joint form given: any share is sound."""
@@ -132,6 +185,11 @@ class Reach:
             rest = (square - share * self.weights).clamp_min(0.0) * size.square()
             best = min(best, share * joint**2 + float(rest.sum()))
         return best**0.5
+
+
+def remainder_size(bend: Tensor, raw: Tensor, ball: Ball) -> Tensor:
+    """A feature of R: by its second order and the raw size of what is left, or by the raw size of everything."""
+    return torch.minimum(raw * ball.rho, bend * ball.radius**2 + raw * ball.rest)
 
 
 def largest_eigenvalues(gram: Float[Tensor, "*b d d"]) -> Float[Tensor, "*b"]:
