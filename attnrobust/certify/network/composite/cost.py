@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
-from attnrobust.certify.network.composite.preparation import BASIS_LIMIT
+from attnrobust.certify.network.composite.preparation import BASIS_LIMIT, BEND_PAIRS, PAIR_LIMIT
 from attnrobust.layers.graph.affine import Affine
 from attnrobust.layers.graph.attend import Attend
 from attnrobust.layers.graph.network_graph import NetworkGraph
 
 FLOPS_PER_SECOND = 1.0e10  # float64 products on one core
 PRODUCTS = 32.0  # of one norm: two starts of Lanczos
-OVERHEAD = 1.5e-4  # seconds per node and pass, whatever the sizes
+THIRD_PASSES = 2.0  # of half the depth per product and pair, at the few products of a rough norm
+OVERHEAD = 5e-5  # seconds per node and pass, whatever the sizes
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int) -
     curved = sum(not step.node.affine for step in network.steps)
     directions = moving if moving <= max(BASIS_LIMIT, sketch) else sketch
     one_pass = sum(_flops(step.node, tokens) for step in network.steps)
-    composite = 2.0 * (curved + 1) * PRODUCTS * directions  # curvature and cross terms, two passes over half the depth
+    pairs = moving * (moving + 1) / 2 if moving <= PAIR_LIMIT else sketch / 2
+    second = 2.0 * PRODUCTS * directions  # curvature and cross terms, two passes over half the depth
+    third = THIRD_PASSES * PRODUCTS * pairs
     tails = 0.5 * PRODUCTS * curved * (curved + 1)
-    passes = composite + tails + moving
-    overhead = OVERHEAD * len(network.steps) * (passes / max(directions, 1) + tails)
+    passes = (curved + 1) * (second + third) + tails + moving + BEND_PAIRS
+    overhead = OVERHEAD * len(network.steps) * ((curved + 1) * 4.0 * PRODUCTS + tails)
     return Cost(passes * one_pass / FLOPS_PER_SECOND + overhead, directions)
 
 
@@ -43,6 +46,7 @@ def _flops(node: object, tokens: int) -> float:
         return 2.0 * tokens * node.weight.numel()
     if isinstance(node, Attend):
         layer = node.attention
-        weights = layer.w_q.numel() + layer.w_k.numel() + layer.w_v.numel() + (0 if layer.w_o is None else layer.w_o.numel())
+        out = 0 if layer.w_o is None else layer.w_o.numel()
+        weights = layer.w_q.numel() + layer.w_k.numel() + layer.w_v.numel() + out
         return 2.0 * tokens * (weights + 4.0 * tokens * layer.heads * (layer.key_width + layer.value_width))
     return 20.0 * tokens

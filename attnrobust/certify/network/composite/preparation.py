@@ -71,11 +71,11 @@ class Preparation:
 
     def __init__(self, record: Linearisation, moves: Moves, output: Readout, settings: Settings) -> None:
         self.record, self.moves, self.output, self.settings = record, moves, output, settings
-        self._metrics = sampled_metrics(record, moves, output, seed=stream(settings.seed, "metrics"))
-        events = 4 * len(self._metrics.ports) + 4
+        self.metrics = sampled_metrics(record, moves, output, seed=stream(settings.seed, "metrics"))
+        events = 4 * len(self.metrics.ports) + 4
         self._per_sketch = SKETCH_SHARE * settings.failure / events
         self._sketched, self._bent = 0, 0.0
-        count = len(self._metrics.ports)
+        count = len(self.metrics.ports)
         self._chance = Chance(
             stream(settings.seed, "starts"), "composite", (1.0 - SKETCH_SHARE - BEND_SHARE) * settings.failure,
             expected=6 * count + count * (count + 1),
@@ -108,15 +108,15 @@ class Preparation:
     @cached_property
     def ports(self) -> dict[str, TargetNorms]:
         """Norms of every port that some curved node comes before."""
-        return {port.name: self.target_norms(port) for port in self._metrics.ports if self._second.upstream(port)}
+        return {port.name: self.target_norms(port) for port in self.metrics.ports if self._second.upstream(port)}
 
     @cached_property
     def remainders(self) -> dict[str, NodeRemainder]:
         """Every node's remainder, its ranges settled."""
-        found = {port.name: self._remainder(port) for port in self._metrics.ports}
-        states = sorted({name for port in self._metrics.ports for name in port.reads})
+        found = {port.name: self._remainder(port) for port in self.metrics.ports}
+        states = sorted({name for port in self.metrics.ports for name in port.reads})
         identity = torch.eye(self.moves.size, dtype=torch.float64, device=self._device)
-        for rows in identity.split(self._batch(self._metrics.ports)):
+        for rows in identity.split(self._batch(self.metrics.ports)):
             tangents = self._tangents(rows, states)
             for remainder in found.values():
                 remainder.observe(tuple(tangents[name] for name in remainder.port.reads))
@@ -246,7 +246,7 @@ class Preparation:
 
     @cached_property
     def _second(self) -> SecondOrder:
-        return SecondOrder(self.record, self.moves, self._metrics.ports, self._sketch.directions)
+        return SecondOrder(self.record, self.moves, self.metrics.ports, self._sketch.directions)
 
     def _tangents(self, flat: Tensor, states: Sequence[str]) -> dict[str, Tensor]:
         return self.record.push({self.record.wiring.source: self.moves.tokens(flat)}, states)
@@ -261,9 +261,9 @@ class Preparation:
         if isinstance(node, Normalise):
             return NormaliseRemainder(port, node.norm, clean)
         if isinstance(node, Activate):
-            return ActivateRemainder(port, node.function, clean, self._metrics.importance[port.name])
+            return ActivateRemainder(port, node.function, clean, self.metrics.importance[port.name])
         if isinstance(node, Product):
-            return ProductRemainder(port, self._metrics.importance[port.name])
+            return ProductRemainder(port, self.metrics.importance[port.name])
         state = self.record.nodes[port.name]
         assert isinstance(state, AttentionState)  # noqa: S101 - other nodes were refused; narrows the type
         return AttendRemainder(port, state)

@@ -36,7 +36,7 @@ SUPREMA: Mapping[str, Suprema] = {
     "gelu_tanh": Suprema(0.799, 0.783, 1.606),
     "silu": _SILU,
     "quick_gelu": _SILU.scaled(QUICK),
-    "tanh": Suprema(0.771, 2.001, 4.087),
+    "tanh": Suprema(0.771, 2.001, 4.088),
     "sigmoid": Suprema(0.0964, 0.1251, 0.1278),
     "identity": Suprema(0.0, 0.0, 0.0),
 }
