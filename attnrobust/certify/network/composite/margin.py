@@ -38,7 +38,9 @@ class ClassDrop:
     def at(self, recursion: Recursion, radius: float) -> float:
         """Bound of the drop at a Frobenius radius whose ports are known."""
         parts = recursion.at(self.norms)
-        composite = self._quadratic(radius) + min(parts.cross + parts.beyond, parts.third + parts.cross_third + parts.further)
+        composite = self._quadratic(radius) + min(
+            parts.cross + parts.beyond, parts.third + parts.cross_third + parts.further
+        )
         linear = self.slope * radius + parts.whole
         return min(value for value in (composite, linear, math.inf) if not math.isnan(value))
 

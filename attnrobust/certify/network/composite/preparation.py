@@ -26,7 +26,7 @@ from attnrobust.certify.network.composite.sketch import (
 from attnrobust.certify.network.composite.targets import Port, Readout, Target
 from attnrobust.certify.network.composite.third_order import ThirdOrder
 from attnrobust.certify.network.composite.top_eigenvalue import Operator, top_eigenvalue, top_singular_value
-from attnrobust.layers.graph.attend import Attend, AttentionState
+from attnrobust.layers.graph.attend import AttentionState
 from attnrobust.layers.graph.elementwise import Activate, Product
 from attnrobust.layers.graph.linearisation import Linearisation
 from attnrobust.layers.graph.normalise import Normalise
@@ -193,9 +193,7 @@ class Preparation:
 
     def third_norm(self, target: Target) -> float:
         """``sup |D3[D, D, D]|`` over moves of norm 1, at most."""
-        top = top_singular_value(
-            self._third.curvature(target), self._chance, device=self._device, tolerance=ROUGHLY
-        )
+        top = top_singular_value(self._third.curvature(target), self._chance, device=self._device, tolerance=ROUGHLY)
         return self._use(self._third_pairs) * top
 
     def _use(self, sketch: Sketch | PairSketch) -> float:

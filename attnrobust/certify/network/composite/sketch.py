@@ -81,7 +81,7 @@ def all_pairs(size: int, device: torch.device) -> PairSketch:
     """Every pair of unit vectors, for a symmetric form: a <= b, those with a < b counted twice. No randomness."""
     unit = torch.eye(size, dtype=torch.float64, device=device)
     one, two = torch.triu_indices(size, size, device=device)
-    weight = torch.where(one < two, math.sqrt(2.0), 1.0)[:, None]
+    weight = (1.0 + (one < two).to(unit)).sqrt()[:, None]
     return PairSketch(weight * unit[one], unit[two], 1.0, 0.0)
 
 

@@ -39,9 +39,7 @@ class Operator:
     weight: int
 
 
-def top_eigenvalue(
-    operator: Operator, chance: Chance, *, device: torch.device, tolerance: float = TOLERANCE
-) -> float:
+def top_eigenvalue(operator: Operator, chance: Chance, *, device: torch.device, tolerance: float = TOLERANCE) -> float:
     """Upper bound of the largest eigenvalue, at least 0; random where the matrix is too large, and then ``chance`` records it.
 
     Args:

@@ -9,7 +9,9 @@ STARTS = 4
 TINY = 1e-300
 
 
-def supremum(value: Callable[..., Tensor], radii: tuple[float, ...], sizes: tuple[int, ...], *, steps: int = 12) -> float:
+def supremum(
+    value: Callable[..., Tensor], radii: tuple[float, ...], sizes: tuple[int, ...], *, steps: int = 12
+) -> float:
     """Largest value found over a product of spheres, from random starts.
 
     Args:
@@ -18,7 +20,9 @@ def supremum(value: Callable[..., Tensor], radii: tuple[float, ...], sizes: tupl
         sizes: Numbers in each variable.
         steps: Of ascent.
     """
-    points = [_on_sphere(torch.randn(STARTS, size, dtype=torch.float64), r) for size, r in zip(sizes, radii, strict=True)]
+    points = [
+        _on_sphere(torch.randn(STARTS, size, dtype=torch.float64), r) for size, r in zip(sizes, radii, strict=True)
+    ]
     best = 0.0
     for step in range(steps):
         points = [part.detach().requires_grad_(True) for part in points]

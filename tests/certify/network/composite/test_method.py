@@ -10,8 +10,10 @@ import attnrobust as ar
 from attnrobust.certify.network.composite.cost import estimated
 from attnrobust.certify.network.composite.method import NetworkComposite, NetworkCompositeLarge
 from attnrobust.certify.registry import METHODS, ON_REQUEST
+from attnrobust.goals import parse_tolerance
 from attnrobust.layers.graph import Affine, NetworkGraph, Step
 from attnrobust.results import Kind
+from attnrobust.threats.parse import parse_threat
 from tests.layers.graph.networks import D, network, random
 
 METHOD = NetworkComposite()
@@ -19,7 +21,8 @@ METHOD = NetworkComposite()
 
 def question(goal: Any = "2%", threat: Any = "frobenius", *, head: str = "none", order: str = "pre") -> ar.Problem:
     torch.manual_seed(3)
-    return ar.Problem(network(order, 1, "gelu", head=head), random(3, D), threat, goal)
+    goal = parse_tolerance(goal) if isinstance(goal, str) else goal
+    return ar.Problem(network(order, 1, "gelu", head=head), ar.TokenMeasure(random(3, D)), parse_threat(threat), goal)
 
 
 def margin() -> ar.Margin:
@@ -85,10 +88,13 @@ def refusal(problem: ar.Problem, method: NetworkComposite = METHOD) -> str:
 
 def test_refusals_name_what_is_not_covered() -> None:
     torch.manual_seed(0)
-    relu = ar.Problem(network("post", 1, "relu"), random(3, D), "frobenius", "2%")
+    relu = ar.Problem(
+        network("post", 1, "relu"), ar.TokenMeasure(random(3, D)), ar.FrobeniusBall(), parse_tolerance("2%")
+    )
     assert "relu" in refusal(relu)
     affine = NetworkGraph(D, (Step("out", Affine(random(D, 2)), ("input",)),))
-    assert "affine" in refusal(ar.Problem(affine, random(3, D), "frobenius", "2%"))
+    problem = ar.Problem(affine, ar.TokenMeasure(random(3, D)), ar.FrobeniusBall(), parse_tolerance("2%"))
+    assert "affine" in refusal(problem)
 
 
 def test_a_long_run_is_refused_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:

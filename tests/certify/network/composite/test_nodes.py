@@ -14,8 +14,8 @@ from attnrobust.certify.network.composite.nodes.elementwise import ActivateRemai
 from attnrobust.certify.network.composite.nodes.normalise import NormaliseRemainder
 from attnrobust.certify.network.composite.targets import Port, forwards
 from attnrobust.layers.graph import Activate, Attend, Node, Normalise, Product
-from attnrobust.layers.graph.attend import AttentionState
 from attnrobust.layers.graph.activation_functions import FUNCTIONS
+from attnrobust.layers.graph.attend import AttentionState
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
 from tests.assertions import assert_at_most
 from tests.certify.network.composite.ascent import supremum
@@ -70,9 +70,7 @@ class Attacked:
         basis = tuple(unit.unflatten(-1, part.shape) for unit, part in zip(units, clean, strict=True))
         count = sum(sizes)
         self.first = state.jvp(basis).flatten(1)
-        one, two, three = (
-            tuple(e[(slice(None), *(None,) * after)] for e in basis) for after in (2, 1, 0)
-        )
+        one, two, three = (tuple(e[(slice(None), *(None,) * after)] for e in basis) for after in (2, 1, 0))
         self.second = state.second(two, three).expand(count, count, *self.value.shape).flatten(2)
         self.third = state.third(one, two, three).expand(count, count, count, *self.value.shape).flatten(3)
 

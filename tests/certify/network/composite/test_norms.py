@@ -7,7 +7,14 @@ import torch
 from scipy.stats import chi2
 
 from attnrobust.certify.network.composite.second_order import Moves, SecondOrder
-from attnrobust.certify.network.composite.sketch import all_pairs, basis, gaussian, gaussian_pairs, inflation, pair_inflation
+from attnrobust.certify.network.composite.sketch import (
+    all_pairs,
+    basis,
+    gaussian,
+    gaussian_pairs,
+    inflation,
+    pair_inflation,
+)
 from attnrobust.certify.network.composite.third_order import ThirdOrder
 from attnrobust.certify.network.composite.top_eigenvalue import Operator, top_eigenvalue
 from attnrobust.numerics.chance import Chance
@@ -34,7 +41,9 @@ def test_curvature_is_the_unfolding_of_the_second_derivative() -> None:
     for target in (*prepared.metrics.ports[1:], prepared.output):
         forms = {name: record.second(tokens[:, None], tokens[None], stop=name) for name in target.states}
         flat = target.flat(forms)
-        assert_close(second.curvature(target).product(unit(moves.size)), torch.einsum("avk,awk->vw", flat, flat), rtol=1e-11)
+        assert_close(
+            second.curvature(target).product(unit(moves.size)), torch.einsum("avk,awk->vw", flat, flat), rtol=1e-11
+        )
 
 
 def test_cross_terms_are_the_second_derivative_with_remainders() -> None:
@@ -47,7 +56,9 @@ def test_cross_terms_are_the_second_derivative_with_remainders() -> None:
     columns = []
     for port in sources:
         other = record.nodes[port.name].features(port.edges(unit(port.size)[:, None]))
-        image = record.push({port.name: record.nodes[port.name].bilinear(along[port.name], other)}, prepared.output.states)
+        image = record.push(
+            {port.name: record.nodes[port.name].bilinear(along[port.name], other)}, prepared.output.states
+        )
         columns.append(prepared.output.flat(image))
     stacked = torch.cat(columns)
     operator = second.cross(prepared.output, sources)

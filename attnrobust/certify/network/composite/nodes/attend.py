@@ -6,7 +6,7 @@ inner part of the output projection; docs/network-composite.md, 5c.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float
@@ -16,14 +16,24 @@ from attnrobust.certify.displacement.base import ValueRows
 from attnrobust.certify.network.composite.nodes.base import (
     Ball,
     Channel,
+    Form,
     NodeRemainder,
+    Reach,
     largest_eigenvalues,
     remainder_size,
 )
 from attnrobust.certify.network.composite.targets import Port
 from attnrobust.layers.graph.attend import AttentionState
 from attnrobust.layers.graph.node import Edges
-from attnrobust.numerics.rounding import CANCELLATION, ENTRY, FORMULA, nan_is_infinite, outward
+from attnrobust.numerics.rounding import (
+    CANCELLATION,
+    ENTRY,
+    FORMULA,
+    SMALLEST,
+    nan_is_infinite,
+    nonzero,
+    outward,
+)
 from attnrobust.numerics.suprema import growing_weight, saturating_weight
 
 
@@ -50,6 +60,9 @@ class _Sizes:
         return _Sizes(*(how(getattr(self, part.name), getattr(other, part.name)) for part in fields(self)))
 
 
+GRAM_LIMIT = 64  # tokens up to which the (h, n, n, n) inner products of the logits are kept
+
+
 class AttendRemainder(NodeRemainder):
     """Remainder of attention.
 
@@ -73,6 +86,8 @@ class AttendRemainder(NodeRemainder):
             for name, width in {"values": size, "rows": size, "queries": left.shape[-1], "keys": left.shape[-1]}.items()
         }
         self._squares = {name: zeros(heads, n) for name in self._grams} | {"logits": zeros(heads, n, n)}
+        self._logit_gram = zeros(heads, n, n, n) if n <= GRAM_LIMIT else None
+        self._shape: Reach | None = None
 
     def curved(self) -> Channel:
         return self.channels["out"]
@@ -98,6 +113,9 @@ class AttendRemainder(NodeRemainder):
     def observe(self, edges: Edges) -> None:
         logits, parts = self._features(edges)
         self._logits += logits.square().sum(0)
+        if self._logit_gram is not None:
+            weighed = (self._clean.weight.sqrt() * logits).permute(1, 2, 3, 0)
+            self._logit_gram += weighed @ weighed.mT
         for name, part in parts.items():
             by_row = part.permute(1, 2, 0, 3)
             self._grams[name] += by_row.mT @ by_row
@@ -121,6 +139,29 @@ class AttendRemainder(NodeRemainder):
         self._tangent = _Sizes(logits=outward(self._logits.sqrt(), FORMULA), **norms)
         self._bend = _Sizes(**{name: outward(square.sqrt(), FORMULA) for name, square in self._squares.items()})
         self._raw = self._raw_sizes()
+        if self._logit_gram is not None:
+            self._shape = self._row_reach(self._logit_gram)
+
+    def _row_reach(self, gram: Tensor) -> Reach:
+        """``(E l^2)^{1/2}`` of every row; weights by the coefficients of the fourth order where logits move by a half."""
+        w = self._clean.weight
+        bend, raw = ((w * part.logits.square()).sum(-1).sqrt() for part in (self._bend, self._raw))
+        typical = 0.5 / nonzero(self._tangent.logits.amax())
+        weights = _Terms(self._clean, self._first(Ball(float(typical), 0.0, 0.0))).fourth_factors[0].square()
+        weights = torch.where(torch.isfinite(weights), weights, 0.0)
+        return Reach(
+            largest_eigenvalues(gram).sqrt(), outward(bend, ENTRY), outward(raw, ENTRY), weights + 1e-2 * weights.mean() + SMALLEST,
+            raw_joint=None,
+        )  # fmt: skip
+
+    def form(self) -> Form | None:
+        if self._shape is None:
+            return None
+        root = (self._shape.weights[..., None] * self._clean.weight).sqrt()
+        return Form(
+            lambda edges: (root * self._state.features(edges).logits).flatten(-3),
+            lambda flat: self._state.logits_adjoint(root * flat.unflatten(-1, tuple(root.shape))),
+        )
 
     def _raw_sizes(self) -> _Sizes:
         clean, w = self._clean, self._clean.weight
@@ -155,19 +196,32 @@ class AttendRemainder(NodeRemainder):
 
     def beyond(self, ball: Ball) -> Mapping[str, float]:
         terms = _Terms(self._clean, self._all(ball))
-        return self._with_quadratic(torch.minimum(terms.third, terms.whole + terms.second), ball)
+        return self._with_quadratic(_stack(torch.minimum(terms.third, terms.whole + terms.second)), ball)
 
     def further(self, ball: Ball) -> Mapping[str, float]:
         """Fourth order and ``C3(e) - C3(T D)``, a difference of polynomials; or nothing taken off."""
         terms, first = _Terms(self._clean, self._all(ball)), _Terms(self._clean, self._first(ball))
         change = (terms.cubic - first.cubic + CANCELLATION * terms.cubic).clamp_min(0.0)
-        return self._with_quadratic(torch.minimum(terms.fourth + change, terms.third + first.cubic), ball)
+        together = min(
+            _stack(torch.minimum(terms.fourth + change, terms.third + first.cubic)), self._jointly(terms, change, ball)
+        )
+        return self._with_quadratic(together, ball)
 
-    def _with_quadratic(self, per_row: Tensor, ball: Ball) -> Mapping[str, float]:
+    def _jointly(self, terms: "_Terms", change: Tensor, ball: Ball) -> float:
+        """The stack of the fourth order with one logit of every term kept, as they cannot all be large at once."""
+        if self._shape is None:
+            return math.inf
+        factor, rest = terms.fourth_factors
+        if not bool(torch.isfinite(factor).all()):
+            return math.inf
+        reach = replace(self._shape, joint=self.joint)
+        tangents = reach.stacked(factor, Ball(ball.radius, 0.0, 0.0))
+        return tangents + _stack(factor * reach.rest(ball)) + _stack(rest + change)
+
+    def _with_quadratic(self, together: float, ball: Ball) -> Mapping[str, float]:
         """With ``1/2 f''[R, R]``: by the norm of the form at the output, or row by row."""
         apart = _stack(_Terms(self._clean, self._rest(ball)).second)
         form = math.inf if self.kappa is None else outward(0.5 * self.kappa * ball.rho**2, FORMULA)
-        together = _stack(per_row)
         return {"heads": together, "out": form} if form < apart else {"heads": together + apart, "out": 0.0}
 
 
@@ -219,6 +273,21 @@ class _Terms:
         steep = self._upper * u.pow(4) / 24.0 + self._w * (steep / 6.0 + 0.5 * q.square())
         inside = curved * (self._values + self._s.rows[..., None]) + steep * spread
         return inside.sum(-1) + self._partition * (self.second + self.cubic)
+
+    @property
+    def fourth_factors(self) -> tuple[Tensor, Tensor]:
+        """K and c with ``fourth <= K (E l^2)^{1/2} + c`` per row: one factor ``|l_j|`` of every term is kept.
+
+        ``sum_j k_j |l_j| <= (sum k_j^2 / w_j)^{1/2} (E l^2)^{1/2}``; infinite where a weight underflows.
+        """
+        l, q, u, f, w = self._s.logits, self._bilinear, self._logit, self._upper, self._w
+        carried, spread = self._values + self._s.rows[..., None], self._spread
+        after = (self.second + self.cubic)[..., None]
+        curved = f * (u.square() / 6.0 * carried + u.pow(3) / 24.0 * spread + 0.5 * u * after)
+        factor = curved + w * (q * carried + 0.5 * (l * q + q.square()) * spread)
+        rest = curved * q + w * (0.5 * q.square() * carried + (q.pow(3) / 6.0 + 0.5 * q.square()) * spread)
+        energy = torch.where(factor > 0.0, factor.square() / w, 0.0)
+        return energy.sum(-1).sqrt(), rest.sum(-1)
 
     @property
     def third(self) -> Tensor:

@@ -163,16 +163,20 @@ class Reach:
 
     def stacked_rest(self, factor: Tensor, ball: Ball) -> float:
         """The same of R alone."""
-        square = factor.square()
-        whole = self._raw(factor, square)
+        square, whole = factor.square(), self.raw_norm(factor)
         bent = float((square * self.bend.square()).sum().sqrt()) * ball.radius**2
         apart = float((square * self.rest(ball).square()).sum().sqrt())
         return outward(min(apart, whole * ball.rho, bent + whole * ball.rest), FORMULA)
 
-    def _raw(self, factor: Tensor, square: Tensor) -> float:
+    def bent(self, ball: Ball) -> Tensor:
+        """``|(R2)_k|`` at most."""
+        return self.bend * ball.radius**2
+
+    def raw_norm(self, factor: Tensor) -> float:
+        """Upper bound of ``(sum_k factor_k^2 |R_k|^2)^{1/2}`` over remainders of metric norm 1."""
         if self.raw_joint is None:
             return float((factor * self.raw).max())
-        return self._split(square, self.raw, self.raw_joint)
+        return self._split(factor.square(), self.raw, self.raw_joint)
 
     def _split(self, square: Tensor, size: Tensor, joint: float | None) -> float:
         """Bound of the root of ``sum_k square_k |x_k|^2``, |x_k| <= size_k, the joint form given: any share is sound."""

@@ -118,9 +118,13 @@ class ActivateRemainder(NodeRemainder):
         return {"own": fourth + change + self._quadratic(ball)}
 
     def _quadratic(self, ball: Ball) -> float:
-        """``|1/2 f''[R, R]|``: by the norm of the form, or neuron by neuron."""
-        apart = (0.5 * self._importance * self._second * self._reach.rest(ball).square()).square().sum().sqrt()
-        return outward(min(0.5 * self._own_curvature * ball.rho**2, float(apart)), FORMULA)
+        """``|1/2 f''[R, R]|``: by the norm of the form, neuron by neuron, or R2 by neurons and R' by the form."""
+        reach, weights, kappa = self._reach, 0.5 * self._importance * self._second, 0.5 * self._own_curvature
+        bent = reach.bent(ball)
+        apart = float((weights * reach.rest(ball).square()).square().sum().sqrt())
+        mixed = float((weights * bent.square()).square().sum().sqrt())
+        mixed = mixed + 2.0 * reach.raw_norm(weights * bent) * ball.rest + kappa * ball.rest**2
+        return outward(min(kappa * ball.rho**2, apart, mixed), FORMULA)
 
     @cached_property
     def _plain_curvature(self) -> float:

@@ -212,6 +212,9 @@ class NormaliseRemainder(NodeRemainder):
         share = torch.where(a < 0.0, (-b / (2.0 * a.clamp_max(-SMALLEST))).clamp(0.0, 1.0), torch.ones_like(a))
         top = torch.maximum(a * share.square() + b * share, (a + b).clamp_min(0.0)) + slack.square()
         factor = self._zeta.sqrt() * top.sqrt() / self._width**0.5
-        together = float((factor * self._reach.raw.square()).max()) * ball.rho**2
-        apart = float((factor * self._reach.rest(ball).square()).square().sum().sqrt())
-        return float(outward(min(together, apart), ENTRY))
+        reach, bent = self._reach, self._reach.bent(ball)
+        form = float((factor * reach.raw.square()).max())
+        apart = float((factor * reach.rest(ball).square()).square().sum().sqrt())
+        mixed = float((factor * bent.square()).square().sum().sqrt())
+        mixed = mixed + 2.0 * reach.raw_norm(factor * bent) * ball.rest + form * ball.rest**2
+        return float(outward(min(form * ball.rho**2, apart, mixed), ENTRY))
