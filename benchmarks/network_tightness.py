@@ -109,7 +109,7 @@ def _numbers(parts: Parts) -> dict[str, float]:
 
 
 def _attack(problem: ar.Problem, bound: DisplacementBound | MarginBound, *, steps: int) -> float:
-    """Ascent of the usage from the top direction, on growing and shrinking spheres; the smallest radius that violates."""
+    """Ascent of the usage from the top direction on growing and shrinking spheres; the smallest violating radius."""
     best = float("inf")
     guess = bound.first_guess or 1.0
     preparation = bound.preparation

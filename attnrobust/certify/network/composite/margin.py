@@ -1,7 +1,7 @@
 """Margins: gradient and Hessian of the whole network exactly, in one trust region; the rest with clean cotangents."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from attnrobust.certify.margin.trust_region import Quadratic, decomposed_bound
 from attnrobust.certify.method import PreparedBound
 from attnrobust.certify.network.composite.preparation import Preparation
-from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms
+from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms, smallest
 from attnrobust.certify.network.composite.targets import Port, Readout, added
 from attnrobust.numerics.rounding import FORMULA, SMALLEST, used_share
 from attnrobust.numerics.sides import Upper
@@ -38,11 +38,7 @@ class ClassDrop:
     def at(self, recursion: Recursion, radius: float) -> float:
         """Bound of the drop at a Frobenius radius whose ports are known."""
         parts = recursion.at(self.norms)
-        composite = self._quadratic(radius) + min(
-            parts.cross + parts.beyond, parts.third + parts.cross_third + parts.further
-        )
-        linear = self.slope * radius + parts.whole
-        return min(value for value in (composite, linear, math.inf) if not math.isnan(value))
+        return smallest((self._quadratic(radius) + parts.rest_of_levels, self.slope * radius + parts.whole))
 
     @cached_property
     def slope(self) -> float:
@@ -62,9 +58,12 @@ class ClassDrop:
         ports = preparation.upstream(self.readout)
         sources = [port for port in ports if preparation.upstream(port)]
         return TargetNorms(
-            curvature=0.0, third=preparation.third_norm(self.readout), cross=self._cross(sources), sources=tuple(port.name for port in sources),
+            curvature=0.0,
+            third=preparation.third_norm(self.readout),
+            cross=self._cross(sources),
+            sources=tuple(port.name for port in sources),
             tails=preparation.tails(self.readout),
-        )  # fmt: skip
+        )
 
     @cached_property
     def _cotangent(self) -> Tensor:
@@ -88,7 +87,7 @@ class ClassDrop:
     def _reduced(self) -> tuple[Float[Tensor, "k k"], Float[Tensor, "k"]]:
         """``[[T, beta e_k], [beta e_k^T, mu]]`` and the gradient in it."""
         size = self.gradient.numel()
-        basis, alpha, beta = _krylov(self._curved, self.gradient, min(KRYLOV, size))
+        alpha, beta = _krylov(self._curved, self.gradient, min(KRYLOV, size))
         steps = len(alpha)
         matrix = torch.diag(torch.tensor([*alpha, self._top], dtype=torch.float64))
         for index, coupling in enumerate(beta):
@@ -166,8 +165,8 @@ class MarginBound(PreparedBound):
         return Upper(used, self.failure_probability if math.isfinite(used) else 0.0)
 
 
-def _krylov(product, start: Tensor, steps: int) -> tuple[Tensor, list[float], list[float]]:  # type: ignore[no-untyped-def]
-    """Orthonormal basis (k, N) of the Krylov space, diagonal and couplings of the form in it; the last one leaves it."""
+def _krylov(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[list[float], list[float]]:
+    """Diagonal and couplings of a form in its Krylov space; the last coupling leads out of it."""
     length = torch.linalg.vector_norm(start)
     rows, alpha, beta = [start / length.clamp_min(SMALLEST)], [], []
     for step in range(steps):
@@ -181,4 +180,4 @@ def _krylov(product, start: Tensor, steps: int) -> tuple[Tensor, list[float], li
         if step + 1 == steps or coupling <= CLOSED * max(beta):
             break
         rows.append(image / coupling)
-    return torch.stack(rows), alpha, beta
+    return alpha, beta

@@ -1,7 +1,7 @@
 """Metrics of the ports and importances of outputs, from random second-order sensitivities; any positive ones are sound.
 
-A remainder R_m hurts through ``<g, Y_m f_m''[T_m a, R_m]>``: its typical size per token is the metric in which R_m is measured. The typical size of the cotangent at the node's output is the
-importance in which its remainder is.
+A remainder R_m hurts through ``<g, Y_m f_m''[T_m a, R_m]>``: the typical size of what it meets, per token, is the
+metric in which R_m is measured. The typical size of the cotangent at the node's output is the importance of its remainder.
 """
 
 from collections.abc import Mapping

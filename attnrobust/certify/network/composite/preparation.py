@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from attnrobust.certify.network.composite.metrics import sampled_metrics
-from attnrobust.certify.network.composite.nodes.attend import AttendRemainder
 from attnrobust.certify.network.composite.nodes.base import Channel, Form, NodeRemainder
-from attnrobust.certify.network.composite.nodes.elementwise import ActivateRemainder, ProductRemainder
-from attnrobust.certify.network.composite.nodes.normalise import NormaliseRemainder
+from attnrobust.certify.network.composite.nodes.registry import remainder_of
 from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms
 from attnrobust.certify.network.composite.second_order import Moves, SecondOrder
 from attnrobust.certify.network.composite.sketch import (
@@ -26,10 +24,7 @@ from attnrobust.certify.network.composite.sketch import (
 from attnrobust.certify.network.composite.targets import Port, Readout, Target
 from attnrobust.certify.network.composite.third_order import ThirdOrder
 from attnrobust.certify.network.composite.top_eigenvalue import Operator, top_eigenvalue, top_singular_value
-from attnrobust.layers.graph.attend import AttentionState
-from attnrobust.layers.graph.elementwise import Activate, Product
 from attnrobust.layers.graph.linearisation import Linearisation
-from attnrobust.layers.graph.normalise import Normalise
 from attnrobust.numerics.chance import MAIN_FAILURE, Chance, stream
 
 BASIS_LIMIT = 320
@@ -113,7 +108,8 @@ class Preparation:
     @cached_property
     def remainders(self) -> dict[str, NodeRemainder]:
         """Every node's remainder, its ranges settled."""
-        found = {port.name: self._remainder(port) for port in self.metrics.ports}
+        importance = self.metrics.importance
+        found = {port.name: remainder_of(self.record, port, importance[port.name]) for port in self.metrics.ports}
         states = sorted({name for port in self.metrics.ports for name in port.reads})
         identity = torch.eye(self.moves.size, dtype=torch.float64, device=self._device)
         for rows in identity.split(self._batch(self.metrics.ports)):
@@ -252,19 +248,6 @@ class Preparation:
     def _pulled(self, cotangents: dict[str, Tensor]) -> Tensor:
         source = self.record.wiring.source
         return self.moves.flat(self.record.pull(cotangents, (source,))[source])
-
-    def _remainder(self, port: Port) -> NodeRemainder:
-        step = next(step for step in self.record.wiring.steps if step.name == port.name)
-        node, clean = step.node, self.record.clean[step.reads[0]]
-        if isinstance(node, Normalise):
-            return NormaliseRemainder(port, node.norm, clean)
-        if isinstance(node, Activate):
-            return ActivateRemainder(port, node.function, clean, self.metrics.importance[port.name])
-        if isinstance(node, Product):
-            return ProductRemainder(port, self.metrics.importance[port.name])
-        state = self.record.nodes[port.name]
-        assert isinstance(state, AttentionState)  # noqa: S101 - other nodes were refused; narrows the type
-        return AttendRemainder(port, state)
 
     def _sharpen(self, remainder: NodeRemainder) -> None:
         """Joint norm of the features, and the norm of the node's own second derivative."""

@@ -53,15 +53,19 @@ class Parts:
     whole: float
 
     @property
+    def rest_of_levels(self) -> float:
+        """Levels 2 and 3: what they leave beside R2, the smaller one."""
+        return smallest((self.cross + self.beyond, self.third + self.cross_third + self.further))
+
+    @property
     def rest(self) -> float:
         """Bound of |R'|: of the levels, the smallest."""
-        levels = (self.cross + self.beyond, self.third + self.cross_third + self.further, self.whole + self.second)
-        return outward(_smallest(levels), FORMULA)
+        return outward(smallest((self.rest_of_levels, self.whole + self.second)), FORMULA)
 
     @property
     def total(self) -> float:
         """Bound of |R|."""
-        return outward(_smallest((self.second + self.rest, self.whole)), FORMULA)
+        return outward(smallest((self.second + self.rest, self.whole)), FORMULA)
 
 
 class Recursion:
@@ -128,6 +132,6 @@ def _carried(tails: Mapping[tuple[str, str], float], sizes: Mapping[tuple[str, s
     return math.fsum(_times(tail, sizes[key]) for key, tail in tails.items())
 
 
-def _smallest(values: tuple[float, ...]) -> float:
-    """NaN says nothing."""
+def smallest(values: tuple[float, ...]) -> float:
+    """The smallest of several bounds; NaN says nothing."""
     return min((value for value in values if not math.isnan(value)), default=math.inf)

@@ -40,7 +40,7 @@ class Operator:
 
 
 def top_eigenvalue(operator: Operator, chance: Chance, *, device: torch.device, tolerance: float = TOLERANCE) -> float:
-    """Upper bound of the largest eigenvalue, at least 0; random where the matrix is too large, and then ``chance`` records it.
+    """Upper bound of the largest eigenvalue, at least 0; where the matrix is too large it is random, by ``chance``.
 
     Args:
         operator: The operator; it must not depend on the stream of ``chance``.

@@ -5,14 +5,15 @@ inner part of the output projection; docs/network-composite.md, 5c.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.displacement.base import ValueRows
+from attnrobust.certify.network.composite.nodes.attend_terms import Sizes, Terms
 from attnrobust.certify.network.composite.nodes.base import (
     Ball,
     Channel,
@@ -34,31 +35,6 @@ from attnrobust.numerics.rounding import (
     nonzero,
     outward,
 )
-from attnrobust.numerics.suprema import growing_weight, saturating_weight
-
-
-@dataclass(frozen=True, eq=False)
-class _Sizes:
-    """Suprema of the features, of the tangents, of the second order, or of a remainder of metric norm 1.
-
-    Args:
-        logits: ``|l_j|``, (h, n, n).
-        values: ``|gamma_j|``, (h, n).
-        queries: ``|left^T e_i|``, (h, n).
-        keys: ``|right^T e_j|``, (h, n).
-        rows: ``|a|``, first-order change of the row, (h, n).
-    """
-
-    logits: Tensor
-    values: Tensor
-    queries: Tensor
-    keys: Tensor
-    rows: Tensor
-
-    def joined(self, other: "_Sizes", how: Callable[[Tensor, Tensor], Tensor]) -> "_Sizes":
-        """Combined feature by feature."""
-        return _Sizes(*(how(getattr(self, part.name), getattr(other, part.name)) for part in fields(self)))
-
 
 GRAM_LIMIT = 64  # tokens up to which the (h, n, n, n) inner products of the logits are kept
 
@@ -136,23 +112,21 @@ class AttendRemainder(NodeRemainder):
 
     def settle(self) -> None:
         norms = {name: largest_eigenvalues(gram).sqrt() for name, gram in self._grams.items()}
-        self._tangent = _Sizes(logits=outward(self._logits.sqrt(), FORMULA), **norms)
-        self._bend = _Sizes(**{name: outward(square.sqrt(), FORMULA) for name, square in self._squares.items()})
+        self._tangent = Sizes(logits=outward(self._logits.sqrt(), FORMULA), **norms)
+        self._bend = Sizes(**{name: outward(square.sqrt(), FORMULA) for name, square in self._squares.items()})
         self._raw = self._raw_sizes()
         if self._logit_gram is not None:
             self._shape = self._row_reach(self._logit_gram)
 
     def _row_reach(self, gram: Tensor) -> Reach:
-        """``(E l^2)^{1/2}`` of every row; weights by the coefficients of the fourth order where logits move by a half."""
+        """``(E l^2)^{1/2}`` of every row; weights by the fourth order's coefficients where logits move by a half."""
         w = self._clean.weight
         bend, raw = ((w * part.logits.square()).sum(-1).sqrt() for part in (self._bend, self._raw))
         typical = 0.5 / nonzero(self._tangent.logits.amax())
-        weights = _Terms(self._clean, self._first(Ball(float(typical), 0.0, 0.0))).fourth_factors[0].square()
+        weights = Terms(self._clean, self._first(Ball(float(typical), 0.0, 0.0))).fourth_factors[0].square()
         weights = torch.where(torch.isfinite(weights), weights, 0.0)
-        return Reach(
-            largest_eigenvalues(gram).sqrt(), outward(bend, ENTRY), outward(raw, ENTRY), weights + 1e-2 * weights.mean() + SMALLEST,
-            raw_joint=None,
-        )  # fmt: skip
+        weights = weights + 1e-2 * weights.mean() + SMALLEST
+        return Reach(largest_eigenvalues(gram).sqrt(), outward(bend, ENTRY), outward(raw, ENTRY), weights)
 
     def form(self) -> Form | None:
         if self._shape is None:
@@ -163,7 +137,7 @@ class AttendRemainder(NodeRemainder):
             lambda flat: self._state.logits_adjoint(root * flat.unflatten(-1, tuple(root.shape))),
         )
 
-    def _raw_sizes(self) -> _Sizes:
+    def _raw_sizes(self) -> Sizes:
         clean, w = self._clean, self._clean.weight
         inverse = 1.0 / self.port.scales[0].amin(-1)
         energy = (w.square() * inverse.square()).sum(-1)
@@ -178,36 +152,36 @@ class AttendRemainder(NodeRemainder):
         factor = outward(clean.bilinear_norms.sqrt()[:, None] * inverse, FORMULA)
         rows = clean.value_norms[:, None] * energy.sqrt() + (w * logits * clean.spread).sum(-1)
         values = outward(clean.value_norms[:, None] * inverse, FORMULA)
-        return _Sizes(logits=logits, values=values, queries=factor, keys=factor, rows=outward(rows, FORMULA))
+        return Sizes(logits=logits, values=values, queries=factor, keys=factor, rows=outward(rows, FORMULA))
 
     # ---- bounds ----------------------------------------------------------------------------------------------------
 
-    def _first(self, ball: Ball) -> _Sizes:
+    def _first(self, ball: Ball) -> Sizes:
         return self._tangent.joined(self._tangent, lambda t, _: t * ball.radius)
 
-    def _rest(self, ball: Ball) -> _Sizes:
+    def _rest(self, ball: Ball) -> Sizes:
         return self._bend.joined(self._raw, lambda bend, raw: remainder_size(bend, raw, ball))
 
-    def _all(self, ball: Ball) -> _Sizes:
+    def _all(self, ball: Ball) -> Sizes:
         return self._first(ball).joined(self._rest(ball), torch.add)
 
     def whole(self, ball: Ball) -> Mapping[str, float]:
-        return {"heads": _stack(_Terms(self._clean, self._all(ball)).whole), "out": 0.0}
+        return {"heads": _stack(Terms(self._clean, self._all(ball)).whole), "out": 0.0}
 
     def beyond(self, ball: Ball) -> Mapping[str, float]:
-        terms = _Terms(self._clean, self._all(ball))
+        terms = Terms(self._clean, self._all(ball))
         return self._with_quadratic(_stack(torch.minimum(terms.third, terms.whole + terms.second)), ball)
 
     def further(self, ball: Ball) -> Mapping[str, float]:
         """Fourth order and ``C3(e) - C3(T D)``, a difference of polynomials; or nothing taken off."""
-        terms, first = _Terms(self._clean, self._all(ball)), _Terms(self._clean, self._first(ball))
+        terms, first = Terms(self._clean, self._all(ball)), Terms(self._clean, self._first(ball))
         change = (terms.cubic - first.cubic + CANCELLATION * terms.cubic).clamp_min(0.0)
         together = min(
             _stack(torch.minimum(terms.fourth + change, terms.third + first.cubic)), self._jointly(terms, change, ball)
         )
         return self._with_quadratic(together, ball)
 
-    def _jointly(self, terms: "_Terms", change: Tensor, ball: Ball) -> float:
+    def _jointly(self, terms: Terms, change: Tensor, ball: Ball) -> float:
         """The stack of the fourth order with one logit of every term kept, as they cannot all be large at once."""
         if self._shape is None:
             return math.inf
@@ -220,91 +194,9 @@ class AttendRemainder(NodeRemainder):
 
     def _with_quadratic(self, together: float, ball: Ball) -> Mapping[str, float]:
         """With ``1/2 f''[R, R]``: by the norm of the form at the output, or row by row."""
-        apart = _stack(_Terms(self._clean, self._rest(ball)).second)
+        apart = _stack(Terms(self._clean, self._rest(ball)).second)
         form = math.inf if self.kappa is None else outward(0.5 * self.kappa * ball.rho**2, FORMULA)
         return {"heads": together, "out": form} if form < apart else {"heads": together + apart, "out": 0.0}
-
-
-class _Terms:
-    """The parts of the remainder per row-head on one ball, (h, n)."""
-
-    def __init__(self, clean: ValueRows, sizes: _Sizes) -> None:
-        self._w, self._spread, self._s = clean.weight, clean.spread, sizes
-        around = (self._w @ sizes.keys[..., None])[..., 0]
-        own = sizes.keys[:, None, :]  # |y_j - sum w y| <= (1 - w_j) |y_j| + sum of the others
-        keys = (1.0 - 2.0 * self._w) * own + around[..., None]
-        keys = (keys + CANCELLATION * (own + around[..., None])).clamp_min(0.0)
-        self._bilinear = sizes.queries[..., None] * keys
-        self._logit = sizes.logits + self._bilinear
-        self._upper = saturating_weight(clean.log_weight, self._logit)
-        self._paired = growing_weight(clean.log_weight, self._logit)
-        self._visible = ~torch.isneginf(clean.log_weight)
-
-    @property
-    def _values(self) -> Tensor:
-        return self._s.values[:, None, :]
-
-    @property
-    def _partition(self) -> Tensor:
-        """``P / (1 + P) <= min(1, 1/2 sum f u^2)``."""
-        return (0.5 * self._upper * self._logit.square()).sum(-1).clamp_max(1.0)
-
-    @property
-    def second(self) -> Tensor:
-        """``|E[q vh] + E[l gamma] + 1/2 E[l^2 vh]|``."""
-        l, spread = self._s.logits, self._spread
-        inside = self._bilinear * spread + l * self._values + 0.5 * l.square() * spread
-        return (self._w * inside).sum(-1)
-
-    @property
-    def cubic(self) -> Tensor:
-        """``|C3| = |E[(q + l^2/2) gamma] + E[(l q + l^3/6) vh] - E[l^2]/2 a|``: a polynomial, all signs positive."""
-        l, q, spread = self._s.logits, self._bilinear, self._spread
-        bent = 0.5 * l.square()
-        inside = (q + bent) * self._values + (l * q + l.pow(3) / 6.0) * spread + bent * self._s.rows[..., None]
-        return (self._w * inside).sum(-1)
-
-    @property
-    def fourth(self) -> Tensor:
-        """``(E[(psi - l^2/2)(gamma - a)] + E[(psi_3 - l^3/6 + q^2/2) vh] - P (second + C3)) / (1 + P)``."""
-        l, q, u, spread = self._s.logits, self._bilinear, self._logit, self._spread
-        curved = self._upper * u.pow(3) / 6.0 + self._w * (l * q + 0.5 * q.square())
-        steep = 3.0 * l.square() * q + 3.0 * l * q.square() + q.pow(3)
-        steep = self._upper * u.pow(4) / 24.0 + self._w * (steep / 6.0 + 0.5 * q.square())
-        inside = curved * (self._values + self._s.rows[..., None]) + steep * spread
-        return inside.sum(-1) + self._partition * (self.second + self.cubic)
-
-    @property
-    def fourth_factors(self) -> tuple[Tensor, Tensor]:
-        """K and c with ``fourth <= K (E l^2)^{1/2} + c`` per row: one factor ``|l_j|`` of every term is kept.
-
-        ``sum_j k_j |l_j| <= (sum k_j^2 / w_j)^{1/2} (E l^2)^{1/2}``; infinite where a weight underflows.
-        """
-        l, q, u, f, w = self._s.logits, self._bilinear, self._logit, self._upper, self._w
-        carried, spread = self._values + self._s.rows[..., None], self._spread
-        after = (self.second + self.cubic)[..., None]
-        curved = f * (u.square() / 6.0 * carried + u.pow(3) / 24.0 * spread + 0.5 * u * after)
-        factor = curved + w * (q * carried + 0.5 * (l * q + q.square()) * spread)
-        rest = curved * q + w * (0.5 * q.square() * carried + (q.pow(3) / 6.0 + 0.5 * q.square()) * spread)
-        energy = torch.where(factor > 0.0, factor.square() / w, 0.0)
-        return energy.sum(-1).sqrt(), rest.sum(-1)
-
-    @property
-    def third(self) -> Tensor:
-        """``(E[(q + psi) gamma] + E[(psi_3 + l q + q^2/2) vh] - P (a + second)) / (1 + P)``."""
-        l, q, u, spread = self._s.logits, self._bilinear, self._logit, self._spread
-        exact = self._w * (q * self._values + (l * q + 0.5 * q.square()) * spread)
-        curved = self._upper * u.square() * (0.5 * self._values + u / 6.0 * spread)
-        return (exact + curved).sum(-1) + self._partition * (self._s.rows + self.second)
-
-    @property
-    def whole(self) -> Tensor:
-        """``(E[q vh] + E[(e^u - 1) gamma] + E[psi (vh - a)]) / (1 + P)``; and the values' hull."""
-        inside = self._w * self._bilinear * self._spread + self._paired * self._logit * self._values
-        curved = 0.5 * self._upper * self._logit.square() * self._spread
-        direct = (inside + curved).sum(-1) + self._partition * self._s.rows
-        hull = torch.where(self._visible, self._spread + self._values, 0.0).amax(-1) + self._s.rows
-        return torch.minimum(nan_is_infinite(direct), hull)
 
 
 def _stack(per_row: Tensor) -> float:

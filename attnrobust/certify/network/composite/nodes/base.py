@@ -179,7 +179,7 @@ class Reach:
         return self._split(factor.square(), self.raw, self.raw_joint)
 
     def _split(self, square: Tensor, size: Tensor, joint: float | None) -> float:
-        """Bound of the root of ``sum_k square_k |x_k|^2``, |x_k| <= size_k, the joint form given: any share is sound."""
+        """Bound of the root of ``sum_k square_k |x_k|^2``, |x_k| <= size_k, from the joint form: any share is sound."""
         own = square * size.square()
         best = float(own.sum())
         if joint is None:

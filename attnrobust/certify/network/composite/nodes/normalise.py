@@ -60,7 +60,7 @@ class _Ranges:
         return self._ends(lambda q, s: q**power * (s + 2.0) / (2.0 * s * (1.0 + s) ** 2))
 
     def third(self, power: int = 3) -> Tensor:
-        """``sup |q|^(power-3) |A3|``, ``|A3| = |rho - 1 + q/2 - 3 q^2/8|`` = |q|^3 (3 s^2 + 9 s + 8)/(8 s (1 + s)^3)."""
+        """``sup |q|^(power-3) |A3|``, ``A3 = A2 - 3 q^2/8 = -q^3 (3 s^2 + 9 s + 8)/(8 s (1 + s)^3)``."""
         return self._ends(lambda q, s: q**power * (3.0 * s**2 + 9.0 * s + 8.0) / (8.0 * s * (1.0 + s) ** 3))
 
     def fourth(self, power: int = 4) -> Tensor:
