@@ -73,7 +73,7 @@ def _rows(options: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any
         type(method).sketch = options.sketch
         if base is None:
             base = method.prepare(problem, seed=options.seed)
-            _ = base.preparation.readout, base.preparation.ports
+            _ = base.usage(0.1 * (base.first_guess or 1.0))  # everything that does not depend on the radius
         bound = replace(base, problem=problem)
         prepared = time.perf_counter() - start
         radius, evaluations = largest_radius(lambda r, b=bound: b.usage(r).value, first_guess=bound.first_guess)
@@ -81,7 +81,7 @@ def _rows(options: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any
         attack = _attack(problem, bound, steps=options.attack_steps)
         yield {
             "key": key, "certified": radius, "attack": attack, "gap": attack / radius if radius else None,
-            "slope": bound.preparation.first, "clean norm": float(torch.linalg.vector_norm(clean)),
+            "slope": _slope(bound), "clean norm": float(torch.linalg.vector_norm(clean)),
             "prepared_s": round(prepared, 1), "search_s": round(certified, 1), "evaluations": evaluations,
             "failure": bound.failure_probability, "parts": _parts(bound, radius),
         }  # fmt: skip
@@ -98,10 +98,15 @@ def _read(model: Any, options: argparse.Namespace) -> Any:
 
 
 def _parts(bound: DisplacementBound | MarginBound, radius: float) -> dict[str, Any]:
-    """What binds at the certified radius and a little beyond: of the readout, and the largest of the ports."""
+    """What binds a little beyond the certified radius: at the readout (of every class) and at the ports."""
     recursion = bound.preparation.recursion(1.05 * radius)
+    norms = [drop.norms for drop in bound.classes] if isinstance(bound, MarginBound) else [bound.preparation.readout]
     shown = {name: _numbers(parts) for name, parts in recursion.parts.items()}
-    return {"readout": _numbers(recursion.at(bound.preparation.readout)), **shown}
+    return {"readout": [_numbers(recursion.at(each)) for each in norms], **shown}
+
+
+def _slope(bound: DisplacementBound | MarginBound) -> float | list[float]:
+    return [drop.slope for drop in bound.classes] if isinstance(bound, MarginBound) else bound.preparation.first
 
 
 def _numbers(parts: Parts) -> dict[str, float]:

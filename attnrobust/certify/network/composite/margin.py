@@ -115,7 +115,8 @@ class ClassDrop:
             return torch.cat([port.flat_cotangent(back[port]) for port in sources], dim=-1)
 
         def backward(y: Tensor) -> Tensor:
-            names, edges = [], []
+            names: list[str] = []
+            edges: list[Tensor] = []
             for port, part in zip(sources, y.split(sizes, dim=-1), strict=True):
                 features = nodes[port.name].features(port.edges(part))
                 names += port.reads
@@ -154,7 +155,8 @@ class MarginBound(PreparedBound):
     @property
     def first_guess(self) -> float | None:
         pairs = zip(self.problem.resolved.budgets.tolist(), self.classes, strict=True)
-        return 0.3 * min(budget / max(drop.slope, SMALLEST) for budget, drop in pairs) / self.factor
+        least: float = min(budget / max(drop.slope, SMALLEST) for budget, drop in pairs)
+        return 0.3 * least / self.factor
 
     def usage(self, radius: float) -> Upper:
         """Upper bound of the largest used share on the threat's set of this radius."""

@@ -1,7 +1,8 @@
 """Metrics of the ports and importances of outputs, from random second-order sensitivities; any positive ones are sound.
 
 A remainder R_m hurts through ``<g, Y_m f_m''[T_m a, R_m]>``: the typical size of what it meets, per token, is the
-metric in which R_m is measured. The typical size of the cotangent at the node's output is the importance of its remainder.
+metric in which R_m is measured. The typical size of the cotangent at a node's output is the importance in which its
+remainder is.
 """
 
 from collections.abc import Mapping
@@ -40,7 +41,10 @@ def sampled_metrics(record: Linearisation, moves: Moves, output: Readout, *, see
     """Metrics from random directions of moves and of the output; independent of every sketch that has another seed."""
     generator = torch.Generator().manual_seed(seed)
     device = moves.movable.device
-    draw = lambda size: torch.randn(SAMPLES, size, generator=generator, dtype=torch.float64).to(device)  # noqa: E731
+
+    def draw(size: int) -> Tensor:
+        return torch.randn(SAMPLES, size, generator=generator, dtype=torch.float64).to(device)
+
     steps = curved_steps(record)
     along = record.along(moves.tokens(draw(moves.size))).features
     cotangents = record.pull(output.cotangents(draw(output.size)), [step.name for step in steps])

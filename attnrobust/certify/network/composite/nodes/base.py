@@ -7,6 +7,7 @@ At a node with port e = T D + R, ||D|| <= r, and R = R2 + R' with the exact seco
 projection) than as a whole output.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -183,12 +184,12 @@ class Reach:
         own = square * size.square()
         best = float(own.sum())
         if joint is None:
-            return best**0.5
+            return math.sqrt(best)
         ratio = (square / self.weights).flatten()
         for share in (*(float(torch.quantile(ratio, q)) for q in QUANTILES), float(ratio.max())):
             rest = (square - share * self.weights).clamp_min(0.0) * size.square()
             best = min(best, share * joint**2 + float(rest.sum()))
-        return best**0.5
+        return math.sqrt(best)
 
 
 def remainder_size(bend: Tensor, raw: Tensor, ball: Ball) -> Tensor:
@@ -200,4 +201,5 @@ def largest_eigenvalues(gram: Float[Tensor, "*b d d"]) -> Float[Tensor, "*b"]:
     """Upper bounds of the largest eigenvalues of many Gram matrices."""
     values = torch.linalg.eigvalsh(gram)
     size = nonzero(values.abs().amax(-1))
-    return outward((values[..., -1] + 1e-13 * gram.shape[-1] * size).clamp_min(0.0), FORMULA)
+    largest: Tensor = outward((values[..., -1] + 1e-13 * gram.shape[-1] * size).clamp_min(0.0), FORMULA)
+    return largest

@@ -1,5 +1,6 @@
 """Remainders of activations and of the product of two edges, entry by entry."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -114,8 +115,8 @@ class ActivateRemainder(NodeRemainder):
         size, first, rest = reach.sizes(ball), reach.first(ball), reach.rest(ball)
         fourth = reach.stacked(self._importance * self._fourth_order(size) * size, ball)
         change = self._third / 6.0 * (3.0 * first.square() + 3.0 * first * rest + rest.square())
-        change = reach.stacked_rest(self._importance * change, ball)
-        return {"own": fourth + change + self._quadratic(ball)}
+        changed = reach.stacked_rest(self._importance * change, ball)
+        return {"own": fourth + changed + self._quadratic(ball)}
 
     def _quadratic(self, ball: Ball) -> float:
         """``|1/2 f''[R, R]|``: by the norm of the form, neuron by neuron, or R2 by neurons and R' by the form."""
@@ -133,7 +134,7 @@ class ActivateRemainder(NodeRemainder):
         largest = float((weights * self._shape.raw.square()).max())
         if self.port.maps[0] is None:
             return largest
-        return (largest * raw_entries(self.port, 0, weights)[1] ** 2) ** 0.5
+        return math.sqrt(largest * raw_entries(self.port, 0, weights)[1] ** 2)
 
     @property
     def _own_curvature(self) -> float:

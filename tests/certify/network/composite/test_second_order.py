@@ -15,11 +15,13 @@ from attnrobust.certify.network.composite.sketch import (
     inflation,
     pair_inflation,
 )
+from attnrobust.certify.network.composite.targets import Target
 from attnrobust.certify.network.composite.third_order import ThirdOrder
 from attnrobust.certify.network.composite.top_eigenvalue import Operator, top_eigenvalue
 from attnrobust.numerics.chance import Chance
+from attnrobust.numerics.lanczos import largest_eigenvalue_upper
 from tests.assertions import assert_close
-from tests.certify.network.composite.test_soundness import Case
+from tests.certify.network.composite.cases import Case
 from tests.layers.graph.networks import D, masses, network, random
 
 CPU = torch.device("cpu")
@@ -38,7 +40,8 @@ def test_curvature_is_the_unfolding_of_the_second_derivative() -> None:
     record, moves = prepared.record, prepared.moves
     second = SecondOrder(record, moves, prepared.metrics.ports, unit(moves.size))
     tokens = moves.tokens(unit(moves.size))
-    for target in (*prepared.metrics.ports[1:], prepared.output):
+    targets: list[Target] = [*prepared.metrics.ports[1:], prepared.output]
+    for target in targets:
         forms = {name: record.second(tokens[:, None], tokens[None], stop=name) for name in target.states}
         flat = target.flat(forms)
         assert_close(
@@ -124,7 +127,7 @@ def test_of_two_starts_the_larger_bound_counts(monkeypatch: pytest.MonkeyPatch) 
     from attnrobust.certify.network.composite import top_eigenvalue as module
 
     calls: list[dict[str, float]] = []
-    truth = module.largest_eigenvalue_upper
+    truth = largest_eigenvalue_upper
 
     def spied(*args: object, **options: object) -> object:
         calls.append(dict(options))  # type: ignore[arg-type]
