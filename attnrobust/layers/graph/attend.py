@@ -42,6 +42,11 @@ class Attend(Node):
     def kind(self) -> str:
         return f"Attention({self.attention.heads} heads)"
 
+    @property
+    def features(self) -> frozenset[str]:
+        """The class and the features of the attention."""
+        return super().features | {f"Attention.{feature}" for feature in self.attention.features}
+
     def out_width(self, widths: tuple[int, ...]) -> int:
         require_width("Attention", self.attention.width, widths)
         return self.attention.out_width
