@@ -19,6 +19,7 @@ from attnrobust.certify.measures.curvature import MeasureCurvature
 from attnrobust.certify.measures.local import MeasureLocal
 from attnrobust.certify.method import CertificateMethod
 from attnrobust.certify.network.chain import NetworkChain
+from attnrobust.certify.network.composite.method import NetworkComposite, NetworkCompositeLarge
 from attnrobust.certify.network.product import NetworkProduct
 from attnrobust.certify.rigorous.local import RigorousLocal
 from attnrobust.errors import UnknownNameError
@@ -44,10 +45,11 @@ METHODS: tuple[CertificateMethod, ...] = (
     MeasureCurvature(),
     MeasureCluster(),
     MeasureCopies(),
+    NetworkComposite(),
 )
 """The default selection, for each threat cheap ones first; ``certify`` runs all that apply unless names are given."""
 
-ON_REQUEST: tuple[CertificateMethod, ...] = (ConicMargin(),)
+ON_REQUEST: tuple[CertificateMethod, ...] = (ConicMargin(), NetworkCompositeLarge())
 """Certificates that take minutes; ``certify`` runs them where they are named."""
 
 

@@ -101,6 +101,10 @@ class AttentionState(NodeState[AttentionFeatures]):
         logits = dq @ state.keys.mT + state.queries @ dk.mT
         return AttentionFeatures(dq, dk, dv, self._centre(logits))
 
+    def logits_adjoint(self, y: Tensor) -> Edges:
+        """Transpose of the map from a direction to the ``logits`` of its features."""
+        return self._to_tokens(y, (), torch.zeros_like(self.jacobian.values))
+
     def bilinear(self, a: AttentionFeatures, b: AttentionFeatures) -> Tensor:
         weights = self._second_weights(a, b)
         heads = weights @ self.jacobian.values + self._first_weights(a) @ b.values + self._first_weights(b) @ a.values
