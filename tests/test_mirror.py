@@ -10,6 +10,7 @@ CROSS_CUTTING = {
     "test_borders.py",  # tests/plain in a process of its own
     "test_demo.py",  # the demo's data and page
     "test_device.py",  # the same numbers on another device
+    "test_digits.py",  # of tests/digits.py
     "test_docs.py",
     "test_examples.py",
     "test_mirror.py",
@@ -40,6 +41,10 @@ UNMIRRORED = {
     "attacks/search/geometry.py",
     "attacks/search/projected_gradient.py",
     "attacks/search/pullback.py",
+    # test_prepared_network.py of the same folder, tests/attacks/test_token_moving.py
+    "attacks/search/graph_input.py",
+    "attacks/search/memory.py",
+    "attacks/search/stacked_goal.py",
     # tests/soundness/test_closed_forms.py, tests/lipschitz/test_table.py
     "certify/closed_form/claims.py",
     "certify/closed_form/havens2024_local.py",
@@ -170,6 +175,13 @@ UNMIRRORED = {
     # test_processes.py of the same folder
     "runs/engines/here.py",
     "runs/engines/schedule.py",
+    # tests/cli/test_smooth.py
+    "reports/smoothed.py",
+    "runs/smoothed.py",
+    # test_smooth.py of the same folder
+    "smoothing/record.py",
+    "smoothing/search.py",
+    "smoothing/votes.py",
     # the results and messages that hold them
     "status.py",
     "text.py",

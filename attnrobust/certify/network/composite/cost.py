@@ -26,8 +26,8 @@ class Cost:
     directions: int
 
 
-def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int) -> Cost:
-    """Cost of a preparation for ``moving`` numbers of an input of ``tokens`` tokens."""
+def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int, readouts: int = 1) -> Cost:
+    """Cost of a preparation for ``moving`` numbers of an input of ``tokens`` tokens, and for so many readouts."""
     curved = sum(not step.node.affine for step in network.steps)
     directions = moving if moving <= max(BASIS_LIMIT, sketch) else sketch
     one_pass = sum(_flops(step.node, tokens) for step in network.steps)
@@ -35,8 +35,9 @@ def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int) -
     second = 2.0 * PRODUCTS * directions  # curvature and cross terms, two passes over half the depth
     third = THIRD_PASSES * PRODUCTS * pairs
     tails = 0.5 * PRODUCTS * curved * (curved + 1)
-    passes = (curved + 1) * (second + third) + tails + moving + BEND_PAIRS
-    overhead = OVERHEAD * len(network.steps) * ((curved + 1) * 4.0 * PRODUCTS + tails)
+    own = third + 6.0 * PRODUCTS  # of one functional: third order, Hessian, cross terms, gradient
+    passes = (curved + 1) * (second + third) + (readouts - 1) * own + tails + moving + BEND_PAIRS
+    overhead = OVERHEAD * len(network.steps) * ((curved + 1 + 2 * readouts) * 4.0 * PRODUCTS + tails)
     return Cost(passes * one_pass / FLOPS_PER_SECOND + overhead, directions)
 
 

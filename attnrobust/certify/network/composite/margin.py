@@ -87,6 +87,8 @@ class ClassDrop:
     def _reduced(self) -> tuple[Float[Tensor, "k k"], Float[Tensor, "k"]]:
         """``[[T, beta e_k], [beta e_k^T, mu]]`` and the gradient in it."""
         size = self.gradient.numel()
+        if self.slope < SMALLEST:  # no direction to start from: all of the form has its largest eigenvalue
+            return torch.tensor([[self._top]], dtype=torch.float64), torch.tensor([self.slope], dtype=torch.float64)
         alpha, beta = _krylov(self._curved, self.gradient, min(KRYLOV, size))
         steps = len(alpha)
         matrix = torch.diag(torch.tensor([*alpha, self._top], dtype=torch.float64))
@@ -169,8 +171,7 @@ class MarginBound(PreparedBound):
 
 def _krylov(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[list[float], list[float]]:
     """Diagonal and couplings of a form in its Krylov space; the last coupling leads out of it."""
-    length = torch.linalg.vector_norm(start)
-    rows, alpha, beta = [start / length.clamp_min(SMALLEST)], [], []
+    rows, alpha, beta = [start / torch.linalg.vector_norm(start)], [], []
     for step in range(steps):
         image = product(rows[-1])
         alpha.append(float(image @ rows[-1]))

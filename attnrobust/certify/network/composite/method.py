@@ -74,14 +74,19 @@ class NetworkComposite(CertificateMethod):
     def _too_long(self, problem: Problem, network: NetworkGraph) -> str | None:
         pieces = self._pieces(problem)
         moving = max(int(piece.sum()) for piece in pieces) * network.width
-        seconds = len(pieces) * estimated(network, problem.clean.n, moving, sketch=self.sketch).seconds
+        readouts = self._readouts(problem)
+        cost = estimated(network, problem.clean.n, moving, sketch=self.sketch, readouts=readouts)
+        seconds = len(pieces) * cost.seconds
         if seconds <= self.seconds_limit:
             return None
-        return f"{moving} numbers move: about {seconds:.0f} s, the limit is {self.seconds_limit:.0f} s; {self.cure}"
+        classes = "" if readouts == 1 else f" and {readouts} classes could be reached"
+        needed = f"{moving} numbers move{classes}: about {seconds:.0f} s"
+        return f"{needed}, the limit is {self.seconds_limit:.0f} s; {self.cure}"
 
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
         pieces = self._pieces(problem)
-        settings = Settings(self.sketch, self.sketch // 2, seed, MAIN_FAILURE / len(pieces))
+        readouts = self._readouts(problem)
+        settings = Settings(self.sketch, self.sketch // 2, seed, MAIN_FAILURE / len(pieces), readouts)
         if len(pieces) == 1:
             return self._piece(problem, pieces[0], settings)
         return WorstBranch(
@@ -90,6 +95,10 @@ class NetworkComposite(CertificateMethod):
                 for index, piece in enumerate(pieces)
             ]
         )
+
+    def _readouts(self, problem: Problem) -> int:
+        """Numbers of the output that are bounded each on its own: one for a displacement, one per wrong class."""
+        return int(problem.resolved.budgets.numel())
 
     def _pieces(self, problem: Problem) -> list[torch.Tensor]:
         """Movable tokens of each convex piece of the threat's set; "any token" of many is inside one ball."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnrobust.certify.network.composite.second_order import Moves
 from attnrobust.certify.network.composite.targets import Port, Readout, backwards, curved_steps, root_of
+from attnrobust.layers.graph.elementwise import Activate, Product
 from attnrobust.layers.graph.linearisation import Linearisation
 from attnrobust.layers.graph.normalise import Normalise
 from attnrobust.layers.graph.wiring import Step
@@ -51,7 +52,7 @@ def sampled_metrics(record: Linearisation, moves: Moves, output: Readout, *, see
     ports, importance = [], {}
     for step in steps:
         edges = record.nodes[step.name].bilinear_adjoint(along[step.name], cotangents[step.name])
-        roots, maps = zip(*(root_of(record, name) for name in step.reads), strict=True)
+        roots, maps = zip(*(_root(record, step, name) for name in step.reads), strict=True)
         back = [backwards(edge, matrix) for edge, matrix in zip(edges, maps, strict=True)]
         whole = torch.stack([edge.square().mean() for edge in back]).mean()
         shapes = [_raw_shape(step, record.clean[name]) for name in roots]
@@ -59,6 +60,11 @@ def sampled_metrics(record: Linearisation, moves: Moves, output: Readout, *, see
         ports.append(Port(step.name, step.reads, roots, maps, scales))
         importance[step.name] = _importance(cotangents[step.name])
     return Metrics(tuple(ports), importance)
+
+
+def _root(record: Linearisation, step: Step, state: str) -> tuple[str, Tensor | None]:
+    """The root of an edge; only nodes that act entry by entry count the map from it in their ranges."""
+    return root_of(record, state) if isinstance(step.node, Activate | Product) else (state, None)
 
 
 def _raw_shape(step: Step, clean: Tensor) -> Tensor:

@@ -46,12 +46,14 @@ class Settings:
         pairs: Gaussian pairs of directions for the third order.
         seed: Of everything random.
         failure: Probability with which any of it may fail.
+        readouts: Functionals of the output whose third order is bounded on its own: the classes of a margin.
     """
 
     sketch: int
     pairs: int
     seed: int
     failure: float = MAIN_FAILURE
+    readouts: int = 1
 
 
 class Preparation:
@@ -67,13 +69,13 @@ class Preparation:
     def __init__(self, record: Linearisation, moves: Moves, output: Readout, settings: Settings) -> None:
         self.record, self.moves, self.output, self.settings = record, moves, output, settings
         self.metrics = sampled_metrics(record, moves, output, seed=stream(settings.seed, "metrics"))
-        events = 4 * len(self.metrics.ports) + 4
+        events = 4 * len(self.metrics.ports) + 4 + settings.readouts
         self._per_sketch = SKETCH_SHARE * settings.failure / events
         self._sketched, self._bent = 0, 0.0
         count = len(self.metrics.ports)
         self._chance = Chance(
             stream(settings.seed, "starts"), "composite", (1.0 - SKETCH_SHARE - BEND_SHARE) * settings.failure,
-            expected=6 * count + count * (count + 1),
+            expected=6 * count + count * (count + 1) + (count + 3) * settings.readouts,
         )  # fmt: skip
 
     # ---- what the certificates ask ---------------------------------------------------------------------------------
