@@ -1,4 +1,4 @@
-"""Networks built to break the composite certificate: widening maps before a node, margins without slope, many classes."""
+"""Networks built to break the composite certificate: widening maps, margins without slope, many classes."""
 
 import pytest
 import torch
@@ -79,7 +79,10 @@ def found(problem: Problem, radius: float) -> float:
 @pytest.mark.parametrize("kind", ["rms", "layer", "attention"])
 def test_remainders_that_a_widening_map_enlarges(kind: str, gain: float) -> None:
     ones = torch.ones(4, dtype=torch.float64)
-    norms = {"rms": RMSNorm(weight=ones, eps=1e-5), "layer": LayerNorm(weight=ones, eps=1e-5)}
+    norms: dict[str, LayerNorm | RMSNorm] = {
+        "rms": RMSNorm(weight=ones, eps=1e-5),
+        "layer": LayerNorm(weight=ones, eps=1e-5),
+    }
     network = attended(gain) if kind == "attention" else normalised(gain, Normalise(norms[kind]))
     rows = 2 if kind == "attention" else 1
     problem = Problem(network, TokenMeasure(torch.zeros(rows, 2)), FrobeniusBall(), Displacement(0.01))
