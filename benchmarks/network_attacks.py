@@ -1,11 +1,13 @@
 """Attacks on a whole model's decision: radii against long runs and foolbox, seconds of a step, memory.
 
     python -m benchmarks.network_attacks radii out.jsonl --sentences 4 --depths 0 3 5
+    python -m benchmarks.network_attacks digits out.jsonl --images 20
     python -m benchmarks.network_attacks steps out.jsonl
     python -m benchmarks.network_attacks memory out.jsonl --tokens 128 512
     python -m benchmarks.network_attacks show out.jsonl
 
-The model is MiniLM as a classifier by its nearest anchor sentence; tokens move where a block begins. Every line is one
+The model is MiniLM as a classifier by its nearest anchor sentence, tokens moving where a block begins, or one of three
+small vision transformers that are trained on digits here, patches moving at the embeddings. Every line is one
 measurement, written when it is made; a second call leaves out what the file has. Radii of foolbox's DDN and L2 PGD are
 at as many queries as the default attack spent (their restarts and steps are chosen for it); all of them are verified by
 the same code.
@@ -29,6 +31,7 @@ import torch  # noqa: E402 - the numerical libraries read the variables once
 
 import attnrobust as ar  # noqa: E402
 from attnrobust.attacks.search.evaluate import Evaluator  # noqa: E402
+from tests.digits import SMALL, TRAINED, Recipe, images, trained  # noqa: E402
 
 ANCHORS = ("The food was wonderful.", "The train was late again.", "Stocks fell sharply today.")
 SENTENCES = (
@@ -76,6 +79,22 @@ def radii(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[
                 f"radii/{index}/block:{depth}",
                 lambda s=sentence, d=depth: _radii(problem_of(model, goal, s, d), options),  # type: ignore[misc]
             )
+
+
+def digits(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The same for three vision transformers, on images that they were not trained on."""
+    pixels, _ = images()
+    for recipe in SMALL:
+        name = f"digits/{recipe.blocks} blocks, {(8 // recipe.patch) ** 2} patches, {recipe.activation}"
+        for index in range(options.images):
+            image = pixels[TRAINED + index : TRAINED + index + 1]
+            yield f"{name}/{index}", lambda r=recipe, i=image: _radii(digit_problem(r, i), options)  # type: ignore[misc]
+
+
+def digit_problem(recipe: Recipe, image: torch.Tensor) -> ar.Problem:
+    read = ar.read_network(trained(recipe), {"pixel_values": image})
+    network, goal = read.decision()
+    return ar.Problem(network, read.input.measure, ar.FrobeniusBall(), goal)
 
 
 def _radii(problem: ar.Problem, options: argparse.Namespace) -> dict[str, Any]:
@@ -175,7 +194,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def measure(options: argparse.Namespace) -> None:
     """Every measurement that the file does not have."""
     done = {line["name"] for line in lines_of(options.out)}
-    for name, run in {"radii": radii, "steps": steps, "memory": memory}[options.what](options):
+    for name, run in {"radii": radii, "digits": digits, "steps": steps, "memory": memory}[options.what](options):
         if name not in done:
             values = {"name": name, **run()}
             with options.out.open("a", encoding="utf-8") as file:
@@ -201,8 +220,9 @@ def show(options: argparse.Namespace) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.network_attacks", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("radii", "steps", "memory", "show"))
+    parser.add_argument("what", choices=("radii", "digits", "steps", "memory", "show"))
     parser.add_argument("out", type=Path)
+    parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--sentences", type=int, default=len(SENTENCES))
     parser.add_argument("--depths", type=int, nargs="+", default=list(range(6)))
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])

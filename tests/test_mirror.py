@@ -10,6 +10,7 @@ CROSS_CUTTING = {
     "test_borders.py",  # tests/plain in a process of its own
     "test_demo.py",  # the demo's data and page
     "test_device.py",  # the same numbers on another device
+    "test_digits.py",  # of tests/digits.py
     "test_docs.py",
     "test_examples.py",
     "test_mirror.py",
@@ -40,6 +41,10 @@ UNMIRRORED = {
     "attacks/search/geometry.py",
     "attacks/search/projected_gradient.py",
     "attacks/search/pullback.py",
+    # test_prepared_network.py of the same folder, tests/attacks/test_token_moving.py
+    "attacks/search/graph_input.py",
+    "attacks/search/memory.py",
+    "attacks/search/stacked_goal.py",
     # tests/soundness/test_closed_forms.py, tests/lipschitz/test_table.py
     "certify/closed_form/claims.py",
     "certify/closed_form/havens2024_local.py",
@@ -61,6 +66,34 @@ UNMIRRORED = {
     # tests/contracts/test_certificates.py
     "certify/method.py",
     "certify/registry.py",
+    # tests/certify/network/node_bounds/test_registry.py
+    "certify/network/node_bounds/affine.py",
+    "certify/network/node_bounds/attend.py",
+    "certify/network/node_bounds/attend_remainder.py",
+    "certify/network/node_bounds/elementwise.py",
+    "certify/network/node_bounds/node_bound.py",
+    "certify/network/node_bounds/rows.py",
+    # tests/certify/network/test_chain.py
+    "certify/network/clean_tails.py",
+    "certify/network/product.py",
+    "certify/network/propagation.py",
+    # test_method.py, test_recursion.py, test_second_order.py and nodes/test_registry.py of the same folder
+    "certify/network/composite/bound.py",
+    "certify/network/composite/branches.py",
+    "certify/network/composite/cost.py",
+    "certify/network/composite/margin.py",
+    "certify/network/composite/metrics.py",
+    "certify/network/composite/nodes/activation_bounds.py",
+    "certify/network/composite/nodes/attend.py",
+    "certify/network/composite/nodes/attend_terms.py",
+    "certify/network/composite/nodes/base.py",
+    "certify/network/composite/nodes/elementwise.py",
+    "certify/network/composite/nodes/normalise.py",
+    "certify/network/composite/preparation.py",
+    "certify/network/composite/sketch.py",
+    "certify/network/composite/targets.py",
+    "certify/network/composite/third_order.py",
+    "certify/network/composite/top_eigenvalue.py",
     # the lemmas of the displacement and margin certificates
     "certify/shared/change.py",
     "certify/shared/constants.py",
@@ -142,6 +175,13 @@ UNMIRRORED = {
     # test_processes.py of the same folder
     "runs/engines/here.py",
     "runs/engines/schedule.py",
+    # tests/cli/test_smooth.py
+    "reports/smoothed.py",
+    "runs/smoothed.py",
+    # test_smooth.py of the same folder
+    "smoothing/record.py",
+    "smoothing/search.py",
+    "smoothing/votes.py",
     # the results and messages that hold them
     "status.py",
     "text.py",

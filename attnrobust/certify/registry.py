@@ -18,6 +18,9 @@ from attnrobust.certify.measures.copies import MeasureCopies
 from attnrobust.certify.measures.curvature import MeasureCurvature
 from attnrobust.certify.measures.local import MeasureLocal
 from attnrobust.certify.method import CertificateMethod
+from attnrobust.certify.network.chain import NetworkChain
+from attnrobust.certify.network.composite.method import NetworkComposite, NetworkCompositeLarge
+from attnrobust.certify.network.product import NetworkProduct
 from attnrobust.certify.rigorous.local import RigorousLocal
 from attnrobust.errors import UnknownNameError
 
@@ -35,15 +38,18 @@ METHODS: tuple[CertificateMethod, ...] = (
     DisplacementCertificate(),
     MarginTokenCertificate(),
     MarginCertificate(),
+    NetworkProduct(),
+    NetworkChain(),
     MeasureBall(),
     MeasureLocal(),
     MeasureCurvature(),
     MeasureCluster(),
     MeasureCopies(),
+    NetworkComposite(),
 )
 """The default selection, for each threat cheap ones first; ``certify`` runs all that apply unless names are given."""
 
-ON_REQUEST: tuple[CertificateMethod, ...] = (ConicMargin(),)
+ON_REQUEST: tuple[CertificateMethod, ...] = (ConicMargin(), NetworkCompositeLarge())
 """Certificates that take minutes; ``certify`` runs them where they are named."""
 
 

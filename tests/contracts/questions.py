@@ -11,6 +11,7 @@ from torch import Tensor
 from attnrobust.certify import CertificateMethod
 from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.graph import FeedForward, GraphBuilder, NetworkGraph
 from attnrobust.layers.heads import Specification
 from attnrobust.layers.mlp import Mlp
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
@@ -53,6 +54,20 @@ LAYERS: dict[type, Callable[[], TokenMap]] = {
     LayerNorm: lambda: LayerNorm(torch.ones(D)),
     RMSNorm: lambda: RMSNorm(torch.ones(D)),
 }
+
+
+def graph() -> NetworkGraph:
+    """One block with a gate and both kinds of norm."""
+    builder = GraphBuilder(D)
+    mlp = FeedForward(draw(D, 4), draw(4, D, seed=1), w_gate=draw(D, 4, seed=2), activation="silu")
+    builder.post_norm_block(
+        "block", attention=attention(), norm_1=LayerNorm(torch.ones(D)), mlp=mlp, norm_2=RMSNorm(torch.ones(D))
+    )
+    return builder.build()
+
+
+NETWORKS: dict[type, Callable[[], TokenMap]] = {NetworkGraph: graph}
+"""Networks: their features are those of their nodes, not of fields."""
 THREATS: tuple[Threat, ...] = (
     AnyToken(),
     FrobeniusBall(),
@@ -118,7 +133,11 @@ def accepted(method: CertificateMethod) -> Iterator[Problem]:
     """Problems that the method answers, one for each of its layers."""
     for kind in method.layers:
         for threat in THREATS:
-            found = [p for p in (ask(LAYERS[kind](), threat, goal) for goal in GOALS) if method.refuses(p) is None]
+            found = [
+                p
+                for p in (ask({**LAYERS, **NETWORKS}[kind](), threat, goal) for goal in GOALS)
+                if method.refuses(p) is None
+            ]
             if found:
                 yield found[0]
                 break

@@ -30,6 +30,7 @@ from attnrobust.tokens import TokenMeasure
 from tests.contracts.questions import (
     GOALS,
     LAYERS,
+    NETWORKS,
     THREATS,
     Later,
     Loose,
@@ -67,7 +68,7 @@ def test_names_are_unique() -> None:
 @every_method
 def test_layers_that_are_not_declared_are_refused_by_name(method: CertificateMethod) -> None:
     example = next(accepted(method))
-    others = [build() for kind, build in LAYERS.items() if kind not in method.layers]
+    others = [build() for kind, build in {**LAYERS, **NETWORKS}.items() if kind not in method.layers]
     for layer in (*others, Network((attention(),)), attention(Rotary)):
         reason = method.refuses(replace(example, network=layer))
         assert reason is not None

@@ -42,6 +42,11 @@ class Attend(Node):
     def kind(self) -> str:
         return f"Attention({self.attention.heads} heads)"
 
+    @property
+    def features(self) -> frozenset[str]:
+        """The class and the features of the attention."""
+        return super().features | {f"Attention.{feature}" for feature in self.attention.features}
+
     def out_width(self, widths: tuple[int, ...]) -> int:
         require_width("Attention", self.attention.width, widths)
         return self.attention.out_width
@@ -95,6 +100,10 @@ class AttentionState(NodeState[AttentionFeatures]):
         dq, dk, dv = (torch.einsum("...nd,hdk->...hnk", a[0], w) for w in (layer.w_q, layer.w_k, layer.w_v))
         logits = dq @ state.keys.mT + state.queries @ dk.mT
         return AttentionFeatures(dq, dk, dv, self._centre(logits))
+
+    def logits_adjoint(self, y: Tensor) -> Edges:
+        """Transpose of the map from a direction to the ``logits`` of its features."""
+        return self._to_tokens(y, (), torch.zeros_like(self.jacobian.values))
 
     def bilinear(self, a: AttentionFeatures, b: AttentionFeatures) -> Tensor:
         weights = self._second_weights(a, b)

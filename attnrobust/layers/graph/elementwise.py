@@ -36,6 +36,11 @@ class Activate(Node):
     def kind(self) -> str:
         return f"Activate({self.function})"
 
+    @property
+    def features(self) -> frozenset[str]:
+        """The class and the function."""
+        return frozenset({type(self).__name__, self.kind})
+
     def out_width(self, widths: tuple[int, ...]) -> int:
         return widths[0]
 

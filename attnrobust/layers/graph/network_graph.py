@@ -97,6 +97,11 @@ class NetworkGraph(Wiring):
         }
         return Linearisation(wiring=self, clean=clean, masses=masses, nodes=nodes)
 
+    @property
+    def features(self) -> frozenset[str]:
+        """The features of all nodes: what a certificate must declare."""
+        return frozenset().union(*(step.node.features for step in self.steps))
+
     # ---- parts and identity ----------------------------------------------------------------------------------------
 
     def depths(self) -> tuple[str, ...]:

@@ -120,6 +120,11 @@ class Node(ABC):
     def at(self, inputs: Edges, mass: Tensor | None = None) -> NodeState[Any]:
         """The derivatives at clean inputs (n, d)."""
 
+    @property
+    def features(self) -> frozenset[str]:
+        """What a method must know of to speak about a network with this node: its class and the options in use."""
+        return frozenset({type(self).__name__})
+
     def out_rows(self, rows: int) -> int:
         """Rows of the output for inputs of ``rows`` rows."""
         return rows

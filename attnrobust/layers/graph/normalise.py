@@ -40,6 +40,11 @@ class Normalise(Node):
     def kind(self) -> str:
         return type(self.norm).__name__
 
+    @property
+    def features(self) -> frozenset[str]:
+        """The class, the kind of norm and its features."""
+        return super().features | {self.kind} | {f"{self.kind}.{feature}" for feature in self.norm.features}
+
     def out_width(self, widths: tuple[int, ...]) -> int:
         require_width(self.kind, self.norm.width, widths)
         return widths[0]

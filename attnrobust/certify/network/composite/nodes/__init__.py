@@ -1,0 +1,1 @@
+"""Proved bounds of what one node adds beyond its first or second order."""

@@ -1,0 +1,220 @@
+"""Dot-product attention: the softmax remainder with saturating weights, per row-head.
+
+Notation of docs/displacement-certificate.md: row-heads g = (h, i), softmax weights w, ``u = l + q``, values behind the
+inner part of the output projection; docs/network-composite.md, 5c.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.certify.displacement.base import ValueRows
+from attnrobust.certify.network.composite.nodes.attend_terms import Sizes, Terms
+from attnrobust.certify.network.composite.nodes.base import (
+    Ball,
+    Channel,
+    Form,
+    NodeRemainder,
+    Reach,
+    largest_eigenvalues,
+    remainder_size,
+)
+from attnrobust.certify.network.composite.targets import Port
+from attnrobust.layers.graph.attend import AttentionState
+from attnrobust.layers.graph.node import Edges
+from attnrobust.numerics.rounding import (
+    CANCELLATION,
+    ENTRY,
+    FORMULA,
+    SMALLEST,
+    nan_is_infinite,
+    nonzero,
+    outward,
+)
+
+GRAM_LIMIT = 64  # tokens up to which the (h, n, n, n) inner products of the logits are kept
+
+
+class AttendRemainder(NodeRemainder):
+    """Remainder of attention.
+
+    Args:
+        port: What it reads; its scales are one number per token.
+        state: Its derivatives at the clean tokens.
+    """
+
+    def __init__(self, port: Port, state: AttentionState) -> None:
+        super().__init__(port)
+        jacobian = state.jacobian
+        self._state, self._layer = state, jacobian.attention
+        self._clean = ValueRows(jacobian.attention, jacobian.points, jacobian.mass)
+        self._inner, self._outer = _split_projection(self._clean)
+        n, heads, size = jacobian.n, self._layer.heads, self._inner.shape[-1]
+        left = self._clean.balanced_factors[0]
+        zeros = jacobian.points.new_zeros
+        self._logits = zeros(heads, n, n)
+        self._grams = {
+            name: zeros(heads, n, width, width)
+            for name, width in {"values": size, "rows": size, "queries": left.shape[-1], "keys": left.shape[-1]}.items()
+        }
+        self._squares = {name: zeros(heads, n) for name in self._grams} | {"logits": zeros(heads, n, n)}
+        self._logit_gram = zeros(heads, n, n, n) if n <= GRAM_LIMIT else None
+        self._shape: Reach | None = None
+
+    def curved(self) -> Channel:
+        return self.channels["out"]
+
+    @property
+    def channels(self) -> Mapping[str, Channel]:
+        heads = Channel(self._emit, self._absorb, (self._layer.heads, self._clean.n, self._inner.shape[-1]))
+        same = lambda t: t  # noqa: E731
+        return {"heads": heads, "out": Channel(same, same, (self._clean.n, self._layer.out_width))}
+
+    def _emit(self, t: Tensor) -> Tensor:
+        return torch.einsum("...hnr,hre->...ne", t, self._outer)
+
+    def _absorb(self, y: Tensor) -> Tensor:
+        return torch.einsum("...ne,hre->...hnr", y, self._outer)
+
+    # ---- ranges ----------------------------------------------------------------------------------------------------
+
+    @property
+    def features(self) -> int:
+        return sum(square.numel() for square in self._squares.values())
+
+    def observe(self, edges: Edges) -> None:
+        logits, parts = self._features(edges)
+        self._logits += logits.square().sum(0)
+        if self._logit_gram is not None:
+            weighed = (self._clean.weight.sqrt() * logits).permute(1, 2, 3, 0)
+            self._logit_gram += weighed @ weighed.mT
+        for name, part in parts.items():
+            by_row = part.permute(1, 2, 0, 3)
+            self._grams[name] += by_row.mT @ by_row
+
+    def observe_second(self, edges: Edges) -> None:
+        logits, parts = self._features(edges)
+        self._squares["logits"] += logits.square().sum(0)
+        for name, part in parts.items():
+            self._squares[name] += part.square().sum(-1).sum(0)
+
+    def _features(self, edges: Edges) -> tuple[Tensor, dict[str, Tensor]]:
+        features, weights = self._state.features(edges), self._state.jacobian.weights
+        values = features.values @ self._inner
+        rows = weights @ values + (weights * features.logits) @ self._clean.values
+        left, right = self._clean.balanced_factors
+        parts = {"values": values, "rows": rows, "queries": _heads(edges[0], left), "keys": _heads(edges[0], right)}
+        return features.logits, parts
+
+    def settle(self) -> None:
+        norms = {name: largest_eigenvalues(gram).sqrt() for name, gram in self._grams.items()}
+        self._tangent = Sizes(logits=outward(self._logits.sqrt(), FORMULA), **norms)
+        self._bend = Sizes(**{name: outward(square.sqrt(), FORMULA) for name, square in self._squares.items()})
+        self._raw = self._raw_sizes()
+        if self._logit_gram is not None:
+            self._shape = self._row_reach(self._logit_gram)
+
+    def _row_reach(self, gram: Tensor) -> Reach:
+        """``(E l^2)^{1/2}`` of every row; weights by the fourth order's coefficients where logits move by a half."""
+        w = self._clean.weight
+        bend, raw = ((w * part.logits.square()).sum(-1).sqrt() for part in (self._bend, self._raw))
+        typical = 0.5 / nonzero(self._tangent.logits.amax())
+        weights = Terms(self._clean, self._first(Ball(float(typical), 0.0, 0.0))).fourth_factors[0].square()
+        weights = torch.where(torch.isfinite(weights), weights, 0.0)
+        weights = weights + 1e-2 * weights.mean() + SMALLEST
+        return Reach(largest_eigenvalues(gram).sqrt(), outward(bend, ENTRY), outward(raw, ENTRY), weights)
+
+    def form(self) -> Form | None:
+        if self._shape is None:
+            return None
+        root = (self._shape.weights[..., None] * self._clean.weight).sqrt()
+        return Form(
+            lambda edges: (root * self._state.features(edges).logits).flatten(-3),
+            lambda flat: self._state.logits_adjoint(root * flat.unflatten(-1, tuple(root.shape))),
+        )
+
+    def _raw_sizes(self) -> Sizes:
+        clean, w = self._clean, self._clean.weight
+        inverse = 1.0 / self.port.scales[0].amin(-1)
+        energy = (w.square() * inverse.square()).sum(-1)
+        key = clean.beta_norm.square()[..., None] * ((1.0 - 2.0 * w) * inverse.square() + energy[..., None])
+        mean = w @ clean.alpha
+        distance = torch.cdist(mean, clean.alpha, compute_mode="donot_use_mm_for_euclid_dist").square()
+        own = torch.eye(clean.n, dtype=w.dtype, device=w.device) - w.diagonal(dim1=1, dim2=2)[..., None]
+        query = inverse.square()[:, None] * (distance + 2.0 * own * clean.cross)
+        size = clean.beta_norm.square()[..., None] * (inverse.square() + 2.0 * energy[..., None])
+        size = size + inverse.square()[:, None] * (distance + 2.0 * clean.cross.abs())
+        logits = outward((key + query + 10.0 * CANCELLATION * size).clamp_min(0.0).sqrt(), FORMULA)
+        factor = outward(clean.bilinear_norms.sqrt()[:, None] * inverse, FORMULA)
+        rows = clean.value_norms[:, None] * energy.sqrt() + (w * logits * clean.spread).sum(-1)
+        values = outward(clean.value_norms[:, None] * inverse, FORMULA)
+        return Sizes(logits=logits, values=values, queries=factor, keys=factor, rows=outward(rows, FORMULA))
+
+    # ---- bounds ----------------------------------------------------------------------------------------------------
+
+    def _first(self, ball: Ball) -> Sizes:
+        return self._tangent.joined(self._tangent, lambda t, _: t * ball.radius)
+
+    def _rest(self, ball: Ball) -> Sizes:
+        return self._bend.joined(self._raw, lambda bend, raw: remainder_size(bend, raw, ball))
+
+    def _all(self, ball: Ball) -> Sizes:
+        return self._first(ball).joined(self._rest(ball), torch.add)
+
+    def whole(self, ball: Ball) -> Mapping[str, float]:
+        return {"heads": _stack(Terms(self._clean, self._all(ball)).whole), "out": 0.0}
+
+    def beyond(self, ball: Ball) -> Mapping[str, float]:
+        terms = Terms(self._clean, self._all(ball))
+        return self._with_quadratic(_stack(torch.minimum(terms.third, terms.whole + terms.second)), ball)
+
+    def further(self, ball: Ball) -> Mapping[str, float]:
+        """Fourth order and ``C3(e) - C3(T D)``, a difference of polynomials; or nothing taken off."""
+        terms, first = Terms(self._clean, self._all(ball)), Terms(self._clean, self._first(ball))
+        change = (terms.cubic - first.cubic + CANCELLATION * terms.cubic).clamp_min(0.0)
+        together = min(
+            _stack(torch.minimum(terms.fourth + change, terms.third + first.cubic)), self._jointly(terms, change, ball)
+        )
+        return self._with_quadratic(together, ball)
+
+    def _jointly(self, terms: Terms, change: Tensor, ball: Ball) -> float:
+        """The stack of the fourth order with one logit of every term kept, as they cannot all be large at once."""
+        if self._shape is None:
+            return math.inf
+        factor, rest = terms.fourth_factors
+        if not bool(torch.isfinite(factor).all()):
+            return math.inf
+        reach = replace(self._shape, joint=self.joint)
+        tangents = reach.stacked(factor, Ball(ball.radius, 0.0, 0.0))
+        return tangents + _stack(factor * reach.rest(ball)) + _stack(rest + change)
+
+    def _with_quadratic(self, together: float, ball: Ball) -> Mapping[str, float]:
+        """With ``1/2 f''[R, R]``: by the norm of the form at the output, or row by row."""
+        apart = _stack(Terms(self._clean, self._rest(ball)).second)
+        form = math.inf if self.kappa is None else outward(0.5 * self.kappa * ball.rho**2, FORMULA)
+        return {"heads": together, "out": form} if form < apart else {"heads": together + apart, "out": 0.0}
+
+
+def _stack(per_row: Tensor) -> float:
+    return float(outward(nan_is_infinite(per_row).square().sum().sqrt(), FORMULA))
+
+
+def _heads(e: Tensor, weight: Float[Tensor, "h d r"]) -> Float[Tensor, "b h n r"]:
+    return torch.einsum("bnd,hdr->bhnr", e, weight)
+
+
+def _split_projection(clean: ValueRows) -> tuple[Float[Tensor, "h v r"], Float[Tensor, "h r e"]]:
+    """``w_o^h = inner_h outer_h`` with orthonormal rows of the outer part; a concatenation is such an outer part."""
+    layer = clean.layer
+    if layer.w_o is not None:
+        outer = torch.linalg.qr(layer.w_o.transpose(-1, -2)).Q.transpose(-1, -2)
+        return clean.inner, outer
+    width = layer.value_width
+    outer = clean.points.new_zeros(layer.heads, width, layer.out_width)
+    for head in range(layer.heads):
+        outer[head, :, head * width : (head + 1) * width] = torch.eye(width, dtype=outer.dtype)
+    return clean.inner, outer
