@@ -6,6 +6,7 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         digest=rows_digest(data.rows),
         missing=max(0, data.planned - len(data.rows)),
         planned=data.planned,
-        notes=[*scopes(data.rows), *not_installed(data.rows)],
+        notes=[*scopes(data.rows), *not_installed(data.rows), *_common(data.rows)],
         unsound=[row for row in data.rows if row.status == Status.UNSOUND],
         tiles=_tiles(data),
         summary={"heading": heading, "lines": lines},
@@ -92,7 +93,7 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         lines_shown=MOST_LINES,
         top_tokens=TOP_TOKENS,
         key=[_colours(s) | {"label": f"{s:.0%}"} for s in (0.1, 0.25, 0.5, 0.75, 1.0)],
-        table=_table(data.rows[:MOST_ROWS]),
+        table=_table(_without_common(data.rows)[:MOST_ROWS]),
         rows_left_out=max(0, len(data.rows) - MOST_ROWS),
         steps=[{"what": what, "code": code} for what, code in (*data.steps, made_from, remake)],
     )
@@ -149,6 +150,16 @@ def _plots(rows: Sequence[Row], *, title: str = "") -> list[dict[str, Any]]:
         }
         for name, png, width, caption, alt in made
     ]  # fmt: skip
+
+
+def _common(rows: Sequence[Row]) -> list[str]:
+    """The message that every row has, if there is one: it is told once, not in every line."""
+    messages = {row.message for row in rows}
+    return [message for message in messages if message is not None] if len(rows) > 1 and len(messages) == 1 else []
+
+
+def _without_common(rows: Sequence[Row]) -> Sequence[Row]:
+    return [replace(row, message=None) for row in rows] if _common(rows) else rows
 
 
 def _methods(rows: Sequence[Row]) -> list[dict[str, Any]]:

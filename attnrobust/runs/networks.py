@@ -23,9 +23,6 @@ from attnrobust.runs.sources import Source, given
 READS_KEPT = 8
 """Inputs whose networks a worker remembers; work on one input follows itself, so few are enough."""
 
-MOST_CONFIRMED = 4096
-"""Classes of a decision that is given to the model itself; the comparison takes their number squared."""
-
 FIRST_BLOCK = "block:0"
 """Another name of the embeddings."""
 
@@ -106,12 +103,9 @@ class NetworkQuestion:
     class_name: Callable[[int], str]
 
     @property
-    def confirm(self) -> Callable[[AttackResult], Confirmation] | None:
-        """Gives an attack's point to the model itself; None where the comparison of so many classes takes too much."""
-        if isinstance(self.goal, Margin) and self.goal.weight.shape[0] > MOST_CONFIRMED:
-            return None
-        of_model = isinstance(self.goal, Margin) and self.network is not self.read.graph
-        return lambda result: self.read.confirm(result, None if of_model else self.goal)
+    def confirm(self) -> Callable[[AttackResult], Confirmation]:
+        """Gives an attack's point to the model itself."""
+        return lambda result: self.read.confirm(result, self.goal)
 
 
 class Networks:

@@ -20,6 +20,7 @@ from attnrobust.runs.run import run as run_all
 from attnrobust.runs.storage.files import JSON_NAME, write_results
 from tests.conftest import CHROMIUM
 from tests.runs.storage.test_files import EMPTY, FULL
+from tests.runs.test_depths import whole
 from tests.runs.test_run import NO_SHARD, configured, write_files
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -108,6 +109,20 @@ def test_what_is_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     html = page(many(10))
     assert "The first 4 rows; 6 more" in html
     assert "The 3 inputs with the smallest attack radius are shown, 7 more" in html
+
+
+def test_a_message_of_every_row_is_told_once() -> None:
+    rows = [replace(row, message="no certificate: it says why") for row in many(3)]
+    assert page(rows).count("no certificate: it says why") == 1
+    assert page([*rows, FULL]).count("no certificate: it says why") == 3
+
+
+def test_rows_about_a_whole_model_show_depth_and_classes() -> None:
+    rows = [whole(depth, 1.25, 0.0, label="yes", attack_label="no") for depth in ("embeddings", "block:1")]
+    text = page(rows)
+    for part in ("the tokens move at embeddings, block:1", "yes &rarr; no", "yes \N{RIGHTWARDS ARROW} no", "12.5%"):
+        assert part in text
+    assert [plot["name"] for plot in _plots(rows)] == ["depth-profile.png", "radius-by-layer.png"]
 
 
 def test_unsound_rows_come_first() -> None:

@@ -1,7 +1,7 @@
 """The perturbed point in the user's own model: its hidden states are replaced at the depth, the rest is its own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnrobust.errors import AlreadyViolatedError, InputError
-from attnrobust.goals import Goal, Margin, ResolvedGoal
+from attnrobust.goals import Goal, Margin, Pool, ResolvedGoal
 from attnrobust.layers.graph.affine import Affine
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.layers.graph.rows import PoolRow
@@ -18,6 +18,9 @@ from attnrobust.models.networks.plan import Plan
 from attnrobust.models.networks.states import output_behind
 from attnrobust.status import Status
 from attnrobust.tokens import PerturbedTokens, TokenMeasure
+
+MOST_CLASSES = 256
+"""Classes that a decision is compared over; of more than these (a vocabulary), the largest ones."""
 
 
 @runtime_checkable
@@ -113,7 +116,7 @@ def confirm_point(
         if tokens.shape == clean.points.shape:
             raise
         return _refusal(own, f"{type(own.module).__name__} does not take {tokens.shape[0]} hidden states: {error}")
-    asked, of_model = _as_goal_of_output(goal, graph)
+    asked, of_model = _as_goal_of_output(goal, graph, rest, moved)
     resolved = _resolved(asked, graph, rest, clean)
     usage = float(resolved.usage(moved))
     agrees = (usage >= 1.0) == (found.usage >= 1.0)
@@ -161,34 +164,55 @@ def _refusal(own: OwnModel, reason: str) -> Confirmation:
 # ---- the goal, of the output that the model shows --------------------------------------------------------------------
 
 
-def _as_goal_of_output(goal: Goal | None, graph: NetworkGraph) -> tuple[Goal, bool]:
+def _as_goal_of_output(goal: Goal | None, graph: NetworkGraph, rest: Tensor, moved: Tensor) -> tuple[Goal, bool]:
     """A goal of the network's output, and whether it is about the model's own classes.
 
-    Margins whose readout is (part of) the last layer become ones of its logits.
+    Margins whose readout is (part of) the last layer become ones of its logits. Of a vocabulary only the largest at
+    either point count: the rival that overtakes the label is among them, as is the label itself.
+
+    Args:
+        goal: The goal; None is "the predicted label stays".
+        graph: The network.
+        rest: The model's output at the clean input.
+        moved: The same at the point.
     """
     if goal is not None and not (isinstance(goal, Margin) and isinstance(graph.steps[-1].node, Affine)):
         return goal, False
-    eye = torch.eye(graph.out_width, dtype=torch.float64, device=_device(graph))
-    if goal is None:
-        return Margin(eye, pool=0), True
-    classes = own_classes(goal, graph)
+    classes = list(range(graph.out_width)) if goal is None else own_classes(goal, graph)
     if classes is None:
+        assert goal is not None  # noqa: S101 - without a goal every class is asked about; narrows the type
         return goal, False
-    return replace(goal, weight=eye[classes], bias=None), True
+    pool, label = (0, None) if goal is None else (goal.pool, goal.label)
+    kept = list(range(len(classes))) if len(classes) <= MOST_CLASSES else _largest(classes, pool, label, rest, moved)
+    chosen = torch.tensor([classes[place] for place in kept], device=rest.device)
+    one_hot = torch.nn.functional.one_hot(chosen, graph.out_width).to(torch.float64)
+    return Margin(one_hot, pool=pool, label=None if label is None else kept.index(label)), True
+
+
+def _largest(classes: list[int], pool: Pool, label: int | None, rest: Tensor, moved: Tensor) -> list[int]:
+    """Places of the classes with the largest scores at the clean input and at the point, and that of the label."""
+    kept = set() if label is None else {label}
+    for output in (rest, moved):
+        scores = (output[pool] if isinstance(pool, int) else output.mean(dim=0))[classes]
+        kept |= set(scores.topk(MOST_CLASSES // 2).indices.tolist())
+    return sorted(kept)
 
 
 def own_classes(goal: Margin, graph: NetworkGraph) -> list[int] | None:
     """Which columns of the last layer a margin reads; None where its readout is another one."""
     last = graph.steps[-1].node
     assert isinstance(last, Affine)  # noqa: S101 - asked before; narrows the type
-    if goal.weight.shape[1] != last.weight.shape[0]:
+    if goal.weight.shape[1] != last.weight.shape[0] or (goal.bias is None) != (last.bias is None):
         return None
-    same = (goal.weight[:, None] == last.weight.T[None]).all(dim=-1)
-    if (goal.bias is None) != (last.bias is None):
-        return None
-    if goal.bias is not None and last.bias is not None:
-        same &= goal.bias[:, None] == last.bias[None]
-    return same.int().argmax(dim=1).tolist() if bool(same.any(dim=1).all()) else None
+    own, read = _with_bias(last.weight.T, last.bias), _with_bias(goal.weight, goal.bias)
+    if own.shape == read.shape and bool((own == read).all()):
+        return list(range(own.shape[0]))
+    found = [(own == row).all(dim=-1).nonzero().flatten()[:1].tolist() for row in read]  # row by row: vocabularies
+    return [place[0] for place in found] if all(found) else None
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
 
 
 def _resolved(goal: Goal, graph: NetworkGraph, rest: Tensor, clean: TokenMeasure) -> ResolvedGoal:

@@ -1,7 +1,7 @@
 """Points that attacks found, in the user's own model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -169,3 +169,31 @@ def test_nothing_to_confirm() -> None:
         network.confirm(Point(None))
     with refused(InputError, "no model object|not read from a model object"):
         ReadNetwork(network.graph, network.input, network.info).confirm(Point(network.input.measure.points))
+
+
+def test_of_a_vocabulary_the_largest_scores_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = read("gpt2 next word")
+    result = flipped(network)
+    graph, goal = network.decision()
+    whole = network.confirm(result)
+    label = Problem(graph, network.input.measure, FrobeniusBall(), goal).resolved.label
+    assert isinstance(label, int)
+    assert result.perturbed is not None
+    outside = Point(network.input.measure.points + 2.0 * (result.perturbed - network.input.measure.points))
+    inside = Point(network.input.measure.points + 0.9 * (result.perturbed - network.input.measure.points), usage=0.9)
+    monkeypatch.setattr("attnrobust.models.networks.confirmation.MOST_CLASSES", 4)
+    for asked in (None, goal, replace(goal, label=label)):
+        said = network.confirm(result, asked)
+        assert (said.agrees, said.label, said.clean_label) == (True, whole.label, whole.clean_label)
+        assert_close(torch.tensor(said.usage), torch.tensor(whole.usage), rtol=1e-12)
+        assert network.confirm(outside, asked).agrees
+        assert network.confirm(inside, asked).agrees
+
+
+def test_a_vocabulary_is_confirmed_without_a_matrix_of_its_square() -> None:
+    words = 20000
+    network = read_network(HEADS["gpt2 next word"](vocab_size=words), inputs_of("gpt2"), at="block:1")
+    result = flipped(network)
+    _, goal = network.decision()
+    assert goal.weight.shape[0] == words
+    assert network.confirm(result, goal).agrees
