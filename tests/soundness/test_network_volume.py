@@ -1,4 +1,4 @@
-"""The volume run on random small networks: a few seeds, and a check that it sees a radius that is too large."""
+"""The volume run on random small networks: a few seeds by default, and it sees a radius that is too large."""
 
 from dataclasses import replace
 from pathlib import Path

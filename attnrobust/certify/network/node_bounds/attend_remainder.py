@@ -17,7 +17,7 @@ from attnrobust.numerics.chance import Chance
 from attnrobust.numerics.lanczos import largest_eigenvalue_upper
 from attnrobust.numerics.rounding import FORMULA, nan_is_infinite, outward
 
-DENSE_LIMIT = 300  # n d up to which every eigenvalue is computed without randomness
+DENSE_LIMIT = 64  # n d up to which every eigenvalue is computed without randomness
 ROUNDS = 2  # rebalancing rounds of the joint bound
 MAX_STEPS = 60  # of an eigenvalue bound; fewer only widen it
 GRID = 1.03  # between two sizes at which coefficients are computed: the search reuses them
