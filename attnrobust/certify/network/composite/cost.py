@@ -31,7 +31,7 @@ def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int, r
     curved = sum(not step.node.affine for step in network.steps)
     directions = moving if moving <= max(BASIS_LIMIT, sketch) else sketch
     one_pass = sum(_flops(step.node, tokens) for step in network.steps)
-    pairs = moving * (moving + 1) / 2 if moving <= PAIR_LIMIT else sketch / 2
+    pairs = moving * (moving + 1) / 2 if moving <= PAIR_LIMIT else sketch
     second = 2.0 * PRODUCTS * directions  # curvature and cross terms, two passes over half the depth
     third = THIRD_PASSES * PRODUCTS * pairs
     tails = 0.5 * PRODUCTS * curved * (curved + 1)

@@ -86,7 +86,7 @@ class NetworkComposite(CertificateMethod):
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
         pieces = self._pieces(problem)
         readouts = self._readouts(problem)
-        settings = Settings(self.sketch, self.sketch // 2, seed, MAIN_FAILURE / len(pieces), readouts)
+        settings = Settings(self.sketch, self.sketch, seed, MAIN_FAILURE / len(pieces), readouts)
         if len(pieces) == 1:
             return self._piece(problem, pieces[0], settings)
         return WorstBranch(
@@ -120,4 +120,5 @@ class NetworkCompositeLarge(NetworkComposite):
 
     name: ClassVar[str] = "network-composite-large"
     seconds_limit: ClassVar[float] = 6.0 * 3600.0
+    sketch: ClassVar[int] = 128
     cure: ClassVar[str] = "move fewer tokens, or start at a deeper block"

@@ -124,8 +124,8 @@ def _length(sizes: Iterable[float]) -> float:
 
 
 def _times(factor: float, size: float) -> float:
-    """A product in which nothing times anything is nothing."""
-    return factor * size if factor > 0.0 and size > 0.0 else 0.0
+    """A product in which nothing times anything, infinity too, is nothing; NaN stays NaN."""
+    return 0.0 if 0.0 in (factor, size) else factor * size
 
 
 def _carried(tails: Mapping[tuple[str, str], float], sizes: Mapping[tuple[str, str], float]) -> float:

@@ -64,7 +64,7 @@ def top_eigenvalue(operator: Operator, chance: Chance, *, device: torch.device, 
         for run in ("first", "second")
     ]  # fmt: skip
     chance.spend(share)
-    return max(0.0, *(run.upper.value for run in runs))
+    return _at_least_zero(max(runs, key=lambda run: _at_least_zero(run.upper.value)).upper.value)
 
 
 def top_singular_value(
@@ -81,4 +81,9 @@ def _decomposed(operator: Operator, device: torch.device) -> float:
     if not bool(torch.isfinite(matrix).all()):
         return math.inf
     values = torch.linalg.eigvalsh(0.5 * (matrix + matrix.T))
-    return max(0.0, float(values[-1]) + ROUNDING * float(values.abs().max()))
+    return _at_least_zero(float(values[-1]) + ROUNDING * float(values.abs().max()))
+
+
+def _at_least_zero(bound: float) -> float:
+    """Infinity in place of NaN, which ``max`` would take for 0."""
+    return math.inf if math.isnan(bound) else max(0.0, bound)

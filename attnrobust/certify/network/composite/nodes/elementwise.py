@@ -75,10 +75,6 @@ class ActivateRemainder(NodeRemainder):
     def _reach(self) -> Reach:
         return replace(self._shape, joint=self.joint)
 
-    def curved(self) -> Channel:
-        weigh = lambda t: t * self._importance  # noqa: E731
-        return Channel(weigh, weigh, tuple(self._importance.shape))
-
     def form(self) -> Form:
         root = self._shape.weights.sqrt()
         return Form(
@@ -128,18 +124,16 @@ class ActivateRemainder(NodeRemainder):
         return outward(min(kappa * ball.rho**2, apart, mixed), FORMULA)
 
     @cached_property
-    def _plain_curvature(self) -> float:
-        """Per token ``sum c^2 (w.R)^4 <= max c |w|^2 rho^2 sum c (w.R)^2``."""
-        weights = self._importance * self._second
-        largest = float((weights * self._shape.raw.square()).max())
-        if self.port.maps[0] is None:
-            return largest
-        return math.sqrt(largest * raw_entries(self.port, 0, weights)[1] ** 2)
-
-    @property
     def _own_curvature(self) -> float:
-        """``|f''[R, R]| <= kappa rho^2``."""
-        return self._plain_curvature if self.kappa is None else min(self._plain_curvature, self.kappa)
+        """kappa with ``|f''[R, R]| <= kappa rho^2``: the smaller one of two closed forms per token.
+
+        With c the importance times |f''|: ``sum c^2 (w.R)^4 <= max c |w|^2 rho^2 sum c (w.R)^2``, and as
+        ``(w.R)^2 <= |w|^2 rho^2`` also ``<= rho^2 sum c^2 |w|^2 (w.R)^2`` (the unfolding's norm).
+        """
+        weights, raw = self._importance * self._second, self._shape.raw
+        largest = float((weights * raw.square()).max())
+        mixed = math.sqrt(largest) * raw_entries(self.port, 0, weights)[1]
+        return outward(min(mixed, raw_entries(self.port, 0, (weights * raw).square())[1]), FORMULA)
 
 
 class ProductRemainder(NodeRemainder):
