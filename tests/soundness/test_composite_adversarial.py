@@ -1,10 +1,13 @@
 """Networks built to break the composite certificate: widening maps, margins without slope, many classes."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from attnrobust.certify.network.composite.method import NetworkComposite
+from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms
 from attnrobust.goals import Displacement, Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.graph import (
@@ -118,3 +121,21 @@ def test_many_classes_share_one_failure_probability(classes: int) -> None:
     bound = METHOD.prepare(Problem(NetworkGraph(6, steps), TokenMeasure(random(6, 6)), FrobeniusBall(), goal), seed=0)
     bound.usage(1e-3)
     assert 0.0 < bound.failure_probability <= ROW_FAILURE
+
+
+def test_a_remainder_that_overflows_is_not_nothing() -> None:
+    """A gain of 1e65 overflows the fourth powers of a normalisation; infinity over infinity is no bound."""
+    problem = Problem(
+        normalised(1e65, Normalise(RMSNorm(weight=torch.ones(4, dtype=torch.float64), eps=1e-5))),
+        TokenMeasure(torch.zeros(1, 2)),
+        FrobeniusBall(),
+        Displacement(0.01),
+    )
+    bound = METHOD.prepare(problem, seed=0)
+    for radius in (1e-3, 1.0):
+        assert found(problem, radius) <= bound.usage(radius).value
+    norms = TargetNorms(curvature=0.0, third=0.0, cross=0.0, sources=(), tails={("node", "own"): 1.0})
+    recursion = Recursion({}, {}, 1.0)
+    recursion.whole[("node", "own")] = math.nan
+    recursion.beyond[("node", "own")] = recursion.further[("node", "own")] = math.nan
+    assert math.isnan(recursion.at(norms).whole)

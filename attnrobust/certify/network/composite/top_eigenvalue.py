@@ -64,7 +64,7 @@ def top_eigenvalue(operator: Operator, chance: Chance, *, device: torch.device, 
         for run in ("first", "second")
     ]  # fmt: skip
     chance.spend(share)
-    return _at_least_zero(max(runs, key=lambda run: _at_least_zero(run.upper.value)).upper.value)
+    return max(_at_least_zero(run.upper.value) for run in runs)
 
 
 def top_singular_value(
