@@ -1,5 +1,6 @@
 """Certificates of whole networks: moves of every state, first order, both sizes of targets, every threat and goal."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_every_state_stays_within_its_bounds(
     bound = ChainBound(problem, seed=0)
     for radius in (1e-3, 0.03):
         source = threat_move(problem, radius)
-        moves, _ = bound._network.moves(source, lambda n, m, rest, r=radius: bound._refined(n, m, rest, r))
+        moves, _ = bound._network.moves(source, partial(bound._refined, radius=radius))
         plain, _ = bound._network.moves(source)
         for name, change in moved_states(problem, radius).items():
             tokens = torch.linalg.vector_norm(change, dim=-1)

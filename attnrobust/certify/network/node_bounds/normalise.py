@@ -46,7 +46,8 @@ class NormaliseBound(NodeBound):
     @cached_property
     def _radius(self) -> Float[Tensor, "n"]:
         """``sqrt(zeta) = |Pi x| / (s sqrt(d))``, below 1: the clean output's part of the sphere's radius."""
-        return torch.linalg.vector_norm(self._centred, dim=-1) / (self.spread * math.sqrt(self.norm.width))
+        found: Tensor = torch.linalg.vector_norm(self._centred, dim=-1) / (self.spread * math.sqrt(self.norm.width))
+        return found
 
     @cached_property
     def _sizes(self) -> tuple[float, float]:
