@@ -9,7 +9,7 @@ tolerances of a part of the network.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def _rows(options: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any
             _ = base.usage(0.1 * (base.first_guess or 1.0))  # everything that does not depend on the radius
         bound = replace(base, problem=problem)
         prepared = time.perf_counter() - start
-        radius, evaluations = largest_radius(lambda r, b=bound: b.usage(r).value, first_guess=bound.first_guess)
+        radius, evaluations = largest_radius(_usage(bound), first_guess=bound.first_guess)
         certified = time.perf_counter() - start - prepared
         attack = _attack(problem, bound, steps=options.attack_steps)
         yield {
@@ -103,6 +103,10 @@ def _parts(bound: DisplacementBound | MarginBound, radius: float) -> dict[str, A
     norms = [drop.norms for drop in bound.classes] if isinstance(bound, MarginBound) else [bound.preparation.readout]
     shown = {name: _numbers(parts) for name, parts in recursion.parts.items()}
     return {"readout": [_numbers(recursion.at(each)) for each in norms], **shown}
+
+
+def _usage(bound: DisplacementBound | MarginBound) -> Callable[[float], float]:
+    return lambda radius: bound.usage(radius).value
 
 
 def _slope(bound: DisplacementBound | MarginBound) -> float | list[float]:
@@ -141,7 +145,8 @@ def _direction(preparation: Any) -> torch.Tensor:
         back = record.pull(readout.cotangents(readout.flat(image)), (record.wiring.source,))
         move = preparation.moves.flat(back[record.wiring.source])
         move = move / torch.linalg.vector_norm(move)
-    return preparation.moves.tokens(move)
+    tokens: torch.Tensor = preparation.moves.tokens(move)
+    return tokens
 
 
 if __name__ == "__main__":
