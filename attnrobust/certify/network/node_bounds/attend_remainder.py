@@ -118,7 +118,8 @@ class RowRemainders:
         """``U_h c_i``, with the orthonormal rows U_h of the output projection."""
         layer = self.clean.layer
         if layer.w_o is None:
-            return cotangents.unflatten(-1, (layer.heads, layer.value_width)).transpose(-3, -2)
+            heads: Tensor = cotangents.unflatten(-1, (layer.heads, layer.value_width))
+            return heads.transpose(-3, -2)
         basis = torch.linalg.qr(layer.w_o.transpose(-1, -2)).Q
         return torch.einsum("cne,her->chnr", cotangents, basis)
 
@@ -189,7 +190,8 @@ class RowRemainders:
         generator = torch.Generator().manual_seed(0)
         points = self.clean.points
         start = torch.randn(points.shape, generator=generator, dtype=torch.float64).to(points) * self.movable[:, None]
-        return start / torch.linalg.vector_norm(start)
+        unit: Tensor = start / torch.linalg.vector_norm(start)
+        return unit
 
     def _embedded(self, flat: Float[Tensor, "N"]) -> Float[Tensor, "n d"]:
         moves = torch.zeros_like(self.clean.points)

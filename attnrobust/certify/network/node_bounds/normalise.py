@@ -41,7 +41,8 @@ class NormaliseBound(NodeBound):
     @cached_property
     def spread(self) -> Float[Tensor, "n"]:
         """The root s of the clean mean square."""
-        return (self._centred.square().mean(dim=-1) + self.norm.eps).sqrt()
+        spread: Tensor = (self._centred.square().mean(dim=-1) + self.norm.eps).sqrt()
+        return spread
 
     @cached_property
     def _radius(self) -> Float[Tensor, "n"]:

@@ -38,7 +38,7 @@ class NodeAt:
         graph = NetworkGraph(width, (Step("node", self.node, ("input",) * self.node.arity),))
         clean = graph.linearise(self.inputs[0], self.mass)
         if self.node.arity == 2:
-            clean.clean["input"] = self.inputs[0]  # type: ignore[index]
+            clean.clean["input"] = self.inputs[0]
             from attnrobust.certify.network.node_bounds.elementwise import ProductBound
 
             if type(self.node).__name__ == "Product":
@@ -63,7 +63,7 @@ def _linear(jvp: Callable[[Edges], Tensor], vjp: Callable[[Tensor], Edges], move
             return jvp(given)
 
         @staticmethod
-        def backward(_: object, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        def backward(_: object, gradient: Tensor) -> tuple[Tensor, ...]:
             return vjp(gradient)
 
     found: Tensor = Product.apply(*moves)  # type: ignore[no-untyped-call]

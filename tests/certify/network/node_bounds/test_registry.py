@@ -42,7 +42,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def attention(strength: float = 1.0, **options: Any) -> Attention:
-    weights = {name: draw(2, D, 3) for name in ("w_q", "w_k", "w_v")}
+    weights: dict[str, Any] = {name: draw(2, D, 3) for name in ("w_q", "w_k", "w_v")}
     weights["w_q"] = strength * weights["w_q"]
     return Attention(**weights, **options)
 
@@ -68,7 +68,7 @@ NODES: dict[str, Callable[[], Node]] = {
     "masked attention": lambda: Attend(attention(mask=hidden_keys(), w_o=draw(2, 3, D))),
     "causal attention": lambda: Attend(attention(causal=True)),
     "saturated attention": lambda: Attend(attention(30.0)),
-} | {name: (lambda name=name: Activate(name)) for name in (*ACTIVATIONS, "identity")}  # type: ignore[misc]
+} | {name: (lambda name=name: Activate(name)) for name in (*ACTIVATIONS, "identity")}
 WITH_MASSES = {"mean", "fixed tokens", "attention"}
 TIGHT = {"affine", "scale", "sum", "positions", "row", "mean", "fixed tokens"}
 
