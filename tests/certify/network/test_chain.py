@@ -1,6 +1,6 @@
 """Certificates of whole networks: moves of every state, first order, both sizes of targets, every threat and goal."""
 
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from attnrobust.attacks import AttackBudget, attack
 from attnrobust.certify.network import clean_tails
 from attnrobust.certify.network.chain import ChainBound, NetworkChain
 from attnrobust.certify.network.clean_tails import curved_before, targets
+from attnrobust.certify.network.node_bounds.state_move import StateMove
 from attnrobust.certify.network.product import NetworkProduct, PropagatedBound
 from attnrobust.certify.network.propagation import threat_move
 from attnrobust.goals import Displacement, Goal, Margin
@@ -67,7 +68,11 @@ def test_every_state_stays_within_its_bounds(
     bound = ChainBound(problem, seed=0)
     for radius in (1e-3, 0.03):
         source = threat_move(problem, radius)
-        moves, _ = bound._network.moves(source, partial(bound._refined, radius=radius))
+
+        def refine(name: str, moved: StateMove, rest: Mapping[str, float], r: float = radius) -> StateMove:
+            return bound._refined(name, moved, rest, r)
+
+        moves, _ = bound._network.moves(source, refine)
         plain, _ = bound._network.moves(source)
         for name, change in moved_states(problem, radius).items():
             tokens = torch.linalg.vector_norm(change, dim=-1)

@@ -118,8 +118,8 @@ class RowRemainders:
         """``U_h c_i``, with the orthonormal rows U_h of the output projection."""
         layer = self.clean.layer
         if layer.w_o is None:
-            by_head: Tensor = cotangents.unflatten(-1, (layer.heads, layer.value_width)).transpose(-3, -2)
-            return by_head
+            heads: Tensor = cotangents.unflatten(-1, (layer.heads, layer.value_width))
+            return heads.transpose(-3, -2)
         basis = torch.linalg.qr(layer.w_o.transpose(-1, -2)).Q
         return torch.einsum("cne,her->chnr", cotangents, basis)
 

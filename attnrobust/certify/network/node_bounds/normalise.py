@@ -35,13 +35,16 @@ class NormaliseBound(NodeBound):
 
     @cached_property
     def _centred(self) -> Float[Tensor, "n d"]:
-        centre = isinstance(self.norm, LayerNorm)
-        return self.x - self.x.mean(dim=-1, keepdim=True) if centre else self.x
+        if not isinstance(self.norm, LayerNorm):
+            return self.x
+        centred: Tensor = self.x - self.x.mean(dim=-1, keepdim=True)
+        return centred
 
     @cached_property
     def spread(self) -> Float[Tensor, "n"]:
         """The root s of the clean mean square."""
-        return (self._centred.square().mean(dim=-1) + self.norm.eps).sqrt()
+        spread: Tensor = (self._centred.square().mean(dim=-1) + self.norm.eps).sqrt()
+        return spread
 
     @cached_property
     def _radius(self) -> Float[Tensor, "n"]:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnrobust.certify.network.node_bounds.affine import SumBound
+from attnrobust.certify.network.node_bounds.elementwise import ProductBound
 from attnrobust.certify.network.node_bounds.node_bound import NodeBound
 from attnrobust.certify.network.node_bounds.registry import bound_of
 from attnrobust.certify.network.node_bounds.state_move import StateMove, state_move
+from attnrobust.layers.graph.elementwise import Product
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.layers.graph.node import Edges, Node
 from attnrobust.layers.graph.wiring import Step
@@ -34,16 +37,11 @@ class NodeAt:
 
     def bound(self) -> NodeBound:
         """The bound under test."""
-        width = int(self.inputs[0].shape[1])
-        graph = NetworkGraph(width, (Step("node", self.node, ("input",) * self.node.arity),))
-        clean = graph.linearise(self.inputs[0], self.mass)
         if self.node.arity == 2:
-            clean.clean["input"] = self.inputs[0]
-            from attnrobust.certify.network.node_bounds.elementwise import ProductBound
-
-            if type(self.node).__name__ == "Product":
-                return ProductBound(*self.inputs)
-        return bound_of(Step("node", self.node, ("input",) * self.node.arity), clean, Chance(0, "test", 1e-10, 100))
+            return ProductBound(*self.inputs) if isinstance(self.node, Product) else SumBound()
+        step = Step("node", self.node, ("input",))
+        clean = NetworkGraph(int(self.inputs[0].shape[1]), (step,)).linearise(self.inputs[0], self.mass)
+        return bound_of(step, clean, Chance(0, "test", 1e-10, 100))
 
     def change(self, *moves: Tensor) -> Tensor:
         """``f(x + e) - f(x)``."""
@@ -57,7 +55,7 @@ class NodeAt:
 
 
 def _linear(jvp: Callable[[Edges], Tensor], vjp: Callable[[Tensor], Edges], moves: Edges) -> Tensor:
-    class Product(torch.autograd.Function):
+    class Linear(torch.autograd.Function):
         @staticmethod
         def forward(_: object, *given: Tensor) -> Tensor:
             return jvp(given)
@@ -66,7 +64,7 @@ def _linear(jvp: Callable[[Edges], Tensor], vjp: Callable[[Tensor], Edges], move
         def backward(_: object, gradient: Tensor) -> tuple[Tensor, ...]:
             return vjp(gradient)
 
-    found: Tensor = Product.apply(*moves)  # type: ignore[no-untyped-call]
+    found: Tensor = Linear.apply(*moves)  # type: ignore[no-untyped-call]
     return found
 
 
