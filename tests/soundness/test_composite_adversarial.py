@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from attnrobust.certify.network.composite.method import NetworkComposite
+from attnrobust.certify.network.composite.nodes.normalise import NormaliseRemainder
 from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms
+from attnrobust.certify.network.composite.targets import Port
 from attnrobust.goals import Displacement, Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.graph import (
@@ -139,3 +141,23 @@ def test_a_remainder_that_overflows_is_not_nothing() -> None:
     recursion.whole[("node", "own")] = math.nan
     recursion.beyond[("node", "own")] = recursion.further[("node", "own")] = math.nan
     assert math.isnan(recursion.at(norms).whole)
+
+
+def test_attention_narrower_than_the_input() -> None:
+    layer = Attention(w_q=random(2, 3, 2), w_k=random(2, 3, 2), w_v=random(2, 3, 2), w_o=random(2, 2, 3))
+    steps = (
+        Step("bent", Activate("tanh"), ("input",)),
+        Step("narrow", Affine(random(6, 3)), ("bent",)),
+        Step("attention", Attend(layer), ("narrow",)),
+    )
+    problem = Problem(NetworkGraph(6, steps), TokenMeasure(random(3, 6)), FrobeniusBall(), Displacement(0.1))
+    bound = METHOD.prepare(problem, seed=0)
+    for radius in (1e-3, 0.1):
+        assert 0.0 < found(problem, radius) <= bound.usage(radius).value
+
+
+def test_nodes_refuse_a_port_with_a_map_that_they_do_not_count() -> None:
+    norm, ones = LayerNorm(weight=torch.ones(4, dtype=torch.float64), eps=1e-5), torch.ones(1, 2, dtype=torch.float64)
+    port = Port("norm", ("wide",), ("narrow",), (random(2, 4),), (ones,))
+    with pytest.raises(ValueError, match="has a map in front"):
+        NormaliseRemainder(port, norm, random(1, 4))

@@ -267,7 +267,8 @@ class Preparation:
             (edge,) = form.backward(y)
             return self._pulled({state: edge})
 
-        return self.norm(forward, backward, self.moves.size, int(self.record.clean[state].numel()))
+        features = int(form.forward((torch.zeros_like(self.record.clean[state]),)).numel())
+        return self.norm(forward, backward, self.moves.size, features)
 
     def _own_curvature(self, port: Port, channel: Channel) -> float:
         """``sup ||f''[R, .]||_F`` in a channel over remainders of metric norm 1."""

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -73,7 +74,14 @@ class NodeRemainder(ABC):
         port: What the node reads.
     """
 
+    counts_maps: ClassVar[bool] = False
+    """Whether its ranges count the maps from the port's roots to its edges."""
+
     def __init__(self, port: Port) -> None:
+        if not self.counts_maps and any(matrix is not None for matrix in port.maps):
+            raise ValueError(
+                f"{type(self).__name__} bounds what its own edges move; its port has a map in front of them"
+            )
         self.port = port
         self.kappa: float | None = None
         """Upper bound of ``sup ||f''[R, .]||_F`` over metric norms 1 in ``curved``; set by the preparation."""

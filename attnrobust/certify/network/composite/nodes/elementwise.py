@@ -37,6 +37,8 @@ class ActivateRemainder(NodeRemainder):
         importance: Positive weights of the entries of the output.
     """
 
+    counts_maps = True
+
     def __init__(
         self, port: Port, function: Activation, x: Float[Tensor, "n d"], importance: Float[Tensor, "n d"]
     ) -> None:
@@ -143,6 +145,8 @@ class ProductRemainder(NodeRemainder):
         port: What it reads: two edges.
         importance: Positive weights of the entries of the output.
     """
+
+    counts_maps = True
 
     def __init__(self, port: Port, importance: Float[Tensor, "n d"]) -> None:
         super().__init__(port)
