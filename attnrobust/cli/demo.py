@@ -26,10 +26,7 @@ from attnrobust.runs.reading import DEFAULT_ATTACK
 
 commands = typer.Typer()
 
-SLOW = (
-    "attack alone, since certificates of the whole model take minutes a sentence; add some by --methods network-chain "
-    "--at block:5"
-)
+SLOW = "attack alone, since certificates of all six blocks take much longer; add --methods network-chain --at block:5"
 
 DEMO_OUT, DECISION_OUT = Path("attnrobust-results"), Path("attnrobust-decisions")
 
