@@ -10,6 +10,7 @@ from attnrobust.cli import options as o
 from attnrobust.cli.compare import chosen_certificates, compute
 from attnrobust.cli.exits import ExitCode
 from attnrobust.cli.goals import one_goal
+from attnrobust.cli.output import say
 from attnrobust.demo import (
     DECISION_ATTACK,
     DECISION_DEPTHS,
@@ -24,6 +25,8 @@ from attnrobust.errors import InputError
 from attnrobust.runs.reading import DEFAULT_ATTACK
 
 commands = typer.Typer()
+
+SLOW = "attack alone, since certificates of all six blocks take much longer; add --methods network-chain --at block:5"
 
 DEMO_OUT, DECISION_OUT = Path("attnrobust-results"), Path("attnrobust-decisions")
 
@@ -45,7 +48,7 @@ def demo(
     fail_under: o.FailUnder = None,
     quiet: o.Quiet = False,
 ) -> int:
-    """Compare on what ships with the package: one layer of all-MiniLM-L6-v2, or (--decision) the whole of it."""
+    """Compare on what ships with the package: one layer of all-MiniLM-L6-v2, or attack (--decision) the whole of it."""
     from attnrobust.runs.config import make_config
 
     common = {
@@ -55,6 +58,9 @@ def demo(
     with ExitStack() as stack:
         if decision:
             asked = _decision(stack, layer, at, tolerance) | {"attack": DECISION_ATTACK | {"method": attack}}
+            if methods is None:
+                say(SLOW)
+                asked["certificates"] = []
         elif at:
             raise InputError("--at is for the whole model; give --decision too")
         else:
