@@ -125,7 +125,7 @@ class ActivateRemainder(NodeRemainder):
 
     @cached_property
     def _own_curvature(self) -> float:
-        """kappa with ``|f''[R, R]| <= kappa rho^2``: the smaller one of two closed forms per token.
+        """Kappa with ``|f''[R, R]| <= kappa rho^2``: the smaller one of two closed forms per token.
 
         With c the importance times |f''|: ``sum c^2 (w.R)^4 <= max c |w|^2 rho^2 sum c (w.R)^2``, and as
         ``(w.R)^2 <= |w|^2 rho^2`` also ``<= rho^2 sum c^2 |w|^2 (w.R)^2`` (the unfolding's norm).
