@@ -23,21 +23,29 @@ from attnrobust.certify.network.composite.nodes.base import (
 from attnrobust.certify.network.composite.targets import Port
 from attnrobust.layers.graph.node import Edges
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
-from attnrobust.numerics.rounding import ENTRY, SMALLEST, inward, outward
+from attnrobust.numerics.rounding import ENTRY, SMALLEST, UNIT, inward, outward
 
 
 @dataclass(frozen=True, eq=False)
 class _Ranges:
-    """Per token: ``|p| <= radial``, ``eta <= square``, and what they say of sigma and q."""
+    """Per token: ``|p| <= radial``, ``eta <= square``, and what they say of sigma and q.
+
+    Args:
+        radial: Bound of |p|.
+        square: Bound of eta.
+        zeta: ``|z|^2 / d``.
+        floor: ``1 - zeta = eps / s^2``.
+    """
 
     radial: Tensor
     square: Tensor
     zeta: Tensor
+    floor: Tensor
 
     @property
     def lowest(self) -> Tensor:
         """Lower bound of ``sigma^2 = |z + e'|^2/d + eps/s^2``, which is at least 1 - 2|p| as well."""
-        apart = (self.zeta.sqrt() - self.square.sqrt()).clamp_min(0.0).square() + (1.0 - self.zeta)
+        apart = (self.zeta.sqrt() - self.square.sqrt() - UNIT).clamp_min(0.0).square() + self.floor
         return inward(torch.maximum(1.0 - 2.0 * self.radial, apart), ENTRY).clamp_min(SMALLEST)
 
     @property
@@ -92,6 +100,7 @@ class NormaliseRemainder(NodeRemainder):
         self._size = (u.square().sum(-1, keepdim=True) / self._width + norm.eps).sqrt()
         self._z = u / self._size
         self._zeta = self._mean(self._z, self._z).clamp_max(1.0)
+        self._floor = norm.eps / self._size[:, 0].square()  # 1 - zeta, without its cancellation
         self._gram = x.new_zeros(x.shape[0], self._width, self._width)
         self._radial = x.new_zeros(x.shape[0])
         self._bend, self._radial_bend = x.new_zeros(x.shape[0]), x.new_zeros(x.shape[0])
@@ -152,7 +161,7 @@ class NormaliseRemainder(NodeRemainder):
         square = outward(self._reach.sizes(ball).square() / self._width, ENTRY)
         rest = remainder_size(self._bend_radial, self._radial_raw, ball)
         radial = torch.minimum(self._radial_tangent * ball.radius + rest, (self._zeta * square).sqrt())
-        return _Ranges(outward(radial, ENTRY), square, self._zeta)
+        return _Ranges(outward(radial, ENTRY), square, self._zeta, self._floor)
 
     def whole(self, ball: Ball) -> Mapping[str, float]:
         return {"own": self._remainder(ball)}
@@ -207,7 +216,7 @@ class NormaliseRemainder(NodeRemainder):
 
     def _quadratic(self, ball: Ball) -> float:
         """``|1/2 f''[R, R]| <= sqrt(d) c eta``, c the root of a quadratic's maximum over the share of eta across z."""
-        slack = 1.5 * (1.0 - self._zeta)
+        slack = 1.5 * self._floor
         a, b = (0.5 - slack).square() - 1.0, 2.0 * slack * (0.5 - slack) + 1.0
         share = torch.where(a < 0.0, (-b / (2.0 * a.clamp_max(-SMALLEST))).clamp(0.0, 1.0), torch.ones_like(a))
         top = torch.maximum(a * share.square() + b * share, (a + b).clamp_min(0.0)) + slack.square()
