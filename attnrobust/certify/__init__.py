@@ -39,7 +39,7 @@ def certify(
 
     Args:
         problem: Network, clean input, threat and goal.
-        methods: Names of certificates, or one name; None means all.
+        methods: Names of certificates, or one name; None means all but those that would take minutes.
         seed: Seed of the random start vectors of probabilistic methods.
         removed: ``threat=`` of earlier versions; refused with the new way.
 
@@ -56,7 +56,7 @@ def certify(
     seed = as_seed(seed)
     methods = (methods,) if isinstance(methods, str) else methods
     chosen = METHODS if methods is None else tuple(map(method_named, _names(methods)))
-    return certify_with(problem, chosen, seed=seed)
+    return certify_with(problem, chosen, seed=seed, named=methods is not None)
 
 
 def _names(methods: object) -> tuple[str, ...]:

@@ -83,6 +83,10 @@ class CertificateMethod(ABC):
         """Conditions beyond the declared layers, features, threats and goals; None where there are none."""
         return None
 
+    def too_long(self, problem: Problem) -> str | None:
+        """Why it is left out unless it is named, for a problem that is not refused: minutes of work; else None."""
+        return None
+
     @abstractmethod
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
         """Do the work at the clean input of a problem that is not refused."""
@@ -128,13 +132,13 @@ class CertificateMethod(ABC):
             evaluations=evaluations,
         )
 
-    def attempt(self, problem: Problem, *, seed: int) -> Certificate | NotApplicable:
-        """The certificate, or why there is none: a refusal, or a failure of the computation."""
+    def attempt(self, problem: Problem, *, seed: int, named: bool = True) -> Certificate | NotApplicable:
+        """The certificate, or why there is none: a refusal, a failure, or minutes of work that nobody named."""
         reason = _undeclared(self, problem)
         if reason is not None:
             return NotApplicable(method=self.name, reason=reason, declared=False)
         try:
-            reason = self.refuses(problem)
+            reason = self.refuses(problem) or (None if named else self.too_long(problem))
             if reason is not None:
                 return NotApplicable(method=self.name, reason=reason)
             return self._searched(problem, seed=seed)
@@ -146,10 +150,12 @@ class CertificateMethod(ABC):
             return NotApplicable(method=self.name, reason=f"failed: {type(error).__name__}: {first_line(error)}")
 
 
-def certify_with(problem: Problem, methods: Sequence[CertificateMethod], *, seed: int = 0) -> CertificationReport:
+def certify_with(
+    problem: Problem, methods: Sequence[CertificateMethod], *, seed: int = 0, named: bool = True
+) -> CertificationReport:
     """Run several methods on one problem; the ones that refuse or fail are listed with their reason."""
     start = time.perf_counter()
-    answers = [method.attempt(problem, seed=seed) for method in methods]
+    answers = [method.attempt(problem, seed=seed, named=named) for method in methods]
     done = tuple(answer for answer in answers if isinstance(answer, Certificate))
     skipped = tuple(answer for answer in answers if isinstance(answer, NotApplicable))
     return CertificationReport(problem.digest, done, skipped, time.perf_counter() - start)

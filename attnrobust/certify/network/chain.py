@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnrobust.certify.method import CertificateMethod, PreparedBound
 from attnrobust.certify.network.clean_tails import Tail, Tails, curved_before, targets
+from attnrobust.certify.network.composite.cost import FLOPS_PER_SECOND, pass_flops
 from attnrobust.certify.network.node_bounds.registry import NODE_FEATURES
 from attnrobust.certify.network.node_bounds.state_move import StateMove
 from attnrobust.certify.network.propagation import Network, goal_changes, threat_move
@@ -22,6 +23,8 @@ from attnrobust.problem import Problem
 
 EVENTS = 128  # eigenvalue bounds that a radius is likely to need
 REFERENCE_SHARE = 0.03  # of the radius of the first order alone, at which the sizes of remainders are compared
+LONGEST = 60.0  # estimated seconds beyond which it runs only where it is named
+PASSES = 60.0  # through the whole network for each pair of curved nodes: products of the tails' norms, all refinements
 COTANGENT_NUMBERS = 2**24  # of the cotangents that are kept; classes beyond are bounded by the output's move
 
 
@@ -41,6 +44,17 @@ class NetworkChain(CertificateMethod):
     relative_tolerance: ClassVar[float] = 1e-2
     layers = (NetworkGraph,)
     features = NODE_FEATURES
+
+    def too_long(self, problem: Problem) -> str | None:
+        network = problem.network
+        assert isinstance(network, NetworkGraph)  # noqa: S101 - declared; narrows the type
+        curved = sum(not step.node.affine for step in network.steps)
+        seconds = PASSES * curved * (curved + 1) * pass_flops(network, problem.clean.n) / FLOPS_PER_SECOND
+        if seconds <= LONGEST:
+            return None
+        return (
+            f"about {seconds:.0f} s at this depth; name {self.name!r} to run it, or let tokens move at a deeper block"
+        )
 
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
         return ChainBound(problem, seed=seed)

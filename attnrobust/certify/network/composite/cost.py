@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 
 from attnrobust.certify.network.composite.preparation import BASIS_LIMIT, BEND_PAIRS, PAIR_LIMIT
-from attnrobust.layers.graph.affine import Affine
-from attnrobust.layers.graph.attend import Attend
+from attnrobust.certify.network.passes import FLOPS_PER_SECOND, pass_flops
 from attnrobust.layers.graph.network_graph import NetworkGraph
 
-FLOPS_PER_SECOND = 1.0e10  # float64 products on one core
 PRODUCTS = 32.0  # of one norm: two starts of Lanczos
 THIRD_PASSES = 2.0  # of half the depth per product and pair, at the few products of a rough norm
 OVERHEAD = 5e-5  # seconds per node and pass, whatever the sizes
@@ -30,7 +28,7 @@ def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int, r
     """Cost of a preparation for ``moving`` numbers of an input of ``tokens`` tokens, and for so many readouts."""
     curved = sum(not step.node.affine for step in network.steps)
     directions = moving if moving <= max(BASIS_LIMIT, sketch) else sketch
-    one_pass = sum(_flops(step.node, tokens) for step in network.steps)
+    one_pass = pass_flops(network, tokens)
     pairs = moving * (moving + 1) / 2 if moving <= PAIR_LIMIT else sketch
     second = 2.0 * PRODUCTS * directions  # curvature and cross terms, two passes over half the depth
     third = THIRD_PASSES * PRODUCTS * pairs
@@ -39,15 +37,3 @@ def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int, r
     passes = (curved + 1) * (second + third) + (readouts - 1) * own + tails + moving + BEND_PAIRS
     overhead = OVERHEAD * len(network.steps) * ((curved + 1 + 2 * readouts) * 4.0 * PRODUCTS + tails)
     return Cost(passes * one_pass / FLOPS_PER_SECOND + overhead, directions)
-
-
-def _flops(node: object, tokens: int) -> float:
-    """Of one linear pass of one vector through a node."""
-    if isinstance(node, Affine):
-        return 2.0 * tokens * node.weight.numel()
-    if isinstance(node, Attend):
-        layer = node.attention
-        out = 0 if layer.w_o is None else layer.w_o.numel()
-        weights = layer.w_q.numel() + layer.w_k.numel() + layer.w_v.numel() + out
-        return 2.0 * tokens * (weights + 4.0 * tokens * layer.heads * (layer.key_width + layer.value_width))
-    return 20.0 * tokens
