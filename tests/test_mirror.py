@@ -75,6 +75,7 @@ UNMIRRORED = {
     "certify/network/node_bounds/rows.py",
     # tests/certify/network/test_chain.py
     "certify/network/clean_tails.py",
+    "certify/network/passes.py",
     "certify/network/product.py",
     "certify/network/propagation.py",
     # test_method.py, test_recursion.py, test_second_order.py and nodes/test_registry.py of the same folder

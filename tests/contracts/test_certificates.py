@@ -173,8 +173,9 @@ def test_bounds_do_not_depend_on_the_order_of_tokens(method: CertificateMethod) 
     for problem in accepted(method):
         other = replace(problem, clean=TokenMeasure(problem.clean.points[order]))
         first, second = (method.prepare(p, seed=0).usage(0.1).value for p in (problem, other))
-        # sums in another order; searches inside of a bound stop within their own tolerance
-        assert first == pytest.approx(second, rel=1e-3 if method.name.startswith(("margin", "conic")) else 1e-9)
+        # sums in another order; searches and random starts inside of a bound stop within their own tolerance
+        loose = method.name.startswith(("margin", "conic", "network"))
+        assert first == pytest.approx(second, rel=1e-3 if loose else 1e-9)
 
 
 @each_bound

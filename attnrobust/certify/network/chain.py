@@ -10,9 +10,9 @@ from torch import Tensor
 
 from attnrobust.certify.method import CertificateMethod, PreparedBound
 from attnrobust.certify.network.clean_tails import Tail, Tails, curved_before, targets
-from attnrobust.certify.network.composite.cost import FLOPS_PER_SECOND, pass_flops
 from attnrobust.certify.network.node_bounds.registry import NODE_FEATURES
 from attnrobust.certify.network.node_bounds.state_move import StateMove
+from attnrobust.certify.network.passes import FLOPS_PER_SECOND, pass_flops
 from attnrobust.certify.network.propagation import Network, goal_changes, threat_move
 from attnrobust.certify.radius import LARGEST
 from attnrobust.layers.graph.network_graph import NetworkGraph
