@@ -12,7 +12,7 @@ from attnrobust.runs.work import Workbench, WorkItem
 
 def compute_here(bench: Workbench, items: Sequence[WorkItem], stop: threading.Event) -> Generator[Row, None, None]:
     """One item after the other in this process."""
-    with _torch_threads(bench.config.threads):
+    with torch_threads(bench.config.threads):
         for item in items:
             if stop.is_set():
                 return
@@ -20,7 +20,8 @@ def compute_here(bench: Workbench, items: Sequence[WorkItem], stop: threading.Ev
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads inside, the former number after."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
