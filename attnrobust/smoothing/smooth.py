@@ -99,7 +99,7 @@ def _certified(voters: Voters, smoothing: Smoothing, seed: int) -> _Certified:
     """Choose the majority class on one sample, bound its probability on another."""
     digest, problem = voters.problem.digest, voters.problem
     nowhere = torch.zeros_like(problem.clean.points)
-    chosen = int(voters.votes(nowhere, smoothing.selection, _generator(seed, "selection", digest)).argmax())
+    chosen = int(voters.votes(nowhere, smoothing.selection, _generator(seed, "selection", digest))[:-1].argmax())
     counts = voters.votes(nowhere, smoothing.samples, _generator(seed, "samples", digest))
     share = int(counts[chosen]) / smoothing.samples
     probability = probability_below(int(counts[chosen]), smoothing.samples, 0.5 * smoothing.failure_probability)
@@ -139,7 +139,7 @@ def _proves_other(counts: Tensor, failure: float) -> bool:
 
     The rival is the one with most votes of the same sample, so its bound is a union over all rivals.
     """
-    total, rivals = int(counts.sum()), counts[1:]
+    total, rivals = int(counts.sum()), counts[1:-1]
     below = probability_below(int(rivals.max()), total, 0.5 * failure / len(rivals))
     return below > probability_above(int(counts[0]), total, 0.5 * failure)
 

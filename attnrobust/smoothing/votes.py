@@ -1,6 +1,5 @@
 """Noisy decisions of a network, counted, and what the counts prove about probabilities."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -53,20 +52,23 @@ class Voters:
 
     @torch.no_grad()
     def votes(self, delta: Float[Tensor, "n d"], count: int, generator: torch.Generator) -> Int[Tensor, "c"]:
-        """How often each class is decided at ``clean + delta + noise``, in the order of ``classes``."""
-        counts = torch.zeros(len(self.classes), dtype=torch.int64)
+        """How often each class is decided at ``clean + delta + noise``, as in ``classes``; last, how often none is."""
+        slots = len(self.classes) + 1
+        counts = torch.zeros(slots, dtype=torch.int64)
         for noise in self.noise(count, generator):
-            counts += torch.bincount(decided(self.margins(delta + noise)), minlength=len(self.classes))
+            counts += torch.bincount(decided(self.margins(delta + noise)), minlength=slots)
         return counts
 
 
 def decided(margins: Float[Tensor, "b c"]) -> Int[Tensor, "b"]:
     """Position of the decided class: 0, the label, where every margin is positive, else the strongest rival's.
 
-    A tie counts against the label. A margin that is NaN is no decision for the label either.
+    A tie counts against the label. Margins that are not all finite are no decision for anybody: the position after the
+    last class.
     """
-    worst, rival = margins.nan_to_num(-math.inf).min(dim=-1)
-    return torch.where(worst > 0.0, torch.zeros_like(rival), rival + 1)
+    worst, rival = margins.min(dim=-1)
+    chosen = torch.where(worst > 0.0, torch.zeros_like(rival), rival + 1)
+    return torch.where(torch.isfinite(margins).all(dim=-1), chosen, margins.shape[-1] + 1)
 
 
 def probability_below(successes: int, samples: int, failure: float) -> float:

@@ -13,6 +13,7 @@ from attnrobust.goals import Displacement, Margin
 from attnrobust.layers.graph import Activate, Affine, GraphBuilder, NetworkGraph
 from attnrobust.problem import Problem
 from attnrobust.smoothing import Smoothing, smooth
+from attnrobust.smoothing.smooth import _proves_other
 from attnrobust.smoothing.votes import Voters, decided, probability_above, probability_below
 from attnrobust.threats.measures import WassersteinBall
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
@@ -99,8 +100,15 @@ def test_noise_stays_on_the_tokens_that_move() -> None:
 
 
 def test_ties_and_broken_margins_are_no_decision_for_the_label() -> None:
-    margins = torch.tensor([[1.0, 2.0], [0.0, 2.0], [3.0, -1.0], [math.nan, 1.0]], dtype=torch.float64)
-    assert decided(margins).tolist() == [0, 1, 2, 1]
+    margins = torch.tensor(
+        [[1.0, 2.0], [0.0, 2.0], [3.0, -1.0], [math.nan, 1.0], [-math.inf, 1.0]], dtype=torch.float64
+    )
+    assert decided(margins).tolist() == [0, 1, 2, 3, 3]
+
+
+def test_votes_for_nobody_prove_nothing() -> None:
+    assert not _proves_other(torch.tensor([0, 0, 0, 1000]), 1e-3)
+    assert _proves_other(torch.tensor([0, 1000, 0, 0]), 1e-3)
 
 
 @pytest.mark.parametrize(("successes", "samples"), [(0, 20), (7, 20), (20, 20), (997, 1000)])
