@@ -16,6 +16,7 @@ from attnrobust.layers.attention import Attention
 from attnrobust.models.adapters import Adapter, refuse
 from attnrobust.models.arrays import read_arrays
 from attnrobust.models.checks.agreement import disagreement
+from attnrobust.models.checks.true_float64 import TrueFloat64
 from attnrobust.text import natural_order
 from attnrobust.tokens import TokenMeasure
 
@@ -165,7 +166,7 @@ def run_model(model: nn.Module, model_inputs: Mapping[str, Any]) -> Any:
             f"{meta[0]} is on the meta device, without values; load the model without offloading"
         )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), TrueFloat64():
             return model(**model_inputs)
     except InputError:
         raise

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from attnrobust.layers.attention import Attention
+from attnrobust.models.checks.true_float64 import TrueFloat64
 
 AGREEMENT = 1e-9  # of the part that depends on the tokens; float64 forwards agree to ~1e-14, wrong masks to ~1e-1
 EPS = torch.finfo(torch.float64).eps
@@ -120,5 +121,5 @@ def call_in_float64(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         name: value.detach().to(torch.float64) if value.is_floating_point() else value
         for name, value in (*twin.named_parameters(), *twin.named_buffers())
     }
-    with torch.no_grad():
+    with torch.no_grad(), TrueFloat64():
         return functional_call(twin, state, args, dict(kwargs))
