@@ -6,14 +6,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.attacks.measures.expand import expand_layer, expanded_goal, expanded_problem, goal_row
+from attnrobust.attacks.measures.expand import (
+    covers_copies,
+    expand_layer,
+    expanded_goal,
+    expanded_problem,
+    goal_row,
+    not_copied,
+)
 from attnrobust.attacks.method import AttackMethod, Attempt, Work
-from attnrobust.attacks.search.pullback import FEATURES, covers
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.attacks.verification import VerifiedPoint
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.layers.attention import Attention
-from attnrobust.layers.features import features_of
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.problem import Problem
 from attnrobust.threats.copies import CausalOrder, Copies
@@ -51,7 +56,7 @@ def duplication_effect(
     """
     if copies < 1:
         raise InputError(f"copies must be >= 1; got {copies}")
-    if not covers(layer):
+    if not covers_copies(layer):
         raise UnsupportedModelError(f"the closed form of copies does not cover this {type(layer).__name__}")
     weights, values = layer.weights(points, mass), layer.values(points)
     averages = weights @ values
@@ -87,8 +92,7 @@ class TokenDuplication(AttackMethod):
             return _refused_network(problem)
         if type(layer) is not Attention:
             return f"it handles Attention layers; {type(layer).__name__} does not say what a copy is"
-        unknown = features_of(layer) - FEATURES
-        return f"it does not know what a copy is under {', '.join(sorted(unknown))}" if unknown else None
+        return None if covers_copies(layer) else f"it does not know what a copy is under {not_copied(layer)}"
 
     def search(self, work: Work) -> list[Attempt]:
         return [_duplicated(problem, copies_of(problem), work) for problem in work.problems]

@@ -7,13 +7,16 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnrobust.errors import InputError
+from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.features import PLAIN, used_features
+from attnrobust.layers.head_bias import HeadBias
 from attnrobust.layers.heads import ScaledHeadSpecification, combine, log_mass, project
-from attnrobust.tokens import as_tensor, tensor_digest
+from attnrobust.layers.masks import checked_mask, hidden_keys
+from attnrobust.layers.rotary import Rotary
+from attnrobust.tokens import as_count, tensor_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,9 @@ class Attention(ScaledHeadSpecification):
 
     ``q = x w_q + b_q``, ``k = x w_k + b_k``, ``v = x w_v + b_v`` per head, scores
     ``s_ij = scale <q_i, k_j> + mask_ij + log(mass_j)`` and ``P = softmax_j(s)``. Equal masses cancel in the softmax.
-    Without ``w_o`` the heads are concatenated (output width h v) and ``b_o`` is added if given.
+    Without ``w_o`` the heads are concatenated (output width h v) and ``b_o`` is added if given. Rotary positions turn
+    q_i and k_j before their product; position biases are added to the scores. Where groups of heads share keys and
+    values, their weights are given once a head.
 
     Args:
         w_q: Query weights (h, d, k).
@@ -36,6 +41,12 @@ class Attention(ScaledHeadSpecification):
         scale: Factor on the scores; None means 1/sqrt(k).
         mask: Additive score mask (n, n), finite or -inf, or None; it fixes n.
         causal: Query i sees keys j <= i only (any n).
+        rotary: Rotary positions of queries and keys, or None.
+        head_bias: Position biases of every head, or None.
+        window_left: Query i sees keys j >= i - window_left only; None: any. A sliding window of w keys is w - 1.
+        window_right: Query i sees keys j <= i + window_right only; None: any.
+        kv_heads: How many different key and value heads there are: h / kv_heads heads one after the other share one,
+            whose weights stand here once for each. For lists only; None: h.
 
     Raises:
         InputError: Shapes that do not fit, NaN or infinite weights, a mask row that hides every key.
@@ -52,6 +63,11 @@ class Attention(ScaledHeadSpecification):
     scale: float | None = None
     mask: Float[Tensor, "n n"] | None = None
     causal: bool = False
+    rotary: Rotary | None = None
+    head_bias: HeadBias | None = None
+    window_left: int | None = None
+    window_right: int | None = None
+    kv_heads: int | None = None
 
     feature_names: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("w_q", "w_k", "w_v"), PLAIN),
@@ -60,16 +76,58 @@ class Attention(ScaledHeadSpecification):
         "scale": "scale",
         "mask": "mask",
         "causal": "causal",
+        "rotary": "rotary",
+        "head_bias": "head_bias",
+        **dict.fromkeys(("window_left", "window_right"), "window"),
+        "kv_heads": PLAIN,
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("window_left", "window_right"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_count(name, getattr(self, name), least=0))
+        self._adopt_positions()
         if self.mask is not None:
-            object.__setattr__(self, "mask", _checked_mask(self.mask, causal=self.causal).to(self.w_q.device))
+            object.__setattr__(self, "mask", self._checked_mask(self.mask).to(self.w_q.device))
+        lengths = {"mask": None if self.mask is None else self.mask.shape[0]}
+        lengths |= {name: getattr(getattr(self, name), "length", None) for name in ("rotary", "head_bias")}
+        require_one_length(lengths)
+        if self.kv_heads is not None:
+            object.__setattr__(self, "kv_heads", _checked_groups(self))
+
+    def _adopt_positions(self) -> None:
+        """Check the position records, and put them where the weights live."""
+        for name, kind in (("rotary", Rotary), ("head_bias", HeadBias)):
+            value = getattr(self, name)
+            if value is not None and type(value) is not kind:
+                raise InputError(f"{name} is a {type(value).__name__}; give a {kind.__name__} or None")
+        if self.rotary is not None:
+            if 2 * self.rotary.planes > self.key_width:
+                raise InputError(f"rotary turns {2 * self.rotary.planes} coordinates; keys have {self.key_width}")
+            object.__setattr__(self, "rotary", self.rotary.to(self.device))
+        if self.head_bias is not None:
+            if self.head_bias.heads != self.heads:
+                raise InputError(f"the head bias is for {self.head_bias.heads} heads; the layer has {self.heads}")
+            object.__setattr__(self, "head_bias", self.head_bias.to(self.device))
+
+    def _checked_mask(self, mask: Tensor) -> Tensor:
+        mask = checked_mask(mask)
+        hidden = self._hidden(mask.shape[0])
+        visible = mask if hidden is None else mask.masked_fill(hidden.to(mask.device), -math.inf)
+        empty = torch.isneginf(visible).all(dim=1).nonzero().flatten().tolist()
+        if empty:
+            raise InputError(f"mask hides every key from query rows {empty[:8]}; each row must see at least one token")
+        return mask
+
+    def _hidden(self, n: int) -> Bool[Tensor, "n n"] | None:
+        """Keys that causality and the window hide from each query; None where they hide none of any input."""
+        left, right = self.window_left, self.window_right
+        return hidden_keys(n, causal=self.causal, left=left, right=right, device=self.device)
 
     @property
     def features(self) -> frozenset[str]:
-        """The optional parts in use: bias, out_projection, scale (another than 1/sqrt(k)), mask, causal."""
+        """The optional parts in use: bias, out_projection, scale (another than 1/sqrt(k)), mask, causal, rotary, ..."""
         used = used_features(self, self.feature_names)
         return used - {"scale"} if self.factor == 1.0 / math.sqrt(self.key_width) else used
 
@@ -77,15 +135,29 @@ class Attention(ScaledHeadSpecification):
 
     @cached_property
     def bilinear(self) -> Float[Tensor, "h d d"]:
-        """``B_h = scale w_q w_k^T``: score s_ij = x_i B x_j^T + key_offset . x_j + (terms of i alone)."""
+        """``B_h = scale w_q w_k^T``: score s_ij = x_i B x_j^T + key_offset . x_j + (terms of i alone).
+
+        Raises:
+            UnsupportedModelError: Rotary positions: there is one such form a pair of positions.
+        """
+        self._require_common_form()
         return self.factor * self.w_q @ self.w_k.transpose(-1, -2)
 
     @cached_property
     def key_offset(self) -> Float[Tensor, "h d"]:
-        """``c_h = scale w_k b_q``: the part of the score that is linear in the key token alone."""
+        """``c_h = scale w_k b_q``: the part of the score that is linear in the key token alone.
+
+        Raises:
+            UnsupportedModelError: Rotary positions: it differs from query to query.
+        """
+        self._require_common_form()
         if self.b_q is None:
             return self.w_k.new_zeros(self.heads, self.width)
         return self.factor * torch.einsum("hdk,hk->hd", self.w_k, self.b_q)
+
+    def _require_common_form(self) -> None:
+        if self.rotary is not None:
+            raise UnsupportedModelError("with rotary positions every pair of positions has a bilinear form of its own")
 
     @cached_property
     def value_output(self) -> Float[Tensor, "h d e"]:
@@ -101,19 +173,27 @@ class Attention(ScaledHeadSpecification):
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def queries(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b h n k"]:
-        """Query vectors of every head."""
-        return project(x, self.w_q, self.b_q)
+        """Query vectors of every head, turned by their positions."""
+        return self.turned(project(x, self.w_q, self.b_q))
 
     def keys(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b h n k"]:
-        """Key vectors of every head."""
-        return project(x, self.w_k, self.b_k)
+        """Key vectors of every head, turned by their positions."""
+        return self.turned(project(x, self.w_k, self.b_k))
+
+    def turned(self, heads: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
+        """Vectors of the queries or keys of all tokens, turned by rotary positions; as they are without."""
+        return heads if self.rotary is None else self.rotary.turn(heads)
+
+    def turned_back(self, heads: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
+        """The adjoint and inverse of ``turned``."""
+        return heads if self.rotary is None else self.rotary.turn_back(heads)
 
     def values(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b h n v"]:
         """Value vectors of every head, bias included."""
         return project(x, self.w_v, self.b_v)
 
     def score_bias(self, n: int, mass: Float[Tensor, "*m n"] | None = None) -> Float[Tensor, "..."] | None:
-        """What is added to the scores: mask, causal mask and log-mass.
+        """What is added to the scores: mask, head bias, causal mask, window and log-mass.
 
         None if nothing is added, else broadcastable to (*b, h, n, n).
         """
@@ -122,8 +202,11 @@ class Attention(ScaledHeadSpecification):
             if self.mask.shape[0] != n:
                 raise InputError(f"the layer's mask is for {self.mask.shape[0]} tokens, the input has {n}")
             bias = self.mask
-        if self.causal:
-            hidden = torch.ones(n, n, dtype=torch.bool, device=self.device).triu(1)
+        if self.head_bias is not None:
+            added = self.head_bias.matrix(n)
+            bias = added if bias is None else bias + added
+        hidden = self._hidden(n)
+        if hidden is not None:
             zero = self.w_q.new_zeros(n, n) if bias is None else bias
             bias = zero.masked_fill(hidden, -math.inf)
         if mass is not None:
@@ -167,21 +250,38 @@ class Attention(ScaledHeadSpecification):
         """SHA-256 over everything that defines the layer."""
         return tensor_digest(
             self.w_q, self.w_k, self.w_v, self.b_q, self.b_k, self.b_v, self.w_o, self.b_o, self.mask,
-            extra=f"attention;{self.factor!r};{self.causal}",
+            extra=f"attention;{self.factor!r};{self.causal}{self._positions_digest}",
         )  # fmt: skip
 
+    @property
+    def _positions_digest(self) -> str:
+        """The parts that most layers do not have: nothing where there are none."""
+        parts = {
+            "rotary": None if self.rotary is None else self.rotary.digest,
+            "head_bias": None if self.head_bias is None else self.head_bias.digest,
+            "window_left": self.window_left,
+            "window_right": self.window_right,
+        }
+        return "".join(f";{name}={value}" for name, value in parts.items() if value is not None)
 
-def _checked_mask(mask: Tensor, *, causal: bool) -> Tensor:
-    mask = as_tensor("mask", mask)
-    if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
-        raise InputError(f"mask must have shape (n, n); got {tuple(mask.shape)}")
-    if not mask.is_floating_point():
-        raise InputError(f"mask has dtype {mask.dtype}; give additive scores (0 = visible, -inf = hidden)")
-    mask = mask.detach().to(torch.float64, copy=True)
-    if bool(torch.isnan(mask).any()) or bool((mask == math.inf).any()):
-        raise InputError("mask holds NaN or +inf; only finite numbers and -inf are allowed")
-    visible = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -math.inf) if causal else mask
-    empty = torch.isneginf(visible).all(dim=1).nonzero().flatten().tolist()
-    if empty:
-        raise InputError(f"mask hides every key from query rows {empty[:8]}; each row must see at least one token")
-    return mask
+
+def require_one_length(lengths: Mapping[str, int | None]) -> None:
+    """Refuse parts of a layer that fix different numbers of tokens."""
+    fixed = {name: n for name, n in lengths.items() if n is not None}
+    if len(set(fixed.values())) > 1:
+        each = ", ".join(f"{name} {n}" for name, n in fixed.items())
+        raise InputError(f"parts of the layer are for different numbers of tokens: {each}")
+
+
+def _checked_groups(layer: Attention) -> int:
+    """The number of key and value heads, whose repeated weights must be equal."""
+    groups = as_count("kv_heads", layer.kv_heads)
+    if layer.heads % groups:
+        raise InputError(f"kv_heads is {groups}; it must divide the {layer.heads} heads")
+    for name in ("w_k", "w_v", "b_k", "b_v"):
+        value = getattr(layer, name)
+        if value is not None:
+            grouped = value.unflatten(0, (groups, layer.heads // groups))
+            if not bool((grouped == grouped[:, :1]).all()):
+                raise InputError(f"kv_heads is {groups}, but {name} differs within a group of heads; repeat its rows")
+    return groups

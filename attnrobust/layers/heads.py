@@ -55,7 +55,7 @@ class Specification(ABC):
 
     def to(self: S, device: torch.device | str) -> S:
         """The same map on another device."""
-        moved: dict[str, Any] = {name: v.to(device) for name, v in record(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {name: v.to(device) for name, v in record(self).items() if hasattr(v, "to")}
         return replace(self, **moved)  # type: ignore[type-var]
 
 

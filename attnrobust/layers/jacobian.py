@@ -18,7 +18,8 @@ class AttentionJacobian:
 
     With ``dq = V w_q``, ``dk = V w_k``, ``dv = V w_v`` and ``ds_ij = scale (<dq_i, k_j> + <q_i, dk_j>)``:
     ``(J V)_i = sum_h [ sum_j P_ij dv_j + sum_j P_ij (ds_ij - sum_l P_il ds_il) v_j ] w_o``.
-    Masks and masses enter through P alone; b_v, b_o and b_k drop out of the derivative.
+    Masks, biases of positions and masses enter through P alone; b_v, b_o and, without rotary positions, b_k drop out of
+    the derivative. Rotary positions turn q, k, dq and dk.
 
     Args:
         attention: The layer.
@@ -62,7 +63,9 @@ class AttentionJacobian:
 
     @cached_property
     def keys(self) -> Float[Tensor, "*b h n k"]:
-        """Keys without bias (it cancels), times the score factor."""
+        """Keys times the score factor; without their bias where it cancels (no rotary positions)."""
+        if self.attention.rotary is not None:
+            return self.attention.factor * self.attention.keys(self.points)
         return self.attention.factor * torch.einsum("...nd,hdk->...hnk", self.points, self.attention.w_k)
 
     @cached_property
@@ -88,6 +91,7 @@ class AttentionJacobian:
         v = v.expand(*torch.broadcast_shapes(v.shape[:-2], self.points.shape[:-2]), *v.shape[-2:])
         widths = [layer.heads * layer.key_width, layer.heads * layer.key_width, layer.heads * layer.value_width]
         dq, dk, dv = (to_heads(part, layer.heads) for part in (v @ self._into).split(widths, dim=-1))
+        dq, dk = layer.turned(dq), layer.turned(dk)
         queries, keys = self.queries.expand_as(dq), self.keys.expand_as(dk)
         scores = torch.cat([dq, queries], dim=-1) @ torch.cat([keys, dk], dim=-1).transpose(-1, -2)
         change = _centred(scores, weights)
@@ -99,8 +103,8 @@ class AttentionJacobian:
         layer, weights = self.attention, self.weights
         heads = _split(layer, u)
         change = _centred(heads @ self.values.transpose(-1, -2), weights)
-        dq = change @ self.keys
-        dk = change.transpose(-1, -2) @ self.queries
+        dq = layer.turned_back(change @ self.keys)
+        dk = layer.turned_back(change.transpose(-1, -2) @ self.queries)
         dv = weights.transpose(-1, -2) @ heads
         return torch.cat([from_heads(part) for part in (dq, dk, dv)], dim=-1) @ self._into.T
 

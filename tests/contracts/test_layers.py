@@ -8,7 +8,9 @@ import torch
 
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.features import features_of
+from attnrobust.layers.head_bias import HeadBias
 from attnrobust.layers.network import Network, Residual
+from attnrobust.layers.rotary import Rotary
 from attnrobust.layers.variants.sigmoid import SigmoidAttention
 from tests.contracts.questions import LAYERS, attention, specifications
 
@@ -18,7 +20,7 @@ class Capped(Attention):
     """A field that came later."""
 
     cap: float | None = None
-    window: int = 0
+    delay: int = 0
     power: float = 2.0
 
 
@@ -55,6 +57,10 @@ def test_the_plain_layer_has_no_optional_part(kind: type) -> None:
         ({"scale": 0.3}, "scale"),
         ({"mask": torch.zeros(3, 3)}, "mask"),
         ({"causal": True}, "causal"),
+        ({"window_left": 0}, "window"),
+        ({"window_right": 2}, "window"),
+        ({"rotary": Rotary(torch.ones(1))}, "rotary"),
+        ({"head_bias": HeadBias(slopes=torch.ones(1))}, "head_bias"),
     ],
 )
 def test_optional_parts_of_attention_are_features(changes: dict[str, Any], feature: str) -> None:
@@ -64,7 +70,7 @@ def test_optional_parts_of_attention_are_features(changes: dict[str, Any], featu
 
 def test_fields_that_came_later_are_features_of_their_own_names() -> None:
     assert attention(Capped).features == {"power"}  # a default that is part of the formula is not "nothing"
-    assert attention(Capped, cap=5.0, window=3).features == {"power", "cap", "window"}
+    assert attention(Capped, cap=5.0, delay=3).features == {"power", "cap", "delay"}
     gated = Gated(**{name: getattr(attention(), name) for name in ("w_q", "w_k", "w_v")})
     assert gated.features == frozenset()
     assert replace(gated, gate=torch.ones(1)).features == {"gate"}

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,21 @@ from attnrobust.problem import Problem, TokenMap
 from attnrobust.threats.copies import CausalOrder
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure, tensor_digest
+
+
+PLACED = frozenset({"rotary", "head_bias", "window"})
+"""Features that depend on a token's place: it is not said where a copy or a split token stands."""
+
+
+def covers_copies(layer: TokenMap) -> TypeGuard[Attention]:
+    """Whether it is known what the layer does with copied or split tokens."""
+    return covers(layer) and not features_of(layer) & PLACED
+
+
+def not_copied(layer: TokenMap) -> str:
+    """What of the layer keeps it from being known, by name."""
+    unknown = features_of(layer) - (FEATURES - PLACED)
+    return ", ".join(sorted(unknown)) or f"the subclass {type(layer).__name__}"
 
 
 @dataclass(frozen=True)
@@ -56,12 +71,12 @@ def expand_layer(layer: TokenMap, parent: Int[Tensor, "m"], n: int, *, order: Ca
 
     Raises:
         UnsupportedModelError: A map with a mask that is not known to act on scores; a subclass of ``Attention``, or one
-            with a feature added later.
+            whose scores depend on the tokens' places otherwise, or with a feature added later.
         InputError: "strict" with atoms that are not in the order of their parents.
     """
     if isinstance(layer, Attention):
-        if not covers(layer):
-            unknown = ", ".join(sorted(features_of(layer) - FEATURES)) or f"the subclass {type(layer).__name__}"
+        if not covers_copies(layer):
+            unknown = not_copied(layer)
             raise UnsupportedModelError(f"it is not known what {unknown} of Attention does with split or copied tokens")
         return _expand_attention(layer, parent, n, order)
     if isinstance(layer, NetworkGraph):

@@ -148,6 +148,8 @@ class FusedAttention:
         sizes = [self.heads * width for width in self.widths]
         flat = functional.linear(x, self.w_in, self.b_in).split(sizes, dim=-1)
         queries, keys, values = (part.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for part in flat)
+        if self.layer.rotary is not None:
+            queries, keys = (self.layer.turned(part).to(self.dtype) for part in (queries, keys))
         bias = self.layer.score_bias(n, mass)
         mask = None if bias is None else bias.to(self.dtype)
         factor = self.layer.factor

@@ -11,7 +11,7 @@ from attnrobust.layers.attention import Attention
 from attnrobust.layers.features import features_of
 from attnrobust.layers.token_map import TokenMap
 
-FEATURES = frozenset({"bias", "out_projection", "scale", "mask", "causal"})
+FEATURES = frozenset({"bias", "out_projection", "scale", "mask", "causal", "window", "rotary", "head_bias"})
 """The features of attention layers that the closed forms of this folder evaluate."""
 
 
@@ -37,8 +37,9 @@ class PreparedAttention:
         self.b_in = torch.cat([_flat_bias(b, w) for b, w in zip(biases, parts, strict=True)])
         self.w_out = None if layer.w_o is None else layer.w_o.flatten(0, 1)
         self.b_out = layer.b_o
-        bias = layer.score_bias(n, mass)  # (n, n), or (p, 1, 1 or n, n) with masses
-        self.score_bias = bias if bias is None or bias.ndim == 2 else bias[:, None]
+        bias = layer.score_bias(n, mass)  # (n, n) or (h, n, n), or (p, 1 or h, 1 or n, n) with masses
+        self.score_bias = bias if bias is None or mass is None else bias[:, None]
+        self.turned, self.turned_back = layer.turned, layer.turned_back
 
     def forward(self, x: Float[Tensor, "p r n d"]) -> "AttentionTape":
         """Evaluate the layer and keep what the derivatives need."""
@@ -58,7 +59,7 @@ class PreparedAttention:
         """Cut the fused projection into per-head queries, keys and values."""
         k, v = self.heads * self.key_width, self.heads * self.value_width
         queries, keys, values = projected.split((k, k, v), dim=-1)
-        return self._heads(queries), self._heads(keys), self._heads(values)
+        return self.turned(self._heads(queries)), self.turned(self._heads(keys)), self._heads(values)
 
     def _heads(self, flat: Float[Tensor, "p r n hk"]) -> Float[Tensor, "p r h n k"]:
         p, r, n, width = flat.shape
@@ -96,7 +97,8 @@ class AttentionTape:
         g = self.layer.uncombine(cotangent)
         score = g @ self.values.mT
         score = score.sub_((g * self.averages).sum(dim=-1, keepdim=True)).mul_(self.weights)
-        parts = (score @ self.keys, score.mT @ self.queries, self.weights.mT @ g)
+        back = self.layer.turned_back
+        parts = (back(score @ self.keys), back(score.mT @ self.queries), self.weights.mT @ g)
         flat = torch.cat([part.transpose(-3, -2).flatten(-2) for part in parts], dim=-1)
         return _product(flat, self.layer.w_in.mT)
 
@@ -119,7 +121,7 @@ class AttentionTape:
         g = self.layer.uncombine(cotangent)
         score = g @ self.values.mT
         score = score.sub_((g * self.averages).sum(dim=-1, keepdim=True)).mul_(self.weights)
-        dq = (score @ self.keys).transpose(-3, -2).flatten(-2)
+        dq = self.layer.turned_back(score @ self.keys).transpose(-3, -2).flatten(-2)
         return _product(dq, self.layer.w_in[:, : dq.shape[-1]].mT)
 
 

@@ -98,6 +98,7 @@ class AttentionState(NodeState[AttentionFeatures]):
     def features(self, a: Edges) -> AttentionFeatures:
         layer, state = self.jacobian.attention, self.jacobian
         dq, dk, dv = (torch.einsum("...nd,hdk->...hnk", a[0], w) for w in (layer.w_q, layer.w_k, layer.w_v))
+        dq, dk = layer.turned(dq), layer.turned(dk)
         logits = dq @ state.keys.mT + state.queries @ dk.mT
         return AttentionFeatures(dq, dk, dv, self._centre(logits))
 
@@ -180,6 +181,7 @@ class AttentionState(NodeState[AttentionFeatures]):
         for cotangent, f in on_bends:
             on_queries = on_queries + layer.factor * (cotangent @ f.keys)
             on_keys = on_keys + layer.factor * (cotangent.mT @ f.queries)
+        on_queries, on_keys = layer.turned_back(on_queries), layer.turned_back(on_keys)
         tokens = _back(on_queries, layer.w_q) + _back(on_keys, layer.w_k) + _back(on_values, layer.w_v)
         return (tokens,)
 
