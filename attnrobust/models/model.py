@@ -140,7 +140,7 @@ class ModuleModel(Model):
     def _tap(self, info: LayerInfo) -> Tap:
         if info.name not in self._taps:
             module = self.module.get_submodule(info.name)
-            adapter = adapter_for(module)
+            adapter = adapter_for(module, self.module)
             assert adapter is not None  # noqa: S101 - resolve returns supported layers only
             self._taps[info.name] = Tap(module, adapter, adapter.spec(module))
         return self._taps[info.name]

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from attnrobust.layers.attention import Attention
 from attnrobust.models.checks.true_float64 import TrueFloat64
 
-AGREEMENT = 1e-9  # of the part that depends on the tokens; float64 forwards agree to ~1e-14, wrong masks to ~1e-1
+AGREEMENT = 1e-10  # of the part that depends on the tokens; float64 forwards agree to ~1e-14, wrong masks to ~1e-1
 EPS = torch.finfo(torch.float64).eps
 SPREAD = 4.0  # of the check's scores: neither all alike (any score function would pass) nor one-hot
 LONGEST_SCALE = 1e8
@@ -25,7 +25,7 @@ def disagreement(
 ) -> float | None:
     """How far an output is from the specification, or None if it agrees up to the rounding of float64.
 
-    Entry by entry the difference may be ``1e-9 sum_h P_h |v_h - mean v_h| |w_o^h|``, the size of the part that a wrong
+    Entry by entry the difference may be ``1e-10 sum_h P_h |v_h - mean v_h| |w_o^h|``, the size of the part that a wrong
     mask or score would change, plus the rounding of all terms of the sums: ``4 (n + d + h v) eps`` times the same
     expression with every factor by its absolute value, and ``8 eps |b_o|``. Nothing in it is absolute, so that layers
     with outputs of any size are held to the same.
@@ -98,19 +98,22 @@ def _spread(scores: Float[Tensor, "h n n"]) -> float:
 # ---- calling a module ------------------------------------------------------------------------------------------------
 
 
-def float64_twin(module: nn.Module) -> nn.Module:
+def float64_twin(module: nn.Module, *, implementation: str = "sdpa") -> nn.Module:
     """A copy of a module's structure, with its hooks and own ``forward``, that shares the weights.
 
-    Hugging Face configurations are set to sdpa in the copy only, since the eager code of some models rounds to float32;
-    a compiled forward is left out, as it is the same function.
+    Hugging Face configurations name one implementation of attention, in the copy only; a compiled forward is left out,
+    as it is the same function.
     """
     twin = copy.copy(module)
-    twin.__dict__["_modules"] = {n: None if m is None else float64_twin(m) for n, m in module._modules.items()}  # noqa: SLF001
+    twin.__dict__["_modules"] = {
+        name: None if part is None else float64_twin(part, implementation=implementation)
+        for name, part in module._modules.items()  # noqa: SLF001
+    }
     twin.__dict__["_compiled_call_impl"] = None
     config = getattr(module, "config", None)
     if hasattr(config, "_attn_implementation"):
         own: Any = copy.copy(config)
-        own._attn_implementation = "sdpa"  # noqa: SLF001
+        own._attn_implementation = implementation  # noqa: SLF001
         twin.config = own
     return twin
 
