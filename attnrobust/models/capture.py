@@ -248,7 +248,4 @@ def _cause(module: nn.Module, spec: Attention, tokens: Tensor, actual: Tensor) -
     if not spec.causal and disagreement(replace(spec, causal=True), tokens, actual) is None:
         cure = "; from_torch(module, causal=True) specifies it" if type(module) is nn.MultiheadAttention else ""
         return f"the model adds a causal mask that the module itself does not tell of{cure}"
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
-    if implementation != "sdpa":
-        return f"attn_implementation={implementation!r} may round to float32; load the model with 'sdpa'"
     return "the model adds a mask (padding, say: delete the padded tokens), bias or cache that is not modelled"

@@ -31,6 +31,7 @@ from attnrobust.models.adapters import (
 )
 from attnrobust.models.interface.adapter import InterfaceAdapter
 from attnrobust.models.interface.families import FAMILIES
+from attnrobust.models.own_attention import OWN, OwnAttentionAdapter
 from attnrobust.models.unmodelled import unmodelled_reason
 
 _MODELS = "transformers.models"
@@ -183,7 +184,12 @@ class BertBlockAdapter(Adapter):
         return _hidden_states(module, args, kwargs)
 
 
-HF_ADAPTERS: tuple[Adapter, ...] = (SelfAttentionAdapter(), BertBlockAdapter(), InterfaceAdapter())
+HF_ADAPTERS: tuple[Adapter, ...] = (
+    SelfAttentionAdapter(),
+    BertBlockAdapter(),
+    InterfaceAdapter(),
+    OwnAttentionAdapter(),
+)
 
 
 # ---- what is not modelled --------------------------------------------------------------------------------------------
@@ -192,7 +198,7 @@ HF_ADAPTERS: tuple[Adapter, ...] = (SelfAttentionAdapter(), BertBlockAdapter(), 
 def known_ancestor(module: nn.Module) -> str | None:
     """The attention class with an adapter of which the module's class is a proper subclass, if any."""
     ancestors = (f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__[1:])
-    known = LAYOUTS.keys() | BLOCKS | FAMILIES.keys() | {"torch.nn.modules.activation.MultiheadAttention"}
+    known = LAYOUTS.keys() | BLOCKS | FAMILIES.keys() | OWN.keys() | {"torch.nn.modules.activation.MultiheadAttention"}
     return next((path.rsplit(".", 1)[1] for path in ancestors if path in known), None)
 
 

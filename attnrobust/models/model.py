@@ -19,6 +19,7 @@ from attnrobust.models.listing import LayerInfo, adapter_for, describe, find_lay
 from attnrobust.models.networks.confirmation import OwnModel
 from attnrobust.models.networks.plan import EMBEDDINGS, Head, HeadName, Plan, Wanted
 from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, readable_classes, refuse_unread
+from attnrobust.models.own_attention import exact_positions
 from attnrobust.models.pretrained import Pretrained, TextEncoder, eager_experts, load_pretrained, longest_input
 from attnrobust.tokens import TokenMeasure
 
@@ -325,6 +326,8 @@ def _exact(module: nn.Module) -> nn.Module:
             part.use_nested_tensor = False  # nested tensors leave the padded tokens out before attention sees them
         if callable(getattr(part, "set_experts_implementation", None)):
             eager_experts(part)
+        if type(part).__name__ == "GPTJAttention":
+            exact_positions(part)
     return module
 
 

@@ -79,7 +79,7 @@ def check_tokens(spec: Attention) -> tuple[Float[Tensor, "n d"], ...]:
     """
     generator = torch.Generator().manual_seed(0)
     plain, scaled = (
-        torch.randn(n, spec.width, generator=generator, dtype=torch.float64).to(spec.device) for n in CHECK_SIZES
+        torch.randn(n, spec.width, generator=generator, dtype=torch.float64).to(spec.device) for n in _sizes(spec)
     )
     scale = 1.0
     for _ in range(6):  # the spread is between linear and quadratic in the scale, so the exponent halves its error
@@ -89,6 +89,12 @@ def check_tokens(spec: Attention) -> tuple[Float[Tensor, "n d"], ...]:
             break
         scale = min(LONGEST_SCALE, max(1.0 / LONGEST_SCALE, scale * (SPREAD / spread) ** 0.5))
     return plain, scale * scaled
+
+
+def _sizes(spec: Attention) -> tuple[int, ...]:
+    """Token counts of the check; positions that are given token by token fix them."""
+    fixed = [getattr(part, "length", None) for part in (spec.rotary, spec.head_bias)]
+    return next(((length, length) for length in fixed if length is not None), CHECK_SIZES)
 
 
 def _spread(scores: Float[Tensor, "h n n"]) -> float:

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.head_bias import HeadBias
 from attnrobust.models.adapters import (
     CONV1D,
     LINEAR,
@@ -19,6 +21,7 @@ from attnrobust.models.adapters import (
     linear_reasons,
     refuse,
 )
+from attnrobust.models.biases import beit_bias, t5_bias
 from attnrobust.models.checks.call_sites import ACROSS, is_called_with
 from attnrobust.models.interface.families import FAMILIES, Family
 from attnrobust.models.interface.looking import uses_interface
@@ -26,7 +29,10 @@ from attnrobust.models.interface.positions import RotarySource, rotary_source
 from attnrobust.models.interface.reading import Reader
 from attnrobust.models.unmodelled import unmodelled_features
 
-OTHER_TOKENS = ("key_value_states", "encoder_hidden_states")
+CROSS = ("key_value_states",)
+"""Arguments that only calls for cross attention have in their source."""
+
+OTHER_TOKENS = (*CROSS, "encoder_hidden_states")
 """Arguments that make a call cross attention."""
 
 
@@ -60,21 +66,24 @@ class InterfaceAdapter(Adapter):
         linears = [name for name, part in module.named_modules() if class_path(part) in (LINEAR, CONV1D)]
         for name in linears:
             yield from linear_reasons(module, name, classes=(LINEAR, CONV1D))
-        own = [n for n, _ in module.named_parameters() if n.split(".")[0] in _family(module).beside]
+        known = (*_family(module).beside, *_family(module).positions)
+        own = [name for name, _ in module.named_parameters() if name.split(".")[0] in known]
         yield from foreign_reasons(module, linears, own=own)
 
     def read(self, module: nn.Module) -> Attention:
-        source = self._source(module)
-        reader = Reader(
-            module, part=_family(module).output, width=_width(module), source=source, arguments=_required(module)
-        )
-        return reader.attention(causal=_is_causal(module))
+        source, family = self._source(module), _family(module)
+        reader = Reader(module, part=family.output, width=_width(module), source=source, arguments=self._extra(module))
+        spec = reader.attention(causal=_is_causal(module))
+        bias = self._bias(module)
+        return spec if bias is None else replace(spec, head_bias=bias)
 
     def call(self, module: nn.Module, spec: Attention, tokens: Float[Tensor, "n d"]) -> Call:
-        n = tokens.shape[0]
-        bias = spec.score_bias(n)
-        shaped = None if bias is None else bias.expand(1, spec.heads, n, n)
-        arguments = {**_required(module), _family(module).mask: shaped}
+        n, family = tokens.shape[0], _family(module)
+        added = replace(spec, head_bias=None) if family.bias in ("t5", "own") else spec
+        bias = added.score_bias(n)
+        arguments = {**_required(module), family.mask: None if bias is None else bias.expand(1, spec.heads, n, n)}
+        if family.bias == "t5" and spec.head_bias is not None:
+            arguments["position_bias"] = spec.head_bias.matrix(n)[None]
         source = self._source(module)
         if source is not None:
             arguments["position_embeddings"] = source.tables(n)
@@ -98,11 +107,26 @@ class InterfaceAdapter(Adapter):
             return None
         return rotary_source(module if self.model is None else self.model, module)
 
+    def _bias(self, module: nn.Module) -> HeadBias | None:
+        """Position biases that the module is given."""
+        readers = {"t5": t5_bias, "beit": beit_bias}
+        read = readers.get(_family(module).bias)
+        return None if read is None else read(module if self.model is None else self.model, module)
+
+    def _extra(self, module: nn.Module) -> dict[str, Any]:
+        """Arguments of the calls that look; T5 is given a bias, so that it makes none itself."""
+        none = next(module.parameters()).new_zeros(1, 1, 1, 1, dtype=torch.float64)
+        return _required(module) | ({"position_bias": none} if _family(module).bias == "t5" else {})
+
     def _is_across(self, module: nn.Module) -> bool:
-        if getattr(module, "is_cross_attention", False) or self.model is None:
-            return bool(getattr(module, "is_cross_attention", False))
+        if getattr(module, "is_cross_attention", False):
+            return True
+        if self.model is None:
+            return False
         name = next((name for name, part in self.model.named_modules() if part is module), "")
-        return bool(name) and is_called_with(self.model, name, OTHER_TOKENS)
+        return "crossattention" in name.split(".") or (
+            bool(name) and is_called_with(self.model, name, OTHER_TOKENS[:1])
+        )
 
 
 def _family(module: nn.Module) -> Family:
@@ -117,7 +141,7 @@ def _turns(module: nn.Module) -> bool:
 def _is_causal(module: nn.Module) -> bool:
     """CLIP has one class for images and texts, whose encoder alone makes the mask."""
     text = type(getattr(module, "config", None)).__name__ == "CLIPTextConfig"
-    return text or bool(getattr(module, "is_causal", False))
+    return text or bool(getattr(module, "is_causal", getattr(module, "is_decoder", False)))
 
 
 def _width(module: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 _MODELS = "transformers.models"
 
@@ -15,11 +16,16 @@ class Family:
             LayerNorm) is outside.
         beside: Submodules after the output.
         mask: Name of the argument that takes the mask.
+        bias: Who adds position biases to the scores: "" (nobody), "t5" (the first block of the stack, for all), "beit"
+            (the block and the encoder, by the mask), or "own" (the module itself).
+        positions: Submodules that hold position biases.
     """
 
     output: str = ""
     beside: tuple[str, ...] = ()
     mask: str = "attention_mask"
+    bias: Literal["", "t5", "beit", "own"] = ""
+    positions: tuple[str, ...] = ()
 
 
 _PLAIN = Family()
@@ -67,11 +73,14 @@ FAMILIES: Mapping[str, Family] = {
             "nomic_bert": "NomicBertAttention",
             "esm": "EsmSelfAttention",
             "qwen2_vl": "Qwen2VLAttention",
-            "swin": "SwinAttention",
-            "beit": "BeitAttention",
         },
     ),
     **_classes(Family(output="dense", beside=("LayerNorm",)), {"albert": "AlbertAttention"}),
-    **_classes(Family(mask="mask"), {"t5": "T5Attention", "mt5": "MT5Attention"}),
+    **_classes(
+        Family(mask="mask", bias="t5", positions=("relative_attention_bias",)),
+        {"t5": "T5Attention", "mt5": "MT5Attention"},
+    ),
+    **_classes(Family(bias="beit"), {"beit": "BeitAttention"}),
+    **_classes(Family(bias="own", positions=("relative_position_bias",)), {"swin": "SwinAttention"}),
 }
 """Every class that is read at the interface."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnrobust.models.adapters import refuse
+from attnrobust.models.biases import owners
 from attnrobust.models.checks.agreement import call_in_float64, float64_twin
 
 EXACT = ("default", "linear", "llama3", "yarn", "proportional")
@@ -94,11 +95,3 @@ def _rotary_children(owner: nn.Module) -> Iterator[nn.Module]:
     for child in owner.children():
         if "Rotary" in type(child).__name__ or "RoPE" in type(child).__name__ or "Rope" in type(child).__name__:
             yield child
-
-
-def owners(model: nn.Module, module: nn.Module) -> Iterator[nn.Module]:
-    """The modules around one, from the nearest to the root."""
-    name = next((name for name, part in model.named_modules() if part is module), None)
-    parts = name.split(".") if name else []
-    for length in range(len(parts), -1, -1):
-        yield model.get_submodule(".".join(parts[:length]))
