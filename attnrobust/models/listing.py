@@ -36,6 +36,10 @@ class LayerInfo:
         v: Value width of one head.
         e: Output width.
         mask: "none", "causal", "fixed" (the layer's own (n, n) mask), or "unknown" if not supported.
+        kv_heads: Number of different keys and values, where heads share them; None otherwise.
+        rotary: Layout and share of the turned coordinates, such as "half, 16 of 64"; None without rotary positions.
+        window: A sliding window: how many keys a query sees on its left, itself included; None without.
+        bias: The rule of position biases, "slopes" (ALiBi), "table" or "explicit"; None without.
     """
 
     name: str
@@ -48,11 +52,16 @@ class LayerInfo:
     v: int | None = None
     e: int | None = None
     mask: Literal["none", "causal", "fixed", "unknown"] = "unknown"
+    kv_heads: int | None = None
+    rotary: str | None = None
+    window: int | None = None
+    bias: str | None = None
 
 
 def describe(name: str, kind: str, spec: Attention) -> LayerInfo:
     """The listing of a supported layer."""
     mask: Literal["none", "causal", "fixed"] = "causal" if spec.causal else "none"
+    turned = spec.rotary
     return LayerInfo(
         name=name,
         kind=kind,
@@ -63,6 +72,10 @@ def describe(name: str, kind: str, spec: Attention) -> LayerInfo:
         v=spec.value_width,
         e=spec.out_width,
         mask="fixed" if spec.mask is not None else mask,
+        kv_heads=spec.kv_heads,
+        rotary=None if turned is None else f"{turned.layout}, {2 * turned.planes} of {spec.key_width}",
+        window=None if spec.window_left is None else spec.window_left + 1,
+        bias=None if spec.head_bias is None else spec.head_bias.rule,
     )
 
 

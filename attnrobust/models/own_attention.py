@@ -30,7 +30,7 @@ from attnrobust.models.unmodelled import unmodelled_features
 _MODELS = "transformers.models"
 _LINEARS = (LINEAR, f"{_MODELS}.falcon.modeling_falcon.FalconLinear")
 
-Maps = Float[Tensor, "g width columns"]
+Maps = Float[Tensor, "_ width columns"]
 Split = Callable[[nn.Module, Tensor], tuple[Maps, Maps, Maps]]
 """Rows of a fused map (rows, columns) as those of queries, keys and values, group by group."""
 
@@ -232,7 +232,7 @@ def exact_positions(module: Any) -> None:
 
 # ---- projections -----------------------------------------------------------------------------------------------------
 
-Projection = tuple[Float[Tensor, "g width d"], Float[Tensor, "g width"] | None]
+Projection = tuple[Float[Tensor, "_ width d"], Float[Tensor, "_ width"] | None]
 
 
 def _fused(module: nn.Module, own: Own) -> tuple[Projection, Projection, Projection]:

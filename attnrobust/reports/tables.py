@@ -212,10 +212,29 @@ def layer_table(layers: Sequence[LayerInfo]) -> Table:
     """
     lines = [
         (
-            i.name, i.kind, *("-" if size is None else str(size) for size in (i.heads, i.d, i.e)), i.mask,
-            "yes" if i.supported else f"no: {i.reason}",
+            i.name, i.kind, _heads(i), *("-" if size is None else str(size) for size in (i.d, i.e)), _mask(i),
+            _positions(i), "yes" if i.supported else f"no: {i.reason}",
         )
         for i in layers
     ]  # fmt: skip
-    columns = [*words("layer", "kind"), *numbers("heads", "d", "out"), *words("mask", "supported")]
+    columns = [*words("layer", "kind"), *numbers("heads", "d", "out"), *words("mask", "positions", "supported")]
     return lay_out(columns, lines, caption=f"{sum(i.supported for i in layers)} of {len(layers)} supported")
+
+
+def _heads(layer: LayerInfo) -> str:
+    """Heads, and after a slash the number of different keys and values."""
+    shared = "" if layer.kv_heads is None else f"/{layer.kv_heads}"
+    return "-" if layer.heads is None else f"{layer.heads}{shared}"
+
+
+def _mask(layer: LayerInfo) -> str:
+    return layer.mask if layer.window is None else f"{layer.mask}, window {layer.window}"
+
+
+def _positions(layer: LayerInfo) -> str:
+    """What the scores know of positions."""
+    found = (
+        "" if layer.rotary is None else f"rotary ({layer.rotary})",
+        "" if layer.bias is None else f"bias ({layer.bias})",
+    )
+    return ", ".join(part for part in found if part) or "-"

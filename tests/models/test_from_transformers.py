@@ -172,7 +172,7 @@ def test_refuses_subclasses_and_changed_parts() -> None:
         """Same weights, another function."""
 
     louder: Any = Louder
-    with refused(UnsupportedModelError, "no adapter"):
+    with refused(UnsupportedModelError, "a subclass of BertSelfAttention"):
         from_transformers(louder(BertConfig(**COMMON, **TEXT)).eval())
 
     class Adapted(nn.Linear):

@@ -10,6 +10,7 @@ from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelErro
 from attnrobust.models.listing import LayerInfo, find_layer, list_layers
 from attnrobust.models.model import ModuleModel
 from tests.assertions import assert_same_bits, refused
+from tests.hf_families import REFUSED
 from tests.hf_models import HEADS, LAYERS, MODELS, OTHERS, D
 
 BERT_STYLE = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -34,19 +35,10 @@ def test_bert_names_and_kinds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "word"),
-    [
-        ("t5", "relative position"),
-        ("mpnet", "relative position.*no adapter"),
-        ("bloom", "ALiBi.*no adapter"),
-        ("mpt", "ALiBi"),
-        ("falcon", "rotary"),
-        ("llama", "rotary.*shared by 3 query heads.*no adapter"),
-        ("albert", "no adapter for transformers.models.albert"),
-    ],
+    ("model", "word"), [("gpt_oss", "sinks.*no adapter"), ("llama4", "norm on queries.*chunked.*no adapter")]
 )
-def test_unsupported_layers_are_listed_with_the_reason(model: str, word: str) -> None:
-    layers = list_layers(OTHERS[model]())
+def test_unsupported_layers_are_listed_with_every_reason(model: str, word: str) -> None:
+    layers = list_layers(REFUSED[model][0]())
     assert layers
     for layer in layers:
         with refused(UnsupportedModelError, word):
@@ -56,15 +48,16 @@ def test_unsupported_layers_are_listed_with_the_reason(model: str, word: str) ->
         assert layer.mask == "unknown"
 
 
-def test_the_positions_that_a_model_uses_are_named() -> None:
-    (layer,) = list_layers(OTHERS["falcon"](alibi=True))
-    assert "ALiBi" in layer.reason
-    assert "rotary" not in layer.reason
+def test_the_positions_that_a_model_uses_are_listed() -> None:
+    (alibi,) = list_layers(OTHERS["falcon"](alibi=True, multi_query=False))
+    (rotary,) = list_layers(OTHERS["falcon"]())
+    assert (alibi.bias, alibi.rotary) == ("slopes", None)
+    assert (rotary.bias, rotary.rotary) == (None, "half, 4 of 4")
 
 
 def test_every_reason_of_a_model_without_supported_layers_is_named() -> None:
-    model = nn.ModuleDict({"a": nn.MultiheadAttention(D, HEADS, add_zero_attn=True), "b": OTHERS["mpnet"]()})
-    with refused(UnsupportedModelError, "a: .*add_zero_attn", "b.*relative position"):
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(D, HEADS, add_zero_attn=True), "b": REFUSED["qwen3"][0]()})
+    with refused(UnsupportedModelError, "a: .*add_zero_attn", "b.*norm on queries"):
         find_layer(list_layers(model.eval()), None)
 
 
