@@ -133,7 +133,8 @@ def capture_taps(
     """The tokens that enter attention modules in one forward pass of their model on one input.
 
     Each specification is applied to them and compared with what the module itself puts out in that pass; so a mask, a
-    cache or a bias that only the model knows of cannot go unnoticed.
+    cache or a bias that only the model knows of cannot go unnoticed. What the model would round to float32 inside stays
+    in float64.
 
     Args:
         model: The model, in float64 and eval mode.
@@ -146,7 +147,8 @@ def capture_taps(
     """
     probes = [Probe(tap) for tap in taps]
     try:
-        run_model(model, model_inputs)
+        with TrueFloat64():
+            run_model(model, model_inputs)
     finally:
         for probe in probes:
             probe.remove()
@@ -166,7 +168,7 @@ def run_model(model: nn.Module, model_inputs: Mapping[str, Any]) -> Any:
             f"{meta[0]} is on the meta device, without values; load the model without offloading"
         )
     try:
-        with torch.no_grad(), TrueFloat64():
+        with torch.no_grad():
             return model(**model_inputs)
     except InputError:
         raise
@@ -248,4 +250,7 @@ def _cause(module: nn.Module, spec: Attention, tokens: Tensor, actual: Tensor) -
     if not spec.causal and disagreement(replace(spec, causal=True), tokens, actual) is None:
         cure = "; from_torch(module, causal=True) specifies it" if type(module) is nn.MultiheadAttention else ""
         return f"the model adds a causal mask that the module itself does not tell of{cure}"
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+    if implementation != "sdpa":
+        return f"attn_implementation={implementation!r} may round to float32; load the model with 'sdpa'"
     return "the model adds a mask (padding, say: delete the padded tokens), bias or cache that is not modelled"

@@ -52,7 +52,7 @@ def test_the_positions_that_a_model_uses_are_listed() -> None:
     (alibi,) = list_layers(OTHERS["falcon"](alibi=True, multi_query=False))
     (rotary,) = list_layers(OTHERS["falcon"]())
     assert (alibi.bias, alibi.rotary) == ("slopes", None)
-    assert (rotary.bias, rotary.rotary) == (None, "half, 4 of 4")
+    assert (rotary.bias, rotary.rotary) == (None, "half, 8 of 8")
 
 
 def test_every_reason_of_a_model_without_supported_layers_is_named() -> None:
