@@ -107,7 +107,7 @@ READ: Mapping[str, Callable[[], nn.Module]] = {
     "beit": family("Beit", VISION, use_relative_position_bias=True),
     "swin": family("Swin", {"image_size": 16, "patch_size": 2, "num_channels": 1},
                    embed_dim=12, depths=[2, 1], num_heads=[2, 4], window_size=4),
-    "dinov3": family("DINOv3ViT", VISION),
+    "dinov3": family("DINOv3ViT", VISION, hidden_size=32, num_register_tokens=2),
     "gpt_neo": family("GPTNeo", TEXT, num_layers=2, num_heads=HEADS,
                       attention_types=[[["global", "local"], 1]], window_size=5),
     "gptj": family("GPTJ", TEXT, n_positions=POSITIONS, n_embd=32, n_head=HEADS, n_layer=2, rotary_dim=4),

@@ -25,7 +25,7 @@ from attnrobust.models.biases import beit_bias, t5_bias
 from attnrobust.models.checks.call_sites import ACROSS, is_called_with
 from attnrobust.models.interface.families import FAMILIES, Family
 from attnrobust.models.interface.looking import uses_interface
-from attnrobust.models.interface.positions import RotarySource, rotary_source
+from attnrobust.models.interface.positions import Source, image_source, rotary_source
 from attnrobust.models.interface.reading import Reader
 from attnrobust.models.unmodelled import unmodelled_features
 
@@ -102,10 +102,11 @@ class InterfaceAdapter(Adapter):
 
     # ---- the module in its model -----------------------------------------------------------------------------------
 
-    def _source(self, module: nn.Module) -> RotarySource | None:
+    def _source(self, module: nn.Module) -> Source | None:
         if "position_embeddings" not in inspect.signature(type(module).forward).parameters or not _turns(module):
             return None
-        return rotary_source(module if self.model is None else self.model, module)
+        find = image_source if _family(module).images else rotary_source
+        return find(module if self.model is None else self.model, module)
 
     def _bias(self, module: nn.Module) -> HeadBias | None:
         """Position biases that the module is given."""

@@ -19,6 +19,7 @@ class Family:
         bias: Who adds position biases to the scores: "" (nobody), "t5" (the first block of the stack, for all), "beit"
             (the block and the encoder, by the mask), or "own" (the module itself).
         positions: Submodules that hold position biases.
+        images: Rotary positions are those of the patches of an image.
     """
 
     output: str = ""
@@ -26,6 +27,7 @@ class Family:
     mask: str = "attention_mask"
     bias: Literal["", "t5", "beit", "own"] = ""
     positions: tuple[str, ...] = ()
+    images: bool = False
 
 
 _PLAIN = Family()
@@ -80,6 +82,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(mask="mask", bias="t5", positions=("relative_attention_bias",)),
         {"t5": "T5Attention", "mt5": "MT5Attention"},
     ),
+    **_classes(Family(images=True), {"dinov3_vit": "DINOv3ViTAttention"}),
     **_classes(Family(bias="beit"), {"beit": "BeitAttention"}),
     **_classes(Family(bias="own", positions=("relative_position_bias",)), {"swin": "SwinAttention"}),
 }

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attnrobust.errors import first_line
 from attnrobust.models.adapters import CONV1D, LINEAR, class_path, refuse
 from attnrobust.models.checks.agreement import call_in_float64, float64_twin
 
@@ -93,6 +94,8 @@ class Looker:
         try:
             with _registered(self.module, attend):
                 call_in_float64(twin, (tokens[None],), arguments)
+        except Exception as error:  # hooks and forwards may raise anything
+            raise refuse(self.module, f"could not be called to read it: {first_line(error)}") from error
         finally:
             handle.remove()
         if len(calls) != 1 or len(outputs) != 1:

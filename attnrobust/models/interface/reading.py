@@ -13,7 +13,7 @@ from attnrobust.layers.head_bias import HeadBias
 from attnrobust.layers.rotary import Layout, Rotary
 from attnrobust.models.adapters import refuse
 from attnrobust.models.interface.looking import Looker, Seen
-from attnrobust.models.interface.positions import RotarySource, Tables
+from attnrobust.models.interface.positions import Source
 
 AFFINE = 1e-11  # relative to the terms of the sums; float64 products of width 8192 agree to about 1e-13
 HARMLESS = frozenset(
@@ -59,7 +59,7 @@ class Reader:
     """
 
     def __init__(
-        self, module: nn.Module, *, part: str, width: int, source: RotarySource | None, arguments: Mapping[str, Any]
+        self, module: nn.Module, *, part: str, width: int, source: Source | None, arguments: Mapping[str, Any]
     ) -> None:
         self._module, self._width, self._source, self._arguments = module, width, source, arguments
         self._looker = Looker(module, part)
@@ -97,8 +97,8 @@ class Reader:
         """A call with every angle 0, or with the model's own angles."""
         arguments = dict(self._arguments)
         if self._source is not None:
-            tables = self._source.tables(tokens.shape[0])
-            arguments["position_embeddings"] = tables if turned else _unturned(tables)
+            tables = self._source.tables if turned else self._source.unturned
+            arguments["position_embeddings"] = tables(tokens.shape[0])
         return self._looker.look(tokens, arguments, **options)
 
     def _parts(self, zero: Seen) -> Parts:
@@ -134,7 +134,7 @@ class Reader:
         if torch.equal(plain.query, turned.query) and torch.equal(plain.key, turned.key):
             return None, parts
         for layout in _LAYOUTS:
-            rotary = Rotary(frequencies=self._source.frequencies, layout=layout)
+            rotary = self._source.rotary(layout)
             factor = _factor(rotary, plain.query.shape[-1], self._source.factor)
             if all(
                 _close(rotary.turn(factor * getattr(plain, name)), getattr(turned, name)) for name in ("query", "key")
@@ -158,6 +158,7 @@ class Reader:
                     raise refuse(self._module, f"its {name} vectors are not affine in the token; not modelled")
 
     def _tokens(self, n: int) -> Tensor:
+        n = n if self._source is None or self._source.length is None else self._source.length
         generator = torch.Generator().manual_seed(n)
         return torch.randn(n, self._width, generator=generator, dtype=torch.float64).to(self._like)
 
@@ -165,14 +166,9 @@ class Reader:
 _LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
 
 
-def _unturned(tables: Tables) -> Tables:
-    return torch.ones_like(tables[0]), torch.zeros_like(tables[1])
-
-
 def _factor(rotary: Rotary, k: int, factor: float) -> Tensor:
     """A diagonal: the tables' factor on the turned coordinates."""
-    assert rotary.frequencies is not None  # noqa: S101 - made from frequencies; narrows the type
-    diagonal = rotary.frequencies.new_ones(k)
+    diagonal = rotary.angle_table(1 if rotary.length is None else rotary.length).new_ones(k)
     diagonal[: 2 * rotary.planes] = factor
     return diagonal
 
