@@ -21,7 +21,6 @@ from attnrobust.threats.copies import CausalOrder
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure, tensor_digest
 
-
 PLACED = frozenset({"rotary", "head_bias", "window"})
 """Features that depend on a token's place: it is not said where a copy or a split token stands."""
 
