@@ -106,8 +106,10 @@ class Rotary:
         )
         return heads * cosine - heads[..., self._partners(heads.shape[-1])] * sine
 
-    def _factors(self, n: int, k: int) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
+    def _factors(self, n: int, k: int, at: Tensor | None) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
         """What a coordinate is multiplied by, and its partner."""
+        if at is not None:
+            return self._turns(self._angles(at), k)
         found = self._tables.get((n, k))
         if found is None:
             found = self._tables[(n, k)] = self._turns(self.angle_table(n), k)

@@ -59,7 +59,6 @@ class ForeignRows:
 
 def foreign_rows(group: TokenFunctional, radius: float) -> ForeignRows:
     """Ranges and units at a radius."""
-    rows = group.functional.rows
     logit, value = group.token.logit, group.rest_advantage
     reach = outward(radius * group.token.pair_norm, ENTRY)
     reach = reach.expand_as(logit).clamp_min(SMALLEST_UNIT)
