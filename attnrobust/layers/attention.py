@@ -181,7 +181,7 @@ class Attention(ScaledHeadSpecification):
         return self.turned(project(x, self.w_k, self.b_k))
 
     def turned(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
-        """Vectors of queries or keys of all tokens, or of the tokens ``at``, turned by rotary positions if there are."""
+        """Vectors of queries or keys of all tokens, or of the tokens ``at``, turned by rotary positions, if any."""
         return heads if self.rotary is None else self.rotary.turn(heads, at)
 
     def turned_back(

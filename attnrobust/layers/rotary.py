@@ -94,37 +94,33 @@ class Rotary:
 
     def turn(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
         """Row i times ``R_i``, or ``R_at_i`` where ``at`` names the tokens whose rows these are."""
-        cosine, sine = (
-            self._factors(*heads.shape[-2:]) if at is None else self._turns(self._angles(at), heads.shape[-1])
-        )
-        return heads * cosine + heads[..., self._partners(heads.shape[-1])] * sine
+        cosine, sine, partners = self._factors(*heads.shape[-2:], at)
+        return heads * cosine + heads[..., partners] * sine
 
     def turn_back(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
         """Row i times the transpose of ``R_i`` (or ``R_at_i``): the adjoint and the inverse of ``turn``."""
-        cosine, sine = (
-            self._factors(*heads.shape[-2:]) if at is None else self._turns(self._angles(at), heads.shape[-1])
-        )
-        return heads * cosine - heads[..., self._partners(heads.shape[-1])] * sine
+        cosine, sine, partners = self._factors(*heads.shape[-2:], at)
+        return heads * cosine - heads[..., partners] * sine
 
-    def _factors(self, n: int, k: int, at: Tensor | None) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
-        """What a coordinate is multiplied by, and its partner."""
+    def _factors(self, n: int, k: int, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What a coordinate is multiplied by (n, k), its partner likewise, and the partner's place (k,)."""
         if at is not None:
             return self._turns(self._angles(at), k)
-        found = self._tables.get((n, k))
-        if found is None:
-            found = self._tables[(n, k)] = self._turns(self.angle_table(n), k)
-        return found
+        if (n, k) not in self._tables:
+            with torch.inference_mode(mode=False):  # kept, so they may meet automatic differentiation later
+                self._tables[(n, k)] = self._turns(self.angle_table(n), k)
+        return self._tables[(n, k)]
 
-    def _turns(self, angles: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
+    def _turns(self, angles: Float[Tensor, "n m"], k: int) -> tuple[Tensor, Tensor, Tensor]:
         n = angles.shape[0]
         cosine, sine = angles.new_ones(n, k), angles.new_zeros(n, k)
         first, second = self._pairs()
         cosine[:, first] = cosine[:, second] = angles.cos()
         sine[:, first], sine[:, second] = -angles.sin(), angles.sin()
-        return cosine, sine
+        return cosine, sine, self._partners(k)
 
     @cached_property
-    def _tables(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+    def _tables(self) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
         return {}
 
     def pair_means(self, values: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:

@@ -219,7 +219,7 @@ class QuadraticMajorant:
 
 
 def query_form(rows: MarginRows, query: Float[Tensor, "*b h n k"]) -> Float[Tensor, "*b h n k"]:
-    """``s^2 query w_k^T w_k``, whose product with query is ``|A^T delta_i|^2``; with rotary positions G for the Gram."""
+    """``s^2 query w_k^T w_k``, whose product with query is ``|A^T delta_i|^2``; or ``s^2 query G``, N(delta_i)."""
     if rows.layer.rotary is not None:
         return query * (rows.layer.factor**2 * rows.gauge[:, None])
     return query @ rows.key_gram
