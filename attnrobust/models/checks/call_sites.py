@@ -13,6 +13,7 @@ from functools import cache
 from torch import nn
 
 ARGUMENTS = ("query", "key", "value")
+ACROSS = "the model calls it with a key or value that is not its query: cross attention is not modelled"
 
 
 def is_called_across(model: nn.Module, name: str) -> bool:
@@ -22,14 +23,24 @@ def is_called_across(model: nn.Module, name: str) -> bool:
         model: The model.
         name: Path of a module called as ``(query, key, value)``; in a ``ModuleList`` the list's owner is the parent.
     """
+    place = _place(model, name)
+    return place is not None and _class_calls_across(*place)
+
+
+def is_called_with(model: nn.Module, name: str, arguments: tuple[str, ...]) -> bool:
+    """Whether a parent's source gives the module ``name`` one of the named arguments, as another value than None."""
+    place = _place(model, name)
+    return place is not None and _class_gives(*place, arguments)
+
+
+def _place(model: nn.Module, name: str) -> tuple[type, str] | None:
+    """The class of a module's parent and the attribute that the module, or the list around it, is there."""
     path = name.split(".")
     while len(path) > 1 and path[-1].isdecimal():
         path.pop()
     if not path[-1] or path[-1].isdecimal():
-        return False
-    parent = model.get_submodule(".".join(path[:-1]))
-    owner: type = type(parent)
-    return _class_calls_across(owner, path[-1])
+        return None
+    return type(model.get_submodule(".".join(path[:-1]))), path[-1]
 
 
 @cache
@@ -41,6 +52,19 @@ def _class_calls_across(owner: type, attribute: str) -> bool:
         if found:
             return any(found)
     return False
+
+
+@cache
+def _class_gives(owner: type, attribute: str, arguments: tuple[str, ...]) -> bool:
+    return any(
+        keyword.arg in arguments and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is None)
+        for ancestor in owner.__mro__
+        if ancestor is not nn.Module
+        for function in _methods(ancestor)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and _is_callee(node.func, attribute, set(_loop_names(function, attribute)))
+        for keyword in node.keywords
+    )
 
 
 def _methods(owner: type) -> Iterator[ast.AST]:

@@ -77,7 +77,7 @@ def read_attention(model: nn.Module, path: str) -> Attention:
         UnsupportedModelError: No adapter, or what the adapter refuses, with the path.
     """
     module = model.get_submodule(path)
-    adapter = adapter_for(module)
+    adapter = adapter_for(module, model)
     if adapter is None:
         raise refuse_at(path, f"the attention {type(module).__name__} is not modelled")
     try:

@@ -124,7 +124,7 @@ _ENTERING = ("hidden_states", "src", "input")
 
 def _tap(model: nn.Module, block: Block) -> Tap:
     module = model.get_submodule(block.attention_path)
-    adapter = adapter_for(module)
+    adapter = adapter_for(module, model)
     assert adapter is not None  # noqa: S101 - the block was read by it
     return Tap(module, adapter, block.attention)
 
