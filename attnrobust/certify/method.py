@@ -20,6 +20,12 @@ MOVES: tuple[type[Threat], ...] = (FrobeniusBall, PerTokenBall, AnyToken)
 """Every threat on moved tokens."""
 
 ATTENTION_FEATURES = frozenset({"bias", "out_projection", "scale", "mask", "causal"})
+"""Features of ``Attention`` whose scores are one bilinear form plus one mask of all heads."""
+
+PLACED_FEATURES = ATTENTION_FEATURES | {"window", "head_bias"}
+"""The same with every part that enters through the clean weights alone."""
+
+MODERN_FEATURES = PLACED_FEATURES | {"rotary"}
 """Every feature of ``Attention`` today."""
 
 HEAD_FEATURES = frozenset({"bias", "out_projection"})

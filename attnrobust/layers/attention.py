@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnrobust.errors import InputError, UnsupportedModelError
@@ -180,13 +180,15 @@ class Attention(ScaledHeadSpecification):
         """Key vectors of every head, turned by their positions."""
         return self.turned(project(x, self.w_k, self.b_k))
 
-    def turned(self, heads: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
-        """Vectors of the queries or keys of all tokens, turned by rotary positions; as they are without."""
-        return heads if self.rotary is None else self.rotary.turn(heads)
+    def turned(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
+        """Vectors of queries or keys of all tokens, or of the tokens ``at``, turned by rotary positions, if any."""
+        return heads if self.rotary is None else self.rotary.turn(heads, at)
 
-    def turned_back(self, heads: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
+    def turned_back(
+        self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None
+    ) -> Float[Tensor, "*b n k"]:
         """The adjoint and inverse of ``turned``."""
-        return heads if self.rotary is None else self.rotary.turn_back(heads)
+        return heads if self.rotary is None else self.rotary.turn_back(heads, at)
 
     def values(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b h n v"]:
         """Value vectors of every head, bias included."""

@@ -61,7 +61,7 @@ class HeadBias:
         return None if self.explicit is None else int(self.explicit.shape[1])
 
     def matrix(self, n: int) -> Float[Tensor, "h n n"]:
-        """The biases of n tokens.
+        """The biases of n tokens: these float64 numbers are the layer's.
 
         Raises:
             InputError: Explicit biases are for another number of tokens.
@@ -70,6 +70,16 @@ class HeadBias:
             if self.length != n:
                 raise InputError(f"the layer's head bias is for {self.length} tokens, the input has {n}")
             return self.explicit
+        if n not in self._matrices:
+            with torch.inference_mode(mode=False):  # kept, so they may meet automatic differentiation later
+                self._matrices[n] = self._by_rule(n)
+        return self._matrices[n]
+
+    @cached_property
+    def _matrices(self) -> dict[int, Tensor]:
+        return {}
+
+    def _by_rule(self, n: int) -> Float[Tensor, "h n n"]:
         apart = self._apart(n)
         if self.slopes is not None:
             return self.slopes[:, None, None] * (-apart.abs() if self.symmetric else apart)

@@ -85,34 +85,55 @@ class Rotary:
             if self.length != n:
                 raise InputError(f"the layer's rotary angles are for {self.length} tokens, the input has {n}")
             return self._given
-        positions = torch.arange(n, dtype=torch.float64, device=self.frequencies.device) + self.offset
-        return positions[:, None] * self.frequencies
+        return self._angles(torch.arange(n, device=self.frequencies.device))
 
-    def turn(self, heads: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
-        """Row i times ``R_i``."""
-        cosine, sine = self._factors(*heads.shape[-2:])
-        return heads * cosine + heads[..., self._partners(heads.shape[-1])] * sine
+    def _angles(self, tokens: Int[Tensor, "n"]) -> Float[Tensor, "n m"]:
+        if self.frequencies is None:
+            return self._given[tokens]
+        return (tokens.to(torch.float64) + self.offset)[:, None] * self.frequencies
 
-    def turn_back(self, heads: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
-        """Row i times the transpose of ``R_i``: the adjoint and the inverse of ``turn``."""
-        cosine, sine = self._factors(*heads.shape[-2:])
-        return heads * cosine - heads[..., self._partners(heads.shape[-1])] * sine
+    def turn(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
+        """Row i times ``R_i``, or ``R_at_i`` where ``at`` names the tokens whose rows these are."""
+        cosine, sine, partners = self._factors(*heads.shape[-2:], at)
+        return heads * cosine + heads[..., partners] * sine
 
-    def _factors(self, n: int, k: int) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
-        """What a coordinate is multiplied by, and its partner."""
-        found = self._tables.get((n, k))
-        if found is None:
-            angles = self.angle_table(n)
-            cosine, sine = angles.new_ones(n, k), angles.new_zeros(n, k)
-            first, second = self._pairs()
-            cosine[:, first] = cosine[:, second] = angles.cos()
-            sine[:, first], sine[:, second] = -angles.sin(), angles.sin()
-            found = self._tables[(n, k)] = (cosine, sine)
-        return found
+    def turn_back(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
+        """Row i times the transpose of ``R_i`` (or ``R_at_i``): the adjoint and the inverse of ``turn``."""
+        cosine, sine, partners = self._factors(*heads.shape[-2:], at)
+        return heads * cosine - heads[..., partners] * sine
+
+    def _factors(self, n: int, k: int, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What a coordinate is multiplied by (n, k), its partner likewise, and the partner's place (k,)."""
+        if at is not None:
+            return self._turns(self._angles(at), k)
+        if (n, k) not in self._tables:
+            with torch.inference_mode(mode=False):  # kept, so they may meet automatic differentiation later
+                self._tables[(n, k)] = self._turns(self.angle_table(n), k)
+        return self._tables[(n, k)]
+
+    def _turns(self, angles: Float[Tensor, "n m"], k: int) -> tuple[Tensor, Tensor, Tensor]:
+        n = angles.shape[0]
+        cosine, sine = angles.new_ones(n, k), angles.new_zeros(n, k)
+        first, second = self._pairs()
+        cosine[:, first] = cosine[:, second] = angles.cos()
+        sine[:, first], sine[:, second] = -angles.sin(), angles.sin()
+        return cosine, sine, self._partners(k)
 
     @cached_property
-    def _tables(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+    def _tables(self) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
         return {}
+
+    def pair_means(self, values: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
+        """Each coordinate's mean with its partner in the plane: what commutes with every turn."""
+        return 0.5 * (values + values[..., self._partners(values.shape[-1])])
+
+    def differences(self, n: int) -> "Rotary":
+        """Turns by the difference of every two tokens, as explicit angles: ``R_i R_l^T`` for all i, l (repeated)."""
+        if self.frequencies is not None:
+            apart = torch.arange(1 - n, n, dtype=torch.float64, device=self.frequencies.device)
+            return Rotary(angles=apart[:, None] * self.frequencies, layout=self.layout)
+        table = self.angle_table(n)
+        return Rotary(angles=(table[:, None] - table[None, :]).flatten(0, 1), layout=self.layout)
 
     def _pairs(self) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"]]:
         """First and second coordinate of every plane."""

@@ -294,6 +294,7 @@ _PLAIN = {
     "__len__", "gt", "lt", "ge", "le", "eq", "ne", "__gt__", "__lt__", "__ge__", "__le__", "stride", "is_contiguous",
     "isneginf", "isinf", "isfinite", "isnan", "new_zeros", "new_ones", "new_tensor", "zeros_like", "ones_like", "ones",
     "zeros", "eye", "arange", "tensor", "is_cuda", "all", "any", "is_complex", "bool", "__bool__",
+    "__or__",
 }  # fmt: skip
 """Operations whose results are exact: shapes, comparisons, constants."""
 _VIEWS = {

@@ -139,9 +139,9 @@ def test_every_threat_has_an_attack_and_names_are_unique() -> None:
 def test_closed_forms_refuse_what_they_do_not_know(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = attention(Rotary) if kind == "subclass" else attention()
     if kind == "feature":
-        monkeypatch.setattr(Attention, "features", frozenset({"rotary"}))
+        monkeypatch.setattr(Attention, "features", frozenset({"gated"}))
     assert not covers(layer)
-    word = "Rotary" if kind == "subclass" else "rotary"
+    word = "Rotary" if kind == "subclass" else "gated"
     for threat in (Copies(1), CouplingBall(2), WassersteinBall(math.inf)):
         with pytest.raises(UnsupportedThreatError, match=word):
             attack(ask(layer, threat), budget=QUICK)

@@ -84,9 +84,9 @@ def test_features_that_are_not_declared_are_refused_by_name(
         kind = type(problem.network)
         known = problem.network.features  # type: ignore[attr-defined]
         with monkeypatch.context() as patch:
-            patch.setattr(kind, "features", known | {"rotary"})
-            assert "rotary" in str(method.refuses(problem))
-            with pytest.raises(UnsupportedThreatError, match="rotary"):
+            patch.setattr(kind, "features", known | {"gated"})
+            assert "gated" in str(method.refuses(problem))
+            with pytest.raises(UnsupportedThreatError, match="gated"):
                 method.certify(problem)
         assert method.refuses(problem) is None
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
+from attnrobust.certify.method import PLACED_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.first_order import FirstOrder, first_order
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, value_views
@@ -73,7 +73,7 @@ class HavensLocal(CertificateMethod):
     )
     region = "the threat's set around the clean input"
     layers = (Attention,)
-    features = ATTENTION_FEATURES
+    features = PLACED_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         layer, points = attention_of(problem), problem.clean.points

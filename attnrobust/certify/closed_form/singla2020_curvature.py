@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.closed_form.spread_lipschitz import Spread
-from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
+from attnrobust.certify.method import PLACED_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.first_order import FirstOrder, first_order
 from attnrobust.certify.shared.head_sizes import ValueView
@@ -55,7 +55,7 @@ class SinglaCurvature(CertificateMethod):
     )
     region = "the threat's set around the clean input"
     layers = (Attention,)
-    features = ATTENTION_FEATURES
+    features = PLACED_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         jacobian = AttentionJacobian(attention_of(problem), problem.clean.points, problem.mass)

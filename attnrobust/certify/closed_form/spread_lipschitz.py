@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
+from attnrobust.certify.method import PLACED_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import ChangeBound, smallest
 from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, value_views
 from attnrobust.certify.shared.reach import Reach, RowSums, attention_of, visible_tokens
@@ -71,7 +71,7 @@ class SpreadLipschitz(CertificateMethod):
     reference = "derived (docs/certificates-literature.md, section 3)"
     region = "the threat's set around the clean input"
     layers = (Attention,)
-    features = ATTENTION_FEATURES
+    features = PLACED_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         return ChangeBound(problem, Spread.of(problem).change)

@@ -13,7 +13,7 @@ from attnrobust.certify.conic.program import repaired_bound
 from attnrobust.certify.conic.row import MoveSet, Row, move_set, rows_of
 from attnrobust.certify.conic.size import Size, size_of
 from attnrobust.certify.conic.solver import solve
-from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.certify.method import PLACED_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.sides import Upper
@@ -36,7 +36,7 @@ class ConicMargin(CertificateMethod):
     region: ClassVar[str] = "every move of the threat up to the radius, label unchanged"
     relative_tolerance: ClassVar[float] = 5e-3  # a solve costs seconds
     layers = (Attention,)
-    features = ATTENTION_FEATURES
+    features = PLACED_FEATURES
     goals = (Margin,)
 
     def refuses_more(self, problem: Problem) -> str | None:
@@ -74,7 +74,8 @@ def _size(problem: Problem) -> Size:
     counted = resolved.weights.cpu() > 0
     seen = [problem.clean.n] * int(counted.sum())
     if bias is not None:
-        seen = bias.isfinite().sum(dim=1).cpu()[counted].tolist()
+        shown = bias if bias.ndim == 2 else bias[0]  # biases of heads are finite: all heads see the same keys
+        seen = shown.isfinite().sum(dim=1).cpu()[counted].tolist()
     pieces = _pieces(problem)
     return size_of(
         heads=layer.heads, keys=seen, moving=int(pieces[0].movable(problem.clean.n).sum()), width=layer.width,

@@ -2,6 +2,7 @@
 
 Notation of docs/displacement-certificate.md: row-heads g = (h, i), weights w, deviations vh_j = v_j - E v, logit part
 ``l_j = b.(delta_j - dbar) + W_q^T delta_i . (k_j - E k)`` linear in the move, ``q_j = delta_i A (delta_j - dbar)``.
+With rotary positions b, A and k depend on the pair of tokens (docs/rotary-certificates.md).
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attnrobust.certify.displacement.pair_rows import pulled_keys, query_covariances, query_distances
 from attnrobust.certify.shared.head_sizes import without_common_part
 from attnrobust.certify.shared.softmax_rows import SoftmaxRows, own_share
 from attnrobust.numerics.rounding import CANCELLATION, outward
@@ -78,9 +80,16 @@ class ValueRows(SoftmaxRows):
         return rotated, self.weight @ rotated
 
     @cached_property
+    def query_distance(self) -> Float[Tensor, "h n n"]:
+        """``|W_q (k_j - E k)|`` per row, the norm of the query part of l_j, rounded outward."""
+        if self.layer.rotary is not None:
+            return outward(query_distances(self, self.query_factor), CANCELLATION)
+        return _distances(*self.centred_keys)
+
+    @cached_property
     def cross(self) -> Float[Tensor, "h n n"]:
-        """``b_i . W_q (k_j - E k)``."""
-        pulled = torch.einsum("hid,hdk->hik", self.beta, self.layer.w_q)
+        """``b_i . W_q (k_j - E k)``; with rotary positions ``b_ii . W_q (k_j R_j - mean) R_i^T``."""
+        pulled = self.layer.turned(torch.einsum("hid,hdk->hik", self.beta, self.layer.w_q))
         scores = pulled @ self.keys.transpose(-1, -2)
         return scores - (self.weight * scores).sum(dim=-1, keepdim=True)
 
@@ -100,12 +109,25 @@ class ValueRows(SoftmaxRows):
 
     @cached_property
     def bilinear_norms(self) -> Float[Tensor, "h"]:
-        """``||A||_2`` per head."""
-        return self.bilinear_factors[1][:, 0]
+        """``||A||_2`` per head; with rotary positions a bound of every ``||A_ij||_2``."""
+        return self.bilinear_factors[1][:, 0] if self.layer.rotary is None else self.form_norm
+
+    @cached_property
+    def query_scale(self) -> Float[Tensor, "h r"]:
+        """Factors c with ``|A^T delta|^2 = sum_r c_r (left^T delta)_r^2``, or N(delta) with rotary positions."""
+        if self.layer.rotary is None:
+            return self.bilinear_factors[1]
+        return torch.full_like(self.gauge, abs(self.layer.factor))
 
     @cached_property
     def balanced_factors(self) -> tuple[Tensor, Tensor]:
-        """``A = left right^T`` per head with equal singular values on both sides: (h, d, r) each."""
+        """``A = left right^T`` per head with equal singular values on both sides: (h, d, r) each.
+
+        With rotary positions ``|s|^(1/2) W_q G^(1/2)`` and ``|s|^(1/2) W_k G^(-1/2)``.
+        """
+        if self.layer.rotary is not None:
+            root, size = self.gauge.sqrt()[:, None], abs(self.layer.factor) ** 0.5
+            return self.layer.w_q * (size * root), self.layer.w_k * (size / root)
         left, values, right = self.bilinear_factors
         root = values.sqrt()[:, None]
         return left * root, right * root
@@ -179,6 +201,20 @@ class MovingRows:
         return (self.clean.weight.square() * self.moves).sum(dim=-1, keepdim=True)
 
     @cached_property
+    def pair_energy(self) -> Float[Tensor, "h n 1"]:
+        """Rotary positions: ``sum over movable l of w_l^2 |b_il|^2``."""
+        weighted = self.clean.weight * self.clean.pair_norm
+        return (weighted.square() * self.moves).sum(dim=-1, keepdim=True)
+
+    @cached_property
+    def key_reach(self) -> Float[Tensor, "h n n"]:
+        """Square of the norm of the key part of l_j: ``|b_i|^2 contrast^2``, |b_il| inside with rotary positions."""
+        if self.clean.layer.rotary is None:
+            return self.clean.beta_norm[..., None].square() * self.contrast.square()
+        squared = self.moves * self.clean.pair_norm.square() * (1.0 - 2.0 * self.clean.weight)
+        return (squared + self.pair_energy).clamp_min(0.0)
+
+    @cached_property
     def contrast(self) -> Float[Tensor, "h n n"]:
         """``|e_j - w|`` over movable tokens: the norm of the map from moves to ``delta_j - dbar``."""
         squared = self.moves * (1.0 - 2.0 * self.clean.weight) + self.weight_energy
@@ -192,12 +228,11 @@ class MovingRows:
     @cached_property
     def logit_reach(self) -> Float[Tensor, "h n n"]:
         """``sup |l_j|`` over moves of Frobenius norm 1: the norm of the functional l_j (eq. 6)."""
-        rotated, mean = self.clean.centred_keys
         own = self.moves[:, None]
-        query = own * _distances(rotated, mean).square()
+        query = own * self.clean.query_distance.square()
         crossed = 2.0 * own * self.own_contrast * self.clean.cross
-        squared = self.clean.beta_norm[..., None].square() * self.contrast.square() + query + crossed
-        size = self.clean.beta_norm[..., None].square() + query + crossed.abs()
+        squared = self.key_reach + query + crossed
+        size = self.clean.pair_norm.amax(dim=-1, keepdim=True).square() + query + crossed.abs()
         return (squared + CANCELLATION * size).clamp_min(0.0).sqrt()
 
     @cached_property
@@ -207,19 +242,36 @@ class MovingRows:
 
     def gram_of(self, chosen: slice) -> Float[Tensor, "h m n n"]:
         """``gram`` of some rows."""
-        rotated, mean = self.clean.centred_keys
-        centred = (rotated[:, None] - mean[:, chosen, None]) * self.moves[chosen, None, None]
-        weighted = self.clean.weight[:, chosen] * self.moves
-        base = torch.diag_embed(self.moves.expand_as(weighted)) + self.weight_energy[:, chosen, :, None]
-        base = base - weighted[..., :, None] - weighted[..., None, :]
-        crossed = self.own_contrast[:, chosen, :, None] * self.clean.cross[:, chosen, None, :]
-        out = self.clean.beta_norm[:, chosen, None, None].square() * base + centred @ centred.transpose(-1, -2)
+        clean, energy = self.clean, self.weight_energy
+        weighted, base = clean.weight[:, chosen] * self.moves, self.moves
+        slope = clean.beta_norm[:, chosen, None, None].square()
+        if clean.layer.rotary is not None:
+            base = self.moves * clean.pair_norm[:, chosen].square()
+            weighted, slope, energy = clean.weight[:, chosen] * base, torch.ones_like(slope), self.pair_energy
+        overlap = torch.diag_embed(base.expand_as(weighted)) + energy[:, chosen, :, None]
+        overlap = overlap - weighted[..., :, None] - weighted[..., None, :]
+        centred = self._query_parts(chosen)
+        crossed = self.own_contrast[:, chosen, :, None] * clean.cross[:, chosen, None, :]
+        out = slope * overlap + centred @ centred.transpose(-1, -2)
         return out + crossed + crossed.transpose(-1, -2)
+
+    def _query_parts(self, chosen: slice) -> Float[Tensor, "h m n r"]:
+        """Coefficients of delta_i in l_j, up to an isometry, for some rows i."""
+        clean = self.clean
+        if clean.layer.rotary is not None:
+            index = range(self.n)[chosen]
+            return torch.stack([pulled_keys(clean, clean.query_factor, i) * self.moves[i] for i in index], dim=1)
+        rotated, mean = clean.centred_keys
+        centred: Tensor = (rotated[:, None] - mean[:, chosen, None]) * self.moves[chosen, None, None]
+        return centred
 
     @cached_property
     def value_reach(self) -> Float[Tensor, "h n"]:
         """``||sum over movable j of w_j^2 vh_j vh_j^T||_2^{1/2}``: the norm of ``t -> sum_j w_j t_j vh_j`` (eq. 9)."""
-        squared = self.clean.weight.square() * self.moves
+        return self._value_reach(self.clean.weight.square() * self.moves)
+
+    def _value_reach(self, squared: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
+        """``||sum_j squared_j vh_j vh_j^T||_2^{1/2}``."""
         size = self.clean.values.shape[-1]
         outer = (self.clean.values[..., :, None] * self.clean.values[..., None, :]).flatten(-2)
         second = (squared @ outer).unflatten(-1, (size, size))
@@ -236,6 +288,10 @@ class MovingRows:
     @cached_property
     def first_order_reach(self) -> Float[Tensor, "h n"]:
         """Upper bound of ``|E[l vh]|`` over moves of norm 1: key part ``B value_reach``, query part ``||W_q C||``."""
+        clean = self.clean
+        if clean.layer.rotary is not None:
+            query = query_covariances(clean, clean.query_factor, clean.values, clean.averages) * self.moves
+            return self._value_reach((clean.weight * clean.pair_norm).square() * self.moves) + query
         rotated, mean = self.clean.centred_keys
         covariance = (
             self.clean.weight @ (rotated[..., :, None] * self.clean.values[..., None, :]).flatten(-2)

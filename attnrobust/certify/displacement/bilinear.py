@@ -63,6 +63,8 @@ def value_logit_form(rows: MovingRows, *, seed: int) -> ValueLogitForm:
 
 def _logit_part(rows: MovingRows, head: int, moves: Tensor) -> Tensor:
     """Half the gradient of ``sum_i rho_i sum_j w_ij^2 l_ij^2`` of one head."""
+    if rows.clean.layer.rotary is not None:
+        return _turned_logit_part(rows, head, moves)
     w = rows.clean.weight[head]
     alpha = moves @ rows.clean.layer.w_q[head]
     raw = rows.clean.beta[head] @ moves.T + alpha @ rows.clean.keys[head].T
@@ -71,6 +73,18 @@ def _logit_part(rows: MovingRows, head: int, moves: Tensor) -> Tensor:
     centred = centred - w * centred.sum(dim=-1, keepdim=True)
     pulled = centred.T @ rows.clean.beta[head] + (centred @ rows.clean.keys[head]) @ rows.clean.layer.w_q[head].T
     return pulled * rows.moves[:, None]
+
+
+def _turned_logit_part(rows: MovingRows, head: int, moves: Tensor) -> Tensor:
+    """The same with rotary positions."""
+    clean, layer = rows.clean, rows.clean.layer
+    w, queries, keys = clean.weight[head], clean.queries[head], clean.keys[head]
+    raw = queries @ layer.turned(moves @ layer.w_k[head]).T + layer.turned(moves @ layer.w_q[head]) @ keys.T
+    centred = raw - (w * raw).sum(dim=-1, keepdim=True)
+    centred = centred * w.square() * stack_weights(rows)[:, None]
+    centred = centred - w * centred.sum(dim=-1, keepdim=True)
+    pulled = layer.turned_back(centred.T @ queries) @ layer.w_k[head].T
+    return (pulled + layer.turned_back(centred @ keys) @ layer.w_q[head].T) * rows.moves[:, None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,6 +37,8 @@ class JointProduct:
 
     def _change(self, dq: Tensor, dk: Tensor) -> Float[Tensor, "h n n"]:
         """The centred logit change l of projected moves."""
+        layer = self.rows.clean.layer
+        dq, dk = layer.turned(dq), layer.turned(dk)
         change = dq @ self.rows.clean.keys.transpose(-1, -2) + self.rows.clean.queries @ dk.transpose(-1, -2)
         centred: Tensor = change - torch.linalg.vecdot(self.rows.clean.weight, change, dim=-1)[..., None]
         return centred
@@ -50,13 +52,17 @@ class JointProduct:
         """``X_h^2`` before it is projected back, and ``sum_h |X_h D|^2``."""
         layer, (paired, gamma) = self.rows.clean.layer, self._pair(change, dv)
         paired = paired - self.rows.clean.weight * paired.sum(dim=-1, keepdim=True)
-        inner = torch.cat(
-            [paired @ self.rows.clean.keys, paired.transpose(-1, -2) @ self.rows.clean.queries, gamma], dim=-1
-        )
+        inner = torch.cat([*self._pulled(paired), gamma], dim=-1)
         inner = inner * self.rows.moves[:, None]
         image = inner @ self.rows.clean.projection_gram
         dq, dk, dv = image.split([layer.key_width, layer.key_width, layer.value_width], dim=-1)
         return *self._pair(self._change(dq, dk), dv), (inner * image).sum()
+
+    def _pulled(self, logit: Float[Tensor, "h n n"]) -> tuple[Tensor, Tensor]:
+        """Transpose of ``_change`` without its centring: to projected moves of queries and keys."""
+        clean = self.rows.clean
+        query, key = logit @ clean.keys, logit.transpose(-1, -2) @ clean.queries
+        return clean.layer.turned_back(query), clean.layer.turned_back(key)
 
     def apply(
         self, moves: Float[Tensor, "n d"], forms: LogitForms, factors: Float[Tensor, "5"]
@@ -84,7 +90,7 @@ class JointProduct:
         paired, gamma, pair_value = self._pair_squared(change, dv)
         query = left * self.key_form.query_weight[..., None]
         key = right * self.key_form.key_weight[:, None, None]
-        imaged = left * forms.query[..., None] * self.rows.clean.bilinear_factors[1][:, None]
+        imaged = left * forms.query[..., None] * self.rows.clean.query_scale[:, None]
         values = torch.stack([
             output.square().sum(), (image * change).sum(), pair_value,
             (query * left).sum() + (key * right).sum(), (imaged * left).sum(),
@@ -94,8 +100,7 @@ class JointProduct:
         logit = logit + factors[2] * paired
         logit = logit - w * logit.sum(dim=-1, keepdim=True)
         out = (
-            logit @ rows.clean.keys,
-            logit.transpose(-1, -2) @ self.rows.clean.queries,
+            *self._pulled(logit),
             factors[0] * (w.transpose(-1, -2) @ back) + factors[2] * gamma,
             factors[3] * query + factors[4] * imaged,
             factors[3] * key,

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from attnrobust.certify.displacement.any_token import TOKEN_LIMIT, AnyTokenBound
 from attnrobust.certify.displacement.bound import DisplacementBound
-from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.certify.method import MODERN_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.goals import Displacement
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
@@ -26,7 +26,7 @@ class DisplacementCertificate(CertificateMethod):
     reference: ClassVar[str] = "derived; docs/displacement-certificate.md, theorem 1"
     region: ClassVar[str] = "every move of the movable tokens with threat distance at most the radius"
     layers = (Attention,)
-    features = ATTENTION_FEATURES
+    features = MODERN_FEATURES
     goals = (Displacement,)
 
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:

@@ -101,7 +101,8 @@ class RemainderMajorant:
         token = self._single
         if token is None:
             return own
-        out = outward(self.rows.clean.beta_norm.square() * other[..., token], FORMULA)
+        norm = self.rows.clean.pair_norm.expand_as(other)[..., token]
+        out = outward(norm.square() * other[..., token], FORMULA)
         out[:, self._own_only] = own
         return out
 
@@ -113,15 +114,30 @@ class RemainderMajorant:
             reach = power_eigenvalue(root[..., :, None] * self.gram * root[..., None, :], squarings=2)
             if self._single is None:
                 return reach
-            other = outward(rows.clean.beta_norm.square() * (coefficient * rows.contrast.square()).sum(dim=-1), FORMULA)
+            norm = rows.clean.pair_norm.expand_as(coefficient)[..., self._single]
+            other = outward(norm.square() * (coefficient * rows.contrast.square()).sum(dim=-1), FORMULA)
             other[:, self._own_only] = reach
             return other
-        largest = (coefficient * rows.moves).amax(dim=-1).sqrt()
-        key = largest + coefficient.sum(dim=-1).sqrt() * rows.weight_energy[..., 0].sqrt()
-        rotated, mean = rows.clean.centred_keys
-        distance = torch.cdist(mean, rotated, compute_mode="donot_use_mm_for_euclid_dist").square()
-        query = (coefficient * distance).sum(dim=-1).sqrt() * rows.moves
-        return outward((rows.clean.beta_norm * key + query).square(), FORMULA)
+        query = (coefficient * self._query_distance.square()).sum(dim=-1).sqrt() * rows.moves
+        return outward((self._key_spread(coefficient) + query).square(), FORMULA)
+
+    @property
+    def _query_distance(self) -> Float[Tensor, "h n n"]:
+        clean = self.rows.clean
+        if clean.layer.rotary is not None:
+            return clean.query_distance
+        rotated, mean = clean.centred_keys
+        return torch.cdist(mean, rotated, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def _key_spread(self, coefficient: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
+        """``sup (sum_j coefficient_j (key part of l_j)^2)^{1/2}`` over moves of norm 1, through its mean (eq. 14)."""
+        rows, norm = self.rows, self.rows.clean.beta_norm
+        if rows.clean.layer.rotary is None:
+            largest = (coefficient * rows.moves).amax(dim=-1).sqrt()
+            return norm * (largest + coefficient.sum(dim=-1).sqrt() * rows.weight_energy[..., 0].sqrt())
+        largest = (coefficient * rows.moves * rows.clean.pair_norm.square()).amax(dim=-1).sqrt()
+        spread: Tensor = largest + coefficient.sum(dim=-1).sqrt() * rows.pair_energy[..., 0].sqrt()
+        return spread
 
     @cached_property
     def _variance_reach(self) -> Float[Tensor, "h n"]:

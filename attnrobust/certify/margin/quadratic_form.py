@@ -48,12 +48,29 @@ class FunctionalRows:
         ``D_i = -w_i (x) gamma + (w v)_i (x) beta_i + e_i (x) sum_j w_j v_j alpha_j``.
         """
         rows = self.rows
+        if rows.layer.rotary is not None:
+            return self._first_norm_of_pairs
         wv, w, m = self.weighted_advantage, rows.weight, rows.movable
         gamma, beta = self.gamma[:, None], rows.beta
         cross = (gamma * beta).sum(-1)
         plain = (w**2 @ m) * (gamma**2).sum(-1) - 2.0 * ((w * wv) @ m) * cross + (wv**2 @ m) * (beta**2).sum(-1)
         block = -w.diagonal(dim1=1, dim2=2)[..., None] * gamma + wv.diagonal(dim1=1, dim2=2)[..., None] * beta
         change = ((block + wv @ rows.alpha) ** 2).sum(-1) - (block**2).sum(-1)
+        return (plain + change * m).clamp_min(0.0).sqrt()
+
+    @cached_property
+    def _first_norm_of_pairs(self) -> Float[Tensor, "h n"]:
+        """The same where block l of the key part is ``(w v)_il beta_il``."""
+        rows, layer = self.rows, self.rows.layer
+        wv, w, m = self.weighted_advantage, rows.weight, rows.movable
+        along = layer.turned((self.gamma[:, None] @ layer.w_k).expand(-1, rows.n, -1))  # gamma w_k R_l
+        cross = rows.queries @ along.mT
+        plain = (w**2 @ m) * (self.gamma**2).sum(-1)[:, None] + ((wv * rows.pair_norm) ** 2 @ m)
+        plain = plain - 2.0 * ((w * wv * cross) @ m)
+        block = wv.diagonal(dim1=1, dim2=2)[..., None] * rows.beta
+        block = block - w.diagonal(dim1=1, dim2=2)[..., None] * self.gamma[:, None]
+        query = layer.turned_back(wv @ rows.keys) @ layer.w_q.mT
+        change = ((block + query) ** 2).sum(-1) - (block**2).sum(-1)
         return (plain + change * m).clamp_min(0.0).sqrt()
 
     @cached_property
@@ -93,15 +110,15 @@ class LinearImages:
     x: Float[Tensor, "*b h n n"]  # l_j.Delta
     t: Float[Tensor, "*b h n"]  # gamma.delta_j
     d: Float[Tensor, "*b h n"]  # D.Delta
-    query: Float[Tensor, "*b h n k"]  # delta_i w_q
-    key: Float[Tensor, "*b h n k"]  # delta_j w_k
+    query: Float[Tensor, "*b h n k"]  # delta_i w_q, turned by rotary positions
+    key: Float[Tensor, "*b h n k"]  # delta_j w_k, turned likewise
 
 
 def linear_images(functional: FunctionalRows, delta: Float[Tensor, "*b n d"]) -> LinearImages:
     """Evaluate the linear pieces; delta must vanish on tokens that may not move."""
     rows, layer = functional.rows, functional.rows.layer
     both = (delta @ rows.projection).unflatten(-1, (-1, 2 * layer.key_width)).transpose(-3, -2)
-    query, key = both[..., : layer.key_width], both[..., layer.key_width :]
+    query, key = layer.turned(both[..., : layer.key_width]), layer.turned(both[..., layer.key_width :])
     raw = rows.queries @ key.mT + query @ rows.keys.mT
     x = raw - (rows.weight * raw).sum(-1, keepdim=True)
     t = (delta @ functional.gamma.T).mT
@@ -120,6 +137,7 @@ def spread_back(
         to_query = to_query + query
     if key is not None:
         to_key = to_key + key
+    to_query, to_key = rows.layer.turned_back(to_query), rows.layer.turned_back(to_key)
     both = torch.cat([to_query, to_key], dim=-1).transpose(-3, -2).flatten(-2)
     return (both @ rows.projection.T + t.mT @ functional.gamma) * rows.movable[:, None]
 
@@ -129,7 +147,8 @@ class QuadraticMajorant:
     """``Delta^T M Delta``; pooling weights are inside every coefficient.
 
     ``sum c x^2 - 2 sum b x t + sum e_j t_j^2 - sum m (E t)^2 + 2 sum pi E[qv] + sum g d^2 + sum a |A^T delta_i|^2
-    + sum_ll' S_ll' delta_l.delta_l'``.
+    + sum_ll' S_ll' delta_l.delta_l'``. With rotary positions N(delta_i) of docs/rotary-certificates.md stands for
+    ``|A^T delta_i|^2``, and ``sum_h sum_ll' K_hll' y_l.y_l'`` with ``y_l = delta_l w_k R_l G^(-1/2)`` is added.
 
     Args:
         functional: The functional's rows.
@@ -142,6 +161,7 @@ class QuadraticMajorant:
         tokens: S, coefficient of ``|sum_j w_j v_j delta_j|^2`` summed over heads and rows.
         gradient: Linear part of the whole bound ``constant + gradient.Delta + Delta M Delta / 2``.
         constant: Its constant part.
+        keys: Rotary positions: K, coefficient of ``|sum_j w_j v_j y_j|^2`` summed over rows; else None.
     """
 
     functional: FunctionalRows
@@ -154,6 +174,7 @@ class QuadraticMajorant:
     tokens: Float[Tensor, "n n"]
     gradient: Float[Tensor, "n d"]
     constant: Float[Tensor, ""]
+    keys: Float[Tensor, "h n n"] | None = None
 
     @property
     def size(self) -> int:
@@ -175,14 +196,17 @@ class QuadraticMajorant:
         mean_t = self.centre * (rows.weight @ piece.t[..., None])[..., 0] + first
         t = self.value * piece.t - (self.mixed * piece.x).sum(-2) - (rows.weight.mT @ mean_t[..., None])[..., 0]
         pooled = factor * functional.pooling[:, None] * functional.weighted_advantage
-        query = pooled @ piece.key + self.bilinear[..., None] * (piece.query @ self._key_gram)
+        query = pooled @ piece.key + self.bilinear[..., None] * query_form(rows, piece.query)
         key = pooled.mT @ piece.query
+        if self.keys is not None:
+            key = key + self.keys @ (piece.key / rows.gauge[:, None])
         return spread_back(functional, x, t, query=query, key=key) + (self.tokens @ delta) * rows.movable[:, None]
 
     @property
     def finite(self) -> bool:
         """Whether nothing overflowed, also not in products with moves."""
         parts = (self.square, self.mixed, self.value, self.centre, self.first, self.bilinear, self.tokens)
+        parts = parts if self.keys is None else (*parts, self.keys)
         return all(float(part.abs().amax()) < LARGEST for part in (*parts, self.gradient, self.constant))
 
     def at(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
@@ -193,8 +217,9 @@ class QuadraticMajorant:
         """``apply`` on flattened moves."""
         return self.apply(vector.reshape(*vector.shape[:-1], *self.functional.rows.points.shape)).flatten(-2)
 
-    @cached_property
-    def _key_gram(self) -> Float[Tensor, "h k k"]:
-        """``s^2 w_k^T w_k``: ``|A^T delta_i|^2 = query (s^2 w_k^T w_k) query``."""
-        layer = self.functional.rows.layer
-        return layer.factor**2 * layer.w_k.mT @ layer.w_k
+
+def query_form(rows: MarginRows, query: Float[Tensor, "*b h n k"]) -> Float[Tensor, "*b h n k"]:
+    """``s^2 query w_k^T w_k``, whose product with query is ``|A^T delta_i|^2``; or ``s^2 query G``, N(delta_i)."""
+    if rows.layer.rotary is not None:
+        return query * (rows.layer.factor**2 * rows.gauge[:, None])
+    return query @ rows.key_gram

@@ -21,7 +21,8 @@ class MarginRows(SoftmaxRows):
     """Clean quantities that no functional and no radius changes.
 
     Centred under the clean weights w, the linear part of a logit change is ``l_j.Delta``,
-    ``l_j = (e_j - w) (x) beta_i + e_i (x) (alpha_j - mean alpha)``.
+    ``l_j = (e_j - w) (x) beta_i + e_i (x) (alpha_j - mean alpha)``; with rotary positions block l of the first part is
+    ``(e_j - w)_l beta_il`` and the second has ``alpha_ij``.
 
     Args:
         movable: 1.0 where a token may move.
@@ -53,7 +54,17 @@ class MarginRows(SoftmaxRows):
     @cached_property
     def rest(self) -> Float[Tensor, "h n n"]:
         """``||(e_j - w) on the movable tokens other than i||``."""
-        return _rest_norm(self.weight, self.movable)
+        return rest_norm(self.weight, self.movable)
+
+    @cached_property
+    def key_gram(self) -> Float[Tensor, "h k k"]:
+        """``s^2 w_k^T w_k``: ``|A^T delta_i|^2 = query (s^2 w_k^T w_k) query`` with ``query = delta_i w_q``."""
+        return self.layer.factor**2 * self.layer.w_k.mT @ self.layer.w_k
+
+    def pulled_keys(self, i: int) -> Float[Tensor, "h n k"]:
+        """Rotary positions: ``(s k_j R_j - mean) R_i^T``, so that ``alpha_ij - mean alpha`` is w_q times them."""
+        centred = self.keys - self.weight[:, i, None, :] @ self.keys
+        return self.layer.turned_back(centred, torch.full((self.n,), i, device=centred.device))
 
     @cached_property
     def _norms(self) -> tuple[Tensor, Tensor]:
@@ -62,12 +73,12 @@ class MarginRows(SoftmaxRows):
 
     @property
     def norm(self) -> Float[Tensor, "h"]:
-        """Upper bound of ``||A||_2``."""
-        return self._norms[0]
+        """Upper bound of ``||A||_2``, with rotary positions of every ``||A_ij||_2``."""
+        return self._norms[0] if self.layer.rotary is None else self.form_norm
 
     @property
     def numerical(self) -> Float[Tensor, "h"]:
-        """Upper bound of ``max |x A x| / |x|^2``."""
+        """Upper bound of ``max |x A x| / |x|^2``, A that of a token with itself."""
         return self._norms[1]
 
 
@@ -85,20 +96,25 @@ def margin_rows(problem: Problem, *, everywhere: bool = False) -> MarginRows:
     return MarginRows(layer, x, problem.mass, movable)
 
 
-def _rest_norm(weight: Tensor, movable: Tensor) -> Tensor:
-    """``||(e_j - w) on T without i||`` for every (h, i, j)."""
+def rest_norm(weight: Float[Tensor, "h n n"], c: Float[Tensor, "*r n"]) -> Float[Tensor, "h n n"]:
+    """``(sum_(l != i) c_l (e_j - w)_l^2)^(1/2)`` for every (h, i, j); c_l is [l may move], or (h, i, l)."""
     n = weight.shape[-1]
     eye = torch.eye(n, dtype=weight.dtype, device=weight.device)
-    squares = (weight**2) @ movable - weight.diagonal(dim1=1, dim2=2) ** 2 * movable  # sum over T without i
-    jump = (1.0 - 2.0 * weight) * movable * (1.0 - eye)  # (1 - w_j)^2 - w_j^2 where j itself may move
-    return ((squares[..., None] + jump).clamp_min(0.0) + CANCELLATION).sqrt()
+    if c.ndim == 1:
+        whole, own = (weight**2) @ c, c
+    else:
+        whole, own = (weight**2 * c).sum(-1), c.diagonal(dim1=1, dim2=2)
+    squares = whole - weight.diagonal(dim1=1, dim2=2) ** 2 * own  # sum over the tokens without i
+    jump = (1.0 - 2.0 * weight) * c * (1.0 - eye)  # (1 - w_j)^2 - w_j^2 where j itself may move
+    pad = CANCELLATION if c.ndim == 1 else CANCELLATION * c.amax(-1, keepdim=True)
+    return ((squares[..., None] + jump).clamp_min(0.0) + pad).sqrt()
 
 
 def _small_bilinear(layer: Attention) -> list[Tensor]:
     """A per head in an orthonormal basis of the columns of [w_q w_k] (at most 2k): same norm and numerical radius."""
     k = layer.key_width
     if 2 * k >= layer.width:
-        return list(layer.bilinear)
+        return list(layer.factor * layer.w_q @ layer.w_k.transpose(-1, -2))
     small = triangle(torch.cat([layer.w_q, layer.w_k], dim=-1))
     return list(layer.factor * small[..., :k] @ small[..., k:].mT)
 
@@ -113,7 +129,7 @@ def _norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def own_block(rows: MarginRows, order: float) -> Float[Tensor, "h n n"]:
     """Norm of the delta_i-block ``own_j beta_i + alpha_j - mean alpha`` of l_j (order 2, 1, inf); 0 if i is fixed."""
     if order == 2.0:
-        return _own_norm(rows)
+        return _own_norm(rows) if rows.layer.rotary is None else _own_norm_of_pairs(rows)
     out = torch.empty_like(rows.weight)
     for i in range(rows.n):  # d-dimensional blocks of one row of all heads at a time: h n d numbers
         block = _own_vectors(rows, i)
@@ -122,6 +138,8 @@ def own_block(rows: MarginRows, order: float) -> Float[Tensor, "h n n"]:
 
 
 def _own_vectors(rows: MarginRows, i: int) -> Float[Tensor, "h n d"]:
+    if rows.layer.rotary is not None:
+        return rows.own[:, i, :, None] * rows.beta[:, i, None, :] + rows.pulled_keys(i) @ rows.layer.w_q.mT
     return rows.own[:, i, :, None] * rows.beta[:, i, None, :] + rows.alpha - rows.alpha_mean[:, i, None, :]
 
 
@@ -138,6 +156,19 @@ def _own_norm(rows: MarginRows) -> Float[Tensor, "h n n"]:
     return (total.clamp_min(0.0) + pad).sqrt() * rows.movable[:, None]
 
 
+def _own_norm_of_pairs(rows: MarginRows) -> Float[Tensor, "h n n"]:
+    """The 2-norm of the delta_i-blocks from their vectors in 2 k coordinates."""
+    k, queries = rows.layer.key_width, rows.layer.turned_back(rows.queries)
+    small = triangle(torch.cat([rows.layer.w_q, rows.layer.w_k], dim=-1))
+    out = torch.empty_like(rows.weight)
+    for i in range(rows.n):
+        block = rows.pulled_keys(i) @ small[..., :k].mT
+        block = block + rows.own[:, i, :, None] * (queries[:, i, None, :] @ small[..., k:].mT)
+        out[:, i] = torch.linalg.vector_norm(block, dim=-1) * rows.movable[i]
+    longest = torch.linalg.vector_norm(rows.keys, dim=-1).amax(-1) * torch.linalg.matrix_norm(small[..., :k])
+    return outward(out, FORMULA) + CANCELLATION * longest[:, None, None] * rows.movable[:, None]
+
+
 def own_gram(rows: MarginRows) -> Float[Tensor, "h n n n"]:
     """Gram matrix over (j, j') of the delta_i-blocks of l_j, for every row (h, i)."""
     out = rows.weight.new_empty(*rows.weight.shape, rows.n)
@@ -149,10 +180,19 @@ def own_gram(rows: MarginRows) -> Float[Tensor, "h n n n"]:
 
 def direction_gram(rows: MarginRows) -> Float[Tensor, "h n n n"]:
     """Gram matrix over (j, j') of the l_j restricted to the movable tokens, for every row (h, i)."""
-    w, m = rows.weight, rows.movable
-    wm = w * m
-    squares = (wm**2).sum(-1)
-    # (e_j - w)_T.(e_j' - w)_T = [j = j' in T] - w_j [j in T] - w_j' [j' in T] + sum_T w^2, then without token i
-    overlap = torch.diag(m) - wm[..., :, None] - wm[..., None, :] + squares[..., None, None]
-    overlap = overlap - rows.own[..., :, None] * rows.own[..., None, :]
-    return overlap * (rows.beta**2).sum(-1)[..., None, None] + own_gram(rows)
+    if rows.layer.rotary is not None:
+        return _overlap(rows, rows.movable * rows.pair_norm**2) + own_gram(rows)
+    return _overlap(rows, rows.movable) * (rows.beta**2).sum(-1)[..., None, None] + own_gram(rows)
+
+
+def _overlap(rows: MarginRows, c: Float[Tensor, "*r n"]) -> Float[Tensor, "h n n n"]:
+    """``sum_(l != i) c_l (e_j - w)_l (e_j' - w)_l``, c = 0 on tokens that may not move.
+
+    Over all l it is ``[j = j'] c_j - w_j c_j - w_j' c_j' + sum c w^2``.
+    """
+    w = rows.weight
+    wm = w * c
+    squares = (wm * w).sum(-1)
+    overlap = torch.diag_embed(c) - wm[..., :, None] - wm[..., None, :] + squares[..., None, None]
+    own = rows.own if c.ndim == 1 else rows.own * c.diagonal(dim1=1, dim2=2).sqrt()[..., None]
+    return overlap - own[..., :, None] * own[..., None, :]

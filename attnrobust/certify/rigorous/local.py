@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.certify.method import PLACED_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.certify.shared.reach import attention_of
 from attnrobust.goals import Displacement, Margin, pool_weights
 from attnrobust.layers.attention import Attention
@@ -35,7 +35,7 @@ class RigorousLocal(CertificateMethod):
     region: ClassVar[str] = "every move of the threat up to the radius, the layer taken in exact arithmetic"
     kind: ClassVar[Kind] = Kind.RIGOROUS
     layers = (Attention,)
-    features = ATTENTION_FEATURES
+    features = PLACED_FEATURES
 
     def refuses_more(self, problem: Problem) -> str | None:
         seconds = estimated_seconds(attention_of(problem), problem.clean.n)
@@ -124,7 +124,7 @@ def _clean(layer: Attention, problem: Problem) -> _Clean:
         queries = _affine(x, layer.w_q[h], None if layer.b_q is None else layer.b_q[h])
         keys = _affine(x, layer.w_k[h], None if layer.b_k is None else layer.b_k[h])
         scores = queries * keys.transpose() * rigorous.ball(layer.factor)
-        weights.append(rigorous.softmax_rows(_with_bias(scores, layer, problem, visible), visible))
+        weights.append(rigorous.softmax_rows(_with_bias(scores, layer, h, problem, visible), visible))
         values = _affine(x, layer.w_v[h], None if layer.b_v is None else layer.b_v[h])
         part = weights[h] * values * rigorous.ball_matrix(_head_output(layer, h))
         output = part if output is None else output + part
@@ -138,10 +138,12 @@ def _affine(x: BallMatrix, weight: Tensor, bias: Tensor | None) -> BallMatrix:
     return out if bias is None else out + rigorous.ball_matrix(bias.expand(x.nrows(), -1))
 
 
-def _with_bias(scores: BallMatrix, layer: Attention, problem: Problem, visible: Tensor) -> BallMatrix:
-    """Scores with mask and log-mass; hidden entries get any finite number."""
+def _with_bias(scores: BallMatrix, layer: Attention, h: int, problem: Problem, visible: Tensor) -> BallMatrix:
+    """Scores of one head with mask, head bias and log-mass; hidden entries get any finite number."""
     if layer.mask is not None:
         scores = scores + rigorous.ball_matrix(layer.mask.masked_fill(~visible, 0.0))
+    if layer.head_bias is not None:
+        scores = scores + rigorous.ball_matrix(layer.head_bias.matrix(problem.clean.n)[h])
     if problem.mass is None:
         return scores
     logs = [rigorous.ball(m).log() for m in problem.mass.tolist()]
@@ -153,7 +155,7 @@ def visible_keys(layer: Attention, n: int) -> Tensor:
     bias = layer.score_bias(n)
     if bias is None:
         return torch.ones(n, n, dtype=torch.bool)
-    return ~torch.isneginf(bias).cpu()
+    return ~torch.isneginf(bias if bias.ndim == 2 else bias[0]).cpu()  # biases of heads are finite
 
 
 def _head_output(layer: Attention, h: int) -> Tensor:

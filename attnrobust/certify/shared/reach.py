@@ -23,7 +23,7 @@ def visible_tokens(layer: Attention, n: int) -> Bool[Tensor, "n"]:
     bias = layer.score_bias(n)
     if bias is None:
         return torch.ones(n, dtype=torch.bool, device=layer.device)
-    return ~torch.isneginf(bias).all(dim=0)
+    return ~torch.isneginf(bias).flatten(0, -2).all(dim=0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.shared.head_sizes import without_common_part
+from attnrobust.certify.shared.pair_forms import gauge, key_gradient_norms, largest_form_norm
+from attnrobust.errors import UnsupportedModelError
 from attnrobust.layers.attention import Attention
 
 
@@ -17,7 +19,8 @@ class SoftmaxRows:
 
     The logit of j changes by ``beta_i.delta_j + delta_i.alpha_j + delta_i A delta_j`` with ``beta_i = s w_k q_i``,
     ``alpha_j = s w_q k_j``, ``A = s w_q w_k^T``, s the score factor; biases enter through q_i alone, as what is common
-    to all keys of a row cancels.
+    to all keys of a row cancels. With rotary positions beta, alpha and A depend on the pair (i, j), and key biases
+    stay (docs/rotary-certificates.md): ``beta_ij = w_k (s q_i R_i) R_j^T``, ``alpha_ij = w_q (s k_j R_j) R_i^T``.
 
     Args:
         layer: The attention layer.
@@ -46,29 +49,52 @@ class SoftmaxRows:
 
     @cached_property
     def queries(self) -> Float[Tensor, "h n k"]:
-        """``s q_i``."""
+        """``s q_i``, turned by rotary positions."""
         return self.layer.factor * self.layer.queries(self.points)
 
     @cached_property
     def keys(self) -> Float[Tensor, "h n k"]:
-        """``s k_j`` minus the head's shortest one."""
+        """``s k_j``, turned by rotary positions, minus the head's shortest one; without the bias where it cancels."""
+        if self.layer.rotary is not None:
+            return without_common_part(self.layer.factor * self.layer.keys(self.points))
         return without_common_part(self.layer.factor * torch.einsum("nd,hdk->hnk", self.points, self.layer.w_k))
 
     @cached_property
     def beta(self) -> Float[Tensor, "h n d"]:
-        """Gradient of score s_ij in the key token x_j, the same for all j."""
-        return torch.einsum("hnk,hdk->hnd", self.queries, self.layer.w_k)
+        """Gradient of score s_ij in the key token x_j, the same for all j; with rotary positions that of s_ii."""
+        return torch.einsum("hnk,hdk->hnd", self.layer.turned_back(self.queries), self.layer.w_k)
 
     @cached_property
     def beta_norm(self) -> Float[Tensor, "h n"]:
-        """``|beta_i|``."""
+        """``|beta_i|``, or ``|beta_ii|``."""
         norms: Tensor = torch.linalg.vector_norm(self.beta, dim=-1)
         return norms
 
     @cached_property
+    def pair_norm(self) -> Float[Tensor, "h n m"]:
+        """``|beta_ij|`` for every key j; m = 1 where they are all the same."""
+        return self.beta_norm[..., None] if self.layer.rotary is None else key_gradient_norms(self.layer, self.queries)
+
+    @cached_property
     def alpha(self) -> Float[Tensor, "h n d"]:
-        """Gradient of score s_ij in the query token x_i, minus the head's shortest one."""
+        """Gradient of score s_ij in the query token x_i, minus the head's shortest one.
+
+        Raises:
+            UnsupportedModelError: Rotary positions: it differs from query to query.
+        """
+        if self.layer.rotary is not None:
+            raise UnsupportedModelError("with rotary positions the gradient in the query depends on both positions")
         return without_common_part(torch.einsum("hnk,hdk->hnd", self.keys, self.layer.w_q))
+
+    @cached_property
+    def form_norm(self) -> Float[Tensor, "h"]:
+        """Rotary positions: upper bound of every ``||A_ij||_2``."""
+        return largest_form_norm(self.layer, self.n)
+
+    @cached_property
+    def gauge(self) -> Float[Tensor, "h k"]:
+        """Rotary positions: the diagonal G, see ``pair_forms.gauge``."""
+        return gauge(self.layer)
 
 
 def own_share(weight: Float[Tensor, "h n n"], movable: Float[Tensor, "n"]) -> Float[Tensor, "h n n"]:

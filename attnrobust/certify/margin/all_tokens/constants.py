@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.margin.rows import GRAM_LIMIT, MarginRows, direction_gram, own_block
+from attnrobust.certify.margin.rows import GRAM_LIMIT, MarginRows, direction_gram, own_block, rest_norm
 from attnrobust.certify.shared.constants import (
     DUAL_ORDER,
     LogitNorms,
@@ -16,6 +16,7 @@ from attnrobust.certify.shared.constants import (
     logit_range,
     remainder_mass,
 )
+from attnrobust.certify.shared.pair_forms import key_gradient_norms
 from attnrobust.numerics.eigenvalues import gram_eigenvalue, power_eigenvalue, spread_eigenvalue
 from attnrobust.numerics.rounding import FORMULA, outward
 from attnrobust.numerics.suprema import pair_slope, saturating_weight
@@ -38,25 +39,43 @@ class RowGeometry:
 
 def row_geometry(rows: MarginRows, threat: MoveThreat) -> RowGeometry:
     """Norms of the l_j for one threat."""
-    length = torch.linalg.vector_norm(rows.beta, dim=-1)[..., None]
     norm = rows.norm[:, None, None] * rows.movable[:, None]
     dual = dual_mixed = None
     if isinstance(threat, PerTokenBall):
         order, token_sum = DUAL_ORDER[threat.norm], _token_sum(rows)
-        dual = own_block(rows, order) + token_sum * torch.linalg.vector_norm(rows.beta, ord=order, dim=-1)[..., None]
+        dual = own_block(rows, order) + _key_duals(rows, order, token_sum)
         dual_mixed = norm * token_sum
     norms = LogitNorms(
-        own=own_block(rows, 2.0), other=rows.rest * length,
+        own=own_block(rows, 2.0), other=_key_blocks(rows),
         diagonal=rows.numerical[:, None, None] * rows.own.abs(), mixed=norm * rows.rest,
         dual=dual, dual_mixed=dual_mixed,
     )  # fmt: skip
     return RowGeometry(norms, direction_gram(rows) if rows.n <= GRAM_LIMIT else None)
 
 
-def _token_sum(rows: MarginRows) -> Tensor:
-    """``sum_l |(e_j - w)_l|`` over movable tokens other than i."""
+def _key_blocks(rows: MarginRows) -> Float[Tensor, "h n n"]:
+    """Norm of the blocks ``(e_j - w)_l beta_il`` of the movable tokens l other than i together."""
+    if rows.layer.rotary is None:
+        return rows.rest * torch.linalg.vector_norm(rows.beta, dim=-1)[..., None]
+    return rest_norm(rows.weight, rows.movable * rows.pair_norm**2)
+
+
+def _key_duals(rows: MarginRows, order: float, token_sum: Tensor) -> Float[Tensor, "h n n"]:
+    """Sum over those blocks of their dual norms."""
+    if rows.layer.rotary is None:
+        return token_sum * torch.linalg.vector_norm(rows.beta, ord=order, dim=-1)[..., None]
+    size = outward(key_gradient_norms(rows.layer, rows.queries, order=order), FORMULA)
+    return _token_sum(rows, size)
+
+
+def _token_sum(rows: MarginRows, size: Tensor | None = None) -> Tensor:
+    """``sum_l |(e_j - w)_l| size_il`` over movable tokens other than i; size 1 where it is not given."""
     w, m = rows.weight, rows.movable
     eye = torch.eye(rows.n, dtype=w.dtype, device=w.device)
+    if size is not None:
+        m = m * size
+        own = w.diagonal(dim1=1, dim2=2) * m.diagonal(dim1=1, dim2=2)
+        return ((w * m).sum(-1) - own)[..., None] + (1.0 - 2.0 * w) * m * (1.0 - eye)
     total = (w @ m)[..., None] - (w.diagonal(dim1=1, dim2=2) * m)[..., None]  # sum over T without i
     return total + (1.0 - 2.0 * w) * m * (1.0 - eye)
 
@@ -90,7 +109,8 @@ def largest_quadratic(rows: MarginRows, geo: RowGeometry, coefficient: Tensor) -
     """Upper bound of ``lambda_max(sum_j c_j l_j l_j^T)`` per row."""
     if geo.gram is not None:
         return gram_eigenvalue(geo.gram, coefficient)
-    key = spread_eigenvalue(coefficient, rows.weight, rows.movable) * (rows.beta**2).sum(-1)
+    steepest = (rows.beta**2).sum(-1) if rows.layer.rotary is None else rows.pair_norm.square().amax(-1)
+    key = spread_eigenvalue(coefficient, rows.weight, rows.movable) * steepest
     query = _query_eigenvalue(rows, coefficient)
     return outward((key.sqrt() + query.sqrt()) ** 2, FORMULA)
 
@@ -106,9 +126,10 @@ def _query_eigenvalue(rows: MarginRows, coefficient: Tensor) -> Tensor:
     total = c.sum(-1)[..., None, None]
     cross = first[..., :, None] * mean[..., None, :]
     moment = second - cross - cross.mT + total * mean[..., :, None] * mean[..., None, :]
-    # w_q S w_q^T has the eigenvalues of R S R^T, w_q = Q R.
+    # w_q S w_q^T has the eigenvalues of R S R^T, w_q = Q R; S is in turned coordinates.
     small = triangle(rows.layer.w_q)
-    inner = small[:, None] @ moment @ small.mT[:, None]
+    turned = rows.layer.turned(small[:, :, None].expand(-1, -1, rows.n, -1)).transpose(1, 2)
+    inner = turned @ moment @ turned.mT
     scale = torch.linalg.matrix_norm(second) * torch.linalg.matrix_norm(small)[:, None] ** 2
     value = (power_eigenvalue(inner, squarings=3) + FORMULA * scale) * rows.movable
     return torch.where(finite & torch.isfinite(value), value, torch.inf)  # overflowed squares bound nothing

@@ -12,8 +12,10 @@ from attnrobust.certify.margin.quadratic_form import (
     LinearImages,
     QuadraticMajorant,
     linear_images,
+    query_form,
     spread_back,
 )
+from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.certify.shared.constants import shifted_slopes
 from attnrobust.numerics.eigenvalues import spread_eigenvalue, spread_slope
 from attnrobust.numerics.rounding import SMALLEST_UNIT
@@ -35,6 +37,8 @@ class Parameters:
         bilinear: eps_j: balance of x against q in ``u = x + q``.
         query_value: s1 in units of ``|gamma|``: balance of E[qt].
         query_mean: s2: balance of p E[qv].
+        gauge: Rotary positions: mu / (1 - mu), where ``|sum_l p_l^2|`` is bounded by the share mu of N and the rest of
+            ``a^2 |delta_i|^2``.
     """
 
     split: Float[Tensor, "h n"]
@@ -44,13 +48,14 @@ class Parameters:
     bilinear: Float[Tensor, "h n n"]
     query_value: Float[Tensor, "h n"]
     query_mean: Float[Tensor, "h n"]
+    gauge: Float[Tensor, "h n"]
 
 
 def initial_parameters(functional: FunctionalRows) -> Parameters:
     """Parameters that are reasonable everywhere."""
     row = functional.rows.weight.new_ones(functional.rows.weight.shape[:2])
     pair = torch.ones_like(functional.rows.weight)
-    return Parameters(0.4 * row, 0.0 * row, 0.0 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row)
+    return Parameters(0.4 * row, 0.0 * row, 0.0 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row, row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +123,7 @@ def majorant(functional: FunctionalRows, const: Constants, piece: Pieces, par: P
     offset, mean = par.reference * piece.unit, (weight @ theta[..., None])[..., 0]
     shifted = pi[:, None] * piece.shift * theta[:, None]
     linear = value * theta - (weight.mT @ (centre * mean)[..., None])[..., 0]
+    query = _query_coefficients(rows, pi, energy + const.spread * s1, const.share * par.query_mean, par)
     return QuadraticMajorant(
         functional=moved,
         square=pi[:, None] * square,
@@ -127,9 +133,24 @@ def majorant(functional: FunctionalRows, const: Constants, piece: Pieces, par: P
         first=first,
         gradient=functional.gradient - moved.combined(first * offset) - spread_back(functional, shifted, linear),
         constant=0.5 * ((first * offset**2).sum() + (value * theta**2).sum() - (centre * mean**2).sum()),
-        bilinear=pi * (energy + const.spread * s1 + const.share * par.query_mean) * rows.movable,
-        tokens=torch.einsum("hij,hil->jl", outer, moved.weighted_advantage),
+        bilinear=query[0],
+        tokens=torch.einsum("hij,hil->jl", outer, moved.weighted_advantage) if query[1] is None else query[1],
+        keys=None if query[1] is None else outer.mT @ moved.weighted_advantage,
     )
+
+
+def _query_coefficients(
+    rows: MarginRows, pi: Tensor, spread: Tensor, mean: Tensor, par: Parameters
+) -> tuple[Tensor, Tensor | None]:
+    """Coefficients of ``|A^T delta_i|^2`` or N(delta_i), and, with rotary positions, of ``delta_l.delta_l'``.
+
+    ``spread`` multiplies a bound of ``sum_l p_l^2 / r^2``, ``p_l = delta_i A_il delta_l``, ``mean`` N itself.
+    """
+    if rows.layer.rotary is None:
+        return pi * (spread + mean) * rows.movable, None
+    share = par.gauge / (1.0 + par.gauge)
+    steady = (pi * spread * (1.0 - share) * rows.form_norm[:, None].square()).sum(0) * rows.movable
+    return pi * (share * spread + mean) * rows.movable, torch.diag(steady)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +160,7 @@ class References:
     Args:
         x: ``l_j.Delta``.
         t: ``gamma.delta_j``.
-        query: ``|A^T delta_i|^2``.
+        query: ``|A^T delta_i|^2``, or N(delta_i).
         gram: ``delta_i.delta_j``.
     """
 
@@ -161,9 +182,8 @@ class References:
 def references(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> References:
     """Evaluate reference moves."""
     found: LinearImages = linear_images(functional, points)
-    layer = functional.rows.layer
-    gram = layer.factor**2 * layer.w_k.mT @ layer.w_k
-    return References(found.x, found.t, ((found.query @ gram) * found.query).sum(-1), points @ points.mT)
+    query = (query_form(functional.rows, found.query) * found.query).sum(-1)
+    return References(found.x, found.t, query, points @ points.mT)
 
 
 def balanced(
@@ -200,6 +220,10 @@ def balanced(
     average = first.mean(0)
     variance = (first - average).square().mean(0) + smooth * first.square().mean((0, 2))[:, None] + SMALLEST_UNIT
     query = mean(found.query, (1,))
+    gauge = par.gauge
+    if rows.layer.rotary is not None:
+        steady = mean(rows.form_norm[:, None].square() * found.gram.diagonal(dim1=1, dim2=2)[:, None], (1,))
+        gauge, query = (steady / query).square(), torch.minimum(query, steady)
     mixed = mean(((weighted @ found.gram[:, None]) * weighted).sum(-1).clamp_min(0.0), (1,))
     pair = (t2[:, None, :] / x2).sqrt() / functional.value_norm[..., None]
     e = par.pair * functional.value_norm[..., None]
@@ -226,4 +250,5 @@ def balanced(
         bilinear=join(par.bilinear, eps).clamp(0.02, 2.0),
         query_value=join(par.query_value, s1),
         query_mean=join(par.query_mean, s2),
+        gauge=join(par.gauge, gauge),
     )

@@ -8,7 +8,7 @@ from attnrobust.certify.margin.all_tokens.constants import Constants, constants,
 from attnrobust.certify.margin.all_tokens.functional import FunctionalBound
 from attnrobust.certify.margin.quadratic_form import functional_rows
 from attnrobust.certify.margin.rows import margin_rows
-from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.certify.method import MODERN_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.certify.shared.constants import MoveBudget
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
@@ -38,7 +38,7 @@ class MarginCertificate(CertificateMethod):
     kind: ClassVar[Kind] = Kind.FLOAT64
     relative_tolerance: ClassVar[float] = 3e-3
     layers = (Attention,)
-    features = ATTENTION_FEATURES
+    features = MODERN_FEATURES
     threats = (FrobeniusBall, PerTokenBall)
     goals = (Margin,)
 

@@ -59,9 +59,8 @@ class ForeignRows:
 
 def foreign_rows(group: TokenFunctional, radius: float) -> ForeignRows:
     """Ranges and units at a radius."""
-    rows = group.functional.rows
     logit, value = group.token.logit, group.rest_advantage
-    reach = outward(radius * torch.linalg.vector_norm(rows.beta, dim=-1)[..., None], ENTRY)
+    reach = outward(radius * group.token.pair_norm, ENTRY)
     reach = reach.expand_as(logit).clamp_min(SMALLEST_UNIT)
     lift = outward(radius * group.functional.value_norm, ENTRY)[:, None].expand_as(logit).clamp_min(SMALLEST_UNIT)
     x = logit.clamp(-1e6, 1e6)
@@ -120,12 +119,16 @@ def foreign_form(
     weight = group.pooling * found.size
     curve = weight * par.curve / found.reach**2
     mixed = torch.einsum("hil,hia->hla", weight * par.mixed / (found.reach * found.lift), q)
+    back = group.token.turned_back
+    mixed = back(mixed)
     core = curve.new_zeros(*mixed.shape[:2], 2 * k + 1, 2 * k + 1)
-    core[..., :k, :k] = torch.einsum("hil,hia,hib->hlab", curve, q, q)
+    # R_l M R_l^T: the rows, then the columns
+    square = back(torch.einsum("hil,hia,hib->halb", curve, q, q))
+    core[..., :k, :k] = back(square.permute(0, 3, 2, 1)).permute(0, 2, 3, 1)
     core[..., :k, -1] = mixed
     core[..., -1, :k] = mixed
     core[..., -1, -1] = (weight * par.spread / found.lift**2).sum(1)
     linear = curve.new_zeros(*mixed.shape[:2], 2 * k + 1)
-    linear[..., :k] = torch.einsum("hil,hia->hla", weight * par.tilt / found.reach, q)
+    linear[..., :k] = back(torch.einsum("hil,hia->hla", weight * par.tilt / found.reach, q))
     linear[..., -1] = (weight * par.lean / found.lift).sum(1)
     return core, linear, (group.pooling * foreign_constant(found, par, nodes=nodes)).sum((0, 1))

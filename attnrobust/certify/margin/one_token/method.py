@@ -7,7 +7,7 @@ import torch
 from attnrobust.certify.margin.one_token.functional import TokenFunctionalBound
 from attnrobust.certify.margin.quadratic_form import functional_rows
 from attnrobust.certify.margin.rows import margin_rows
-from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.certify.method import MODERN_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.goals import Margin
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.rounding import used_share
@@ -31,7 +31,7 @@ class MarginTokenCertificate(CertificateMethod):
     kind: ClassVar[Kind] = Kind.FLOAT64
     relative_tolerance: ClassVar[float] = 3e-3
     layers = (Attention,)
-    features = ATTENTION_FEATURES
+    features = MODERN_FEATURES
     goals = (Margin,)
 
     def refuses_more(self, problem: Problem) -> str | None:
@@ -54,7 +54,7 @@ class TokenBound(PreparedBound):
         # l2, l1 and maximum-norm balls of one token lie in an l2 ball of this size.
         self.factor = threat.token_factor(n, d)
         tokens = threat.movable(n).nonzero().flatten().to(self.rows.points.device)
-        self.longest = float(torch.linalg.vector_norm(self.rows.beta, dim=-1).amax())
+        self.longest = float(self.rows.pair_norm.amax())
         goal = problem.resolved
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before
         self.budgets = goal.budgets.tolist()

@@ -173,7 +173,7 @@ def own_form(group: TokenFunctional, const: OwnConstants, par: OwnParameters) ->
     core[..., -1, -1] += value
     core = core + first[..., None, None] * gradient[..., :, None] * gradient[..., None, :]
     bilinear = radius**2 * (rest * token.own**2).sum(-1) + kept * own.abs() * radius * s1 + mean * par.query_mean
-    gram = layer.factor**2 * layer.w_k.mT @ layer.w_k
+    gram = group.functional.rows.key_gram
     core[..., k : 2 * k, k : 2 * k] += bilinear[..., None, None] * gram[:, None]
     mixed = layer.factor * weighted[..., None, None] * torch.eye(k, dtype=core.dtype, device=core.device)
     core[..., :k, k : 2 * k] += mixed

@@ -21,7 +21,8 @@ class TokenRows:
 
     A move delta enters head h only through ``y = (delta w_k, delta w_q, delta.gamma)`` (2k + 1 numbers): the logit
     change of foreign row i is ``a_i = s q_i.(delta w_k)``, that of the own row (its linear part)
-    ``l_j.delta = own_j s q_l.(delta w_k) + s (k_j - mean k).(delta w_q)``.
+    ``l_j.delta = own_j s q_l.(delta w_k) + s (k_j - mean k).(delta w_q)``. With rotary positions ``q_i R_i R_l^T`` and
+    ``(k_j R_j - mean) R_l^T`` stand there.
 
     Args:
         rows: Clean rows of the whole input, every token movable.
@@ -62,9 +63,20 @@ class TokenRows:
     def direction(self) -> Float[Tensor, "h l n y"]:
         """l_j in the coordinates (delta w_k, delta w_q)."""
         rows = self.rows
-        key = self.own[..., None] * rows.queries[:, self.tokens, None, :]
+        key = self.own[..., None] * rows.layer.turned_back(rows.queries)[:, self.tokens, None, :]
         mean = (self.weight @ rows.keys)[:, :, None, :]
-        return torch.cat([key, (rows.keys[:, None] - mean).expand(*key.shape)], dim=-1)
+        query = (rows.keys[:, None] - mean).expand(*key.shape)
+        return torch.cat([key, self.turned_back(query.transpose(1, 2)).transpose(1, 2)], dim=-1)
+
+    def turned_back(self, vectors: Float[Tensor, "*b l k"]) -> Float[Tensor, "*b l k"]:
+        """Vectors for every candidate l times the transpose of ``R_l``; as they are without rotary positions."""
+        return self.rows.layer.turned_back(vectors, self.tokens)
+
+    @cached_property
+    def pair_norm(self) -> Float[Tensor, "h n _"]:
+        """``|beta_il|``; last axis 1 where it is the same for all l."""
+        norms = self.rows.pair_norm
+        return norms if norms.shape[-1] != self.rows.n or self.rows.layer.rotary is None else norms[..., self.tokens]
 
     @cached_property
     def triangle(self) -> Float[Tensor, "h r y"]:
