@@ -27,7 +27,7 @@ _WORKERS = typer.Option(metavar="N", help="Worker processes; 0 works in this pro
 # ---- what is asked ---------------------------------------------------------------------------------------------------
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="minilm, a Hugging Face directory or name, or a weights file.")
+    str, typer.Argument(metavar="MODEL", help="minilm, smollm2, a Hugging Face directory or name, or a weights file.")
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="As for compare.")]
 Layer = Annotated[str | None, typer.Option(metavar="NAME", help=_LAYER)]
