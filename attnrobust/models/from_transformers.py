@@ -66,6 +66,7 @@ class Layout:
 _BERT = Layout("query", "key", "value", None, "num_attention_heads", ("dropout",))
 _DISTILBERT = Layout("q_lin", "k_lin", "v_lin", "out_lin", "n_heads", ("dropout",))
 _VIT = Layout("q_proj", "k_proj", "v_proj", "o_proj", "num_attention_heads", ("attention_dropout",))
+_ALBERT = Layout("query", "key", "value", "dense", "num_attention_heads", ("attention_dropout", "output_dropout"))
 _GPT2 = Layout("c_attn", "", "", "c_proj", "num_heads", ("attn_dropout", "resid_dropout"))
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -78,6 +79,7 @@ LAYOUTS: Mapping[str, Layout] = {
     f"{_MODELS}.vit.modeling_vit.ViTAttention": _VIT,
     f"{_MODELS}.deit.modeling_deit.DeiTAttention": _VIT,
     f"{_MODELS}.gpt2.modeling_gpt2.GPT2Attention": _GPT2,
+    f"{_MODELS}.albert.modeling_albert.AlbertAttention": _ALBERT,
 }
 """Every attention module that is read, by class."""
 
@@ -92,7 +94,7 @@ def from_transformers(module: nn.Module) -> Attention:
 
     BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA: ``...SelfAttention`` concatenates its heads; ``...Attention`` is
     read as attention and its output projection ``output.dense``, WITHOUT the residual and the LayerNorm that follow.
-    DistilBERT, ViT, DeiT and GPT-2 (causal) include their output projection.
+    DistilBERT, ViT, DeiT and GPT-2 (causal) include their output projection; ALBERT's as BERT's ``...Attention``.
 
     Args:
         module: The attention module; it is read, not changed.
@@ -117,7 +119,9 @@ class SelfAttentionAdapter(Adapter):
         return class_path(module) in LAYOUTS
 
     def kind(self, module: nn.Module) -> str:
-        ending = "heads concatenated" if LAYOUTS[class_path(module)].output is None else "with W_O"
+        layout = LAYOUTS[class_path(module)]
+        ending = "heads concatenated" if layout.output is None else "with W_O"
+        ending += ", without residual and LayerNorm" if layout is _ALBERT else ""
         return f"{type(module).__name__}, {ending}"
 
     def reasons(self, module: nn.Module) -> Iterator[str]:
@@ -126,7 +130,8 @@ class SelfAttentionAdapter(Adapter):
         yield from dropout_reasons(module, layout.dropouts)
         for name in layout.linears:
             yield from linear_reasons(module, name, classes=(LINEAR, _CONV1D))
-        yield from foreign_reasons(module, layout.linears)
+        norms = ("LayerNorm.weight", "LayerNorm.bias") if layout is _ALBERT else ()
+        yield from foreign_reasons(module, layout.linears, own=norms)
 
     def read(self, module: nn.Module) -> Attention:
         layout = LAYOUTS[class_path(module)]
@@ -144,6 +149,9 @@ class SelfAttentionAdapter(Adapter):
 
     def call(self, module: nn.Module, spec: Attention, tokens: Float[Tensor, "n d"]) -> Call:
         return _hidden_states_call(spec, tokens)
+
+    def output_module(self, module: nn.Module) -> nn.Module:
+        return module.get_submodule("dense") if LAYOUTS[class_path(module)] is _ALBERT else module
 
     def input_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         return _hidden_states(module, args, kwargs)

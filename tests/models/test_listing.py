@@ -42,7 +42,6 @@ def test_bert_names_and_kinds() -> None:
         ("mpt", "ALiBi"),
         ("falcon", "rotary"),
         ("llama", "rotary.*shared by 3 query heads.*no adapter"),
-        ("albert", "no adapter for transformers.models.albert"),
     ],
 )
 def test_unsupported_layers_are_listed_with_the_reason(model: str, word: str) -> None:
