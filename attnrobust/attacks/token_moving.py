@@ -9,7 +9,12 @@ from torch import Tensor
 
 from attnrobust.attacks.method import MovingAttack, Search
 from attnrobust.attacks.search.curvature import CURVATURE_STEPS, top_curvature
-from attnrobust.attacks.search.directions import margin_gradients, random_directions, singular_directions
+from attnrobust.attacks.search.directions import (
+    LANCZOS_STEPS,
+    margin_gradients,
+    random_directions,
+    singular_directions,
+)
 from attnrobust.attacks.search.evaluate import Evaluator
 from attnrobust.attacks.search.projected_gradient import Finish, Start, search_rows
 from attnrobust.threats.moves import AnyToken, FrobeniusBall
@@ -26,6 +31,10 @@ KICKS = (0.5, 1.0, 0.25, 1.5)
 FLAT = 0.05
 """Where the best radius is within this share of the first-order optimum and the second order says that it is no saddle
 (up to the same share), later rounds are left out: the first-order optimum is the optimum at this scale."""
+FEWEST_STEPS = 4
+"""Under a limit on queries: steps that there is room for; only so many rows start."""
+START_SHARE = 4
+"""Under a limit on queries: the first-order starts take one such part of them at most."""
 BEND_SIZE = 0.5
 """Steps along the steepest bend, both ways, in units of the best point's distance."""
 TINY = 1e-300
@@ -46,6 +55,7 @@ class TokenMoving(MovingAttack):
         """Search from every start; see the module ``drivers.projected_gradient``."""
         evaluator, generators = search.evaluator, search.generators()
         start, first_order = first_starts(search, evaluator, generators)
+        start = _affordable_rows(search, evaluator, start)
         finish = search_rows(search, evaluator, start, steps=search.budget.steps)
         found = [finish.points, finish.violating]
         best, radius = finish, first_order
@@ -71,6 +81,16 @@ class TokenMoving(MovingAttack):
                 padded[_position(search, evaluator)] = points
                 found.append(padded)
         return torch.cat(found, dim=1)
+
+
+def _affordable_rows(search: Search, evaluator: Evaluator, start: Start) -> Start:
+    """The first rows, so many that a limit on queries leaves them a few steps."""
+    wanted = start.targets.shape[1]
+    rows = max(1, search.part(evaluator, wanted, share=FEWEST_STEPS))
+    if rows >= wanted:
+        return start
+    problems = torch.arange(start.targets.shape[0], device=start.targets.device)
+    return start.take(problems, torch.arange(rows, device=problems.device).expand(problems.shape[0], -1))
 
 
 def _position(search: Search, evaluator: Evaluator) -> Int[Tensor, "q"]:
@@ -201,7 +221,8 @@ def _displacement_rows(
 ) -> tuple[Tensor, Int[Tensor, "p r"], Tensor]:
     """Leading right singular vectors with both signs; in units of the budget the singular value is share per length."""
     vectors = max(1, search.budget.restarts // 4)
-    found, values = singular_directions(evaluator, random[:, :1], allowed, count=vectors)
+    steps = search.part(evaluator, LANCZOS_STEPS, share=START_SHARE)
+    found, values = singular_directions(evaluator, random[:, :1], allowed, count=vectors, steps=steps)
     signed = torch.stack([found[:, 0], -found[:, 0]], dim=2).flatten(1, 2)[:, : search.budget.restarts]
     radius = search.threat.distance(signed) / values[:, 0].repeat_interleave(2, dim=1)[:, : signed.shape[1]]
     return signed, torch.zeros(signed.shape[:2], dtype=torch.int64, device=signed.device), _positive(evaluator, radius)
@@ -209,13 +230,26 @@ def _displacement_rows(
 
 def _margin_rows(search: Search, evaluator: Evaluator, rows: int) -> tuple[Tensor, Int[Tensor, "p r"], Tensor]:
     """One row for each of the nearest classes to first order, along the steepest direction of its margin."""
-    classes = evaluator.goal.budgets.argsort(dim=1, stable=True)[:, :MAX_CLASSES]
-    gradients = margin_gradients(evaluator, classes)
+    classes = _nearest_classes(search, evaluator)
+    gradients = _gradients(search, evaluator, classes)
     gradients = gradients * evaluator.movable[:, None, :, None]
     radius = _positive(evaluator, 1.0 / search.threat.dual_norm(gradients))
     nearest = radius.argsort(dim=1, stable=True)[:, : max(1, (rows + 1) // 2)]
     at = torch.arange(classes.shape[0], device=classes.device)[:, None]
     return search.threat.steepest(gradients[at, nearest]), classes[at, nearest], radius[at, nearest]
+
+
+def _nearest_classes(search: Search, evaluator: Evaluator) -> Int[Tensor, "p c"]:
+    """Classes that are looked at to first order: those with the least room, as many as a limit on queries affords."""
+    most = max(1, search.part(evaluator, MAX_CLASSES, share=START_SHARE))
+    return evaluator.goal.budgets.argsort(dim=1, stable=True)[:, :most]
+
+
+def _gradients(search: Search, evaluator: Evaluator, classes: Int[Tensor, "p c"]) -> Float[Tensor, "p c n d"]:
+    """Gradients of these margins at the clean inputs; zero, as unknown, where they cannot be afforded."""
+    if bool(search.affordable(evaluator, classes.shape[1]).all()):
+        return margin_gradients(evaluator, classes)
+    return evaluator.points.new_zeros(*classes.shape, *evaluator.points.shape[1:])
 
 
 def _positive(evaluator: Evaluator, radius: Tensor) -> Tensor:
@@ -253,12 +287,13 @@ def branch_starts(
     branches = tokens.numel()
     random = random_directions(generators, branches, (n, d), evaluator.points) * allowed[..., None]
     if evaluator.goal.functionals is None:
-        found, values = singular_directions(evaluator, random, allowed, count=1, steps=BRANCH_LANCZOS_STEPS)
+        steps = search.part(evaluator, BRANCH_LANCZOS_STEPS * branches, share=START_SHARE) // max(1, branches)
+        found, values = singular_directions(evaluator, random, allowed, count=1, steps=steps)
         directions, slope = found[:, :, 0], values[:, :, 0]
         targets = torch.zeros(p, branches, dtype=torch.int64, device=evaluator.device)
     else:
-        classes = evaluator.goal.budgets.argsort(dim=1, stable=True)[:, :MAX_CLASSES]
-        gradients = margin_gradients(evaluator, classes)
+        classes = _nearest_classes(search, evaluator)
+        gradients = _gradients(search, evaluator, classes)
         slope, best = torch.linalg.vector_norm(gradients, dim=-1)[:, :, tokens].max(dim=1)
         at = torch.arange(p, device=best.device)[:, None]
         targets = classes[at, best]

@@ -142,7 +142,12 @@ def search_rows(search: Search, evaluator: Evaluator, start: Start, *, steps: in
         rows.trial[:, :count].clone(), rows.targets[:, :count].clone(), rows.merit[:, :count].clone(),
         torch.full_like(rows.trial[:, :1], math.nan),
     )  # fmt: skip
-    problems = torch.arange(rows.targets.shape[0], device=evaluator.device)
+    problems = search.affordable(evaluator, total).to(evaluator.device).nonzero().flatten()
+    if problems.numel() == 0:
+        return result
+    if problems.numel() < rows.targets.shape[0]:
+        every = torch.arange(total, device=problems.device).expand(problems.shape[0], -1)
+        rows, evaluator = rows.take(problems, every), evaluator.take(problems)
     cuts = [(max(2, round(share * steps)), max(count, math.ceil(kept * total))) for share, kept in KEEP_AFTER]
     for step in range(steps):
         _step(search, evaluator, start.threat, rows)
