@@ -55,6 +55,7 @@ class TokenMoving(MovingAttack):
         """Search from every start; see the module ``drivers.projected_gradient``."""
         evaluator, generators = search.evaluator, search.generators()
         start, first_order = first_starts(search, evaluator, generators)
+        waiting = start.waiting
         start = _affordable_rows(search, evaluator, start)
         finish = search_rows(search, evaluator, start, steps=search.budget.steps)
         found = [finish.points, finish.violating]
@@ -74,6 +75,9 @@ class TokenMoving(MovingAttack):
             generators = [generators[i] for i in open_problems.tolist()]
             evaluator = evaluator.take(open_problems)
             again = _next_starts(search, evaluator, generators, start, best, bends)
+            if waiting is not None:
+                waiting = waiting.problems(open_problems)
+                again, waiting = _with_waiting(search, again, waiting)
             finish = search_rows(search, evaluator, again, steps=search.budget.steps)
             best = _better(best, finish)
             for points in (best.points, finish.violating):
@@ -187,6 +191,26 @@ def _next_starts(
     return Start(torch.cat([kicked, random[:, half:]], dim=1), targets, radius, allowed, start.threat)
 
 
+def _with_waiting(search: Search, start: Start, waiting: Start) -> tuple[Start, Start | None]:
+    """Some new random rows replaced by first-order optima of classes that no row attacked yet; and those still left."""
+    rows, more = start.targets.shape[1], waiting.targets.shape[1]
+    count = min(max(0, rows - max(1, rows // 2) - 1), more)  # one stays random
+
+    def placed(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([old[:, : rows - count], new[:, :count]], dim=1)
+
+    merged = Start(
+        placed(start.directions, waiting.directions),
+        placed(start.targets, waiting.targets),
+        placed(start.radius, waiting.radius),
+        placed(start.allowed, waiting.allowed),
+        start.threat,
+    )
+    problems = torch.arange(start.targets.shape[0], device=start.targets.device)
+    rest = torch.arange(count, more, device=problems.device).expand(problems.shape[0], -1)
+    return merged, waiting.take(problems, rest) if count < more else None
+
+
 # ---- first round -------------------------------------------------------------------------------------------------
 
 
@@ -203,17 +227,34 @@ def first_starts(
         return both_signs(chosen), 1.0 / slope.amax(dim=1).clamp_min(TINY)
     allowed = evaluator.movable[:, None]
     random = random_directions(generators, rows, evaluator.points.shape[1:], evaluator.points) * allowed[..., None]
+    waiting = None
     if evaluator.goal.functionals is None:
         directions, targets, radius = _displacement_rows(search, evaluator, random, allowed)
     else:
         directions, targets, radius = _margin_rows(search, evaluator, rows)
+        first = min(targets.shape[1], max(1, (rows + 1) // 2))
+        waiting = _waiting(search, directions, targets, radius, allowed, first)
+        directions, targets, radius = directions[:, :first], targets[:, :first], radius[:, :first]
     first = directions.shape[1]
     filled = torch.arange(rows, device=radius.device) % first
     directions = torch.cat([_replace_zero(directions, random[:, :first]), random[:, first:]], dim=1)
     scales = radius.new_tensor(SCALES)[torch.arange(rows - first, device=radius.device) % len(SCALES)]
     scale = torch.cat([radius.new_ones(first), scales])
     wanted = radius[:, filled] * scale if search.epsilon is None else scale.expand(p, rows) * search.epsilon
-    return Start(directions, targets[:, filled], wanted, allowed.expand(p, rows, n), search.threat), radius.amin(dim=1)
+    allowed = allowed.expand(p, rows, n)
+    return Start(directions, targets[:, filled], wanted, allowed, search.threat, waiting), radius.amin(dim=1)
+
+
+def _waiting(
+    search: Search, directions: Tensor, targets: Tensor, radius: Tensor, allowed: Tensor, first: int
+) -> Start | None:
+    """First-order optima of the classes behind the first ones: later rounds start from them."""
+    later = min(targets.shape[1], first + (search.budget.rounds - 1) * first)
+    if later <= first or search.epsilon is not None:
+        return None
+    part = slice(first, later)
+    rows = allowed.expand(-1, later - first, -1)
+    return Start(directions[:, part], targets[:, part], radius[:, part], rows, search.threat)
 
 
 def _displacement_rows(
@@ -229,12 +270,12 @@ def _displacement_rows(
 
 
 def _margin_rows(search: Search, evaluator: Evaluator, rows: int) -> tuple[Tensor, Int[Tensor, "p r"], Tensor]:
-    """One row for each of the nearest classes to first order, along the steepest direction of its margin."""
+    """The nearest classes to first order, one row each along the steepest direction of its margin."""
     classes = _nearest_classes(search, evaluator)
     gradients = _gradients(search, evaluator, classes)
     gradients = gradients * evaluator.movable[:, None, :, None]
     radius = _positive(evaluator, 1.0 / search.threat.dual_norm(gradients))
-    nearest = radius.argsort(dim=1, stable=True)[:, : max(1, (rows + 1) // 2)]
+    nearest = radius.argsort(dim=1, stable=True)[:, : search.budget.rounds * max(1, (rows + 1) // 2)]
     at = torch.arange(classes.shape[0], device=classes.device)[:, None]
     return search.threat.steepest(gradients[at, nearest]), classes[at, nearest], radius[at, nearest]
 
