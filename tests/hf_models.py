@@ -83,7 +83,6 @@ OTHERS: Mapping[str, Callable[..., nn.Module]] = {
         bos_token_id=0,
         eos_token_id=0,
     ),
-    "albert": _named("AlbertConfig", "AlbertModel", **COMMON, **TEXT, embedding_size=D),
     "bert decoder": _named("BertConfig", "BertModel", **COMMON, **TEXT, is_decoder=True, add_cross_attention=True),
 }
 """Models with attention that is not read, at least in part."""

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from attnrobust.attacks.measures.expand import expand_layer, tokens_read
 from attnrobust.attacks.measures.goal import MeasureReader, nearer, query_sensitivity
 from attnrobust.attacks.measures.masses import refine_masses
 from attnrobust.attacks.measures.split_starts import far_starts, kicked_starts, near_starts
 from attnrobust.attacks.measures.splits import NEAR_FRACTIONS, Split, default_fractions, search_over
-from attnrobust.attacks.method import AttackMethod, Attempt, Work
+from attnrobust.attacks.method import AttackMethod, Attempt, Work, cut_short, left
+from attnrobust.attacks.search.evaluate import OutOfQueries
 from attnrobust.attacks.search.projected_gradient import search_rows
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.attacks.verification import VerifiedPoint, nothing, verify
@@ -131,10 +134,22 @@ class _Splitting:
     def move(self) -> _Found | None:
         """Moving alone, measured by the same budget; where it does not violate the goal, its strongest point."""
         split = Split.of(self.problem, self.threat, (), 0.5)
-        search = search_over([split], self.threat.order, self.work, seed=self.seed, attack=MassSplitting.name)
+        work = self.part(1)
+        if work is None:
+            return None
+        search = search_over([split], self.threat.order, work, seed=self.seed, attack=MassSplitting.name)
         moved = TokenMoving().propose(search)[0]
         self.queries += int(search.evaluator.queries.sum())
         return self.best_of(split.atoms(moved))
+
+    def part(self, searches: int) -> Work | None:
+        """The work of one phase with so many searches: half of the queries that are left; None where that is none."""
+        budget = self.work.budget
+        rest = left(budget, self.queries)
+        if rest is None:
+            return self.work
+        share = rest // (2 * searches)
+        return replace(self.work, budget=replace(budget, queries=share)) if share else None
 
     def split(
         self, chosen: Sequence[int], fractions: Sequence[float], moving: _Found | None, best: _Found | None
@@ -151,28 +166,35 @@ class _Splitting:
             if not shares or self.work.out_of_time:
                 continue
             splits = [Split.of(self.problem, self.threat, chosen, f) for f in shares]
-            search = search_over(splits, self.threat.order, self.work, seed=self.seed, attack=MassSplitting.name)
-            if again and best is not None:
-                start = kicked_starts(search, best.atoms.displacement(self.problem.clean))
-            else:
-                moved = None if moving is None else moving.atoms
-                start = kind(search, self.problem.clean, splits[0].parent, moving=moved)
-            finish = search_rows(search, search.evaluator, start, steps=self.work.budget.steps)
+            work = self.part(len(splits))
+            if work is None:
+                break
+            search = search_over(splits, self.threat.order, work, seed=self.seed, attack=MassSplitting.name)
+            points: Sequence[Tensor] = ()
+            with suppress(OutOfQueries):
+                if again and best is not None:
+                    start = kicked_starts(search, best.atoms.displacement(self.problem.clean))
+                else:
+                    moved = None if moving is None else moving.atoms
+                    start = kind(search, self.problem.clean, splits[0].parent, moving=moved)
+                points = tuple(search_rows(search, search.evaluator, start, steps=work.budget.steps).points)
             self.queries += int(search.evaluator.queries.sum())
-            found += [self.best_of(split.atoms(x)) for split, x in zip(splits, finish.points, strict=True)]
+            found += [self.best_of(split.atoms(x)) for split, x in zip(splits, points, strict=False)]
         return [one for one in found if one is not None]
 
     def refine(self, found: Sequence[_Found]) -> list[_Found]:
         """Positions and masses together, from the best configurations."""
         refined: list[_Found | None] = []
         for one in sorted(found, key=lambda f: f.point.rank)[:REFINED]:
-            if self.work.out_of_time:
+            rest = left(self.work.budget, self.queries)
+            steps = self.work.budget.steps if rest is None else min(self.work.budget.steps, rest // 2)
+            if self.work.out_of_time or steps == 0:
                 break
             better, queries = refine_masses(
                 self.problem,
                 one.atoms,
                 order=self.threat.order,
-                steps=self.work.budget.steps,
+                steps=steps,
                 domain_radius=self.threat.domain_radius,
             )
             self.queries += queries
@@ -187,7 +209,8 @@ class _Splitting:
     def _verified(self, atoms: PerturbedTokens) -> _Found | None:
         atoms = nearer(self.problem, atoms, self.work.epsilon)
         reader = MeasureReader(self.problem, atoms.mass, atoms.parent)
-        point = verify(reader, atoms.displacement(self.problem.clean)[None], epsilon=self.work.epsilon)
+        room = left(self.work.budget, self.queries)
+        point = verify(reader, atoms.displacement(self.problem.clean)[None], epsilon=self.work.epsilon, limit=room)
         self.queries += point.queries
         return None if point.points is None else _Found(point, reader.atoms(point.points))
 
@@ -198,8 +221,10 @@ class _Splitting:
             alone = math.inf if self.work.epsilon is None else math.nan
         else:
             alone = moving.point.radius if self.work.epsilon is None else moving.point.usage
+        point = nothing(self.work.epsilon) if shown is None else shown.point
         return Attempt(
-            point=nothing(self.work.epsilon) if shown is None else shown.point,
+            point=point,
+            failure=cut_short(point, self.work.budget),
             queries=self.queries,
             atoms=None if best is None else best.atoms,
             moving_radius=alone,

@@ -40,7 +40,11 @@ class AttackBudget:
         steps: Gradient steps of one round.
         rounds: Rounds of restarts; later ones start from what the first found, and only where the goal is not nearly
             linear at the scale of the attack.
-        queries: Largest number of forward evaluations of one input; None means no limit. It is checked between steps.
+        queries: Largest number of queries of one input, those of the verification included; None means no limit. A query
+            is one evaluation of the network at one point, with or without its gradient, or one product with its
+            derivative at the clean input; what is prepared there before the search (its output, the precision and
+            memory of an evaluation) counts as one for whole networks and as none for layers. It is never exceeded: a
+            search that cannot afford its next step ends, and about a third is kept for the verification.
         seconds: Wall time of one batch of inputs; None means no limit. A run that it cuts short is not reproducible.
         memory_bytes: Bytes that score-sized arrays (batch x heads x n x n) may take; larger batches are cut in chunks.
     """
@@ -89,11 +93,22 @@ class Search:
         """Whether the wall time is used up."""
         return time.perf_counter() > self.deadline
 
+    @property
+    def limit(self) -> int | None:
+        """Queries of one problem before its verification."""
+        limit = self.budget.queries
+        return None if limit is None else limit - min(VERIFICATION, math.ceil(limit / 3))
+
     def affordable(self, evaluator: Evaluator, rows: int) -> Bool[Tensor, "p"]:
         """Which of the evaluator's problems may still be evaluated at so many points."""
-        limit = self.budget.queries
-        spent = evaluator.queries[evaluator.index] + rows
-        return torch.ones_like(spent, dtype=torch.bool) if limit is None else spent <= limit
+        spent = evaluator.spent + rows
+        return torch.ones_like(spent, dtype=torch.bool) if self.limit is None else spent <= self.limit
+
+    def part(self, evaluator: Evaluator, wanted: int, *, share: int) -> int:
+        """How many of ``wanted`` queries fit into one ``share``-th of what is left for each problem."""
+        if self.limit is None:
+            return wanted
+        return max(0, min(wanted, (self.limit - int(evaluator.spent.max())) // share))
 
     def generators(self) -> list[torch.Generator]:
         """One random stream per problem (on the CPU, so that devices agree)."""
@@ -235,13 +250,30 @@ class MovingAttack(AttackMethod):
             deadline=work.deadline,
         )
         candidates = self.propose(search)
+        spent = evaluator.queries.tolist()
         points = [
-            verify(MovedTokens(p), c, epsilon=work.epsilon) for p, c in zip(work.problems, candidates, strict=True)
+            verify(MovedTokens(p), c, epsilon=work.epsilon, limit=left(work.budget, queries))
+            for p, c, queries in zip(work.problems, candidates, spent, strict=True)
         ]
         return [
-            Attempt(point=point, queries=queries + point.queries)
-            for point, queries in zip(points, evaluator.queries.tolist(), strict=True)
+            Attempt(point=point, queries=queries + point.queries, failure=cut_short(point, work.budget))
+            for point, queries in zip(points, spent, strict=True)
         ]
+
+
+def left(budget: AttackBudget, spent: int) -> int | None:
+    """Queries that a budget still has; None means any number."""
+    return None if budget.queries is None else max(0, budget.queries - spent)
+
+
+def cut_short(point: VerifiedPoint, budget: AttackBudget) -> Status | None:
+    """NOT_FOUND where no point was measured because the queries did not suffice; None elsewhere."""
+    unmeasured = point.points is None and point.queries == 0
+    return Status.NOT_FOUND if unmeasured and budget.queries is not None else None
+
+
+VERIFICATION = 64
+"""Queries that are kept for the verification at most; without a limit it takes 20 to 60."""
 
 
 def input_seed(seed: int, problem_digest: str, attack: str) -> int:

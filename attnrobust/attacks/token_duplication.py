@@ -14,7 +14,7 @@ from attnrobust.attacks.measures.expand import (
     goal_row,
     not_copied,
 )
-from attnrobust.attacks.method import AttackMethod, Attempt, Work
+from attnrobust.attacks.method import AttackMethod, Attempt, Work, cut_short, left
 from attnrobust.attacks.token_moving import TokenMoving
 from attnrobust.attacks.verification import VerifiedPoint
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
@@ -26,7 +26,7 @@ from attnrobust.threats.moves import PerTokenBall
 from attnrobust.tokens import PerturbedTokens
 
 MOVED = 3
-"""Choices of copies (the best ones without moving) whose copies are then moved."""
+"""Choices of each number of copies (the best ones without moving) whose copies are then moved."""
 
 
 def duplication_effect(
@@ -117,19 +117,35 @@ def copies_of(problem: Problem) -> Copies:
 
 def _duplicated(problem: Problem, threat: Copies, work: Work) -> Attempt:
     moved = Problem(problem.network, problem.clean, threat.moves, problem.goal)
-    moving = _moved(moved, work)
-    choices, queries = choose_copies(moved, threat.copies, order=threat.order)
-    tried = [move_copies(moved, choice, order=threat.order, work=work) for choice in choices]
+    moving = _moved(moved, _share(work, 0, 4))
+    room = left(work.budget, moving.queries)
+    choices, queries = choose_copies(
+        moved, threat.copies, order=threat.order, limit=None if room is None else room // 4
+    )
+    spent, tried = moving.queries + queries, []
+    for number, choice in enumerate(choices):
+        if left(work.budget, spent) == 0:
+            break
+        part = _share(work, spent, len(choices) - number)
+        tried.append(move_copies(moved, choice, order=threat.order, work=part))
+        spent += tried[-1][0].queries
     # no copy at all is within the budget too; it comes last, so that it wins no tie
     tried.append((moving, expanded(moved, (0,) * problem.clean.n, threat.order)))
     best, atoms = min(tried, key=lambda t: t[0].point.rank)
     points = best.point.perturbed
     return Attempt(
         point=best.point,
-        queries=queries + sum(t[0].queries for t in tried),
+        queries=spent,
+        failure=cut_short(best.point, work.budget),
         atoms=None if points is None else PerturbedTokens(points, atoms.problem.clean.mass, atoms.parent),
         moving_radius=moving.point.radius if work.epsilon is None else moving.point.usage,
     )
+
+
+def _share(work: Work, spent: int, parts: int) -> Work:
+    """The work with one part of the queries that are left, at least one; without a limit the whole work."""
+    rest = left(work.budget, spent)
+    return work if rest is None else replace(work, budget=replace(work.budget, queries=max(1, rest // parts)))
 
 
 def _moved(problem: Problem, work: Work) -> Attempt:
@@ -137,33 +153,37 @@ def _moved(problem: Problem, work: Work) -> Attempt:
     return TokenMoving().search(replace(work, problems=[problem]))[0]
 
 
-def choose_copies(problem: Problem, copies: int, *, order: CausalOrder = "tied") -> tuple[tuple[Choice, ...], int]:
-    """Greedy choice of copies, at most ``copies`` in all; the best few choices of any size, strongest first.
+def choose_copies(
+    problem: Problem, copies: int, *, order: CausalOrder = "tied", limit: int | None = None
+) -> tuple[tuple[Choice, ...], int]:
+    """Greedy choice of copies, at most ``copies`` in all: the strongest few of every number of copies.
+
+    What is chosen with fewer copies is chosen with more, too, so more copies never end in a larger radius.
+
+    Args:
+        problem: The question about moved tokens.
+        copies: How many there may be.
+        order: What a causal mask shows a copy.
+        limit: Largest number of evaluations; None means no limit. What it does not reach is not chosen.
 
     Returns:
         The choices (no copies at all is not among them), and the forward evaluations spent.
     """
     n = problem.clean.n
-    extra = (0,) * n
-    seen: dict[tuple[int, ...], float] = {}
-    queries = 0
-    for round_index in range(copies):
-        if isinstance(problem.network, NetworkGraph):
-            used = torch.tensor([_resting(problem, _with(extra, j), order) for j in range(n)], dtype=torch.float64)
-            queries += n
-        elif round_index == 0 and order == "tied" and problem.mass is None:
-            used = _first_copy(problem)
+    extra, chosen, queries = (0,) * n, list[Choice](), 0
+    for number in range(copies):
+        if number == 0 and order == "tied" and problem.mass is None and isinstance(problem.network, Attention):
+            used = _first_copy(problem).tolist()
         else:
-            resting = [expanded(problem, _with(extra, j), order).usage_at_rest for j in range(n)]
-            used = torch.tensor(resting, dtype=torch.float64)
-            queries += n
-        for j, value in enumerate(used.tolist()):
-            seen[_with(extra, j)] = value
-        extra = _with(extra, int(used.argmax()))
-    strongest = sorted(seen.items(), key=lambda item: -item[1])[:MOVED]
-    largest = max(seen, key=lambda e: (sum(e), seen[e]))  # the greedy end: all copies used
-    chosen = dict(strongest) | {largest: seen[largest]}
-    return tuple(Choice(extra=e, usage=u) for e, u in chosen.items()), queries
+            tokens = range(n if limit is None else min(n, limit - queries))
+            used = [_resting(problem, _with(extra, j), order) for j in tokens]
+            queries += len(used)
+        if not used:
+            break
+        strongest = sorted(range(len(used)), key=lambda j: -used[j])[:MOVED]
+        chosen += [Choice(_with(extra, j), used[j]) for j in strongest]
+        extra = _with(extra, strongest[0])
+    return tuple(sorted(chosen, key=lambda choice: -choice.usage)), queries
 
 
 def _first_copy(problem: Problem) -> Float[Tensor, "n"]:
@@ -238,15 +258,15 @@ def move_copies(problem: Problem, choice: Choice, *, order: CausalOrder, work: W
         work: Mode, seed and cost limits.
     """
     duplicated = expanded(problem, choice.extra, order)
-    rest = duplicated.usage_at_rest
+    rest, work = duplicated.usage_at_rest, _share(work, 1, 1)
     points = duplicated.problem.clean.points.clone()
     if work.epsilon is None and rest >= 1.0:
         return Attempt(point=VerifiedPoint(0.0, rest, points, 1, None), queries=1), duplicated
     found = _moved(duplicated.problem, work)
     if work.epsilon is not None and not found.point.usage >= rest:
         point = VerifiedPoint(0.0, rest, points, found.queries, work.epsilon)
-        return Attempt(point=point, queries=found.queries), duplicated
-    return found, duplicated
+        return Attempt(point=point, queries=found.queries + 1), duplicated
+    return replace(found, queries=found.queries + 1), duplicated
 
 
 def _with(extra: tuple[int, ...], token: int) -> tuple[int, ...]:

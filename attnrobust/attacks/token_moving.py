@@ -9,7 +9,12 @@ from torch import Tensor
 
 from attnrobust.attacks.method import MovingAttack, Search
 from attnrobust.attacks.search.curvature import CURVATURE_STEPS, top_curvature
-from attnrobust.attacks.search.directions import margin_gradients, random_directions, singular_directions
+from attnrobust.attacks.search.directions import (
+    LANCZOS_STEPS,
+    margin_gradients,
+    random_directions,
+    singular_directions,
+)
 from attnrobust.attacks.search.evaluate import Evaluator
 from attnrobust.attacks.search.projected_gradient import Finish, Start, search_rows
 from attnrobust.threats.moves import AnyToken, FrobeniusBall
@@ -26,6 +31,10 @@ KICKS = (0.5, 1.0, 0.25, 1.5)
 FLAT = 0.05
 """Where the best radius is within this share of the first-order optimum and the second order says that it is no saddle
 (up to the same share), later rounds are left out: the first-order optimum is the optimum at this scale."""
+FEWEST_STEPS = 4
+"""Under a limit on queries: steps that there is room for; only so many rows start."""
+START_SHARE = 4
+"""Under a limit on queries: the first-order starts take one such part of them at most."""
 BEND_SIZE = 0.5
 """Steps along the steepest bend, both ways, in units of the best point's distance."""
 TINY = 1e-300
@@ -46,6 +55,8 @@ class TokenMoving(MovingAttack):
         """Search from every start; see the module ``drivers.projected_gradient``."""
         evaluator, generators = search.evaluator, search.generators()
         start, first_order = first_starts(search, evaluator, generators)
+        waiting = start.waiting
+        start = _affordable_rows(search, evaluator, start)
         finish = search_rows(search, evaluator, start, steps=search.budget.steps)
         found = [finish.points, finish.violating]
         best, radius = finish, first_order
@@ -64,6 +75,9 @@ class TokenMoving(MovingAttack):
             generators = [generators[i] for i in open_problems.tolist()]
             evaluator = evaluator.take(open_problems)
             again = _next_starts(search, evaluator, generators, start, best, bends)
+            if waiting is not None:
+                waiting = waiting.problems(open_problems)
+                again, waiting = _with_waiting(search, again, waiting)
             finish = search_rows(search, evaluator, again, steps=search.budget.steps)
             best = _better(best, finish)
             for points in (best.points, finish.violating):
@@ -71,6 +85,16 @@ class TokenMoving(MovingAttack):
                 padded[_position(search, evaluator)] = points
                 found.append(padded)
         return torch.cat(found, dim=1)
+
+
+def _affordable_rows(search: Search, evaluator: Evaluator, start: Start) -> Start:
+    """The first rows, so many that a limit on queries leaves them a few steps."""
+    wanted = start.targets.shape[1]
+    rows = max(1, search.part(evaluator, wanted, share=FEWEST_STEPS))
+    if rows >= wanted:
+        return start
+    problems = torch.arange(start.targets.shape[0], device=start.targets.device)
+    return start.take(problems, torch.arange(rows, device=problems.device).expand(problems.shape[0], -1))
 
 
 def _position(search: Search, evaluator: Evaluator) -> Int[Tensor, "q"]:
@@ -167,6 +191,26 @@ def _next_starts(
     return Start(torch.cat([kicked, random[:, half:]], dim=1), targets, radius, allowed, start.threat)
 
 
+def _with_waiting(search: Search, start: Start, waiting: Start) -> tuple[Start, Start | None]:
+    """Some new random rows replaced by first-order optima of classes that no row attacked yet; and those still left."""
+    rows, more = start.targets.shape[1], waiting.targets.shape[1]
+    count = min(max(0, rows - max(1, rows // 2) - 1), more)  # one stays random
+
+    def placed(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([old[:, : rows - count], new[:, :count]], dim=1)
+
+    merged = Start(
+        placed(start.directions, waiting.directions),
+        placed(start.targets, waiting.targets),
+        placed(start.radius, waiting.radius),
+        placed(start.allowed, waiting.allowed),
+        start.threat,
+    )
+    problems = torch.arange(start.targets.shape[0], device=start.targets.device)
+    rest = torch.arange(count, more, device=problems.device).expand(problems.shape[0], -1)
+    return merged, waiting.take(problems, rest) if count < more else None
+
+
 # ---- first round -------------------------------------------------------------------------------------------------
 
 
@@ -183,17 +227,34 @@ def first_starts(
         return both_signs(chosen), 1.0 / slope.amax(dim=1).clamp_min(TINY)
     allowed = evaluator.movable[:, None]
     random = random_directions(generators, rows, evaluator.points.shape[1:], evaluator.points) * allowed[..., None]
+    waiting = None
     if evaluator.goal.functionals is None:
         directions, targets, radius = _displacement_rows(search, evaluator, random, allowed)
     else:
         directions, targets, radius = _margin_rows(search, evaluator, rows)
+        first = min(targets.shape[1], max(1, (rows + 1) // 2))
+        waiting = _waiting(search, directions, targets, radius, allowed, first)
+        directions, targets, radius = directions[:, :first], targets[:, :first], radius[:, :first]
     first = directions.shape[1]
     filled = torch.arange(rows, device=radius.device) % first
     directions = torch.cat([_replace_zero(directions, random[:, :first]), random[:, first:]], dim=1)
     scales = radius.new_tensor(SCALES)[torch.arange(rows - first, device=radius.device) % len(SCALES)]
     scale = torch.cat([radius.new_ones(first), scales])
     wanted = radius[:, filled] * scale if search.epsilon is None else scale.expand(p, rows) * search.epsilon
-    return Start(directions, targets[:, filled], wanted, allowed.expand(p, rows, n), search.threat), radius.amin(dim=1)
+    allowed = allowed.expand(p, rows, n)
+    return Start(directions, targets[:, filled], wanted, allowed, search.threat, waiting), radius.amin(dim=1)
+
+
+def _waiting(
+    search: Search, directions: Tensor, targets: Tensor, radius: Tensor, allowed: Tensor, first: int
+) -> Start | None:
+    """First-order optima of the classes behind the first ones: later rounds start from them."""
+    later = min(targets.shape[1], first + (search.budget.rounds - 1) * first)
+    if later <= first or search.epsilon is not None:
+        return None
+    part = slice(first, later)
+    rows = allowed.expand(-1, later - first, -1)
+    return Start(directions[:, part], targets[:, part], radius[:, part], rows, search.threat)
 
 
 def _displacement_rows(
@@ -201,21 +262,35 @@ def _displacement_rows(
 ) -> tuple[Tensor, Int[Tensor, "p r"], Tensor]:
     """Leading right singular vectors with both signs; in units of the budget the singular value is share per length."""
     vectors = max(1, search.budget.restarts // 4)
-    found, values = singular_directions(evaluator, random[:, :1], allowed, count=vectors)
+    steps = search.part(evaluator, LANCZOS_STEPS, share=START_SHARE)
+    found, values = singular_directions(evaluator, random[:, :1], allowed, count=vectors, steps=steps)
     signed = torch.stack([found[:, 0], -found[:, 0]], dim=2).flatten(1, 2)[:, : search.budget.restarts]
     radius = search.threat.distance(signed) / values[:, 0].repeat_interleave(2, dim=1)[:, : signed.shape[1]]
     return signed, torch.zeros(signed.shape[:2], dtype=torch.int64, device=signed.device), _positive(evaluator, radius)
 
 
 def _margin_rows(search: Search, evaluator: Evaluator, rows: int) -> tuple[Tensor, Int[Tensor, "p r"], Tensor]:
-    """One row for each of the nearest classes to first order, along the steepest direction of its margin."""
-    classes = evaluator.goal.budgets.argsort(dim=1, stable=True)[:, :MAX_CLASSES]
-    gradients = margin_gradients(evaluator, classes)
+    """The nearest classes to first order, one row each along the steepest direction of its margin."""
+    classes = _nearest_classes(search, evaluator)
+    gradients = _gradients(search, evaluator, classes)
     gradients = gradients * evaluator.movable[:, None, :, None]
     radius = _positive(evaluator, 1.0 / search.threat.dual_norm(gradients))
-    nearest = radius.argsort(dim=1, stable=True)[:, : max(1, (rows + 1) // 2)]
+    nearest = radius.argsort(dim=1, stable=True)[:, : search.budget.rounds * max(1, (rows + 1) // 2)]
     at = torch.arange(classes.shape[0], device=classes.device)[:, None]
     return search.threat.steepest(gradients[at, nearest]), classes[at, nearest], radius[at, nearest]
+
+
+def _nearest_classes(search: Search, evaluator: Evaluator) -> Int[Tensor, "p c"]:
+    """Classes that are looked at to first order: those with the least room, as many as a limit on queries affords."""
+    most = max(1, search.part(evaluator, MAX_CLASSES, share=START_SHARE))
+    return evaluator.goal.budgets.argsort(dim=1, stable=True)[:, :most]
+
+
+def _gradients(search: Search, evaluator: Evaluator, classes: Int[Tensor, "p c"]) -> Float[Tensor, "p c n d"]:
+    """Gradients of these margins at the clean inputs; zero, as unknown, where they cannot be afforded."""
+    if bool(search.affordable(evaluator, classes.shape[1]).all()):
+        return margin_gradients(evaluator, classes)
+    return evaluator.points.new_zeros(*classes.shape, *evaluator.points.shape[1:])
 
 
 def _positive(evaluator: Evaluator, radius: Tensor) -> Tensor:
@@ -253,12 +328,13 @@ def branch_starts(
     branches = tokens.numel()
     random = random_directions(generators, branches, (n, d), evaluator.points) * allowed[..., None]
     if evaluator.goal.functionals is None:
-        found, values = singular_directions(evaluator, random, allowed, count=1, steps=BRANCH_LANCZOS_STEPS)
+        steps = search.part(evaluator, BRANCH_LANCZOS_STEPS * branches, share=START_SHARE) // max(1, branches)
+        found, values = singular_directions(evaluator, random, allowed, count=1, steps=steps)
         directions, slope = found[:, :, 0], values[:, :, 0]
         targets = torch.zeros(p, branches, dtype=torch.int64, device=evaluator.device)
     else:
-        classes = evaluator.goal.budgets.argsort(dim=1, stable=True)[:, :MAX_CLASSES]
-        gradients = margin_gradients(evaluator, classes)
+        classes = _nearest_classes(search, evaluator)
+        gradients = _gradients(search, evaluator, classes)
         slope, best = torch.linalg.vector_norm(gradients, dim=-1)[:, :, tokens].max(dim=1)
         at = torch.arange(p, device=best.device)[:, None]
         targets = classes[at, best]

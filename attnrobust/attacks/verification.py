@@ -22,6 +22,8 @@ ADDITIONS = 8
 """Times that a perturbation is shortened until the moved tokens, rounded, lie inside of a fixed budget."""
 TOKENS_TOGETHER = 2048
 """Tokens in one exact evaluation: scores of 512 tokens in 12 heads take 25 MB for each candidate."""
+ROUNDING_QUERIES = 2
+"""Evaluations that the rounding of a violation costs."""
 GROWTH_LIMIT = 1e4
 """A proposal that does not violate the goal is stretched along its ray by at most this factor."""
 
@@ -153,27 +155,35 @@ def best_of(points: Iterable[VerifiedPoint]) -> VerifiedPoint | None:
     return min(points, key=lambda point: point.rank, default=None)
 
 
-def verify(reading: Reading, candidates: Float[Tensor, "k m d"], *, epsilon: float | None) -> VerifiedPoint:
+def verify(
+    reading: Reading, candidates: Float[Tensor, "k m d"], *, epsilon: float | None, limit: int | None = None
+) -> VerifiedPoint:
     """Project, polish, re-evaluate and re-measure candidates; the best one stays.
 
     Args:
         reading: The atoms and what is asked of them.
         candidates: Proposed moves, any number, NaN allowed (dropped).
         epsilon: Fixed budget (largest usage wins), or None (smallest radius with usage >= 1 wins).
+        limit: Largest number of evaluations; None means no limit. With few, the first candidates are measured, and
+            rays end farther from the boundary.
 
     Returns:
         The best point; its distance and usage belong to exactly the atoms in ``points``.
     """
-    finite = torch.isfinite(candidates).flatten(1).all(dim=1)
-    if not bool(finite.any()):
+    candidates = candidates[torch.isfinite(candidates).flatten(1).all(dim=1)]
+    if limit is not None:
+        candidates = candidates[: max(0, limit - ROUNDING_QUERIES)]
+    if candidates.shape[0] == 0:
         return nothing(epsilon)
-    projected = reading.project(candidates[finite], epsilon)
+    projected = reading.project(candidates, epsilon)
     if epsilon is not None:
         return _measure(reading, projected, epsilon=epsilon, queries=0)
-    projected, queries = shrink_to_boundary(lambda delta: reading.usage(reading.place(delta)), projected)
+    measured = projected.shape[0] + ROUNDING_QUERIES
+    room = None if limit is None else limit - measured
+    projected, queries = shrink_to_boundary(lambda delta: reading.usage(reading.place(delta)), projected, limit=room)
     point = _measure(reading, projected, epsilon=None, queries=queries)
     for nudge in NUDGES[1:]:
-        if point.violates or not point.usage > 1.0 - 1e-3:
+        if point.violates or not point.usage > 1.0 - 1e-3 or (limit is not None and point.queries + measured > limit):
             break
         point = _measure(reading, projected * nudge, epsilon=None, queries=point.queries)
     return point
@@ -198,7 +208,7 @@ def _measure(reading: Reading, delta: Tensor, *, epsilon: float | None, queries:
     used = float(usage[best])
     if used >= 1.0:  # a move to where the layer rounds more than at the clean input must win by that, too
         used -= reading.excess(points[best])
-        queries += 2
+        queries += ROUNDING_QUERIES
     return VerifiedPoint(float(distance[best]), used, points[best].clone(), queries, epsilon)
 
 
@@ -223,7 +233,10 @@ def _strictly_inside(reading: Reading, delta: Tensor, epsilon: float) -> Tensor:
 
 
 def shrink_to_boundary(
-    usage: Callable[[Float[Tensor, "j n d"]], Float[Tensor, "j"]], delta: Float[Tensor, "k n d"]
+    usage: Callable[[Float[Tensor, "j n d"]], Float[Tensor, "j"]],
+    delta: Float[Tensor, "k n d"],
+    *,
+    limit: int | None = None,
 ) -> tuple[Float[Tensor, "k n d"], int]:
     """Scale each perturbation to a point with usage >= 1 that is as near as its ray allows.
 
@@ -233,6 +246,8 @@ def shrink_to_boundary(
     Args:
         usage: Used budget of moved tokens; a violation where it is >= 1.
         delta: One perturbation per ray.
+        limit: Largest number of evaluations; None means no limit. Where it does not reach for all rays, the shortest
+            go on.
 
     Returns:
         The scaled perturbations (unchanged where no violation was met) and the forward evaluations spent.
@@ -243,8 +258,15 @@ def shrink_to_boundary(
     scale = delta.new_ones(k)
     alive = torch.ones(k, dtype=torch.bool, device=delta.device)
     queries, target = 0, 1.0 + ROUNDING_MARGIN
+    length = torch.linalg.vector_norm(delta, dim=(-2, -1))
     for step in range(RAY_STEPS):
         index = alive.nonzero().flatten()
+        if limit is not None:
+            index = index[(scale * length)[index].argsort(stable=True)[: max(0, limit - queries)]]
+            alive = torch.zeros_like(alive)
+            alive[index] = True
+            if index.numel() == 0:
+                break
         value = delta.new_full((k,), math.nan)
         value[index] = usage(delta[index] * scale[index, None, None])
         queries += int(index.numel())

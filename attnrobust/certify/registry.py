@@ -20,6 +20,7 @@ from attnrobust.certify.measures.local import MeasureLocal
 from attnrobust.certify.method import CertificateMethod
 from attnrobust.certify.network.chain import NetworkChain
 from attnrobust.certify.network.composite.method import NetworkComposite, NetworkCompositeLarge
+from attnrobust.certify.network.literature import NetworkLipschitz
 from attnrobust.certify.network.product import NetworkProduct
 from attnrobust.certify.rigorous.local import RigorousLocal
 from attnrobust.errors import UnknownNameError
@@ -38,6 +39,7 @@ METHODS: tuple[CertificateMethod, ...] = (
     DisplacementCertificate(),
     MarginTokenCertificate(),
     MarginCertificate(),
+    NetworkLipschitz(),
     NetworkProduct(),
     NetworkChain(),
     MeasureBall(),

@@ -218,7 +218,21 @@ class Probe:
         Raises:
             UnsupportedModelError: Otherwise.
         """
-        return _checked(self.tap.module, self.tap.spec, self.inputs, self.outputs)
+        return self.call(0, 1)
+
+    def call(self, index: int, count: int) -> Float[Tensor, "n d"]:
+        """What entered at one of ``count`` calls, if it was on one input and put out what the specification says.
+
+        Raises:
+            UnsupportedModelError: Otherwise, or another number of calls.
+        """
+        if not len(self.inputs) == len(self.outputs) == count:
+            many = "only a single call has a single input (a whole network may run it several times: --at block:K)"
+            raise UnsupportedModelError(
+                f"{type(self.tap.module).__name__} is called {len(self.inputs)} times in one forward pass; "
+                f"{many if count == 1 else f'{count} calls are modelled'}"
+            )
+        return _checked(self.tap.module, self.tap.spec, self.inputs[index], self.outputs[index])
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -226,17 +240,13 @@ class Probe:
             hook.remove()
 
 
-def _checked(module: nn.Module, spec: Attention, inputs: list[Tensor], outputs: list[Tensor]) -> Tensor:
+def _checked(module: nn.Module, spec: Attention, entered: Tensor, left: Tensor) -> Tensor:
     name = type(module).__name__
-    if len(inputs) != 1 or len(outputs) != 1:
+    if entered.ndim != 3 or entered.shape[0] != 1:
         raise UnsupportedModelError(
-            f"{name} is called {len(inputs)} times in one forward pass; only a single call has a single input"
+            f"{name} is called on tokens of shape {tuple(entered.shape)}, not on one input (1, n, d)"
         )
-    if inputs[0].ndim != 3 or inputs[0].shape[0] != 1:
-        raise UnsupportedModelError(
-            f"{name} is called on tokens of shape {tuple(inputs[0].shape)}, not on one input (1, n, d)"
-        )
-    tokens, actual = inputs[0][0], outputs[0][0]
+    tokens, actual = entered[0], left[0]
     found = disagreement(spec, tokens, actual)
     if found is not None:
         raise UnsupportedModelError(

@@ -172,6 +172,18 @@ def test_the_best_choice_wins() -> None:
     assert found.radius == min(moved) < max(moved)
 
 
+@pytest.mark.parametrize("order", ["tied", "strict"])
+def test_what_fewer_copies_choose_is_chosen_with_more(order: CausalOrder) -> None:
+    """So that more copies never end in a larger radius; single copies with less effect at rest may move farther."""
+    case = case_named("causal" if order == "strict" else "biases")
+    for goal in (Displacement(2.0), Margin(draw(3, 4), pool="mean")):
+        problem = Problem(case.attention, case.tokens, FrobeniusBall(), goal)
+        chosen = [{c.extra for c in choose_copies(problem, k, order=order)[0]} for k in (1, 2, 3)]
+        assert chosen[0] < chosen[1] < chosen[2]
+    radii = [attack(replace(problem, threat=Copies(k, order)), budget=QUICK).radius for k in (1, 2)]
+    assert radii[1] <= radii[0]
+
+
 def test_copies_that_hurt_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token twice is the same measure, but the moves cost the root of two times as much."""
     case = case_named("biases")

@@ -14,6 +14,9 @@ from attnrobust.layers.attention import Attention
 from attnrobust.layers.variants.kernel import KernelAttention
 from attnrobust.problem import Problem
 from attnrobust.results import AttackResult, Status
+from attnrobust.threats.base import Threat
+from attnrobust.threats.copies import Copies
+from attnrobust.threats.measures import CouplingBall
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most, assert_close, assert_same_bits
@@ -259,15 +262,33 @@ def test_one_failing_input_does_not_lose_the_others() -> None:
     assert "out of memory" in results[1].note
 
 
-def test_query_budget_is_kept() -> None:
+GOALS: tuple[Goal, ...] = (Displacement(1.0), Margin(draw(3, 4), pool="mean"))
+
+
+@pytest.mark.parametrize("threat", [FrobeniusBall(), AnyToken(), Copies(2), CouplingBall(2)], ids=lambda t: t.key)
+def test_query_budget_is_kept(threat: Threat) -> None:
+    """Never more than named, whatever is counted; little is enough to find something."""
+    case = case_named("plain-h4-n16-d8")
+    for goal in GOALS if isinstance(threat, MoveThreat) else GOALS[:1]:
+        problem = Problem(case.attention, case.tokens, threat, goal)
+        for limit in (1, 4, 17, 60):
+            result = attack(problem, budget=AttackBudget(restarts=8, steps=50, queries=limit))
+            assert result.queries <= limit
+            assert result.status in (Status.FOUND, Status.NOT_FOUND)
+        assert result.status is Status.FOUND
+        fixed = attack(problem, epsilon=0.1, budget=AttackBudget(queries=20))
+        assert fixed.queries <= 20
+
+
+def test_a_limit_that_does_not_bind_changes_nothing() -> None:
     case = case_named("plain-h4-n16-d8")
     problem = Problem(case.attention, case.tokens, FrobeniusBall(), Displacement(1.0))
-    free = attack(problem, budget=AttackBudget(restarts=8, steps=50))
-    tight = attack(problem, budget=AttackBudget(restarts=8, steps=50, queries=60))
-    assert tight.queries < free.queries
-    # the searching stops at the limit; verification (a ray of at most 60 evaluations per finalist) comes on top
-    assert tight.queries <= 60 + 2 * 61
+    free = attack(problem, budget=AttackBudget(steps=20))
+    loose = attack(problem, budget=AttackBudget(steps=20, queries=100_000))
+    assert (loose.radius, loose.queries) == (free.radius, free.queries)
+    tight = attack(problem, budget=AttackBudget(steps=20, queries=60))
     check_verified(problem, tight)
+    assert_at_most(tight.radius, 2.0 * free.radius)
 
 
 def test_time_budget_ends_the_search() -> None:

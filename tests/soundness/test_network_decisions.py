@@ -23,7 +23,7 @@ from tests.models.networks.models import HEADS, inputs_of
 BUDGET = AttackBudget(restarts=2, steps=20, rounds=1)
 BLOCKS = {"bert sequence": "bert.encoder.layer", "gpt2 next word": "transformer.h", "vit image": "vit.layers"}
 
-QUICK = ("network-product", "network-chain")
+QUICK = ("network-lipschitz", "network-product", "network-chain")
 """Those that take seconds here; the slow tests run all."""
 
 

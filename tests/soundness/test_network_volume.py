@@ -16,7 +16,7 @@ def test_no_violation_on_the_first_seeds() -> None:
     found = volume.summary(rows)
     assert found["violations"] == found["errors"] == []
     assert found["checks"] > 600
-    assert {"network-product", "network-chain"} <= set(found["checks_per_certificate"])
+    assert {"network-lipschitz", "network-product", "network-chain"} <= set(found["checks_per_certificate"])
     assert networks.by_feature(rows)["Affine"][0] <= found["checks"]
 
 

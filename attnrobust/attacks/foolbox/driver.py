@@ -267,6 +267,7 @@ class _Query:
     def _shortlist(self, delta: Float[Tensor, "r n d"]) -> tuple[Float[Tensor, "k n d"], float]:
         """The finite proposals of smallest predicted radius (or largest use), and the largest use (0 for none)."""
         delta = delta[torch.isfinite(delta).flatten(1).all(dim=1)]
+        delta = delta[: self.search.part(self.evaluator, delta.shape[0], share=1)]
         if delta.shape[0] == 0:
             return delta, 0.0
         epsilon = self.search.epsilon

@@ -75,6 +75,7 @@ def search_over(splits: Sequence[Split], order: Order, work: Work, *, seed: int,
         scale=torch.stack([s.scale for s in splits]),
         domain_radius=splits[0].domain_radius,
     )
+    evaluator.limit = work.budget.queries
     return Search(
         evaluator=evaluator,
         threat=_geometry(order),

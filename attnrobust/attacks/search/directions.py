@@ -54,6 +54,9 @@ def top_eigenvectors(
         Unit vectors and Ritz values, largest first.
     """
     steps = min(steps, start.shape[-1] * start.shape[-2])
+    if steps == 0:  # nothing may be evaluated: nothing is known
+        zero = torch.zeros_like(start)[:, :, None].expand(-1, -1, count, -1, -1)
+        return zero, zero[..., 0, 0]
     basis: list[Tensor] = [_unit(start)]
     diagonal: list[Tensor] = []
     off: list[Tensor] = []

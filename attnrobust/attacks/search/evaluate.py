@@ -23,6 +23,10 @@ WORKING_COPIES = 5
 """Score-sized arrays alive at once in one value-and-gradient call (scores, weights, two gradients, one temporary)."""
 
 
+class OutOfQueries(Exception):  # noqa: N818 - no error of the user's: the phase that meets it ends
+    """An evaluation beyond ``Evaluator.limit`` was asked for, and not made."""
+
+
 class Evaluator:
     """p problems with one layer, token count, threat and goal shape; evaluates perturbations (p, r, n, d).
 
@@ -49,6 +53,8 @@ class Evaluator:
         self.index = torch.arange(len(problems))
         self.queries = torch.zeros(len(problems), dtype=torch.int64)
         """Forward evaluations of each of the ORIGINAL problems; shared with the evaluators that ``take`` makes."""
+        self.limit: int | None = None
+        """Most evaluations of each problem; one more raises ``OutOfQueries``. None means no limit."""
         self.memory_bytes = memory_bytes
         self.network = problems[0].network
         self.points = torch.stack([p.clean.points for p in problems])
@@ -77,7 +83,7 @@ class Evaluator:
         scale = None if self.scale is None else self.scale[index]
         problems = [self.problems[i] for i in index.tolist()]
         chosen = Evaluator(problems, memory_bytes=self.memory_bytes, scale=scale, domain_radius=self.domain_radius)
-        chosen.index, chosen.queries = self.index[index.cpu()], self.queries
+        chosen.index, chosen.queries, chosen.limit = self.index[index.cpu()], self.queries, self.limit
         chosen._row_bytes, graphs = self._row_bytes, self._graphs
         chosen._graphs = None if graphs is None else [graphs[i] for i in index.tolist()]
         return chosen
@@ -101,7 +107,15 @@ class Evaluator:
         found = [graph.resolution for graph in self.graphs] if whole else [REACHED] * len(self.problems)
         return self.points.new_tensor(found)[:, None]
 
+    @property
+    def spent(self) -> Int[Tensor, "p"]:
+        """Queries of each problem so far; a whole network's preparation is among them before it is made."""
+        waiting = isinstance(self.network, NetworkGraph) and self._graphs is None
+        return self.queries[self.index] + int(waiting)
+
     def _count(self, rows: int) -> None:
+        if self.limit is not None and int(self.queries[self.index].max()) + rows > self.limit:
+            raise OutOfQueries
         self.queries[self.index] += rows
 
     @property

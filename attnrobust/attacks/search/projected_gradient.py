@@ -27,7 +27,7 @@ SMALLEST_STEP, LONGEST_STEP = 1e-3, 100.0
 """Step sizes: a share of the way (mixing, at most 1), or a multiple of the set's size (projected gradient)."""
 TRUSTED = 0.2
 """The predicted radius of a ray is trusted where the share is within this distance of 1."""
-KEEP_AFTER = ((0.12, 0.5), (0.3, 0.25))
+KEEP_AFTER = ((0.15, 0.5), (0.3, 0.25))
 """Successive halving: after this share of the steps only this share of the rows goes on (at least two)."""
 PATIENCE, PROGRESS = 6, 3e-4
 """A row ends when its merit improves by less than this share within so many steps."""
@@ -46,6 +46,7 @@ class Start:
         radius: First distance of each row, (p, r).
         allowed: Which tokens may move in each row, (p, r, n).
         threat: Geometry of each row's set (one known token for a branch of "any token").
+        waiting: Rows that later rounds may start from; not a part of what ``take`` takes.
     """
 
     directions: Float[Tensor, "p r n d"]
@@ -53,6 +54,7 @@ class Start:
     radius: Float[Tensor, "p r"]
     allowed: Bool[Tensor, "p r n"]
     threat: Geometry
+    waiting: "Start | None" = None
 
     def take(self, problems: Int[Tensor, "q"], rows: Int[Tensor, "q s"]) -> "Start":
         """Some rows of some problems."""
@@ -142,7 +144,12 @@ def search_rows(search: Search, evaluator: Evaluator, start: Start, *, steps: in
         rows.trial[:, :count].clone(), rows.targets[:, :count].clone(), rows.merit[:, :count].clone(),
         torch.full_like(rows.trial[:, :1], math.nan),
     )  # fmt: skip
-    problems = torch.arange(rows.targets.shape[0], device=evaluator.device)
+    problems = search.affordable(evaluator, total).to(evaluator.device).nonzero().flatten()
+    if problems.numel() == 0:
+        return result
+    if problems.numel() < rows.targets.shape[0]:
+        every = torch.arange(total, device=problems.device).expand(problems.shape[0], -1)
+        rows, evaluator = rows.take(problems, every), evaluator.take(problems)
     cuts = [(max(2, round(share * steps)), max(count, math.ceil(kept * total))) for share, kept in KEEP_AFTER]
     for step in range(steps):
         _step(search, evaluator, start.threat, rows)

@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 
 from attnrobust.certify.method import CertificateMethod, PreparedBound
-from attnrobust.certify.network.node_bounds.registry import NODE_FEATURES
-from attnrobust.certify.network.propagation import Network, goal_changes, threat_move
+from attnrobust.certify.network.node_bounds.registry import NODE_FEATURES, bound_of
+from attnrobust.certify.network.propagation import BoundOf, Network, goal_changes, threat_move
 from attnrobust.certify.radius import LARGEST
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.numerics.chance import SIDE_FAILURE, Chance
@@ -36,7 +36,7 @@ class NetworkProduct(CertificateMethod):
     features = NODE_FEATURES
 
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
-        return PropagatedBound(problem, seed=seed)
+        return PropagatedBound(problem, seed=seed, name=self.name)
 
 
 class PropagatedBound(PreparedBound):
@@ -45,13 +45,15 @@ class PropagatedBound(PreparedBound):
     Args:
         problem: The question.
         seed: Seed of random start vectors.
+        name: The certificate's.
+        bound: The bound of every node.
     """
 
     @torch.no_grad()
-    def __init__(self, problem: Problem, *, seed: int) -> None:
+    def __init__(self, problem: Problem, *, seed: int, name: str, bound: BoundOf = bound_of) -> None:
         self._problem = problem
-        self._chance = Chance(seed, "network-product", SIDE_FAILURE, EVENTS)
-        self._network = Network.of(problem, self._chance)
+        self._chance = Chance(seed, name, SIDE_FAILURE, EVENTS)
+        self._network = Network.of(problem, self._chance, bound)
 
     @property
     def failure_probability(self) -> float:

@@ -17,7 +17,7 @@ from attnrobust.layers.graph.affine import Affine
 from attnrobust.layers.graph.elementwise import Activate
 from attnrobust.layers.graph.linearisation import Linearisation
 from attnrobust.layers.graph.network_graph import NetworkGraph
-from attnrobust.layers.graph.wiring import Wiring
+from attnrobust.layers.graph.wiring import Step, Wiring
 from attnrobust.numerics.chance import Chance
 from attnrobust.numerics.rounding import nonzero
 from attnrobust.problem import Problem
@@ -27,6 +27,10 @@ FLOOR = 1e-3  # of the largest: least weight of a neuron
 
 Refine = Callable[[str, StateMove, Mapping[str, float]], StateMove]
 """State, its move from its own node, sizes of the remainders so far: a move that is no larger."""
+
+
+BoundOf = Callable[[Step, Linearisation, Chance], NodeBound]
+"""The bound of one step at the clean states."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +48,11 @@ class Network:
     profiles: Mapping[str, Float[Tensor, "n e"]]
 
     @classmethod
-    def of(cls, problem: Problem, chance: Chance) -> "Network":
-        """The problem's network at its clean input."""
+    def of(cls, problem: Problem, chance: Chance, bound: BoundOf = bound_of) -> "Network":
+        """The problem's network at its clean input, every node with this bound."""
         graph = graph_of(problem)
         clean = graph.linearise(problem.clean.points, problem.mass)
-        return cls(clean, {step.name: bound_of(step, clean, chance) for step in graph.steps}, profiles(clean))
+        return cls(clean, {step.name: bound(step, clean, chance) for step in graph.steps}, profiles(clean))
 
     @property
     def wiring(self) -> Wiring:

@@ -1,7 +1,7 @@
 """Where a family of transformer blocks keeps its parts; one block is read by these names."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -58,6 +58,17 @@ class BlockLayout:
             pre_norm=self.pre_norm,
         )
 
+    def read_all(self, model: nn.Module, paths: Iterable[str]) -> tuple[Block, ...]:
+        """The blocks at these paths; a module that several of them lead to is read, and its weights kept, once."""
+        seen: dict[nn.Module, Block] = {}
+        blocks = []
+        for path in paths:
+            module = model.get_submodule(path)
+            if module not in seen:
+                seen[module] = self.read(model, path)
+            blocks.append(replace(seen[module], path=path, attention_path=join(path, self.attention)))
+        return tuple(blocks)
+
     def _refuse_foreign(self, model: nn.Module, path: str) -> None:
         """Every parameter must belong to a part that is read (those of attention are its adapter's matter)."""
         foreign = sorted(self._foreign(model.get_submodule(path)))
@@ -84,6 +95,11 @@ def read_attention(model: nn.Module, path: str) -> Attention:
         return adapter.spec(module)
     except UnsupportedModelError as error:
         raise refuse_at(path, str(error)) from error
+
+
+def entries(model: nn.Module, path: str) -> tuple[str, ...]:
+    """Paths of what a list of modules runs through; ``children()`` would leave out a module's second place."""
+    return tuple(join(path, name) for name in model.get_submodule(path)._modules)  # noqa: SLF001
 
 
 def join(*parts: str) -> str:

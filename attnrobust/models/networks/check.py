@@ -21,7 +21,7 @@ from attnrobust.layers.graph.wiring import Step
 from attnrobust.layers.normalisation import LayerNorm
 from attnrobust.models.capture import Probe
 from attnrobust.models.networks.plan import Plan
-from attnrobust.models.networks.states import States
+from attnrobust.models.networks.states import Call, States
 
 AGREEMENT = 1e-10  # of the terms; float64 forwards agree to ~1e-14, float32 rounding inside a model shows as ~1e-7
 
@@ -37,7 +37,7 @@ def require_agreement(model: nn.Module, plan: Plan, graph: NetworkGraph, states:
         if index:
             _require_continuity(names[index], piece.path, states.leaving[index - 1], states.entering[index])
         if piece in plan.blocks:
-            _require_attention(names[index + 1], piece.path, next(attention))
+            _require_attention(names[index + 1], piece.path, *next(attention))
         part = graph.part(names[index], names[index + 1])
         _require(part, states.entering[index], states.leaving[index], names[index + 1], piece.path, model)
     if graph.output != names[-1]:
@@ -46,9 +46,9 @@ def require_agreement(model: nn.Module, plan: Plan, graph: NetworkGraph, states:
     _require(graph, states.entering[0], states.output, graph.output, plan.head.module, model)
 
 
-def _require_attention(name: str, path: str, probe: Probe) -> None:
+def _require_attention(name: str, path: str, probe: Probe, call: Call) -> None:
     try:
-        probe.checked()
+        probe.call(call.index, call.count)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"state {name} ({path}): {error}") from error
 

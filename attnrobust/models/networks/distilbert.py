@@ -7,7 +7,7 @@ from torch import nn
 from attnrobust.layers.graph.elementwise import Activate
 from attnrobust.models.adapters import class_path
 from attnrobust.models.networks import heads
-from attnrobust.models.networks.block_layout import BlockLayout, join
+from attnrobust.models.networks.block_layout import BlockLayout, entries, join
 from attnrobust.models.networks.heads import HIDDEN, HeadReader, activate, affine, choose_head, normalise
 from attnrobust.models.networks.parts import require_class
 from attnrobust.models.networks.plan import Head, Plan, Wanted
@@ -38,8 +38,7 @@ class DistilBertReader:
         require_class(model, base, f"{_FILE}.DistilBertModel")
         encoder = join(base, "transformer")
         require_class(model, encoder, f"{_FILE}.Transformer")
-        count = len(list(model.get_submodule(join(encoder, "layer")).children()))
-        blocks = tuple(LAYOUT.read(model, join(encoder, "layer", str(k))) for k in range(count))
+        blocks = LAYOUT.read_all(model, entries(model, join(encoder, "layer")))
         return Plan(type(model).__name__, blocks, choose_head(model, wanted, own, base=base, attribute=HIDDEN))
 
 

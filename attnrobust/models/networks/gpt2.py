@@ -8,7 +8,7 @@ from attnrobust.layers.graph.normalise import Normalise
 from attnrobust.layers.graph.rows import PoolRow
 from attnrobust.models.adapters import class_path
 from attnrobust.models.networks import heads
-from attnrobust.models.networks.block_layout import BlockLayout, join
+from attnrobust.models.networks.block_layout import BlockLayout, entries, join
 from attnrobust.models.networks.heads import HIDDEN, LOGITS, HeadReader, affine, choose_head, picked
 from attnrobust.models.networks.parts import read_norm, require_class
 from attnrobust.models.networks.pieces import Single
@@ -38,8 +38,7 @@ class Gpt2Reader:
         own = HEADS[class_path(model)]
         base = "" if own is None else "transformer"
         require_class(model, base, f"{_FILE}.GPT2Model")
-        count = len(list(model.get_submodule(join(base, "h")).children()))
-        blocks = tuple(LAYOUT.read(model, join(base, "h", str(k))) for k in range(count))
+        blocks = LAYOUT.read_all(model, entries(model, join(base, "h")))
         final = Single(join(base, "ln_f"), Normalise(read_norm(model, join(base, "ln_f"))))
         head = choose_head(model, wanted, own, base=base, attribute=HIDDEN)
         return Plan(type(model).__name__, (*blocks, final), head)

@@ -13,6 +13,7 @@ from attnrobust.layers.graph.affine import Affine
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.models.adapters import class_path
 from attnrobust.models.capture import CapturedInput
+from attnrobust.models.networks.albert import AlbertReader
 from attnrobust.models.networks.bert import BertReader
 from attnrobust.models.networks.check import require_agreement
 from attnrobust.models.networks.confirmation import Confirmation, FoundPoint, OwnModel, confirm_point
@@ -36,7 +37,9 @@ class Reader(Protocol):
         """The model's pieces and the output that is asked for; refuses what is not modelled by its path."""
 
 
-READERS: tuple[Reader, ...] = (BertReader(), DistilBertReader(), Gpt2Reader(), VitReader(), TorchReader())
+READERS: tuple[Reader, ...] = (
+    BertReader(), AlbertReader(), DistilBertReader(), Gpt2Reader(), VitReader(), TorchReader()
+)  # fmt: skip
 """Every reader; a model is read by the one that names exactly its class."""
 
 

@@ -1,6 +1,6 @@
 """The hidden states of a model at every piece, from its own forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +8,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attnrobust.layers.attention import Attention
 from attnrobust.models.capture import Probe, Tap, run_model
 from attnrobust.models.listing import adapter_for
 from attnrobust.models.networks.parts import refuse_at
-from attnrobust.models.networks.pieces import Block
 from attnrobust.models.networks.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module in a forward pass.
+
+    Args:
+        path: Where the module is in the model, by this name.
+        module: The module.
+        index: Which of its calls.
+        count: How many there are.
+    """
+
+    path: str
+    module: nn.Module
+    index: int
+    count: int
+
+    def of(self, seen: Sequence[Any]) -> Any:
+        """What was seen at this call.
+
+        Raises:
+            UnsupportedModelError: The module was called more or less often.
+        """
+        if len(seen) != self.count:
+            modelled = "only one call is modelled" if self.count == 1 else f"{self.count} calls are modelled"
+            raise refuse_at(self.path, f"is called {len(seen)} times in one forward pass; {modelled}")
+        return seen[self.index]
+
+
+def calls_of(model: nn.Module, paths: Sequence[str]) -> tuple[Call, ...]:
+    """The calls that these paths are, one after the other; several paths may lead to one module."""
+    modules = [model.get_submodule(path) for path in paths]
+    found = (modules[:k].count(module) for k, module in enumerate(modules))
+    return tuple(
+        Call(path, module, index, modules.count(module))
+        for path, module, index in zip(paths, modules, found, strict=True)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +61,14 @@ class States:
         entering: The tokens that enter each piece.
         leaving: The tokens that leave each piece.
         output: The model's output, cut to what the head gives.
-        attention: Hooks on each block's attention; ``checked`` compares it with its specification.
+        attention: Hooks on each block's attention, and which of its calls is the block's; ``call`` compares it with
+            its specification.
     """
 
     entering: tuple[Float[Tensor, "n _"], ...]
     leaving: tuple[Float[Tensor, "n _"], ...]
     output: Float[Tensor, "r e"]
-    attention: tuple[Probe, ...]
+    attention: tuple[tuple[Probe, Call], ...]
 
 
 def watch(model: nn.Module, plan: Plan, model_inputs: Mapping[str, Any]) -> States:
@@ -38,27 +77,29 @@ def watch(model: nn.Module, plan: Plan, model_inputs: Mapping[str, Any]) -> Stat
     Some modules compute in another way where there are hooks (the fast path of torch's encoder layers), so the output
     is that of the model as it is.
 
+    A module that is several pieces (weights shared between blocks) is called once for each, in their order.
+
     Raises:
         InputError: The model refuses the input.
-        UnsupportedModelError: A piece is not called exactly once, or on more than one input.
+        UnsupportedModelError: A module is not called once for every piece that it is, or on more than one input.
     """
     plain = run_model(model, model_inputs)
-    probes = [Probe(_tap(model, block)) for block in plan.blocks]
-    watched = [_Watched(model, piece.path) for piece in plan.pieces]
+    calls = calls_of(model, [piece.path for piece in plan.pieces])
+    attention = calls_of(model, [block.attention_path for block in plan.blocks])
+    watched = {call.module: _Watched(model, call.path) for call in calls}
+    probes = {c.module: Probe(_tap(model, c.module, b.attention)) for c, b in zip(attention, plan.blocks, strict=True)}
     last = _Watched(model, plan.head.module)
     try:
         run_model(model, model_inputs)
     finally:
-        for probe in probes:
-            probe.remove()
-        for hooks in (*watched, last):
+        for hooks in (*probes.values(), *watched.values(), last):
             hooks.remove()
-    output = _named(plain if not last.path else last.only(last.outputs), plan.head.attribute)
+    output = _named(plain if not last.path else last.left(last.only), plan.head.attribute)
     return States(
-        entering=tuple(matrix(w.only(w.inputs), w.path, batch_first=plan.batch_first) for w in watched),
-        leaving=tuple(matrix(w.only(w.outputs), w.path, batch_first=plan.batch_first) for w in watched),
+        entering=tuple(matrix(watched[c.module].entered(c), c.path, batch_first=plan.batch_first) for c in calls),
+        leaving=tuple(matrix(watched[c.module].left(c), c.path, batch_first=plan.batch_first) for c in calls),
         output=plan.head.of(matrix(output, last.path, batch_first=plan.batch_first)),
-        attention=tuple(probes),
+        attention=tuple((probes[c.module], c) for c in attention),
     )
 
 
@@ -76,32 +117,35 @@ def output_behind(
 
     Raises:
         InputError: The model refuses them.
-        UnsupportedModelError: The piece, or the module that gives the output, is not called exactly once.
+        UnsupportedModelError: The piece's module is not called once for every piece that it is, or the one that gives
+            the output not exactly once.
     """
-    entry = _Replaced(model, plan.pieces[index].path, tokens, batch_first=plan.batch_first)
+    call = calls_of(model, [piece.path for piece in plan.pieces])[index]
+    entry = _Replaced(call, tokens, batch_first=plan.batch_first)
     last = _Watched(model, plan.head.module)
     try:
         plain = run_model(model, model_inputs)
     finally:
         entry.remove()
         last.remove()
-    if entry.calls != 1:
-        raise refuse_at(entry.path, f"is called {entry.calls} times in one forward pass; only one call is modelled")
-    output = _named(plain if not last.path else last.only(last.outputs), plan.head.attribute)
+    call.of(entry.calls)
+    output = _named(plain if not last.path else last.left(last.only), plan.head.attribute)
     return plan.head.of(matrix(output, last.path, batch_first=plan.batch_first))
 
 
 class _Replaced:
-    """A hook that lets other tokens enter a module."""
+    """A hook that lets other tokens enter a module at one of its calls."""
 
-    def __init__(self, model: nn.Module, path: str, tokens: Float[Tensor, "m d"], *, batch_first: bool) -> None:
-        self.path, self.tokens, self.batch_first, self.calls = path, tokens, batch_first, 0
-        self._hook = model.get_submodule(path).register_forward_pre_hook(self._before, with_kwargs=True)
+    def __init__(self, call: Call, tokens: Float[Tensor, "m d"], *, batch_first: bool) -> None:
+        self.call, self.tokens, self.batch_first, self.calls = call, tokens, batch_first, list[bool]()
+        self._hook = call.module.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.calls += 1
+        self.calls.append(len(self.calls) == self.call.index)
+        if not self.calls[-1]:
+            return args, kwargs
         if args:
             return (self._like(args[0]), *args[1:]), kwargs
         name = next(name for name in _ENTERING if kwargs.get(name) is not None)
@@ -122,11 +166,10 @@ _ENTERING = ("hidden_states", "src", "input")
 """Names under which tokens enter a piece that is called with keyword arguments."""
 
 
-def _tap(model: nn.Module, block: Block) -> Tap:
-    module = model.get_submodule(block.attention_path)
+def _tap(model: nn.Module, module: nn.Module, attention: Attention) -> Tap:
     adapter = adapter_for(module, model)
     assert adapter is not None  # noqa: S101 - the block was read by it
-    return Tap(module, adapter, block.attention)
+    return Tap(module, adapter, attention)
 
 
 class _Watched:
@@ -137,6 +180,7 @@ class _Watched:
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         module = model.get_submodule(path)
+        self.only = Call(path, module, 0, 1)
         self._hooks = (
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after),
@@ -150,11 +194,13 @@ class _Watched:
     def _after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self.outputs.append(_kept(output))
 
-    def only(self, seen: list[Any]) -> Any:
-        """The value of the only call."""
-        if len(seen) != 1:
-            raise refuse_at(self.path, f"is called {len(seen)} times in one forward pass; only one call is modelled")
-        return seen[0]
+    def entered(self, call: Call) -> Any:
+        """What entered at a call."""
+        return call.of(self.inputs)
+
+    def left(self, call: Call) -> Any:
+        """What left at a call."""
+        return call.of(self.outputs)
 
     def remove(self) -> None:
         for hook in self._hooks:

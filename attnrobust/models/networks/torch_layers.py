@@ -8,7 +8,7 @@ from torch import nn
 from attnrobust.layers.graph.elementwise import Activate
 from attnrobust.layers.graph.normalise import Normalise
 from attnrobust.models.adapters import LINEAR, class_path
-from attnrobust.models.networks.block_layout import BlockLayout, join
+from attnrobust.models.networks.block_layout import BlockLayout, entries, join
 from attnrobust.models.networks.heads import choose_head
 from attnrobust.models.networks.parts import activation_name, read_affine, read_norm, refuse_at
 from attnrobust.models.networks.pieces import Block, Piece, Single
@@ -51,13 +51,13 @@ def _pieces(model: nn.Module, path: str) -> Iterator[Piece]:
     if name == LAYER:
         yield replace(LAYOUT, pre_norm=bool(module.norm_first)).read(model, path)
     elif name == ENCODER:
-        for k in range(len(list(module.get_submodule("layers").children()))):
-            yield from _pieces(model, join(path, "layers", str(k)))
+        for layer in entries(model, join(path, "layers")):
+            yield from _pieces(model, layer)
         if module.norm is not None:
             yield from _pieces(model, join(path, "norm"))
     elif name == SEQUENTIAL:
-        for child, _ in module.named_children():
-            yield from _pieces(model, join(path, child))
+        for child in entries(model, path):
+            yield from _pieces(model, child)
     elif name != DROPOUT:  # at rest, as ``refuse_dropout`` has made sure
         yield _single(model, path)
 

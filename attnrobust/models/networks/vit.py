@@ -8,7 +8,7 @@ from torch import nn
 from attnrobust.layers.graph.normalise import Normalise
 from attnrobust.models.adapters import class_path
 from attnrobust.models.networks import heads
-from attnrobust.models.networks.block_layout import BlockLayout, join
+from attnrobust.models.networks.block_layout import BlockLayout, entries, join
 from attnrobust.models.networks.heads import HIDDEN, affine, choose_head
 from attnrobust.models.networks.parts import read_norm, require_class
 from attnrobust.models.networks.pieces import Single
@@ -32,8 +32,7 @@ class VitReader:
         own = None if path == f"{prefix}Model" else _image
         base = "" if own is None else attribute
         require_class(model, base, f"{prefix}Model")
-        count = len(list(model.get_submodule(join(base, "layers")).children()))
-        blocks = tuple(_layout(prefix).read(model, join(base, "layers", str(k))) for k in range(count))
+        blocks = _layout(prefix).read_all(model, entries(model, join(base, "layers")))
         final = Single(join(base, "layernorm"), Normalise(read_norm(model, join(base, "layernorm"))))
         head = choose_head(model, wanted, own, base=base, attribute=HIDDEN)
         return Plan(type(model).__name__, (*blocks, final), head)

@@ -148,4 +148,4 @@ def test_small_networks_are_certified_without_chance() -> None:
         assert method.certify(problem).failure_probability == 0.0
     first, second = (ChainBound(problem, seed=seed).usage(0.01).value for seed in (0, 1))
     assert first == second
-    assert PropagatedBound(problem, seed=0).first_guess
+    assert PropagatedBound(problem, seed=0, name="network-product").first_guess

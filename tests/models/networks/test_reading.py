@@ -121,12 +121,6 @@ def test_parts_of_a_sequence(part: nn.Module, words: tuple[str, ...]) -> None:
         plan_of(nn.Sequential(nn.Linear(5, 8), part).eval(), Wanted())
 
 
-def test_a_module_that_runs_twice() -> None:
-    linear = nn.Linear(4, 4)
-    with refused(UnsupportedModelError, "0: ", "called 2 times"):
-        read_network(nn.Sequential(linear, nn.ReLU(), linear), {"input": torch.randn(1, 3, 4)})
-
-
 def test_mixed_layouts() -> None:
     with refused(UnsupportedModelError, "batch_first"):
         plan_of(nn.Sequential(encoder_layer(), encoder_layer(batch_first=False)).eval(), Wanted())
