@@ -75,7 +75,7 @@ class Preparation:
         count = len(self.metrics.ports)
         self._chance = Chance(
             stream(settings.seed, "starts"), "composite", (1.0 - SKETCH_SHARE - BEND_SHARE) * settings.failure,
-            expected=6 * count + count * (count + 1) + (count + 3) * settings.readouts,
+            expected=7 * count + count * (count + 1) + (count + 3) * settings.readouts,
         )  # fmt: skip
 
     # ---- what the certificates ask ---------------------------------------------------------------------------------
@@ -253,9 +253,9 @@ class Preparation:
 
     def _sharpen(self, remainder: NodeRemainder) -> None:
         """Joint norm of the features, and the norm of the node's own second derivative."""
-        port, form, channel = remainder.port, remainder.form(), remainder.curved()
-        if form is not None:
-            remainder.joint = self._joint(port.reads[0], form)
+        port, channel = remainder.port, remainder.curved()
+        for name, form in remainder.forms.items():
+            remainder.joints[name] = self._joint(port.reads[0], form)
         if channel is not None and self.upstream(port):
             remainder.kappa = self._own_curvature(port, channel)
 

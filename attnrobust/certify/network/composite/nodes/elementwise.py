@@ -75,14 +75,16 @@ class ActivateRemainder(NodeRemainder):
 
     @property
     def _reach(self) -> Reach:
-        return replace(self._shape, joint=self.joint)
+        return replace(self._shape, joint=self.joints.get("own"))
 
-    def form(self) -> Form:
+    @property
+    def forms(self) -> Mapping[str, Form]:
         root = self._shape.weights.sqrt()
-        return Form(
+        form = Form(
             lambda edges: (root * edges[0]).flatten(-2),
             lambda flat: (root * flat.unflatten(-1, tuple(root.shape)),),
         )
+        return {"own": form}
 
     def _least(self, size: Tensor) -> Tensor:
         """``|f''|`` on the range, at most."""

@@ -148,14 +148,16 @@ class NormaliseRemainder(NodeRemainder):
 
     @property
     def _reach(self) -> Reach:
-        return replace(self._shape, joint=self.joint)
+        return replace(self._shape, joint=self.joints.get("own"))
 
-    def form(self) -> Form:
+    @property
+    def forms(self) -> Mapping[str, Form]:
         root = self._shape.weights.sqrt()[:, None]
-        return Form(
+        form = Form(
             lambda edges: (root * self._scaled(edges)).flatten(-2),
             lambda flat: (self._centre(flat.unflatten(-1, tuple(self._z.shape)) * root) / self._size,),
         )
+        return {"own": form}
 
     def _ranges(self, ball: Ball) -> _Ranges:
         square = outward(self._reach.sizes(ball).square() / self._width, ENTRY)

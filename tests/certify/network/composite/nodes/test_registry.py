@@ -33,10 +33,9 @@ def settled(remainder: NodeRemainder, tangent: Tensor, bent: Tensor) -> NodeRema
     for rows in (bent[:2].flatten(0, 1), bent[2:].flatten(0, 1)):
         remainder.observe_second(tuple(0.5 * rows[:, edge] for edge in range(bent.shape[2])))
     remainder.settle()
-    form = remainder.form()
-    if form is not None:
+    for name, form in remainder.forms.items():
         images = form.forward(tuple(tangent[:, edge] for edge in range(tangent.shape[1])))
-        remainder.joint = float(torch.linalg.matrix_norm(images, 2)) * (1 + 1e-12)
+        remainder.joints[name] = float(torch.linalg.matrix_norm(images, 2)) * (1 + 1e-12)
     return remainder
 
 
