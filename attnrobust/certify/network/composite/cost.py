@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from attnrobust.certify.network.composite.preparation import BASIS_LIMIT, BEND_PAIRS, PAIR_LIMIT
+from attnrobust.certify.network.composite.preparation import BASIS_LIMIT, BEND_PAIRS, LEADING, PAIR_LIMIT
 from attnrobust.certify.network.composite.top_eigenvalue import DENSE_LIMIT
 from attnrobust.certify.network.passes import FLOPS_PER_SECOND, pass_flops
 from attnrobust.layers.graph.network_graph import NetworkGraph
@@ -29,7 +29,7 @@ class Cost:
 def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int, readouts: int = 1) -> Cost:
     """Cost of a preparation for ``moving`` numbers of an input of ``tokens`` tokens, and for so many readouts."""
     curved = sum(not step.node.affine for step in network.steps)
-    directions = moving if moving <= max(BASIS_LIMIT, sketch) else sketch
+    directions = moving if moving <= max(BASIS_LIMIT, sketch) else sketch + LEADING
     one_pass = pass_flops(network, tokens)
     rate = FLOPS_PER_SECOND * min(1.0, network.width / FULL_WIDTH)
     pairs = moving * (moving + 1) / 2 if moving <= PAIR_LIMIT else sketch

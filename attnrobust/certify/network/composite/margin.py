@@ -78,7 +78,7 @@ class ClassDrop:
         return -moves.flat(record.hessian_product(self._cotangent, moves.tokens(v)))
 
     def _quadratic(self, radius: float) -> float:
-        """``sup G.D + D M D / 2`` in a Krylov space of G, with the largest eigenvalue outside of it (lemma 7)."""
+        """``sup G.D + D M D / 2`` in a Krylov space of G, with the largest eigenvalue outside of it (lemma 4)."""
         matrix, gradient = self._reduced
         problem = Quadratic(lambda v: v @ matrix, gradient)
         return decomposed_bound(problem, radius)[0].value

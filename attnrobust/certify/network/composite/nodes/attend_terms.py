@@ -125,9 +125,10 @@ class Terms:
     # ---- with one factor kept --------------------------------------------------------------------------------------
 
     def _kept(self, logits: Tensor, bilinear: Tensor) -> Factors:
-        """``sum_j (k_j |l_j| + m_j |q_j|)``, ``|q_j| <= |left^T e_i| key_j``.
+        """``sum_j (k_j |l_j| + m_j |q_j|)`` with ``|q_j| <= |left^T e_i| key_j``.
 
-        ``sum_j k_j |l_j| <= (sum k^2 / w)^{1/2} (E l^2)^{1/2}`` over the tokens that count. Tokens whose coefficient may grow far beyond their weight keep nothing: any choice of them is sound.
+        ``sum_j k_j |l_j| <= (sum k^2 / w)^{1/2} (E l^2)^{1/2}`` over the tokens that count; those whose coefficient may
+        grow far beyond their weight do not: any choice of them is sound.
         """
         near = torch.maximum(self._upper, self._paired) <= NEAR * self._w
         energy = torch.where(near & (logits > 0.0), logits.square() / self._w, 0.0).sum(-1)
