@@ -193,6 +193,19 @@ class AttendRemainder(NodeRemainder):
         cubic = min(_stack(first.cubic), self._jointly(first.cubic_factors, Ball(ball.radius, 0.0, 0.0)))
         return self._with_quadratic(min(apart, fourth, self._third(terms, ball) + cubic), ball)
 
+    def quadratic(self, ball: Ball) -> Mapping[str, float]:
+        return self._with_quadratic(0.0, ball)
+
+    def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
+        """``sum_g |c_g| third_g`` with the parts c_g of the cotangent before the output projection."""
+        factors = Terms(self._clean, self._all(ball)).third_squares
+        if not self._shapes or not factors.finite:
+            return math.inf
+        importance = outward(torch.linalg.vector_norm(self._absorb(cotangent), dim=-1), FORMULA)
+        square = self._joint_size("logits", (importance * factors.logits).sqrt(), ball) ** 2
+        linear = _stack(importance) * self._joint_size("queries", factors.queries, ball)
+        return outward(square + linear + float((importance * factors.rest).sum()), FORMULA)
+
     def _third(self, terms: Terms, ball: Ball) -> float:
         apart = _stack(torch.minimum(terms.third, terms.whole + terms.second))
         joint = self._jointly(terms.whole_factors, ball) + _stack(terms.second)
@@ -202,11 +215,15 @@ class AttendRemainder(NodeRemainder):
         """The stack of a part of the remainder by the joint sizes of its factors: they cannot all be large at once."""
         if not self._shapes or not factors.finite:
             return math.inf
-        total, first = _stack(factors.rest if more is None else factors.rest + more), Ball(ball.radius, 0.0, 0.0)
-        for name, factor in (("logits", factors.logits), ("queries", factors.queries)):
-            reach = replace(self._shapes[name], joint=self.joints.get(name))
-            total += reach.stacked(factor, first) + _stack(factor * reach.rest(ball))
+        total = _stack(factors.rest if more is None else factors.rest + more)
+        total += self._joint_size("logits", factors.logits, ball) + self._joint_size("queries", factors.queries, ball)
         return outward(total, FORMULA)
+
+    def _joint_size(self, name: str, factor: Tensor, ball: Ball) -> float:
+        """``(sum_g factor_g^2 feature_g^2)^{1/2}``: of T D by lemma 5, of R row by row."""
+        reach = replace(self._shapes[name], joint=self.joints.get(name))
+        first = reach.stacked(factor, Ball(ball.radius, 0.0, 0.0))
+        return outward(first + _stack(factor * reach.rest(ball)), FORMULA)
 
     def _with_quadratic(self, together: float, ball: Ball) -> Mapping[str, float]:
         """With ``1/2 f''[R, R]``: by the norm of the form at the output, or row by row."""

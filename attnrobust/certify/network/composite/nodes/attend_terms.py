@@ -142,6 +142,18 @@ class Terms:
         return self._kept(bent, bent + self._w * self._spread)
 
     @property
+    def third_squares(self) -> Factors:
+        """``third <= logits E l^2 + queries |left^T e_i| + rest``: ``u^2 <= l^2 + |q| (2 |l| + |q|)``."""
+        logit, q, spread, w = self._s.logits, self._bilinear, self._spread, self._w
+        after = (self._s.rows + self.second)[..., None]
+        square = 0.5 * self._upper * (self._values + self._logit / 3.0 * spread + after)
+        near = self._upper <= NEAR * w
+        ratio = torch.where(near & (square > 0.0), square / w, 0.0).amax(-1)
+        far = torch.where(near, 0.0, square * logit.square()).sum(-1)
+        bilinear = square * (2.0 * logit + q) + w * (self._values + (logit + 0.5 * q) * spread)
+        return Factors(ratio, (bilinear * self._keys).sum(-1), far)
+
+    @property
     def third_factors(self) -> Factors:
         """``third`` with one factor kept."""
         q, u, spread, w = self._bilinear, self._logit, self._spread, self._w

@@ -131,6 +131,14 @@ class NodeRemainder(ABC):
     def further(self, ball: Ball) -> Mapping[str, float]:
         """Per channel a bound of |t| of ``Further``."""
 
+    @abstractmethod
+    def quadratic(self, ball: Ball) -> Mapping[str, float]:
+        """Per channel a bound of |t| of ``1/2 f''[R, R]``."""
+
+    @abstractmethod
+    def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
+        """Bound of ``|<c, Rem(e) - 1/2 f''[e, e]>|`` for one cotangent c of the node's output."""
+
 
 @dataclass(frozen=True, eq=False)
 class Reach:
