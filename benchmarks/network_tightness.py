@@ -3,7 +3,7 @@
     python benchmarks/network_tightness.py --out rows.jsonl --blocks 0:1 --tokens 8 --tolerances 1% 10%
 
 One row per question, appended to a JSON-lines file; rows that are there already are skipped. One preparation serves all
-tolerances of a part of the network.
+tolerances of a part of the network. With ``--plot`` nothing is measured: the gap against depth of the rows in the file.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 import attnrobust as ar
 from attnrobust.certify.network.composite.bound import DisplacementBound
@@ -38,12 +39,32 @@ def main() -> None:
     parser.add_argument("--sketch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attack-steps", type=int, default=60)
+    parser.add_argument("--plot", type=Path, help="draw the rows of --out to this file instead of measuring")
     options = parser.parse_args()
+    if options.plot is not None:
+        _plot([json.loads(line) for line in options.out.read_text().splitlines()], options.plot)
+        return
     done = _done(options.out)
     for row in _rows(options, done):
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row, indent=1), flush=True)
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The gap against the number of blocks, one line per goal and length."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        _, blocks, tokens, *_, goal = row["key"].split()
+        first, last = map(int, blocks.split(":"))
+        lines.setdefault(f"{goal}, {tokens}", []).append((last - first, row["gap"]))
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for name, points in sorted(lines.items()):
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axis.set(xlabel="blocks", ylabel="attack / certified radius", yscale="log")
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def _done(path: Path) -> set[str]:

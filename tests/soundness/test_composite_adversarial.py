@@ -29,7 +29,7 @@ from attnrobust.numerics.chance import ROW_FAILURE
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
-from tests.layers.graph.networks import random
+from tests.layers.graph.networks import D, network, random
 
 METHOD = NetworkComposite()
 
@@ -80,6 +80,17 @@ def found(problem: Problem, radius: float) -> float:
     return float(problem.usage(radius * moves / torch.linalg.vector_norm(moves, dim=(1, 2), keepdim=True)).max())
 
 
+def climbed(problem: Problem, radius: float) -> float:
+    """Largest usage found by ascent on the sphere of this radius."""
+    moves, best = torch.randn(8, *problem.clean.points.shape, dtype=torch.float64), 0.0
+    for _ in range(15):
+        moves = (radius * moves / torch.linalg.vector_norm(moves, dim=(1, 2), keepdim=True)).requires_grad_(True)
+        usage = problem.usage(moves)
+        best = max(best, float(usage.detach().max()))
+        (moves,) = torch.autograd.grad(usage.sum(), moves)
+    return best
+
+
 @pytest.mark.parametrize("gain", [1.0, 10.0, 100.0])
 @pytest.mark.parametrize("kind", ["rms", "layer", "attention"])
 def test_remainders_that_a_widening_map_enlarges(kind: str, gain: float) -> None:
@@ -109,6 +120,22 @@ def test_a_margin_without_slope_keeps_its_curvature() -> None:
     for radius in (0.01, 0.05, 0.1, 0.11):
         usage = float(problem.usage(torch.full((1, 1), radius, dtype=torch.float64)))
         assert usage <= bound.usage(radius).value <= 1.05 * usage
+
+
+@pytest.mark.parametrize("order", ["post", "pre"])
+def test_margins_of_random_blocks(order: str) -> None:
+    """Ascent on the drop at every size of the move; near at small ones."""
+    torch.manual_seed(11)
+    graph = network(order, 1, "gelu", head="mean")
+    goal = Margin(torch.eye(3, dtype=torch.float64), pool=0)
+    problem = Problem(graph, TokenMeasure(random(3, D)), FrobeniusBall(), goal)
+    bound = METHOD.prepare(problem, seed=0)
+    closest = 0.0
+    for radius in (1e-3, 0.03, 0.1, 0.3, 1.0):
+        usage, limit = climbed(problem, radius), bound.usage(radius).value
+        assert usage <= limit * (1.0 + 1e-9)
+        closest = max(closest, usage / limit)
+    assert closest > 0.9
 
 
 @pytest.mark.parametrize("classes", [3, 40])

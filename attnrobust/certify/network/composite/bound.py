@@ -9,10 +9,12 @@ from attnrobust.certify.method import PreparedBound
 from attnrobust.certify.network.composite.preparation import Preparation, Settings
 from attnrobust.certify.network.composite.second_order import Moves
 from attnrobust.certify.network.composite.targets import Readout
+from attnrobust.goals import Displacement
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.numerics.rounding import FORMULA, used_share
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
+from attnrobust.tokens import tensor_digest
 
 
 @dataclass(eq=False)
@@ -51,11 +53,34 @@ class DisplacementBound(PreparedBound):
 
 
 def prepared(problem: Problem, movable: torch.Tensor, settings: Settings, readout: Readout) -> Preparation:
-    """The preparation of a problem's network at its clean input."""
+    """The preparation of a problem's network at its clean input.
+
+    The last one for a displacement is kept: it does not depend on the tolerance, nor on which goal asks for it, so the
+    next question about the same moves and the same output rows costs a search only. (Margins draw further starts for
+    their classes, so that a kept preparation would answer the same question differently the second time.)
+    """
+    key = _key(problem, movable, settings, readout)
+    if key in _KEPT:
+        return _KEPT[key]
     network = problem.network
     assert isinstance(network, NetworkGraph)  # noqa: S101 - refused otherwise; narrows the type
     record = network.linearise(problem.clean.points, problem.mass)
-    return Preparation(record, Moves(movable, problem.clean.width), readout, settings)
+    made = Preparation(record, Moves(movable, problem.clean.width), readout, settings)
+    if isinstance(problem.goal, Displacement):
+        _KEPT.clear()
+        _KEPT[key] = made
+    return made
+
+
+_KEPT: dict[str, Preparation] = {}
+"""One at most: the sketched features of a network of this size are hundreds of megabytes."""
+
+
+def _key(problem: Problem, movable: torch.Tensor, settings: Settings, readout: Readout) -> str:
+    """Everything that a preparation depends on."""
+    states = f"{readout.state};{readout.shape};{settings};{type(problem.goal).__name__};{movable.device}"
+    tokens = f"{problem.network.digest};{problem.clean.digest()};{tensor_digest(problem.mass)}"
+    return f"{tokens};{tensor_digest(movable, readout.weights)};{states}"
 
 
 def pooled_readout(problem: Problem) -> Readout:

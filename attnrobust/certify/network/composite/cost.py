@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from attnrobust.certify.network.composite.preparation import BASIS_LIMIT, BEND_PAIRS, PAIR_LIMIT
+from attnrobust.certify.network.composite.preparation import (
+    BASIS_LIMIT,
+    BEND_PAIRS,
+    LEADING,
+    PAIR_LIMIT,
+    PILOT,
+    PILOT_ROUNDS,
+)
 from attnrobust.certify.network.composite.top_eigenvalue import DENSE_LIMIT
 from attnrobust.certify.network.passes import FLOPS_PER_SECOND, pass_flops
 from attnrobust.layers.graph.network_graph import NetworkGraph
@@ -29,7 +36,8 @@ class Cost:
 def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int, readouts: int = 1) -> Cost:
     """Cost of a preparation for ``moving`` numbers of an input of ``tokens`` tokens, and for so many readouts."""
     curved = sum(not step.node.affine for step in network.steps)
-    directions = moving if moving <= max(BASIS_LIMIT, sketch) else sketch
+    sketched = moving > max(BASIS_LIMIT, sketch)
+    directions = sketch + LEADING if sketched else moving
     one_pass = pass_flops(network, tokens)
     rate = FLOPS_PER_SECOND * min(1.0, network.width / FULL_WIDTH)
     pairs = moving * (moving + 1) / 2 if moving <= PAIR_LIMIT else sketch
@@ -39,5 +47,6 @@ def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int, r
     tails = 0.5 * PRODUCTS * curved * (curved + 1)
     own = third + 6.0 * products  # of one functional: third order, Hessian, cross terms, gradient
     passes = (curved + 1) * (second + third) + (readouts - 1) * own + tails + moving + BEND_PAIRS
+    passes += 2.0 * PILOT_ROUNDS * PILOT * LEADING if sketched else 0.0
     overhead = OVERHEAD * len(network.steps) * ((curved + 1 + 2 * readouts) * 4.0 * PRODUCTS + tails)
     return Cost(passes * one_pass / rate + overhead, directions)

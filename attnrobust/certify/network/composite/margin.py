@@ -1,7 +1,7 @@
 """Margins: gradient and Hessian of the whole network exactly, in one trust region; the rest with clean cotangents."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -38,7 +38,32 @@ class ClassDrop:
     def at(self, recursion: Recursion, radius: float) -> float:
         """Bound of the drop at a Frobenius radius whose ports are known."""
         parts = recursion.at(self.norms)
-        return smallest((self._quadratic(radius) + parts.rest_of_levels, self.slope * radius + parts.whole))
+        rest = smallest((parts.rest_of_levels, parts.cross + self._beyond(recursion)))
+        return smallest((self._quadratic(radius) + rest, self.slope * radius + parts.whole))
+
+    def _beyond(self, recursion: Recursion) -> float:
+        """``sum_m |<c_m, Beyond_m>|``: node by node the norm of its parts, or its third order read out (lemma 8)."""
+        total, remainders = 0.0, self.preparation.remainders
+        for name, cotangent in self._clean_cotangents.items():
+            ball, node = recursion.balls[name], remainders[name]
+            found = self._carried(name, {key: recursion.beyond[name, key] for key in node.channels})
+            if math.isfinite(ball.rho) and math.isfinite(ball.rest):
+                own = node.third_readout(cotangent, ball) + self._carried(name, node.quadratic(ball))
+                found = smallest((found, own))
+            total += found
+        return total * (1.0 + FORMULA)
+
+    def _carried(self, name: str, sizes: Mapping[str, float]) -> float:
+        tails = self.norms.tails
+        return math.fsum(
+            0.0 if 0.0 in (tails[name, key], size) else tails[name, key] * size for key, size in sizes.items()
+        )
+
+    @cached_property
+    def _clean_cotangents(self) -> dict[str, Tensor]:
+        """``c_m`` of every node before the readout."""
+        names = [port.name for port in self.preparation.upstream(self.readout)]
+        return self.preparation.record.pull({self.readout.state: self._cotangent}, names)
 
     @cached_property
     def slope(self) -> float:
@@ -78,7 +103,7 @@ class ClassDrop:
         return -moves.flat(record.hessian_product(self._cotangent, moves.tokens(v)))
 
     def _quadratic(self, radius: float) -> float:
-        """``sup G.D + D M D / 2`` in a Krylov space of G, with the largest eigenvalue outside of it (lemma 7)."""
+        """``sup G.D + D M D / 2`` in a Krylov space of G, with the largest eigenvalue outside of it (lemma 4)."""
         matrix, gradient = self._reduced
         problem = Quadratic(lambda v: v @ matrix, gradient)
         return decomposed_bound(problem, radius)[0].value

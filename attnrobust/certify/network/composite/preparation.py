@@ -18,14 +18,21 @@ from attnrobust.certify.network.composite.sketch import (
     Sketch,
     all_pairs,
     basis,
+    deflated,
     gaussian,
     gaussian_pairs,
 )
 from attnrobust.certify.network.composite.targets import Port, Readout, Target
 from attnrobust.certify.network.composite.third_order import ThirdOrder
-from attnrobust.certify.network.composite.top_eigenvalue import Operator, top_eigenvalue, top_singular_value
+from attnrobust.certify.network.composite.top_eigenvalue import (
+    BATCH_NUMBERS,
+    Operator,
+    top_eigenvalue,
+    top_singular_value,
+)
 from attnrobust.layers.graph.linearisation import Linearisation
 from attnrobust.numerics.chance import MAIN_FAILURE, Chance, stream
+from attnrobust.numerics.rounding import SMALLEST
 
 BASIS_LIMIT = 320
 """Numbers that move, up to which sums over all directions are taken over a basis."""
@@ -33,6 +40,8 @@ PAIR_LIMIT = 32
 """The same for sums over all pairs of directions."""
 ROUGHLY = 0.5  # of an eigenvalue may be given away where a norm is far from what binds
 BEND_PAIRS = 512  # pairs for the second order of single features: one sweep, no iteration
+LEADING, PILOT, PILOT_ROUNDS = 32, 16, 2
+"""Directions that a sketch does not have to stand for, directions of the sketch that finds them, and its iterations."""
 SKETCH_SHARE, BEND_SHARE = 0.4, 0.2  # of the failure probability; the rest is for starts of Lanczos
 RANGE_NUMBERS = 2**24  # numbers per state that a batch of the range sweep holds
 
@@ -75,7 +84,7 @@ class Preparation:
         count = len(self.metrics.ports)
         self._chance = Chance(
             stream(settings.seed, "starts"), "composite", (1.0 - SKETCH_SHARE - BEND_SHARE) * settings.failure,
-            expected=6 * count + count * (count + 1) + (count + 3) * settings.readouts,
+            expected=7 * count + count * (count + 1) + (count + 3) * settings.readouts,
         )  # fmt: skip
 
     # ---- what the certificates ask ---------------------------------------------------------------------------------
@@ -218,7 +227,22 @@ class Preparation:
 
     @cached_property
     def _sketch(self) -> Sketch:
-        return self._directions(self.moves.size, "moves")
+        sketch = self._directions(self.moves.size, "moves")
+        return sketch if sketch.failure == 0.0 else deflated(sketch, self._leading)
+
+    @cached_property
+    def _leading(self) -> Tensor:
+        """Orthonormal moves in which the second order is large, from a sketch of their own; any are sound."""
+        size, device = self.moves.size, self._device
+        pilot = gaussian(size, PILOT, failure=0.5, seed=stream(self.settings.seed, "pilot"), device=device)
+        form = SecondOrder(self.record, self.moves, self.metrics.ports, pilot.directions).curvature(self.output)
+        generator = torch.Generator().manual_seed(stream(self.settings.seed, "leading"))
+        found = torch.randn(LEADING, size, generator=generator, dtype=torch.float64).to(device)
+        chunk = max(1, BATCH_NUMBERS // form.weight)
+        for _ in range(PILOT_ROUNDS):
+            found = torch.cat([form.product(rows) for rows in found.split(chunk)])
+            found = torch.linalg.qr(found.T / found.abs().amax().clamp_min(SMALLEST)).Q.T
+        return found
 
     @cached_property
     def _third_pairs(self) -> PairSketch:
@@ -253,9 +277,9 @@ class Preparation:
 
     def _sharpen(self, remainder: NodeRemainder) -> None:
         """Joint norm of the features, and the norm of the node's own second derivative."""
-        port, form, channel = remainder.port, remainder.form(), remainder.curved()
-        if form is not None:
-            remainder.joint = self._joint(port.reads[0], form)
+        port, channel = remainder.port, remainder.curved()
+        for name, form in remainder.forms.items():
+            remainder.joints[name] = self._joint(port.reads[0], form)
         if channel is not None and self.upstream(port):
             remainder.kappa = self._own_curvature(port, channel)
 

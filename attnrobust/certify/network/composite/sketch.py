@@ -47,6 +47,18 @@ def gaussian(size: int, count: int, *, failure: float, seed: int, device: torch.
     return Sketch(directions.to(device), inflation(count, failure), failure)
 
 
+def deflated(sketch: Sketch, known: Float[Tensor, "k N"]) -> Sketch:
+    """Orthonormal directions exactly, and the sketch for what is orthogonal to them (lemma 1a).
+
+    Args:
+        sketch: Gaussian directions.
+        known: Directions that do not depend on the sketch; the more of the form they see, the less it costs.
+    """
+    rest = sketch.directions - (sketch.directions @ known.T) @ known
+    directions = torch.cat([known, math.sqrt(sketch.inflation) * rest])
+    return Sketch(directions, 1.0 + 1e-12, sketch.failure)
+
+
 def inflation(count: int, failure: float) -> float:
     """``1 / q`` with the largest q < 1 for which ``(q e^{1-q})^{s/2} <= failure``: lemma 1 in its Chernoff form."""
     wanted = 2.0 * math.log(failure) / count

@@ -54,6 +54,18 @@ def test_small_budgets_lose_nothing() -> None:
     assert radius == pytest.approx(float(problem.resolved.budgets[0]) / slope, rel=5e-3)
 
 
+def test_one_preparation_serves_every_tolerance() -> None:
+    """And another input, readout or seed has its own; the answer is that of a preparation of its own."""
+    bounds = [METHOD.prepare(question(goal), seed=seed) for goal, seed in (("1%", 0), ("10%", 0), ("10%", 1))]
+    one, two, other = (bound.preparation for bound in bounds)  # type: ignore[attr-defined]
+    assert one is two
+    assert two is not other
+    row = METHOD.prepare(question(ar.Displacement(0.05, pool=1)), seed=1)
+    assert row.preparation is not other  # type: ignore[attr-defined]
+    kept = bounds[1].usage(0.01).value
+    assert kept == METHOD.prepare(question("10%"), seed=0).usage(0.01).value
+
+
 def test_rows_and_means_of_the_output() -> None:
     whole = METHOD.certify(question(ar.Displacement(0.05)), seed=0).radius
     row = METHOD.certify(question(ar.Displacement(0.05, pool=1)), seed=0).radius

@@ -10,6 +10,7 @@ from attnrobust.certify.network.composite.second_order import Moves, SecondOrder
 from attnrobust.certify.network.composite.sketch import (
     all_pairs,
     basis,
+    deflated,
     gaussian,
     gaussian_pairs,
     inflation,
@@ -95,6 +96,18 @@ def test_sketches_fail_as_rarely_as_they_say() -> None:
         paired += float(pairs.inflation * (pairs.first[:, 0] * pairs.second[:, 0]).square().sum()) < 1.0
     assert 0 < single <= 0.05 * 4000
     assert 0 < paired <= 0.05 * 4000
+
+
+def test_a_sketch_beside_known_directions() -> None:
+    """What the known directions see is exact; the rest fails as rarely as the sketch says."""
+    known = torch.linalg.qr(random(4, 2)).Q.T
+    inside, across = random(2) @ known, random(4)
+    failures = 0
+    for seed in range(1000):
+        found = deflated(gaussian(4, 4, failure=0.05, seed=seed, device=CPU), known)
+        assert_close((found.directions @ inside).square().sum(), inside.square().sum(), rtol=1e-12)
+        failures += float(found.inflation * (found.directions @ across).square().sum()) < float(across.square().sum())
+    assert 0 < failures <= 0.05 * 1000
 
 
 def test_pair_inflation_costs_more_than_one_index_and_falls() -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.displacement.base import ValueRows
-from attnrobust.certify.network.composite.nodes.attend_terms import Sizes, Terms
+from attnrobust.certify.network.composite.nodes.attend_terms import Factors, Sizes, Terms
 from attnrobust.certify.network.composite.nodes.base import (
     Ball,
     Channel,
@@ -36,6 +36,7 @@ from attnrobust.numerics.rounding import (
     outward,
 )
 
+TYPICAL = 0.5  # change of a large logit at which the factors of the third order are compared; any is sound
 GRAM_LIMIT = 64  # tokens up to which the (h, n, n, n) inner products of the logits are kept
 
 
@@ -63,7 +64,7 @@ class AttendRemainder(NodeRemainder):
         }
         self._squares = {name: zeros(heads, n) for name in self._grams} | {"logits": zeros(heads, n, n)}
         self._logit_gram = zeros(heads, n, n, n) if n <= GRAM_LIMIT else None
-        self._shape: Reach | None = None
+        self._shapes: dict[str, Reach] = {}
 
     def curved(self) -> Channel:
         return self.channels["out"]
@@ -116,22 +117,32 @@ class AttendRemainder(NodeRemainder):
         self._bend = Sizes(**{name: outward(square.sqrt(), FORMULA) for name, square in self._squares.items()})
         self._raw = self._raw_sizes()
         if self._logit_gram is not None:
-            self._shape = self._row_reach(self._logit_gram)
+            self._shapes = self._reaches(self._logit_gram)
 
-    def _row_reach(self, gram: Tensor) -> Reach:
-        """``(E l^2)^{1/2}`` of every row; weights by the fourth order's coefficients where logits move by a half."""
-        w = self._clean.weight
+    def _reaches(self, gram: Tensor) -> dict[str, Reach]:
+        """``(E l^2)^{1/2}`` and ``|left^T e_i|`` of every row; weights by what the third order makes of them."""
+        w, typical = self._clean.weight, TYPICAL / float(nonzero(self._tangent.logits.quantile(0.9)))
+        factors = Terms(self._clean, self._first(Ball(typical, 0.0, 0.0))).third_factors
         bend, raw = ((w * part.logits.square()).sum(-1).sqrt() for part in (self._bend, self._raw))
-        typical = 0.5 / nonzero(self._tangent.logits.amax())
-        weights = Terms(self._clean, self._first(Ball(float(typical), 0.0, 0.0))).fourth_factors[0].square()
-        weights = torch.where(torch.isfinite(weights), weights, 0.0)
-        weights = weights + 1e-2 * weights.mean() + SMALLEST
-        return Reach(largest_eigenvalues(gram).sqrt(), outward(bend, ENTRY), outward(raw, ENTRY), weights)
+        logits = (largest_eigenvalues(gram).sqrt(), outward(bend, ENTRY), outward(raw, ENTRY))
+        queries = (self._tangent.queries, self._bend.queries, self._raw.queries)
+        return {
+            "logits": Reach(*logits, _weights(factors.logits)),
+            "queries": Reach(*queries, _weights(factors.queries)),
+        }
 
-    def form(self) -> Form | None:
-        if self._shape is None:
-            return None
-        root = (self._shape.weights[..., None] * self._clean.weight).sqrt()
+    @property
+    def forms(self) -> Mapping[str, Form]:
+        return {name: self._form(name, reach.weights) for name, reach in self._shapes.items()}
+
+    def _form(self, name: str, weights: Tensor) -> Form:
+        if name == "queries":
+            left, scale = self._clean.balanced_factors[0], weights.sqrt()[..., None]
+            return Form(
+                lambda edges: (scale * _heads(edges[0], left)).flatten(-3),
+                lambda flat: (_tokens(scale * flat.unflatten(-1, (*weights.shape, -1)), left),),
+            )
+        root = (weights[..., None] * self._clean.weight).sqrt()
         return Form(
             lambda edges: (root * self._state.features(edges).logits).flatten(-3),
             lambda flat: self._state.logits_adjoint(root * flat.unflatten(-1, tuple(root.shape))),
@@ -166,31 +177,53 @@ class AttendRemainder(NodeRemainder):
         return self._first(ball).joined(self._rest(ball), torch.add)
 
     def whole(self, ball: Ball) -> Mapping[str, float]:
-        return {"heads": _stack(Terms(self._clean, self._all(ball)).whole), "out": 0.0}
+        terms = Terms(self._clean, self._all(ball))
+        return {"heads": min(_stack(terms.whole), self._jointly(terms.whole_factors, ball)), "out": 0.0}
 
     def beyond(self, ball: Ball) -> Mapping[str, float]:
         terms = Terms(self._clean, self._all(ball))
-        return self._with_quadratic(_stack(torch.minimum(terms.third, terms.whole + terms.second)), ball)
+        return self._with_quadratic(self._third(terms, ball), ball)
 
     def further(self, ball: Ball) -> Mapping[str, float]:
         """Fourth order and ``C3(e) - C3(T D)``, a difference of polynomials; or nothing taken off."""
         terms, first = Terms(self._clean, self._all(ball)), Terms(self._clean, self._first(ball))
         change = (terms.cubic - first.cubic + CANCELLATION * terms.cubic).clamp_min(0.0)
-        together = min(
-            _stack(torch.minimum(terms.fourth + change, terms.third + first.cubic)), self._jointly(terms, change, ball)
-        )
-        return self._with_quadratic(together, ball)
+        apart = _stack(torch.minimum(terms.fourth + change, terms.third + first.cubic))
+        fourth = self._jointly(terms.fourth_factors, ball, change)
+        cubic = min(_stack(first.cubic), self._jointly(first.cubic_factors, Ball(ball.radius, 0.0, 0.0)))
+        return self._with_quadratic(min(apart, fourth, self._third(terms, ball) + cubic), ball)
 
-    def _jointly(self, terms: Terms, change: Tensor, ball: Ball) -> float:
-        """The stack of the fourth order with one logit of every term kept, as they cannot all be large at once."""
-        if self._shape is None:
+    def quadratic(self, ball: Ball) -> Mapping[str, float]:
+        return self._with_quadratic(0.0, ball)
+
+    def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
+        """``sum_g |c_g| third_g`` with the parts c_g of the cotangent before the output projection."""
+        factors = Terms(self._clean, self._all(ball)).third_squares
+        if not self._shapes or not factors.finite:
             return math.inf
-        factor, rest = terms.fourth_factors
-        if not bool(torch.isfinite(factor).all()):
+        importance = outward(torch.linalg.vector_norm(self._absorb(cotangent), dim=-1), FORMULA)
+        square = self._joint_size("logits", (importance * factors.logits).sqrt(), ball) ** 2
+        linear = _stack(importance) * self._joint_size("queries", factors.queries, ball)
+        return outward(square + linear + float((importance * factors.rest).sum()), FORMULA)
+
+    def _third(self, terms: Terms, ball: Ball) -> float:
+        apart = _stack(torch.minimum(terms.third, terms.whole + terms.second))
+        joint = self._jointly(terms.whole_factors, ball) + _stack(terms.second)
+        return min(apart, joint, self._jointly(terms.third_factors, ball))
+
+    def _jointly(self, factors: Factors, ball: Ball, more: Tensor | None = None) -> float:
+        """The stack of a part of the remainder by the joint sizes of its factors: they cannot all be large at once."""
+        if not self._shapes or not factors.finite:
             return math.inf
-        reach = replace(self._shape, joint=self.joint)
-        tangents = reach.stacked(factor, Ball(ball.radius, 0.0, 0.0))
-        return tangents + _stack(factor * reach.rest(ball)) + _stack(rest + change)
+        total = _stack(factors.rest if more is None else factors.rest + more)
+        total += self._joint_size("logits", factors.logits, ball) + self._joint_size("queries", factors.queries, ball)
+        return outward(total, FORMULA)
+
+    def _joint_size(self, name: str, factor: Tensor, ball: Ball) -> float:
+        """``(sum_g factor_g^2 feature_g^2)^{1/2}``: of T D by lemma 5, of R row by row."""
+        reach = replace(self._shapes[name], joint=self.joints.get(name))
+        first = reach.stacked(factor, Ball(ball.radius, 0.0, 0.0))
+        return outward(first + _stack(factor * reach.rest(ball)), FORMULA)
 
     def _with_quadratic(self, together: float, ball: Ball) -> Mapping[str, float]:
         """With ``1/2 f''[R, R]``: by the norm of the form at the output, or row by row."""
@@ -199,12 +232,23 @@ class AttendRemainder(NodeRemainder):
         return {"heads": together, "out": form} if form < apart else {"heads": together + apart, "out": 0.0}
 
 
+def _weights(factor: Tensor) -> Tensor:
+    """Positive weights of a joint form from the factors that it is for."""
+    square = factor.square()
+    square = torch.where(torch.isfinite(square), square, 0.0)
+    return square + 1e-2 * square.mean() + SMALLEST
+
+
 def _stack(per_row: Tensor) -> float:
     return float(outward(nan_is_infinite(per_row).square().sum().sqrt(), FORMULA))
 
 
-def _heads(e: Tensor, weight: Float[Tensor, "h d r"]) -> Float[Tensor, "b h n r"]:
-    return torch.einsum("bnd,hdr->bhnr", e, weight)
+def _heads(e: Float[Tensor, "*b n d"], weight: Float[Tensor, "h d r"]) -> Float[Tensor, "*b h n r"]:
+    return torch.einsum("...nd,hdr->...hnr", e, weight)
+
+
+def _tokens(y: Float[Tensor, "*b h n r"], weight: Float[Tensor, "h d r"]) -> Float[Tensor, "*b n d"]:
+    return torch.einsum("...hnr,hdr->...nd", y, weight)
 
 
 def _split_projection(clean: ValueRows) -> tuple[Float[Tensor, "h v r"], Float[Tensor, "h r e"]]:

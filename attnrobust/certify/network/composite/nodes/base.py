@@ -85,8 +85,8 @@ class NodeRemainder(ABC):
         self.port = port
         self.kappa: float | None = None
         """Upper bound of ``sup ||f''[R, .]||_F`` over metric norms 1 in ``curved``; set by the preparation."""
-        self.joint: float | None = None
-        """Upper bound of the norm of ``form`` over moves of norm 1; set by the preparation."""
+        self.joints: dict[str, float] = {}
+        """Upper bounds of the norms of ``forms`` over moves of norm 1; set by the preparation."""
 
     @property
     @abstractmethod
@@ -114,9 +114,10 @@ class NodeRemainder(ABC):
         """The channel in which the node's own second derivative is normed; None: it has a closed bound."""
         return None
 
-    def form(self) -> Form | None:
-        """Features whose joint norm sharpens the bounds; None where there are none."""
-        return None
+    @property
+    def forms(self) -> Mapping[str, Form]:
+        """Features whose joint norms sharpen the bounds."""
+        return {}
 
     @abstractmethod
     def whole(self, ball: Ball) -> Mapping[str, float]:
@@ -129,6 +130,14 @@ class NodeRemainder(ABC):
     @abstractmethod
     def further(self, ball: Ball) -> Mapping[str, float]:
         """Per channel a bound of |t| of ``Further``."""
+
+    @abstractmethod
+    def quadratic(self, ball: Ball) -> Mapping[str, float]:
+        """Per channel a bound of |t| of ``1/2 f''[R, R]``."""
+
+    @abstractmethod
+    def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
+        """Bound of ``|<c, Rem(e) - 1/2 f''[e, e]>|`` for one cotangent c of the node's output."""
 
 
 @dataclass(frozen=True, eq=False)

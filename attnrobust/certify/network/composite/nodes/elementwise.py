@@ -75,14 +75,16 @@ class ActivateRemainder(NodeRemainder):
 
     @property
     def _reach(self) -> Reach:
-        return replace(self._shape, joint=self.joint)
+        return replace(self._shape, joint=self.joints.get("own"))
 
-    def form(self) -> Form:
+    @property
+    def forms(self) -> Mapping[str, Form]:
         root = self._shape.weights.sqrt()
-        return Form(
+        form = Form(
             lambda edges: (root * edges[0]).flatten(-2),
             lambda flat: (root * flat.unflatten(-1, tuple(root.shape)),),
         )
+        return {"own": form}
 
     def _least(self, size: Tensor) -> Tensor:
         """``|f''|`` on the range, at most."""
@@ -106,6 +108,14 @@ class ActivateRemainder(NodeRemainder):
         size = self._reach.sizes(ball)
         third = self._reach.stacked(self._importance * self._third_order(size) * size, ball)
         return {"own": third + self._quadratic(ball)}
+
+    def quadratic(self, ball: Ball) -> Mapping[str, float]:
+        return {"own": self._quadratic(ball)}
+
+    def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
+        """``sum_k |c_k| B_k e_k^2``."""
+        factor = (cotangent.abs() * self._third_order(self._reach.sizes(ball))).sqrt()
+        return outward(self._reach.stacked(factor, ball) ** 2, FORMULA)
 
     def further(self, ball: Ball) -> Mapping[str, float]:
         """Fourth order, and ``C3(e) - C3(T D) = f'''/6 R (3 (T D)^2 + 3 (T D) R + R^2)``."""
@@ -191,6 +201,13 @@ class ProductRemainder(NodeRemainder):
 
     def further(self, ball: Ball) -> Mapping[str, float]:
         return self.beyond(ball)
+
+    def quadratic(self, ball: Ball) -> Mapping[str, float]:
+        return self.beyond(ball)
+
+    def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
+        """A product has no third order."""
+        return 0.0
 
     @cached_property
     def _largest(self) -> float:

@@ -68,7 +68,7 @@ class _Ranges:
         return self._ends(lambda q, s: q**power * (s + 2.0) / (2.0 * s * (1.0 + s) ** 2))
 
     def third(self, power: int = 3) -> Tensor:
-        """``sup |q|^(power-3) |A3|``, ``A3 = A2 - 3 q^2/8 = -q^3 (3 s^2 + 9 s + 8)/(8 s (1 + s)^3)``."""
+        """``sup |q|^(power-3) |A3|``, power >= 1, ``A3 = A2 - 3 q^2/8 = -q^3 (3 s^2 + 9 s + 8)/(8 s (1 + s)^3)``."""
         return self._ends(lambda q, s: q**power * (3.0 * s**2 + 9.0 * s + 8.0) / (8.0 * s * (1.0 + s) ** 3))
 
     def fourth(self, power: int = 4) -> Tensor:
@@ -148,14 +148,16 @@ class NormaliseRemainder(NodeRemainder):
 
     @property
     def _reach(self) -> Reach:
-        return replace(self._shape, joint=self.joint)
+        return replace(self._shape, joint=self.joints.get("own"))
 
-    def form(self) -> Form:
+    @property
+    def forms(self) -> Mapping[str, Form]:
         root = self._shape.weights.sqrt()[:, None]
-        return Form(
+        form = Form(
             lambda edges: (root * self._scaled(edges)).flatten(-2),
             lambda flat: (self._centre(flat.unflatten(-1, tuple(self._z.shape)) * root) / self._size,),
         )
+        return {"own": form}
 
     def _ranges(self, ball: Ball) -> _Ranges:
         square = outward(self._reach.sizes(ball).square() / self._width, ENTRY)
@@ -171,6 +173,19 @@ class NormaliseRemainder(NodeRemainder):
 
     def further(self, ball: Ball) -> Mapping[str, float]:
         return {"own": min(self._fourth(ball), self._third(ball) + self._cubic(ball)) + self._quadratic(ball)}
+
+    def quadratic(self, ball: Ball) -> Mapping[str, float]:
+        return {"own": self._quadratic(ball)}
+
+    def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
+        """``<w c, z> [A3 + 3/8 (4 p eta + eta^2)] + <w c, e'> [A2 - eta/2]``, a multiple of ``|e'|^2`` per token."""
+        r, weighed = self._ranges(ball), self._centre(self._norm.weight * cotangent)
+        along = torch.linalg.vecdot(weighed, self._z, dim=-1).abs() / self._width
+        across = torch.linalg.vector_norm(weighed, dim=-1) / self._width**0.5
+        bent = r.third(1) * r.slope.square() + 0.375 * (4.0 * r.radial + r.square)
+        turn = torch.maximum(r.second(1) * r.slope, 0.5 * r.square.sqrt())
+        factor = outward(along * bent + across * turn, ENTRY).sqrt()
+        return float(outward(self._reach.stacked(factor, ball) ** 2, ENTRY))
 
     def _fourth(self, ball: Ball) -> float:
         """``z [A4 + 3/8 eta^2 - 5/16 (12 p^2 eta + 6 p eta^2 + eta^3)] + e' [3/8 (4 p eta + eta^2) + A3]``, and

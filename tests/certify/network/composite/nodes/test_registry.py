@@ -33,10 +33,9 @@ def settled(remainder: NodeRemainder, tangent: Tensor, bent: Tensor) -> NodeRema
     for rows in (bent[:2].flatten(0, 1), bent[2:].flatten(0, 1)):
         remainder.observe_second(tuple(0.5 * rows[:, edge] for edge in range(bent.shape[2])))
     remainder.settle()
-    form = remainder.form()
-    if form is not None:
+    for name, form in remainder.forms.items():
         images = form.forward(tuple(tangent[:, edge] for edge in range(tangent.shape[1])))
-        remainder.joint = float(torch.linalg.matrix_norm(images, 2)) * (1 + 1e-12)
+        remainder.joints[name] = float(torch.linalg.matrix_norm(images, 2)) * (1 + 1e-12)
     return remainder
 
 
@@ -82,13 +81,24 @@ class Attacked:
             for at, name in enumerate(NAMES)
         }
 
+    def read(self, radius: float, rest: float, cotangent: Tensor) -> float:
+        """Largest value found of ``|<c, Rem(e) - 1/2 f''[e, e]>|``."""
+        sizes, flat = (N_IN, self.port.size), cotangent.flatten()
+        return supremum(lambda d, r: (self._third(d, r) @ flat).abs(), (radius, rest), sizes)
+
     def ball(self, radius: float, rest: float) -> Ball:
         """With the norm of the second order that was drawn."""
         parts = zip(self.roots, self.port.scales, strict=True)
         weighed = torch.cat([(scale * part).flatten(2) for part, scale in parts], dim=2)
         return Ball(radius, 0.5 * float(torch.linalg.matrix_norm(weighed.flatten(1), 2)) * radius**2 + rest, rest)
 
+    def _third(self, d: Tensor, flat: Tensor) -> Tensor:
+        return self._differences(d, flat)[3]
+
     def _parts(self, d: Tensor, flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._size(out) for out in self._differences(d, flat)[:3])
+
+    def _differences(self, d: Tensor, flat: Tensor) -> tuple[Tensor, ...]:
         bends = torch.einsum("ba,bc,acend->bend", d, d, 0.5 * self.bent)
         raw = tuple(bends[:, edge] + part for edge, part in enumerate(self.port.edges(flat)))
         first = torch.einsum("ba,aend->bend", d, self.tangent)
@@ -99,7 +109,7 @@ class Attacked:
         square = [torch.einsum("bk,kly,bl->by", x, self.second, x) for x in (whole, part)]
         cube = torch.einsum("bj,bk,jkly,bl->by", tangent, tangent, self.third, tangent)
         beyond = rest - 0.5 * square[0] + 0.5 * square[1]
-        return tuple(self._size(out) for out in (rest, beyond, beyond - cube / 6.0))
+        return rest, beyond, beyond - cube / 6.0, rest - 0.5 * square[0]
 
     def _size(self, out: Tensor) -> Tensor:
         size: Tensor = torch.linalg.vector_norm(self.measure(out.unflatten(1, self.value.shape)), dim=(1, 2))
@@ -119,6 +129,9 @@ def check(attack: Attacked, *, mixing: float = 1.0) -> float:
                 if found[name] > bound * (1.0 + 1e-9) + noise:
                     raise AssertionError(f"{name} r={radius} rest={rest}: {found[name]!r} exceeds {bound!r}")
                 closest = max(closest, found[name] / bound if found[name] > 1e3 * noise else 0.0)
+        cotangent = random(*attack.value.shape)
+        read, bound = attack.read(radius, rest, cotangent), remainder.third_readout(cotangent, ball)
+        assert read <= bound * (1.0 + 1e-9) + noise * float(torch.linalg.vector_norm(cotangent)) * 10.0
     return closest
 
 
