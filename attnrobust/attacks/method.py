@@ -256,9 +256,7 @@ class MovingAttack(AttackMethod):
             for p, c, queries in zip(work.problems, candidates, spent, strict=True)
         ]
         return [
-            Attempt(
-                point=point, queries=queries + point.queries, failure=cut_short(point, work.budget)
-            )
+            Attempt(point=point, queries=queries + point.queries, failure=cut_short(point, work.budget))
             for point, queries in zip(points, spent, strict=True)
         ]
 
