@@ -105,6 +105,13 @@ def test_attack_alone() -> None:
     assert row.token_moves == pytest.approx((row.attack_radius,))
 
 
+def test_every_tokens_own_radius() -> None:
+    row = evaluated(certificates=[], attack={"token_radii": True})
+    assert row.token_radii == pytest.approx((row.attack_radius,), rel=1e-6)
+    assert row_from_dict(row.as_dict()) == row
+    assert evaluated(certificates=[]).token_radii == ()
+
+
 def test_no_violation_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(
         monkeypatch, certify=lambda p, **_: report(p, 0.1), attack=lambda p, **_: found(p, math.inf, Status.NOT_FOUND)

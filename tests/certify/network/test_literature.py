@@ -18,8 +18,8 @@ from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.layers.graph.activation_functions import FUNCTIONS
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import AnyToken, FrobeniusBall
 from attnrobust.threats.base import Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_at_most
 from tests.cases import case_named
