@@ -14,7 +14,7 @@ from attnrobust.goals import Margin
 from attnrobust.results import AttackResult, CertificationReport, NotApplicable, Status
 from attnrobust.runs.config import RunConfig, make_config
 from attnrobust.runs.evaluate import RowTask, evaluate_row
-from attnrobust.runs.rows import Row
+from attnrobust.runs.rows import Row, row_from_dict
 from attnrobust.threats.moves import FrobeniusBall
 from tests.test_comparison import found, linear_problem, report
 
@@ -107,6 +107,7 @@ def test_attack_alone() -> None:
 
 def test_every_tokens_own_radius() -> None:
     row = evaluated(certificates=[], attack={"token_radii": True})
+    assert (row.status, row.message) == (Status.FOUND, None)
     assert row.token_radii == pytest.approx((row.attack_radius,), rel=1e-6)
     assert row_from_dict(row.as_dict()) == row
     assert evaluated(certificates=[]).token_radii == ()
