@@ -40,8 +40,8 @@ class AttackBudget:
         steps: Gradient steps of one round.
         rounds: Rounds of restarts; later ones start from what the first found, and only where the goal is not nearly
             linear at the scale of the attack.
-        queries: Largest number of queries of one input, those of the verification included; None means no limit. A query
-            is one evaluation of the network at one point, with or without its gradient, or one product with its
+        queries: Largest number of queries of one input, those of the verification included; None means no limit. One
+            query is one evaluation of the network at one point, with or without its gradient, or one product with its
             derivative at the clean input; what is prepared there before the search (its output, the precision and
             memory of an evaluation) counts as one for whole networks and as none for layers. It is never exceeded: a
             search that cannot afford its next step ends, and about a third is kept for the verification.

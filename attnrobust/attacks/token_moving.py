@@ -77,7 +77,7 @@ class TokenMoving(MovingAttack):
             again = _next_starts(search, evaluator, generators, start, best, bends)
             if waiting is not None:
                 waiting = waiting.problems(open_problems)
-                again, waiting = _with_waiting(search, again, waiting)
+                again, waiting = _with_waiting(again, waiting)
             finish = search_rows(search, evaluator, again, steps=search.budget.steps)
             best = _better(best, finish)
             for points in (best.points, finish.violating):
@@ -191,7 +191,7 @@ def _next_starts(
     return Start(torch.cat([kicked, random[:, half:]], dim=1), targets, radius, allowed, start.threat)
 
 
-def _with_waiting(search: Search, start: Start, waiting: Start) -> tuple[Start, Start | None]:
+def _with_waiting(start: Start, waiting: Start) -> tuple[Start, Start | None]:
     """Some new random rows replaced by first-order optima of classes that no row attacked yet; and those still left."""
     rows, more = start.targets.shape[1], waiting.targets.shape[1]
     count = min(max(0, rows - max(1, rows // 2) - 1), more)  # one stays random

@@ -39,7 +39,7 @@ def token_radii(
     require_problem(problem)
     budget, seed = AttackBudget() if budget is None else budget, as_seed(seed)
     require_budget(budget)
-    threat = AnyToken(tokens)  # type: ignore[arg-type]  # any sequence; AnyToken makes it a tuple
+    threat = AnyToken(tuple(tokens) if isinstance(tokens, list) else tokens)  # type: ignore[arg-type]  # it checks
     singles = [Problem(problem.network, problem.clean, b, problem.goal) for b in threat.branches(problem.clean.n)]
     return tuple(
         run_many(

@@ -105,6 +105,7 @@ def attack(
     device: o.Device = "cpu",
     attack: o.Method = DEFAULT_ATTACK,
     epsilon: o.Epsilon = None,
+    token_radii: o.TokenRadii = False,
     json: o.Json = False,
     out: o.ResultsOut = None,
     overwrite: o.Overwrite = False,
@@ -115,7 +116,7 @@ def attack(
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = one_place(
         model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
-        certificates=(), attack={"method": attack, "epsilon": epsilon},
+        certificates=(), attack={"method": attack, "epsilon": epsilon, "token_radii": token_radii},
     )  # fmt: skip
     return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 
@@ -140,6 +141,7 @@ def compare(
     device: o.Device = "cpu",
     methods: o.Methods = None,
     attack: o.Method = DEFAULT_ATTACK,
+    token_radii: o.TokenRadii = False,
     json: o.Json = False,
     out: o.ResultsOut = None,
     overwrite: o.Overwrite = False,
@@ -150,7 +152,7 @@ def compare(
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = one_place(
         model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
-        certificates=chosen_certificates(methods), attack={"method": attack},
+        certificates=chosen_certificates(methods), attack={"method": attack, "token_radii": token_radii},
     )  # fmt: skip
     return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 

@@ -82,6 +82,10 @@ MethodChange = Annotated[str | None, _METHOD]
 Epsilon = Annotated[
     float | None, typer.Option(metavar="R", help="Fixed budget: the worst point within it, not the nearest violation.")
 ]
+TokenRadii = Annotated[
+    bool,
+    typer.Option("--token-radii", help="Attack every token alone, too: its own radius, for the report's heat map."),
+]
 Attacks = Annotated[str, typer.Option(metavar="A,B,C", help="The attacks, as for attack --method.")]
 Epsilons = Annotated[
     str | None, typer.Option(metavar="R,R", help="Where success is counted; default around the best radii.")

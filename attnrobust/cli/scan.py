@@ -41,6 +41,7 @@ def scan(
     methods: o.Methods = None,
     seed: o.Seed = 0,
     heads: o.Heads = True,
+    token_radii: o.TokenRadii = False,
     out: o.ScanOut = SCAN_OUT,
     workers: o.Workers = 0,
     json: o.Json = False,
@@ -60,7 +61,7 @@ def scan(
         changes=places | {
             "model": model, "texts": texts, "images": images, "tokens": tokens, "threats": [threat], "goals": [asked],
             "certificates": None if methods is None else o.split_names(methods), "seed": seed, "output": out,
-            "execution": {"workers": workers},
+            "execution": {"workers": workers}, "attack": {"token_radii": token_radii},
         }
     )  # fmt: skip
     with stopping() as stop:

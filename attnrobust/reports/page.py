@@ -88,6 +88,7 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         plots=plots,
         methods=_methods(data.rows),
         heat=heat,
+        by_radius=any(line.by_radius for sentence in heat for line in sentence.lines),
         more_sentences=more,
         heat_line=lambda line: Markup(line_template.render(_heat_values(line))),  # noqa: S704 - the template escapes
         lines_shown=MOST_LINES,
@@ -235,14 +236,23 @@ def _heat_values(line: HeatLine) -> dict[str, Any]:
         "line": line,
         "radius": shown(line.row.attack_radius),
         "certified": None if line.row.certified_radius is None else shown(line.row.certified_radius),
-        "words": [_heat_word(token) for token in line.tokens],
-        "strongest": [{"text": token.text, "share": f"{token.share:.0%}"} for token in line.strongest],
+        "words": [_heat_word(line, token) for token in line.tokens],
+        "told": "Smallest radii of one token alone" if line.by_radius else "Most of the move",
+        "strongest": [{"text": token.text, "share": _heat_number(line, token, ".0%")} for token in line.strongest],
     }
 
 
-def _heat_word(token: HeatToken) -> dict[str, Any]:
+def _heat_number(line: HeatLine, token: HeatToken, form: str) -> str:
+    """What is said of a token: its own attack radius, or its share of the move."""
+    if not line.by_radius:
+        return format(token.share, form)
+    return "no radius found" if token.radius is None else shown(token.radius)
+
+
+def _heat_word(line: HeatLine, token: HeatToken) -> dict[str, Any]:
     colours = _colours(token.strength)
-    return {"text": token.text, "top": token.top, "share": f"{token.share:.1%}"} | {
+    of = "moving alone" if line.by_radius else "of the move"
+    return {"text": token.text, "top": token.top, "share": f"{_heat_number(line, token, '.1%')} {of}"} | {
         "background": colours["background"], "colour": colours["text"],
     }  # fmt: skip
 

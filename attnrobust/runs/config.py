@@ -109,6 +109,7 @@ class AttackConfig(_Section):
     """The attack and its cost; ``method`` null runs certificates alone.
 
     ``epsilon`` null searches the smallest radius; a number fixes the budget and asks for the worst point within it.
+    ``token_radii`` also attacks every token alone, all in one short batched search, for the report's heat map.
     """
 
     method: str | None = DEFAULT_ATTACK
@@ -117,6 +118,7 @@ class AttackConfig(_Section):
     queries: int | None = Field(default=None, ge=1)
     seconds: float | None = Field(default=None, gt=0)
     epsilon: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    token_radii: bool = False
 
     def budget(self) -> "AttackBudget":
         """What one input may cost."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnrobust.attacks import DEFAULT_ATTACK, attack_for
+from attnrobust.attacks import DEFAULT_ATTACK, AttackBudget, attack_for, token_radii
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import certify
 from attnrobust.comparison import UnsoundError, join
@@ -21,10 +21,14 @@ from attnrobust.results import AttackResult, CertificationReport, Kind, Status
 from attnrobust.runs.config import RunConfig
 from attnrobust.runs.rows import CertificateEntry, Row
 from attnrobust.threats.base import Threat
+from attnrobust.threats.moves import MoveThreat
 from attnrobust.tokens import TokenMeasure
 
 LONGEST_MESSAGE = 400
 """Characters of a row's message; foreign errors can be pages long."""
+
+TOKEN_BUDGET = AttackBudget(restarts=2, steps=20, rounds=1)
+"""What each single token's attack may cost: its radius ranks tokens, so a few per cent more do no harm."""
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +151,16 @@ def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str
         values["gap"] = _finite(join(problem, result, certification).gap)
     if task.confirm is not None and result.status is Status.FOUND:
         values |= _confirmed(task.confirm, result, values.get("message"))
+    if config.attack.token_radii and isinstance(task.threat, MoveThreat):
+        values["token_radii"] = _token_radii(problem, task.threat, config)
+
+
+def _token_radii(problem: Problem, threat: MoveThreat, config: RunConfig) -> tuple[float | None, ...]:
+    """The attack radius of every movable token alone, from one short batched search."""
+    movable = threat.movable(problem.clean.n)
+    found = token_radii(problem, tokens=movable.nonzero().flatten().tolist(), seed=config.seed, budget=TOKEN_BUDGET)
+    radii = iter(_finite(one.radius) if one.status is Status.FOUND else None for one in found)
+    return tuple(next(radii) if moves else None for moves in movable.tolist())
 
 
 def _problem_values(problem: Problem) -> dict[str, Any]:

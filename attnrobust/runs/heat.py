@@ -1,5 +1,6 @@
-"""Which tokens of a sentence an attack moves: the numbers behind the heat map."""
+"""Which tokens of a sentence break the goal: by their own attack radii, else by the attack's move."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,15 +16,17 @@ class HeatToken:
 
     Args:
         text: The token.
-        share: Its part of the attack's squared move, 0 to 1.
-        strength: Share relative to the strongest token of the line, 0 to 1; the colour.
+        share: Its part of the attack's squared move, 0 to 1; 0 of a line by radii.
+        strength: Relative to the strongest token of the line, 0 to 1; the colour.
         top: Whether it is marked, not by colour alone: one of the strongest ``TOP_TOKENS`` with ``TOP_SHARE`` or more.
+        radius: Its own attack radius; None of a line by moves, and where none was found.
     """
 
     text: str
     share: float
     strength: float
     top: bool
+    radius: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,13 @@ class HeatLine:
         row: The row.
         tokens: Its tokens in order.
         strongest: The strongest tokens, strongest first.
+        by_radius: Whether the colours are each token's own attack radius, not the attack's move.
     """
 
     row: Row
     tokens: tuple[HeatToken, ...]
     strongest: tuple[HeatToken, ...]
+    by_radius: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ def token_shares(row: Row) -> tuple[float, ...]:
 
 
 def heat_line(row: Row) -> HeatLine | None:
-    """The tokens of a row with their shares; None where the row has no attack or no token strings."""
+    """The tokens of a row with their radii or shares; None where it has neither, or no token strings."""
+    if any(row.token_radii) and len(row.token_radii) == len(row.tokens):
+        return _by_radius(row)
     shares = token_shares(row)
     if not shares or len(shares) != len(row.tokens):
         return None
@@ -80,6 +87,19 @@ def heat_line(row: Row) -> HeatLine | None:
         for i, (text, share) in enumerate(zip(row.tokens, shares, strict=True))
     )
     return HeatLine(row, tokens, tuple(tokens[i] for i in top))
+
+
+def _by_radius(row: Row) -> HeatLine:
+    """The smaller a token's own radius, the stronger it is: the smallest over it, 1 where the token does it alone."""
+    radii = [math.inf if radius is None else radius for radius in row.token_radii]
+    smallest = min(radii)
+    ranked = sorted(range(len(radii)), key=lambda i: radii[i])[:TOP_TOKENS]
+    top = [i for i in ranked if math.isfinite(radii[i])]
+    tokens = tuple(
+        HeatToken(text, 0.0, smallest / radius if radius > 0.0 else 1.0, i in top, row.token_radii[i])
+        for i, (text, radius) in enumerate(zip(row.tokens, radii, strict=True))
+    )
+    return HeatLine(row, tokens, tuple(tokens[i] for i in top), by_radius=True)
 
 
 def heat_map(rows: Sequence[Row], *, sentences: int) -> tuple[list[HeatSentence], int]:

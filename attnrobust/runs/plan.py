@@ -92,6 +92,8 @@ def meaning(bench: Workbench) -> dict[str, Any]:
     attack = config.attack.model_dump(mode="json")
     if config.attack.epsilon is None:
         del attack["epsilon"]  # younger than the runs that are on disk
+    if not config.attack.token_radii:
+        del attack["token_radii"]  # the same
     return {
         "model": model_digest(bench.model),
         "inputs": inputs_digest(bench.sources),

@@ -13,6 +13,9 @@ SCHEMA_VERSION = 1
 """Version of the row fields; raised when a field changes its meaning or goes away."""
 
 
+LISTS = ("tokens", "token_moves", "token_radii")
+"""Fields with one entry per token."""
+
 MOVE_AT = "; the tokens move at "
 """Between what a goal about a whole model asks and the depth, in ``Row.goal_scope``."""
 
@@ -65,6 +68,8 @@ class Row:
             whole model always; else None.
         label: Name of the class that must stay, of a goal about a whole model that has classes; else None.
         attack_label: Name of the class at the attack's point; None where it found none.
+        token_radii: Attack radius of every token that moves alone, where it was asked for: None for a token that may
+            not move or whose attack found nothing; else empty.
     """
 
     input_id: str
@@ -99,6 +104,7 @@ class Row:
     goal_scope: str | None = None
     label: str | None = None
     attack_label: str | None = None
+    token_radii: tuple[float | None, ...] = ()
 
     @property
     def depth(self) -> int | None:
@@ -117,7 +123,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON and Parquet, in the order of the fields."""
-        return asdict(self) | {"tokens": list(self.tokens), "token_moves": list(self.token_moves)}
+        return asdict(self) | {name: list(getattr(self, name)) for name in LISTS}
 
 
 def without_times(rows: Iterable[Row]) -> list[Row]:
@@ -139,7 +145,7 @@ def row_from_dict(values: Mapping[str, Any]) -> Row:
     if foreign := sorted(set(values) - known):
         raise InputError(f"unknown row fields: {', '.join(foreign)}")
     entries = {name: CertificateEntry(**entry) for name, entry in dict(values.get("certificates") or {}).items()}
-    lists = {name: tuple(values.get(name) or ()) for name in ("tokens", "token_moves")}
+    lists = {name: tuple(values.get(name) or ()) for name in LISTS}
     return Row(**(dict(values) | lists | {"certificates": entries, "skipped": dict(values.get("skipped") or {})}))
 
 

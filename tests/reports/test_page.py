@@ -170,6 +170,21 @@ def test_strong_tokens_are_marked_without_colour_too() -> None:
     assert line.tokens[1].strength == 1.0
 
 
+def test_own_radii_of_tokens_come_before_the_move() -> None:
+    row = replace(FULL, token_moves=(3.0, 4.0, 0.1), token_radii=(0.4, None, 0.2))
+    line = heat_line(row)
+    assert line is not None
+    assert line.by_radius
+    assert [token.strength for token in line.tokens] == [0.5, 0.0, 1.0]
+    assert [token.top for token in line.tokens] == [True, False, True]
+    assert [token.radius for token in line.strongest] == [0.2, 0.4]
+    html = page([row])
+    for words in ("Smallest radii of one token alone", "0.4 moving alone", "no radius found", "own attack radius"):
+        assert words in html
+    assert "of the move" not in html
+    assert "--token-radii" in page([replace(row, token_radii=())])
+
+
 def test_rows_without_strings_have_no_heat() -> None:
     assert heat_line(replace(FULL, tokens=())) is None
     assert heat_line(replace(FULL, token_moves=())) is None

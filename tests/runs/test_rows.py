@@ -14,7 +14,7 @@ from attnrobust.goals import Margin
 from attnrobust.results import AttackResult, CertificationReport, NotApplicable, Status
 from attnrobust.runs.config import RunConfig, make_config
 from attnrobust.runs.evaluate import RowTask, evaluate_row
-from attnrobust.runs.rows import Row
+from attnrobust.runs.rows import Row, row_from_dict
 from attnrobust.threats.moves import FrobeniusBall
 from tests.test_comparison import found, linear_problem, report
 
@@ -103,6 +103,14 @@ def test_attack_alone() -> None:
     assert (row.certified_radius, row.certificate, row.seconds_certify, row.gap) == (None,) * 4
     assert row.attack_radius == pytest.approx(0.25, rel=1e-3)
     assert row.token_moves == pytest.approx((row.attack_radius,))
+
+
+def test_every_tokens_own_radius() -> None:
+    row = evaluated(certificates=[], attack={"token_radii": True})
+    assert (row.status, row.message) == (Status.FOUND, None)
+    assert row.token_radii == pytest.approx((row.attack_radius,), rel=1e-6)
+    assert row_from_dict(row.as_dict()) == row
+    assert evaluated(certificates=[]).token_radii == ()
 
 
 def test_no_violation_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,8 +99,9 @@ class AttentionLipschitz(_MoveOnly):
 
     def __init__(self, attention: Attention, points: Float[Tensor, "n d"], mass: Float[Tensor, "n"] | None) -> None:
         self._width = attention.out_width
-        self._problem = Problem(attention, TokenMeasure(points, mass), FrobeniusBall(), Displacement(1.0))
-        methods = [CastinReported(), CastinDerived(), SpreadLipschitz()]
+        clean = TokenMeasure(points) if mass is None else TokenMeasure(points, mass)
+        self._problem = Problem(attention, clean, FrobeniusBall(), Displacement(1.0))
+        methods: list[CertificateMethod] = [CastinReported(), CastinDerived(), SpreadLipschitz()]
         if points.numel() <= SMALL_INPUT:
             methods.append(HavensLocal())
         bounds = [method.prepare(self._problem, seed=0) for method in methods if method.refuses(self._problem) is None]

@@ -18,7 +18,7 @@ def export_rows(directory: Path, *, csv: Path | None = None, jsonl: Path | None 
 
     Args:
         directory: The run's output directory.
-        csv: Target file; nested fields (certificates, skipped, tokens, token_moves) are JSON in their cells.
+        csv: Target file; nested fields (certificates, skipped, tokens and the like) are JSON in their cells.
         jsonl: Target file; one object a line, fields as ``--json`` prints them.
 
     Returns:

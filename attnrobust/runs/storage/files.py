@@ -16,7 +16,7 @@ from attnrobust.runs.storage.atomic import require_writable, require_writable_fi
 from attnrobust.runs.storage.parquet import parquet_bytes
 
 PARQUET_NAME, JSON_NAME, PLOT_NAME, REPORT_NAME = "results.parquet", "results.json", "gap.png", "report.html"
-YOUNGER = ("label", "attack_label")
+YOUNGER = ("label", "attack_label", "token_radii")
 """Fields of rows that came later."""
 MANIFEST = "manifest.json"
 """A directory that has it holds a run of many rows."""
@@ -35,7 +35,7 @@ def rows_digest(rows: Iterable[Row]) -> str:
 
 def _digested(row: Row) -> dict[str, Any]:
     """What the digest is about; fields that are younger than reports on disk count where they say something."""
-    return {name: value for name, value in row.as_dict().items() if name not in YOUNGER or value is not None}
+    return {name: value for name, value in row.as_dict().items() if name not in YOUNGER or value not in (None, [])}
 
 
 def require_results_place(directory: Path) -> None:
