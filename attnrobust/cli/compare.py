@@ -279,7 +279,7 @@ def _print_tables(rows: list["Row"]) -> None:
     from attnrobust.reports.tables import certificate_table, result_table
 
     stdout = console()
-    stdout.print(result_table(rows, width=stdout.width))
+    stdout.print(result_table(rows))
     certificates = certificate_table(rows)
     if certificates is not None:
         stdout.print(certificates)

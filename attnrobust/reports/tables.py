@@ -4,12 +4,11 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from attnrobust.models.listing import LayerInfo
-from attnrobust.reports.layout import Column, lay_out, numbers, words
-from attnrobust.reports.narrow import BETWEEN, fitted
+from attnrobust.reports.layout import Column, FittingTable, lay_out, numbers, words
+from attnrobust.reports.narrow import BETWEEN, STEPS
 from attnrobust.runs.rows import Row, median, scopes
 from attnrobust.status import Status
 from attnrobust.text import shortened, shown
@@ -61,16 +60,16 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
 }
 
 
-def result_table(rows: Sequence[Row], *, title: str | None = None, width: int | None = None) -> Table:
+def result_table(rows: Sequence[Row], *, title: str | None = None) -> FittingTable:
     """One line per input: sizes, the best certificate, the attack, the gap, the status, the seconds.
 
     Args:
         rows: The rows, all of one command.
         title: Above the table.
-        width: Characters of the terminal; where they are few, names are shortened and the least columns left out.
 
     Returns:
-        A rich table; columns that no row fills are left out.
+        A rich table; columns that no row fills are left out, and on a narrow terminal names are shortened and the least
+        columns go.
     """
     certified, attacked = any(r.certified_radius is not None for r in rows), any(r.attack is not None for r in rows)
     margins, network = any(r.margin is not None for r in rows), any(r.depth is not None for r in rows)
@@ -89,12 +88,12 @@ def result_table(rows: Sequence[Row], *, title: str | None = None, width: int | 
         "usage": any(r.epsilon is not None for r in rows),
     }
     columns = [column for column in _CELLS if there.get(column.name, True)]
-    columns, lines = fitted(columns, [[_CELLS[column](row) for column in columns] for row in rows], width=width)
-    shares = any(column.name == "of |x|" for column in columns)
-    return lay_out(columns, lines, title=title, caption=_caption(rows, shares=shares))
+    lines = [[_CELLS[column](row) for column in columns] for row in rows]
+    caption = _caption(rows, shares=any(column.name == "of |x|" for column in columns))
+    return lay_out(columns, lines, title=title, caption=caption, steps=STEPS)
 
 
-def certificate_table(rows: Sequence[Row]) -> Table | None:
+def certificate_table(rows: Sequence[Row]) -> FittingTable | None:
     """Certified radius of every certificate, the best of each input marked by a star; None if there are not two.
 
     Args:
@@ -196,15 +195,16 @@ def summary_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str,
     return (("depth", *SUMMARY[1:]) if whole else SUMMARY), lines
 
 
-def summary_table(rows: Sequence[Row]) -> Table:
+def summary_table(rows: Sequence[Row]) -> FittingTable:
     """``summary_lines`` for the terminal."""
     heading, lines = summary_lines(rows)
-    columns = [*words(*heading[:3]), *numbers(*heading[3:-1]), *words(heading[-1])]
+    named = [Column(name, shared=place > 0) for place, name in enumerate(heading[:3])]
+    columns = [*named, *numbers(*heading[3:-1]), *words(heading[-1])]
     caption = "; ".join([*scopes(rows), *not_installed(rows)]) or None
     return lay_out(columns, lines, title=f"{len(rows)} rows", caption=caption)
 
 
-def layer_table(layers: Sequence[LayerInfo]) -> Table:
+def layer_table(layers: Sequence[LayerInfo]) -> FittingTable:
     """One line per attention layer of a model.
 
     Args:
