@@ -111,10 +111,10 @@ def _upper(table: "BoundsTable") -> "Table":
 
 
 def _lower(table: "BoundsTable") -> "Table | None":
-    from attnrobust.reports.layout import lay_out, numbers, words
+    from attnrobust.reports.layout import Column, lay_out, numbers, words
 
     lows = [(str(row.quantity), row.name, shown(row.value), row.where) for row in table.lower_bounds]
-    columns = [*words("quantity", "by"), *numbers("value"), *words("where")]
+    columns = [*words("quantity", "by"), *numbers("value"), Column("where", widest=WIDEST_REGION)]
     title = "lower bounds: values that are reached"
     return lay_out(columns, lows, title=title, sections=True) if lows else None
 

@@ -139,6 +139,7 @@ def compare(
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     methods: o.Methods = None,
+    all_certificates: o.AllCertificates = False,
     attack: o.Method = DEFAULT_ATTACK,
     json: o.Json = False,
     out: o.ResultsOut = None,
@@ -150,7 +151,7 @@ def compare(
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = one_place(
         model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
-        certificates=chosen_certificates(methods), attack={"method": attack},
+        certificates=chosen_certificates(methods, everything=all_certificates), attack={"method": attack},
     )  # fmt: skip
     return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 
@@ -192,11 +193,13 @@ def one_place(
     )
 
 
-def chosen_certificates(methods: str | None) -> list[str] | None:
-    """Names of certificates, or None for all; refuses a list without any."""
-    names = None if methods is None else o.split_names(methods)
+def chosen_certificates(methods: str | None, *, everything: bool = False) -> list[str] | None:
+    """Names of certificates, ``all``, or None for those that can win; refuses a list without any."""
+    if everything and methods is not None:
+        raise InputError("--certificates and --all-certificates exclude each other; give one of them")
+    names = ["all"] if everything else None if methods is None else o.split_names(methods)
     if names == []:
-        raise InputError("--methods names no certificate; leave it out to run all")
+        raise InputError("--certificates names no certificate; leave it out to run those that can win")
     return names
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from attnrobust.cli import options as o
+from attnrobust.cli.compare import chosen_certificates
 from attnrobust.cli.exits import ExitCode, exit_code, require_threshold
 from attnrobust.cli.goals import many_goals
 from attnrobust.cli.interrupt import stopping
@@ -35,6 +36,7 @@ def run(
     tolerance: o.Tolerances = None,
     row: o.Row = None,
     methods: o.Methods = None,
+    all_certificates: o.AllCertificates = False,
     method: o.MethodChange = None,
     seed: o.SeedChange = None,
     device: o.DeviceChange = None,
@@ -56,7 +58,7 @@ def run(
         changes={
             "model": model, "texts": texts, "images": images, "tokens": tokens, "layers": layer or None,
             "at": at or None, "threats": threat or None, "goals": many_goals(goal, tolerance, anchors, row),
-            "certificates": None if methods is None else o.split_names(methods),
+            "certificates": chosen_certificates(methods, everything=all_certificates),
             "attack": {"method": method}, "seed": seed, "device": device, "output": out,
             "execution": {"engine": engine, "workers": workers, "timeout": timeout},
         },
@@ -101,6 +103,7 @@ def show_config(
     tolerance: o.Tolerances = None,
     row: o.Row = None,
     methods: o.Methods = None,
+    all_certificates: o.AllCertificates = False,
     method: o.MethodChange = None,
     seed: o.SeedChange = None,
     device: o.DeviceChange = None,
@@ -118,7 +121,7 @@ def show_config(
         changes={
             "model": model, "texts": texts, "images": images, "tokens": tokens, "layers": layer or None,
             "at": at or None, "threats": threat or None, "goals": many_goals(goal, tolerance, anchors, row),
-            "certificates": None if methods is None else o.split_names(methods),
+            "certificates": chosen_certificates(methods, everything=all_certificates),
             "attack": {"method": method}, "seed": seed, "device": device, "output": out,
             "execution": {"engine": engine, "workers": workers, "timeout": timeout},
         },

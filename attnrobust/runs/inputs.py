@@ -92,6 +92,8 @@ def parse_device(text: str) -> torch.device:
     Raises:
         InputError: No such device.
     """
+    if text.partition(":")[0] == "mps":
+        raise InputError("device mps (Apple GPU) has no float64, in which every radius is proved; give cpu")
     try:
         device = torch.device(text)
         torch.empty(0, device=device)

@@ -38,7 +38,7 @@ def test_the_table_names_every_bound(files: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     for words in ("castin2024-reported", "reached", "do not apply", "kim2021-l2", "float64", "R = 1", "every mask"):
         assert words in out
-    assert max(map(len, out.splitlines())) <= 100
+    assert max(len(line) for line in out.splitlines() if not line.startswith("/")) <= 100
 
 
 @pytest.mark.parametrize(
