@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 
+MOST_SENTENCES = 8
+"""Inputs with a sentence each; more have one together."""
+
 
 @commands.command("list-layers")
 def list_layers(model: o.ModelName, json: o.Json = False) -> int:
@@ -223,6 +226,7 @@ def compute(
     bench = Workbench(config)
     job = None if out is None else _job(bench, out, overwrite=overwrite)
     bench.refuse_hopeless()
+    _tell_absolute(bench)
     total = len(bench.items())
     printed = _Printed(json=json, patient=out is not None)
     rows = list(printed.each(tracked(rows_in_memory(bench), total, quiet=quiet)))
@@ -232,6 +236,21 @@ def compute(
         _print_tables(rows)
     printed.raise_what_failed()
     return exit_code(rows, fail_under=fail_under)
+
+
+def _tell_absolute(bench: "Workbench") -> None:
+    """What a tolerance without a percent sign is as a share of the output's norm at the first input."""
+    from attnrobust.runs.inputs import output_norm
+    from attnrobust.text import read_tolerance, shown
+
+    text = bench.config.goals[0].tolerance
+    if text is None or read_tolerance(text)[1]:
+        return
+    task = bench.task(bench.items()[0])
+    norm = output_norm(task.network, task.clean, task.goal)
+    if norm:
+        share = shown(100.0 * read_tolerance(text)[0] / norm, 3)
+        say(f"tolerance {text} is {share}% of the output's norm at {task.input_id}; write {text}% for a share of it")
 
 
 def _job(bench: "Workbench", out: Path, *, overwrite: bool) -> str:
@@ -280,12 +299,16 @@ class _Printed:
 
 def _print_tables(rows: list["Row"]) -> None:
     from attnrobust.reports.tables import certificate_table, result_table
+    from attnrobust.reports.units import row_verdict, run_verdicts
 
     stdout = console()
     stdout.print(result_table(rows))
     certificates = certificate_table(rows)
     if certificates is not None:
         stdout.print(certificates)
+    sentences = map(row_verdict, rows) if 1 < len(rows) <= MOST_SENTENCES else ()
+    for sentence in (*filter(None, sentences), *run_verdicts(rows)):
+        stdout.print(sentence)
 
 
 def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:

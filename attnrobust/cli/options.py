@@ -174,7 +174,19 @@ ReportOut = Annotated[
 PrintConfig = Annotated[bool, typer.Option("--print", help="Print the effective configuration (the default).")]
 Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as CSV.")]
 Jsonl = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as JSON lines.")]
-MinCertified = Annotated[float | None, typer.Option(metavar="R", help="Least certified radius.")]
+MinCertified = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R", help="Least certified radius: a number, or 0.3% of the input's (or median token's) norm."
+    ),
+]
+Baseline = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Also compare with this earlier run, by layer, threat and goal.")
+]
+Worse = Annotated[
+    str,
+    typer.Option("--worse", metavar="P%", help="Share by which a median certified radius may fall below --baseline."),
+]
 MaxGap = Annotated[float | None, typer.Option(metavar="G", help="Largest gap.")]
 Quantile = Annotated[float, typer.Option(metavar="Q", help="Share of the rows that may fall short.")]
 Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdict as JUnit XML.")]

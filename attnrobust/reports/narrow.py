@@ -48,6 +48,7 @@ STEPS: tuple[Step, ...] = (
     ("class", _classes_at_most(10)),
     ("s", None),
     ("text", _at_most(16)),
+    ("share", None),
     ("by", _at_most(16)),
     ("n", None),
     ("text", None),

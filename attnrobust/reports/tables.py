@@ -9,6 +9,7 @@ from rich.text import Text
 from attnrobust.models.listing import LayerInfo
 from attnrobust.reports.layout import Column, FittingTable, lay_out, numbers, words
 from attnrobust.reports.narrow import BETWEEN, STEPS
+from attnrobust.reports.units import both_shares, yardstick
 from attnrobust.runs.rows import Row, median, scopes
 from attnrobust.status import Status
 from attnrobust.text import shortened, shown
@@ -53,6 +54,7 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
     Column("by", fold=False): lambda row: row.certificate or "-",
     Column("attack", right=True, fold=False): lambda row: shown(row.attack_radius),
     Column("of |x|", right=True, fold=False): lambda row: percent(row.relative_attack),
+    Column("share", right=True, fold=False): both_shares,
     Column("gap", right=True, fold=False): lambda row: shown(row.gap, 3),
     Column("usage", right=True, fold=False): lambda row: "-" if row.usage is None else f"{row.usage:.1%}",
     Column("status", fold=False): _status,
@@ -79,6 +81,7 @@ def result_table(rows: Sequence[Row], *, title: str | None = None) -> FittingTab
         "at": len({r.layer for r in rows}) > 1 and network,
         "class": any(r.label for r in rows),
         "of |x|": attacked and network,
+        "share": not network and any(yardstick(row) for row in rows),
         "margin": margins,
         "tolerance": not margins,
         "certified": certified,
@@ -154,6 +157,9 @@ def _caption(rows: Sequence[Row], *, shares: bool) -> str | None:
         parts.append(f"usage: share of the goal's budget that the worst point within {shown(rows[0].epsilon)} uses")
     if shares:
         parts.append("|x|: norm of all tokens at that depth")
+    measured = yardstick(rows[0])
+    if measured is not None and rows[0].depth is None:
+        parts.append(f"share: of {measured[1]}, certified to attack")
     gaps = [row.gap for row in rows if row.gap is not None]
     if gaps:
         parts.append(f"median gap {shown(statistics.median(gaps), 3)} over {len(gaps)} of {len(rows)} inputs")

@@ -190,7 +190,8 @@ def _problem_values(problem: Problem) -> dict[str, Any]:
     budget = float(problem.resolved.budgets.min())
     name = "tolerance" if problem.resolved.functionals is None else "margin"
     norm = float(torch.linalg.vector_norm(problem.clean.points))
-    return {name: budget, "problem": problem.digest, "input_norm": norm}
+    token = float(torch.linalg.vector_norm(problem.clean.points, dim=-1).median())
+    return {name: budget, "problem": problem.digest, "input_norm": norm, "token_norm": token}
 
 
 def _confirmed(confirm: Confirm, result: AttackResult, message: str | None) -> dict[str, Any]:

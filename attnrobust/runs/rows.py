@@ -65,6 +65,7 @@ class Row:
             whole model always; else None.
         label: Name of the class that must stay, of a goal about a whole model that has classes; else None.
         attack_label: Name of the class at the attack's point; None where it found none.
+        token_norm: Median l2 norm of the clean tokens, to judge the radii of single tokens by.
     """
 
     input_id: str
@@ -99,6 +100,7 @@ class Row:
     goal_scope: str | None = None
     label: str | None = None
     attack_label: str | None = None
+    token_norm: float | None = None
 
     @property
     def depth(self) -> int | None:
