@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from attnrobust.meanings import meant
+
 
 class AttnRobustError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -33,8 +35,12 @@ class UnknownNameError(InputError):
         known, shown = sorted(known), one_line(name)
         name = name if isinstance(name, str) else shown
         near = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:10]
+        meaning = meant(kind, name)
+        if meaning in known:
+            near = [meaning, *(other for other in near if other != meaning)]
         hint = ", ".join(near) if near else "none exist"
-        super().__init__(f"unknown {kind} {shown}; nearest: {hint}")
+        question = f"did you mean {meaning}? " if meaning in known else ""
+        super().__init__(f"unknown {kind} {shown}; {question}nearest: {hint}")
         self.kind, self.name, self.nearest = kind, name, tuple(near)
 
 

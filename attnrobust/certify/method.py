@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from attnrobust.certify.radius import largest_radius
@@ -85,6 +85,10 @@ class CertificateMethod(ABC):
         """Why this method does not speak about the problem exactly; None if it does."""
         return _undeclared(self, problem) or self.refuses_more(problem)
 
+    def undeclared(self, problem: Problem) -> str | None:
+        """What of the problem this method does not declare, by name; None if it speaks about such problems."""
+        return _undeclared(self, problem)
+
     def refuses_more(self, problem: Problem) -> str | None:
         """Conditions beyond the declared layers, features, threats and goals; None where there are none."""
         return None
@@ -157,11 +161,20 @@ class CertificateMethod(ABC):
 
 
 def certify_with(
-    problem: Problem, methods: Sequence[CertificateMethod], *, seed: int = 0, named: bool = True
+    problem: Problem,
+    methods: Sequence[CertificateMethod],
+    *,
+    seed: int = 0,
+    named: bool = True,
+    watch: Callable[[str], object] | None = None,
 ) -> CertificationReport:
-    """Run several methods on one problem; the ones that refuse or fail are listed with their reason."""
+    """Run several methods on one problem, each told to ``watch``; those that refuse or fail are listed and say why."""
     start = time.perf_counter()
-    answers = [method.attempt(problem, seed=seed, named=named) for method in methods]
+    answers: list[Certificate | NotApplicable] = []
+    for method in methods:
+        if watch is not None:
+            watch(method.name)
+        answers.append(method.attempt(problem, seed=seed, named=named))
     done = tuple(answer for answer in answers if isinstance(answer, Certificate))
     skipped = tuple(answer for answer in answers if isinstance(answer, NotApplicable))
     return CertificationReport(problem.digest, done, skipped, time.perf_counter() - start)

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from attnrobust import __version__
-from attnrobust.cli import bench, bounds, compare, demo, fixed_point, runs, scan, smooth
+from attnrobust.cli import bench, bounds, compare, curve, demo, fixed_point, listing, runs, scan, smooth
 from attnrobust.cli.exits import guarded
 from attnrobust.cli.output import print_without_failing
 
@@ -16,7 +16,6 @@ app = typer.Typer(
     name="attnrobust",
     help="Attack and certify attention layers, input by input: certified radius <= robust radius <= attack radius.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 below --fail-under, 2 wrong usage or input, 3 an UNSOUND row.",
@@ -30,8 +29,9 @@ def _show_version(wanted: bool) -> bool:
     return wanted
 
 
+VERBOSE = ("--verbose", "-v")
 Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks of failed rows on stderr.")]
+Verbose = Annotated[bool, typer.Option(*VERBOSE, help="Tracebacks of failed rows on stderr; anywhere.")]
 
 
 @app.callback()
@@ -44,7 +44,7 @@ def _common(
         logging.getLogger("attnrobust").setLevel(logging.DEBUG)
 
 
-for _module in (compare, demo, runs, scan, bench, smooth, bounds, fixed_point):
+for _module in (listing, compare, curve, demo, runs, scan, bench, smooth, bounds, fixed_point):
     app.registered_commands.extend(_module.commands.registered_commands)
 
 
@@ -57,7 +57,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    return guarded(lambda: app(args=arguments, prog_name="attnrobust", standalone_mode=False))
+    given = sys.argv[1:] if arguments is None else arguments
+    return guarded(lambda: app(args=verbose_first(given), prog_name="attnrobust", standalone_mode=False))
+
+
+def verbose_first(arguments: Sequence[str]) -> list[str]:
+    """``-v`` and ``--verbose`` may stand anywhere before ``--``."""
+    given = list(arguments)
+    end = given.index("--") if "--" in given else len(given)
+    asked = [word for word in given[:end] if word in VERBOSE]
+    return asked + [word for i, word in enumerate(given) if i >= end or word not in VERBOSE]
 
 
 def main() -> NoReturn:

@@ -11,10 +11,15 @@ from attnrobust.errors import InputError
 from attnrobust.text import shown
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from attnrobust.lipschitz.table import BoundsTable
     from attnrobust.tokens import TokenMeasure
 
 commands = typer.Typer()
+
+WIDEST_REGION, WIDEST_REASON = 28, 64
+"""Characters, so that no table has more than a hundred columns."""
 
 
 @commands.command()
@@ -70,26 +75,63 @@ def _moved(measure: "TokenMeasure", device: str) -> "TokenMeasure":
 
 
 def _print(table: "BoundsTable", title: str, threat: str) -> None:
-    from attnrobust.reports.layout import Column, lay_out, words
-
     stdout = console()
     size = "" if table.epsilon is None else f"; finite moves of {shown(table.epsilon)} ({threat})"
     stdout.print(f"{title}: {table.n} tokens of width {table.width}, R = {shown(table.radius)}{size}")
-    lines = []
+    for part in (_upper(table), _lower(table), _conditions(table), _skipped(table)):
+        if part is not None:
+            stdout.print(part)
+
+
+def _upper(table: "BoundsTable") -> "Table":
+    """The bounds of each quantity below what is reached of it."""
+    from rich.text import Text
+
+    from attnrobust.reports.layout import Column, lay_out, numbers
+
+    columns = [
+        Column("bound"),
+        *numbers("value", "ratio"),
+        Column("kind", widest=19),
+        Column("holds for", widest=WIDEST_REGION),
+    ]
+    lines: list[tuple[str | Text, ...]] = []
+    seen = set[str]()
     for row in table.bounds:
-        lower = table.best_lower(row.quantity)
-        ratio = "-" if row.ratio is None else shown(row.ratio)
-        found = "-" if lower is None else shown(lower.value)
+        lower, quantity = table.best_lower(row.quantity), str(row.quantity)
+        if quantity not in seen:
+            found = (shown(lower.value), "1", "reached", lower.where) if lower is not None else ("-", "-", "", "")
+            lines.append((Text(quantity, style="bold"), *found))
+        seen.add(quantity)
         kind = str(row.kind) if row.failure_probability == 0 else f"{row.kind} {row.failure_probability:.0e}"
-        lines.append((str(row.quantity), row.name, shown(row.value), found, ratio, kind, row.region, row.conditions))
-    values = [Column(name, right=True, fold=False) for name in ("value", "best lower", "ratio")]
-    columns = [*words("quantity", "bound"), *values, *words("kind", "region", "conditions")]
-    heading = "Lipschitz bounds, the smallest first in each quantity"
-    stdout.print(lay_out(columns, lines, title=heading, sections=True))
+        ratio = "-" if row.ratio is None else shown(row.ratio)
+        lines.append((f"  {row.name}", shown(row.value), ratio, kind, row.region))
+    title = "Lipschitz bounds, the smallest first; above those of each quantity the largest value that is reached"
+    return lay_out(columns, lines, title=title, new_section=[isinstance(line[0], Text) for line in lines])
+
+
+def _lower(table: "BoundsTable") -> "Table | None":
+    from attnrobust.reports.layout import Column, lay_out, numbers, words
+
     lows = [(str(row.quantity), row.name, shown(row.value), row.where) for row in table.lower_bounds]
-    if lows:
-        columns = [*words("quantity", "by"), values[0], *words("where")]
-        stdout.print(lay_out(columns, lows, title="lower bounds: values that are reached", sections=True))
-    reasons = [(entry.method, entry.reason) for entry in table.skipped]
-    if reasons:
-        stdout.print(lay_out(words("bound", "why"), reasons, title="do not apply"))
+    columns = [*words("quantity", "by"), *numbers("value"), Column("where", widest=WIDEST_REGION)]
+    title = "lower bounds: values that are reached"
+    return lay_out(columns, lows, title=title, sections=True) if lows else None
+
+
+def _conditions(table: "BoundsTable") -> "Table":
+    """What each bound asks of the layer, once."""
+    from attnrobust.reports.layout import Column, lay_out
+
+    lines = list(dict.fromkeys((row.name, row.conditions) for row in table.bounds))
+    return lay_out([Column("bound"), Column("conditions", widest=WIDEST_REASON)], lines, title="what they ask for")
+
+
+def _skipped(table: "BoundsTable") -> "Table | None":
+    from attnrobust.reports.layout import Column, lay_out
+
+    reasons = {entry.method: entry.reason for entry in reversed(table.skipped)}
+    lines = list(reversed(reasons.items()))
+    return (
+        lay_out([Column("bound"), Column("why", widest=WIDEST_REASON)], lines, title="do not apply") if lines else None
+    )

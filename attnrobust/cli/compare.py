@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 
+MOST_SENTENCES = 8
+"""Inputs with a sentence each; more have one together."""
+
 
 @commands.command("list-layers")
 def list_layers(model: o.ModelName, json: o.Json = False) -> int:
@@ -140,6 +143,7 @@ def compare(
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     methods: o.Methods = None,
+    all_certificates: o.AllCertificates = False,
     attack: o.Method = DEFAULT_ATTACK,
     token_radii: o.TokenRadii = False,
     json: o.Json = False,
@@ -152,7 +156,8 @@ def compare(
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = one_place(
         model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
-        certificates=chosen_certificates(methods), attack={"method": attack, "token_radii": token_radii},
+        certificates=chosen_certificates(methods, everything=all_certificates),
+        attack={"method": attack, "token_radii": token_radii},
     )  # fmt: skip
     return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
 
@@ -194,11 +199,13 @@ def one_place(
     )
 
 
-def chosen_certificates(methods: str | None) -> list[str] | None:
-    """Names of certificates, or None for all; refuses a list without any."""
-    names = None if methods is None else o.split_names(methods)
+def chosen_certificates(methods: str | None, *, everything: bool = False) -> list[str] | None:
+    """Names of certificates, ``all``, or None for those that can win; refuses a list without any."""
+    if everything and methods is not None:
+        raise InputError("--certificates and --all-certificates exclude each other; give one of them")
+    names = ["all"] if everything else None if methods is None else o.split_names(methods)
     if names == []:
-        raise InputError("--methods names no certificate; leave it out to run all")
+        raise InputError("--certificates names no certificate; leave it out to run those that can win")
     return names
 
 
@@ -222,6 +229,7 @@ def compute(
     bench = Workbench(config)
     job = None if out is None else _job(bench, out, overwrite=overwrite)
     bench.refuse_hopeless()
+    _tell_absolute(bench)
     total = len(bench.items())
     printed = _Printed(json=json, patient=out is not None)
     rows = list(printed.each(tracked(rows_in_memory(bench), total, quiet=quiet)))
@@ -231,6 +239,21 @@ def compute(
         _print_tables(rows)
     printed.raise_what_failed()
     return exit_code(rows, fail_under=fail_under)
+
+
+def _tell_absolute(bench: "Workbench") -> None:
+    """What a tolerance without a percent sign is as a share of the output's norm at the first input."""
+    from attnrobust.runs.inputs import output_norm
+    from attnrobust.text import read_tolerance, shown
+
+    text = bench.config.goals[0].tolerance
+    if text is None or read_tolerance(text)[1]:
+        return
+    task = bench.task(bench.items()[0])
+    norm = output_norm(task.network, task.clean, task.goal)
+    if norm:
+        share = shown(100.0 * read_tolerance(text)[0] / norm, 3)
+        say(f"tolerance {text} is {share}% of the output's norm at {task.input_id}; write {text}% for a share of it")
 
 
 def _job(bench: "Workbench", out: Path, *, overwrite: bool) -> str:
@@ -279,12 +302,16 @@ class _Printed:
 
 def _print_tables(rows: list["Row"]) -> None:
     from attnrobust.reports.tables import certificate_table, result_table
+    from attnrobust.reports.units import row_verdict, run_verdicts
 
     stdout = console()
-    stdout.print(result_table(rows, width=stdout.width))
+    stdout.print(result_table(rows))
     certificates = certificate_table(rows)
     if certificates is not None:
         stdout.print(certificates)
+    sentences = map(row_verdict, rows) if 1 < len(rows) <= MOST_SENTENCES else ()
+    for sentence in (*filter(None, sentences), *run_verdicts(rows)):
+        stdout.print(sentence)
 
 
 def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:

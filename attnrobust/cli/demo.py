@@ -26,7 +26,9 @@ from attnrobust.runs.reading import DEFAULT_ATTACK
 
 commands = typer.Typer()
 
-SLOW = "attack alone, since certificates of all six blocks take much longer; add --methods network-chain --at block:5"
+SLOW = (
+    "attack alone, since certificates of all six blocks take much longer; add --certificates network-chain --at block:5"
+)
 
 DEMO_OUT, DECISION_OUT = Path("attnrobust-results"), Path("attnrobust-decisions")
 
@@ -41,6 +43,7 @@ def demo(
     seed: o.Seed = 0,
     device: o.Device = "cpu",
     methods: o.Methods = None,
+    all_certificates: o.AllCertificates = False,
     attack: o.Method = DEFAULT_ATTACK,
     json: o.Json = False,
     out: o.ResultsOut = None,
@@ -52,13 +55,13 @@ def demo(
     from attnrobust.runs.config import make_config
 
     common = {
-        "model": DEMO_MODEL, "threats": [threat], "certificates": chosen_certificates(methods), "seed": seed,
-        "device": device,
+        "model": DEMO_MODEL, "threats": [threat], "device": device, "seed": seed,
+        "certificates": chosen_certificates(methods, everything=all_certificates),
     }  # fmt: skip
     with ExitStack() as stack:
         if decision:
             asked = _decision(stack, layer, at, tolerance) | {"attack": DECISION_ATTACK | {"method": attack}}
-            if methods is None:
+            if methods is None and not all_certificates:
                 say(SLOW)
                 asked["certificates"] = []
         elif at:

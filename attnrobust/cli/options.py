@@ -21,7 +21,13 @@ _THREAT = (
     "frobenius, per-token, any-token, token:I or tokens:I,J,...; of the token measure: wasserstein:P or coupling:P "
     "(P = 1, 2, inf; :within:R bounds the tokens), copies:K."
 )
-_METHOD = typer.Option("--method", metavar="NAME", help="The attack.", show_default="token-moving")
+_METHOD = typer.Option(
+    "--attack",
+    "--method",
+    metavar="NAME",
+    help="The attack; see attnrobust list attacks.",
+    show_default="the threat's own",
+)
 _WORKERS = typer.Option(metavar="N", help="Worker processes; 0 works in this process.", min=0, show_default="0")
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -76,7 +82,16 @@ DeviceChange = Annotated[str | None, _DEVICE]
 
 # ---- methods and their cost ------------------------------------------------------------------------------------------
 
-Methods = Annotated[str | None, typer.Option(metavar="A,B", help="Certificates to run; default all that apply.")]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        "--certificates", "--methods", metavar="A,B",
+        help="Certificates to run; default those that apply and can win. See attnrobust list certificates.",
+    ),
+]  # fmt: skip
+AllCertificates = Annotated[
+    bool, typer.Option("--all-certificates", help="Every certificate that applies, also those that cannot win.")
+]
 Method = Annotated[str, _METHOD]
 MethodChange = Annotated[str | None, _METHOD]
 Epsilon = Annotated[
@@ -86,7 +101,7 @@ TokenRadii = Annotated[
     bool,
     typer.Option("--token-radii", help="Attack every token alone, too: its own radius, for the report's heat map."),
 ]
-Attacks = Annotated[str, typer.Option(metavar="A,B,C", help="The attacks, as for attack --method.")]
+Attacks = Annotated[str, typer.Option(metavar="A,B,C", help="The attacks; see attnrobust list attacks.")]
 Epsilons = Annotated[
     str | None, typer.Option(metavar="R,R", help="Where success is counted; default around the best radii.")
 ]
@@ -163,7 +178,19 @@ ReportOut = Annotated[
 PrintConfig = Annotated[bool, typer.Option("--print", help="Print the effective configuration (the default).")]
 Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as CSV.")]
 Jsonl = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as JSON lines.")]
-MinCertified = Annotated[float | None, typer.Option(metavar="R", help="Least certified radius.")]
+MinCertified = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R", help="Least certified radius: a number, or 0.3% of the input's (or median token's) norm."
+    ),
+]
+Baseline = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Also compare with this earlier run, by layer, threat and goal.")
+]
+Worse = Annotated[
+    str,
+    typer.Option("--worse", metavar="P%", help="Share by which a median certified radius may fall below --baseline."),
+]
 MaxGap = Annotated[float | None, typer.Option(metavar="G", help="Largest gap.")]
 Quantile = Annotated[float, typer.Option(metavar="Q", help="Share of the rows that may fall short.")]
 Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdict as JUnit XML.")]

@@ -1,5 +1,6 @@
 """Stdout and stderr of the commands: tables, JSON, one-line messages."""
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,10 +24,11 @@ def printable(text: str) -> str:
 
 
 def console() -> "Console":
-    """Stdout; not cut to 80 columns where it is a file or a pipe. What users wrote is never taken for markup."""
+    """Stdout; a file or a pipe is as wide as COLUMNS says, or 200. What users wrote is never taken for markup."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+    told = os.environ.get("COLUMNS", "").isdecimal()
+    width = None if sys.stdout.isatty() or told else WIDTH_OF_FILES
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
 

@@ -1,12 +1,19 @@
 """Progress on stderr: a bar on a terminal, plain lines otherwise."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from attnrobust.cli.output import printable
 from attnrobust.text import shown
+
+if TYPE_CHECKING:
+    from attnrobust.runs.activity import Activity
+
+SILENCE = 10.0
+"""Seconds without a row after which a line says what is computed."""
 
 
 @runtime_checkable
@@ -47,26 +54,55 @@ def tracked(rows: Iterable[R], total: int, *, quiet: bool = False) -> Iterator[R
     """
     if quiet:
         yield from rows
-    elif sys.stderr.isatty():
-        yield from _with_bar(rows, total)
     else:
-        yield from _with_lines(rows, total)
+        from attnrobust.runs.activity import listening
+
+        inside = _Inside()
+        with listening(inside.hear):
+            yield from _with_bar(rows, total, inside) if sys.stderr.isatty() else _with_lines(rows, total, inside)
 
 
-def _with_bar(rows: Iterable[R], total: int) -> Iterator[R]:
+class _Inside:
+    """What was last heard of inside a row: the input, the certificate or attack, for how long."""
+
+    def __init__(self) -> None:
+        self._heard: Activity | None = None
+
+    def hear(self, activity: "Activity") -> None:
+        """Remember it."""
+        self._heard = activity
+
+    @property
+    def line(self) -> str:
+        """It in words; empty where nothing was heard, as from other processes."""
+        heard = self._heard
+        return "" if heard is None else f"{printable(heard.input_id)}  {heard.what}  {heard.seconds:.0f} s"
+
+
+def _with_bar(rows: Iterable[R], total: int, inside: _Inside) -> Iterator[R]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Now(ProgressColumn):
+        """What is computed inside the row."""
+
+        def render(self, task: Task) -> Text:
+            """The words."""
+            return Text(inside.line)
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), Now(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("rows", total=total)
@@ -75,14 +111,52 @@ def _with_bar(rows: Iterable[R], total: int) -> Iterator[R]:
             progress.advance(task)
 
 
-def _with_lines(rows: Iterable[R], total: int) -> Iterator[R]:
+def _with_lines(rows: Iterable[R], total: int, inside: _Inside) -> Iterator[R]:
+    _line(f"[0/{total}] begins")
+    with _Silence(inside) as told:
+        yield from _lines(rows, total, told)
+
+
+class _Silence:
+    """A thread that says what is computed after every ``SILENCE`` seconds without a row."""
+
+    def __init__(self, inside: _Inside) -> None:
+        self._inside, self._row, self._ended = inside, threading.Event(), False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "_Silence":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        self._row.set()
+        self._thread.join()
+
+    def broken(self) -> None:
+        """A row has come."""
+        self._row.set()
+
+    def _watch(self) -> None:
+        while not self._ended:
+            if not self._row.wait(SILENCE):
+                _line(f"  still at work  {self._inside.line}".rstrip())
+            self._row.clear()
+
+
+def _line(*parts: str) -> None:
+    print(*parts, sep="  ", file=sys.stderr, flush=True)  # noqa: T201 - progress
+
+
+def _lines(rows: Iterable[R], total: int, silence: _Silence) -> Iterator[R]:
     start = time.perf_counter()
     for number, row in enumerate(rows, start=1):
+        silence.broken()
         parts = [f"[{number}/{total}] {printable(row.input_id)} n={row.n} {row.status}"]
         if row.certified_radius is not None:
             parts.append(f"certified {shown(row.certified_radius)}")
         if row.attack_radius is not None:
             parts.append(f"attack {shown(row.attack_radius)}")
         left = (time.perf_counter() - start) / number * (total - number)
-        print(*parts, f"left {left:.0f} s", sep="  ", file=sys.stderr, flush=True)  # noqa: T201 - progress
+        _line(*parts, f"left {left:.0f} s")
         yield row

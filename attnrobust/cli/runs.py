@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from attnrobust.cli import options as o
+from attnrobust.cli.compare import MOST_SENTENCES, chosen_certificates
 from attnrobust.cli.exits import ExitCode, exit_code, require_threshold
 from attnrobust.cli.goals import many_goals
 from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.output import console, say
 from attnrobust.cli.progress import tracked
+from attnrobust.errors import InputError
 
 if TYPE_CHECKING:
     from attnrobust.runs.plan import Shard
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from attnrobust.runs.run import Outcome
 
 commands = typer.Typer()
+
+MOST_WORST = 5
+"""Rows that ``check`` names."""
 
 
 @commands.command()
@@ -35,6 +40,7 @@ def run(
     tolerance: o.Tolerances = None,
     row: o.Row = None,
     methods: o.Methods = None,
+    all_certificates: o.AllCertificates = False,
     method: o.MethodChange = None,
     seed: o.SeedChange = None,
     device: o.DeviceChange = None,
@@ -56,7 +62,7 @@ def run(
         changes={
             "model": model, "texts": texts, "images": images, "tokens": tokens, "layers": layer or None,
             "at": at or None, "threats": threat or None, "goals": many_goals(goal, tolerance, anchors, row),
-            "certificates": None if methods is None else o.split_names(methods),
+            "certificates": chosen_certificates(methods, everything=all_certificates),
             "attack": {"method": method}, "seed": seed, "device": device, "output": out,
             "execution": {"engine": engine, "workers": workers, "timeout": timeout},
         },
@@ -101,6 +107,7 @@ def show_config(
     tolerance: o.Tolerances = None,
     row: o.Row = None,
     methods: o.Methods = None,
+    all_certificates: o.AllCertificates = False,
     method: o.MethodChange = None,
     seed: o.SeedChange = None,
     device: o.DeviceChange = None,
@@ -118,7 +125,7 @@ def show_config(
         changes={
             "model": model, "texts": texts, "images": images, "tokens": tokens, "layers": layer or None,
             "at": at or None, "threats": threat or None, "goals": many_goals(goal, tolerance, anchors, row),
-            "certificates": None if methods is None else o.split_names(methods),
+            "certificates": chosen_certificates(methods, everything=all_certificates),
             "attack": {"method": method}, "seed": seed, "device": device, "output": out,
             "execution": {"engine": engine, "workers": workers, "timeout": timeout},
         },
@@ -159,29 +166,58 @@ def check(
     min_certified: o.MinCertified = None,
     max_gap: o.MaxGap = None,
     quantile: o.Quantile = 0.0,
+    baseline: o.Baseline = None,
+    worse: o.Worse = "1%",
     junit: o.Junit = None,
 ) -> int:
     """Judge a finished run: exit 0 if it reaches the thresholds, 1 if not, 3 if a row is UNSOUND."""
+    from attnrobust.reports.baseline import worse_than
     from attnrobust.reports.data import is_stale, read_report_data
-    from attnrobust.reports.gate import Thresholds, judge, junit_xml, summary
+    from attnrobust.reports.gate import Thresholds, judge, junit_xml, summary, worst
     from attnrobust.runs.storage.atomic import require_writable_file, write_text
 
-    thresholds = Thresholds(min_certified=min_certified, max_gap=max_gap, quantile=quantile)
+    least, is_share = (None, False) if min_certified is None else _threshold("--min-certified", min_certified)
+    if least is None and max_gap is None and baseline is not None:
+        least = 0.0  # the baseline alone judges
+    thresholds = Thresholds(
+        min_certified=None if is_share else least, min_share=least if is_share else None, max_gap=max_gap,
+        quantile=quantile,
+    )  # fmt: skip
+    allowed = _threshold("--worse", worse)[0]
     if junit is not None:
         require_writable_file(junit, option="--junit")
     data = read_report_data(directory)
     verdict = judge(data.rows, thresholds, planned=data.planned)
     if junit is not None:
         write_text(junit, junit_xml(verdict, name=f"attnrobust {directory.name}"))
+    fallen = worse_than(data.rows, read_report_data(baseline).rows, allowed=allowed) if baseline is not None else []
     say(summary(verdict))
+    for line in (*worst(verdict, MOST_WORST), *fallen):
+        say(line)
     if is_stale(directory, data.rows):
         say(f"the report in {directory} shows other rows; make it again by attnrobust report {directory}")
     if verdict.unsound:
         return ExitCode.UNSOUND
-    return ExitCode.OK if verdict.passed else ExitCode.BELOW
+    return ExitCode.OK if verdict.passed and not fallen else ExitCode.BELOW
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _threshold(option: str, text: str) -> tuple[float, bool]:
+    """A number, and whether it is a share; ``0`` and ``0%`` are allowed.
+
+    Raises:
+        InputError: Neither.
+    """
+    try:
+        value = float(text.strip().removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise InputError(f"{option} {text!r}: give a number >= 0, or a share such as 0.3%")
+    is_share = text.strip().endswith("%")
+    return (value / 100 if is_share else value), is_share
 
 
 def _shard(text: str | None) -> "Shard | None":
@@ -197,9 +233,12 @@ def _watch(*, quiet: bool) -> Callable[[Iterator["Row"], int], Iterable["Row"]]:
 def _summarise(outcome: "Outcome", fail_under: float | None) -> int:
     """Summary of everything on disk, how to go on, and the exit code."""
     from attnrobust.reports.tables import summary_table
+    from attnrobust.reports.units import run_verdicts
 
     rows, directory = outcome.store.rows(), outcome.store.directory
     console().print(summary_table(rows))
+    for sentence in run_verdicts(rows)[:MOST_SENTENCES]:
+        console().print(sentence)
     total = outcome.store.manifest.rows
     say(f"{outcome.computed} rows computed, {len(rows)} of {total} in {directory}")
     code = exit_code(rows, fail_under=fail_under)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from attnrobust.cli import options as o
+from attnrobust.cli.compare import chosen_certificates
 from attnrobust.cli.exits import ExitCode, exit_code
 from attnrobust.cli.goals import one_goal
 from attnrobust.cli.interrupt import stopping
@@ -39,6 +40,7 @@ def scan(
     row: o.Row = None,
     threat: o.ThreatKey = "frobenius",
     methods: o.Methods = None,
+    all_certificates: o.AllCertificates = False,
     seed: o.Seed = 0,
     heads: o.Heads = True,
     token_radii: o.TokenRadii = False,
@@ -60,7 +62,7 @@ def scan(
     config = load_config(
         changes=places | {
             "model": model, "texts": texts, "images": images, "tokens": tokens, "threats": [threat], "goals": [asked],
-            "certificates": None if methods is None else o.split_names(methods), "seed": seed, "output": out,
+            "certificates": chosen_certificates(methods, everything=all_certificates), "seed": seed, "output": out,
             "execution": {"workers": workers}, "attack": {"token_radii": token_radii},
         }
     )  # fmt: skip

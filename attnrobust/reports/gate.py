@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
 from attnrobust.errors import InputError
+from attnrobust.reports.units import safe, share, yardstick
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.status import Status
 from attnrobust.text import shown
@@ -18,6 +19,7 @@ class Thresholds:
 
     Args:
         min_certified: Least certified radius.
+        min_share: Least certified radius as a share of the row's yardstick (``attnrobust.reports.units``).
         max_gap: Largest gap; a row without a gap (nothing certified, or no violation found) falls short, because a
             search that finds nothing measures nothing.
         quantile: Share of the rows that may fall short, in [0, 1): 0 asks every row.
@@ -26,10 +28,13 @@ class Thresholds:
     min_certified: float | None = None
     max_gap: float | None = None
     quantile: float = 0.0
+    min_share: float | None = None
 
     def __post_init__(self) -> None:
-        if self.min_certified is None and self.max_gap is None:
+        if self.min_certified is None and self.max_gap is None and self.min_share is None:
             raise InputError("nothing to check; give --min-certified R, --max-gap G, or both")
+        if self.min_share is not None and not self.min_share >= 0:
+            raise InputError(f"min-certified must be a share >= 0%; got {self.min_share:.3%}")
         if self.min_certified is not None and not self.min_certified >= 0:
             raise InputError(f"min-certified must be a number >= 0; got {self.min_certified}")
         if self.max_gap is not None and not self.max_gap >= 1:
@@ -94,11 +99,44 @@ def _shortfall(row: Row, thresholds: Thresholds) -> str:
     least, most = thresholds.min_certified, thresholds.max_gap
     if least is not None and (row.certified_radius is None or row.certified_radius < least):
         reasons.append(f"certified radius {shown(row.certified_radius)} is below {least:g}")
+    if thresholds.min_share is not None:
+        reasons += _below_share(row, thresholds.min_share)
     if most is not None and row.gap is None:
         reasons.append(f"the gap is unknown ({row.status.replace('_', ' ')})")
     elif most is not None and row.gap is not None and row.gap > most:
         reasons.append(f"gap {shown(row.gap)} is above {most:g}")
     return "; ".join(reasons)
+
+
+def _below_share(row: Row, least: float) -> list[str]:
+    measured = yardstick(row)
+    if measured is None:
+        return [f"the threat {row.threat} has no norm to take a share of; give --min-certified a number"]
+    value = share(row.certified_radius, row)
+    if value is not None and value >= least:
+        return []
+    told = "-" if value is None else f"{safe(100 * value, up=False)}%"
+    return [f"certified radius {told} of {measured[1]} is below {100 * least:g}%"]
+
+
+def worst(verdict: Verdict, count: int) -> list[str]:
+    """The rows that fall short, those first that are furthest from anything certified.
+
+    Args:
+        verdict: From ``judge``.
+        count: Most lines.
+    """
+    fallen = [(row, why) for row, why in zip(verdict.rows, verdict.shortfalls, strict=True) if why]
+    fallen.sort(key=lambda pair: _badness(pair[0]))
+    lines = [f"{row.input_id}, {row.layer}, {row.threat}, {row.goal}: {why}" for row, why in fallen[:count]]
+    return lines + ([f"and {len(fallen) - count} more"] if len(fallen) > count else [])
+
+
+def _badness(row: Row) -> tuple[bool, float, float]:
+    """Sorting key: unsound rows, then the smallest certified radius, then the largest gap."""
+    value = share(row.certified_radius, row)
+    radius = (row.certified_radius or 0.0) if value is None else value
+    return row.status != Status.UNSOUND, radius, -(math.inf if row.gap is None else row.gap)
 
 
 def junit_xml(verdict: Verdict, *, name: str) -> str:

@@ -242,6 +242,41 @@ def radii_by_layer(rows: Sequence[Row]) -> bytes:
     return png(8.0, 1.6 + 0.6 * max(len(layers), 2), draw if any(certified) or any(attacked) else nothing)
 
 
+def curve_plot(rows: Sequence[Row]) -> bytes:
+    """Certified accuracy against the size: a field for each threat and goal, a pair of steps for each layer."""
+    return png(8.0, 1.0 + 3.2 * max(1, len({(r.threat, r.goal) for r in rows})), lambda f: curve_fields(f, rows))
+
+
+def curve_fields(figure: "Figure", rows: Sequence[Row]) -> None:
+    """Draw certified accuracy into a figure: between the two steps of a layer lies its robust share."""
+    from attnrobust.reports.curve import curves
+
+    radii = [r for row in rows for r in (row.certified_radius, row.attack_radius) if r is not None and r > 0]
+    keys = list(dict.fromkeys((row.threat, row.goal) for row in rows))
+    if not radii:
+        nothing(figure)
+        return
+    for place, key in enumerate(keys, start=1):
+        axes = figure.add_subplot(len(keys), 1, place)
+        group = [row for row in rows if (row.threat, row.goal) == key]
+        own = sorted({r for row in group for r in (row.certified_radius, row.attack_radius) if r is not None and r > 0})
+        x = [own[0] / 1.5, *own, own[-1] * 1.5] if own else [1.0]
+        for curve in curves(group, epsilons=x):
+            certified, broken = [p.certified for p in curve.points], [p.broken for p in curve.points]
+            axes.step(x, certified, where="pre", color=BLUE, linewidth=1.6, label="certified (lower bound)")
+            axes.step(x, [1 - b for b in broken], where="post", color=ORANGE, linewidth=1.6, label="not broken (upper)")
+        axes.set(xscale="log", ylim=(-0.03, 1.03))
+        plain_ticks(axes.xaxis)
+        axes.set_title(drawable(", ".join(key)), loc="left", fontsize=10, parse_math=False)
+        axes.set_xlabel(f"size ({key[0]} distance)")
+        axes.set_ylabel("share of the inputs")
+        axes.grid(which="both", color="#E6E6E6", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+
+
 def nothing(figure: "Figure", message: str = "no row has the radii for this plot") -> None:
     """Say that there is nothing to draw."""
     axes = figure.add_subplot()

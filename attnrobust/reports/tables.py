@@ -4,12 +4,12 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from attnrobust.models.listing import LayerInfo
-from attnrobust.reports.layout import Column, lay_out, numbers, words
-from attnrobust.reports.narrow import BETWEEN, fitted
+from attnrobust.reports.layout import Column, FittingTable, lay_out, numbers, words
+from attnrobust.reports.narrow import BETWEEN, STEPS
+from attnrobust.reports.units import both_shares, yardstick
 from attnrobust.runs.rows import Row, median, scopes
 from attnrobust.status import Status
 from attnrobust.text import shortened, shown
@@ -54,6 +54,7 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
     Column("by", fold=False): lambda row: row.certificate or "-",
     Column("attack", right=True, fold=False): lambda row: shown(row.attack_radius),
     Column("of |x|", right=True, fold=False): lambda row: percent(row.relative_attack),
+    Column("share", right=True, fold=False): both_shares,
     Column("gap", right=True, fold=False): lambda row: shown(row.gap, 3),
     Column("usage", right=True, fold=False): lambda row: "-" if row.usage is None else f"{row.usage:.1%}",
     Column("status", fold=False): _status,
@@ -61,16 +62,16 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
 }
 
 
-def result_table(rows: Sequence[Row], *, title: str | None = None, width: int | None = None) -> Table:
+def result_table(rows: Sequence[Row], *, title: str | None = None) -> FittingTable:
     """One line per input: sizes, the best certificate, the attack, the gap, the status, the seconds.
 
     Args:
         rows: The rows, all of one command.
         title: Above the table.
-        width: Characters of the terminal; where they are few, names are shortened and the least columns left out.
 
     Returns:
-        A rich table; columns that no row fills are left out.
+        A rich table; columns that no row fills are left out, and on a narrow terminal names are shortened and the least
+        columns go.
     """
     certified, attacked = any(r.certified_radius is not None for r in rows), any(r.attack is not None for r in rows)
     margins, network = any(r.margin is not None for r in rows), any(r.depth is not None for r in rows)
@@ -80,6 +81,7 @@ def result_table(rows: Sequence[Row], *, title: str | None = None, width: int | 
         "at": len({r.layer for r in rows}) > 1 and network,
         "class": any(r.label for r in rows),
         "of |x|": attacked and network,
+        "share": not network and any(yardstick(row) for row in rows),
         "margin": margins,
         "tolerance": not margins,
         "certified": certified,
@@ -89,12 +91,12 @@ def result_table(rows: Sequence[Row], *, title: str | None = None, width: int | 
         "usage": any(r.epsilon is not None for r in rows),
     }
     columns = [column for column in _CELLS if there.get(column.name, True)]
-    columns, lines = fitted(columns, [[_CELLS[column](row) for column in columns] for row in rows], width=width)
-    shares = any(column.name == "of |x|" for column in columns)
-    return lay_out(columns, lines, title=title, caption=_caption(rows, shares=shares))
+    lines = [[_CELLS[column](row) for column in columns] for row in rows]
+    caption = _caption(rows, shares=any(column.name == "of |x|" for column in columns))
+    return lay_out(columns, lines, title=title, caption=caption, steps=STEPS)
 
 
-def certificate_table(rows: Sequence[Row]) -> Table | None:
+def certificate_table(rows: Sequence[Row]) -> FittingTable | None:
     """Certified radius of every certificate, the best of each input marked by a star; None if there are not two.
 
     Args:
@@ -155,6 +157,9 @@ def _caption(rows: Sequence[Row], *, shares: bool) -> str | None:
         parts.append(f"usage: share of the goal's budget that the worst point within {shown(rows[0].epsilon)} uses")
     if shares:
         parts.append("|x|: norm of all tokens at that depth")
+    measured = yardstick(rows[0])
+    if measured is not None and rows[0].depth is None:
+        parts.append(f"share: of {measured[1]}, certified to attack")
     gaps = [row.gap for row in rows if row.gap is not None]
     if gaps:
         parts.append(f"median gap {shown(statistics.median(gaps), 3)} over {len(gaps)} of {len(rows)} inputs")
@@ -196,15 +201,16 @@ def summary_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str,
     return (("depth", *SUMMARY[1:]) if whole else SUMMARY), lines
 
 
-def summary_table(rows: Sequence[Row]) -> Table:
+def summary_table(rows: Sequence[Row]) -> FittingTable:
     """``summary_lines`` for the terminal."""
     heading, lines = summary_lines(rows)
-    columns = [*words(*heading[:3]), *numbers(*heading[3:-1]), *words(heading[-1])]
+    named = [Column(name, shared=place > 0) for place, name in enumerate(heading[:3])]
+    columns = [*named, *numbers(*heading[3:-1]), *words(heading[-1])]
     caption = "; ".join([*scopes(rows), *not_installed(rows)]) or None
     return lay_out(columns, lines, title=f"{len(rows)} rows", caption=caption)
 
 
-def layer_table(layers: Sequence[LayerInfo]) -> Table:
+def layer_table(layers: Sequence[LayerInfo]) -> FittingTable:
     """One line per attention layer of a model.
 
     Args:

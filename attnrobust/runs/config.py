@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT = "attnrobust-run"
 INPUTS = ("texts", "tokens", "images")
 """Kinds of input files; a run has one of them."""
+ALL_CERTIFICATES = "all"
+"""In place of names: every certificate that applies, also those that cannot win."""
 SMALLEST_SEED, LARGEST_SEED = -(2**63), 2**63 - 1
 """Seeds are stored as signed 64-bit integers."""
 
@@ -150,7 +152,8 @@ class ExecutionConfig(_Section):
 class RunConfig(_Section):
     """What to compute: every input on every layer under every threat and goal.
 
-    ``certificates`` null means all that apply, an empty list none. ``layers`` takes names, unique suffixes and globs;
+    ``certificates`` null means those that apply and can have the largest radius (where the attack finds a violation),
+    ``all`` every one that applies, an empty list none. ``layers`` takes names, unique suffixes and globs;
     null means the model's only layer. ``at`` takes depths and globs of them instead: then the rows are about the whole
     model, whose tokens move there, and so is every goal.
     """
@@ -222,17 +225,23 @@ class RunConfig(_Section):
             parse_device(self.device)
         for goal in self.goals:
             goal.check()
-        listed = CERTIFICATES.issuperset(self.certificates or ()) and self.attack.method in {None, *ATTACKS}
+        names = self.named_certificates or ()
+        listed = CERTIFICATES.issuperset(names) and self.attack.method in {None, *ATTACKS}
         if not (listed and all(map(is_known_move, self.threats))):
             from attnrobust.runs.inputs import require_methods
 
-            require_methods(self.threats, certificates=self.certificates or (), attack=self.attack.method)
+            require_methods(self.threats, certificates=names, attack=self.attack.method)
         return self
 
     @property
     def certifies(self) -> bool:
         """Whether certificates are run."""
         return self.certificates != ()
+
+    @property
+    def named_certificates(self) -> tuple[str, ...] | None:
+        """Those that are run whatever comes out of others; None where none is named."""
+        return None if self.certificates in (None, (ALL_CERTIFICATES,)) else self.certificates
 
     def as_yaml(self) -> str:
         """The effective configuration, as a file that gives the same one back."""

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from textwrap import shorten
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 
 from attnrobust.attacks import DEFAULT_ATTACK, AttackBudget, attack_for, token_radii
 from attnrobust.attacks import attack as run_attack
-from attnrobust.certify import certify
+from attnrobust.certify import METHODS, certify_with, method_named
+from attnrobust.certify.contest import certify_what_can_win
 from attnrobust.comparison import UnsoundError, join
 from attnrobust.errors import AlreadyViolatedError, AttnRobustError, InputError
 from attnrobust.goals import Goal, Margin
 from attnrobust.models.networks.confirmation import Confirmation
 from attnrobust.problem import Problem, TokenMap
 from attnrobust.results import AttackResult, CertificationReport, Kind, Status
+from attnrobust.runs import activity
 from attnrobust.runs.config import RunConfig
 from attnrobust.runs.rows import CertificateEntry, Row
 from attnrobust.threats.base import Threat
@@ -134,17 +137,19 @@ def _posed(task: RowTask) -> Problem:
 
 def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str, Any]) -> None:
     """Fill ``values`` step by step, so that a later failure keeps what was computed before it."""
+    begin = partial(activity.now, task.input_id, task.layer)
+    attacked = _attacked(problem, task, config, begin) if config.attack.method is not None else None
     certification = None
     if config.certifies:
-        certification = certify(problem, methods=config.certificates, seed=config.seed)
+        certification = _certified(problem, config, attacked, begin)
         values |= _certificate_values(certification) | {"status": Status.CERTIFIED, "problem": certification.problem}
         values["message"] = _why_none(certification) or None
-    if config.attack.method is None:
+    if attacked is None:
         return
-    values["attack"] = name = _attack_name(task, config.attack.method)
-    result = run_attack(
-        problem, method=name, epsilon=config.attack.epsilon, seed=config.seed, budget=config.attack.budget()
-    )
+    values["attack"] = _attack_name(task, config.attack.method or DEFAULT_ATTACK)
+    if isinstance(attacked, Exception):
+        raise attacked
+    result = attacked
     values |= _attack_values(problem, result) | _attack_label(problem, result, task)
     values |= {"status": result.status, "message": result.note or values.get("message"), "problem": result.problem}
     if certification is not None:
@@ -163,11 +168,44 @@ def _token_radii(problem: Problem, threat: MoveThreat, config: RunConfig) -> tup
     return tuple(next(radii) if moves else None for moves in movable.tolist())
 
 
+def _attacked(
+    problem: Problem, task: RowTask, config: RunConfig, begin: Callable[[str], None]
+) -> AttackResult | Exception:
+    """The attack's result; what it raises is kept until the certificates, which do not depend on it, are there."""
+    name = _attack_name(task, config.attack.method or DEFAULT_ATTACK)
+    begin(f"attack {name}")
+    try:
+        return run_attack(
+            problem, method=name, epsilon=config.attack.epsilon, seed=config.seed, budget=config.attack.budget()
+        )
+    except Exception as error:  # noqa: BLE001 - raised again by the caller, after the certificates
+        return error
+
+
+def _certified(
+    problem: Problem, config: RunConfig, attacked: AttackResult | Exception | None, begin: Callable[[str], None]
+) -> CertificationReport:
+    """The certificates that are named; else those that can win where a violation is known, and all where none is."""
+    named, seed = config.named_certificates, config.seed
+
+    def watch(name: str) -> None:
+        begin(f"certificate {name}")
+
+    if named is not None:
+        return certify_with(problem, [method_named(name) for name in named], seed=seed, watch=watch)
+    found = isinstance(attacked, AttackResult) and attacked.status is Status.FOUND and attacked.epsilon is None
+    if not found or config.certificates is not None:
+        return certify_with(problem, METHODS, seed=seed, named=False, watch=watch)
+    assert isinstance(attacked, AttackResult)  # noqa: S101 - found says so; narrows the type
+    return certify_what_can_win(problem, METHODS, attack_radius=attacked.radius, seed=seed, watch=watch)
+
+
 def _problem_values(problem: Problem) -> dict[str, Any]:
     budget = float(problem.resolved.budgets.min())
     name = "tolerance" if problem.resolved.functionals is None else "margin"
     norm = float(torch.linalg.vector_norm(problem.clean.points))
-    return {name: budget, "problem": problem.digest, "input_norm": norm}
+    token = float(torch.linalg.vector_norm(problem.clean.points, dim=-1).median())
+    return {name: budget, "problem": problem.digest, "input_norm": norm, "token_norm": token}
 
 
 def _confirmed(confirm: Confirm, result: AttackResult, message: str | None) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import torch
 from attnrobust.attacks import attack_for
 from attnrobust.certify import method_named
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedThreatError
-from attnrobust.goals import Goal, Margin, Pool, parse_tolerance
+from attnrobust.goals import Displacement, Goal, Margin, Pool, parse_tolerance, pool_weights
 from attnrobust.models.arrays import read_arrays
 from attnrobust.models.capture import CapturedInput, read_texts, read_tokens
 from attnrobust.models.model import Model
+from attnrobust.problem import TokenMap
 from attnrobust.runs.reading import (
     DEFAULT_TOLERANCE,
     parse_pool,
@@ -92,6 +93,8 @@ def parse_device(text: str) -> torch.device:
     Raises:
         InputError: No such device.
     """
+    if text.partition(":")[0] == "mps":
+        raise InputError("device mps (Apple GPU) has no float64, in which every radius is proved; give cpu")
     try:
         device = torch.device(text)
         torch.empty(0, device=device)
@@ -105,6 +108,14 @@ def on_device(measure: TokenMeasure, goal: Goal, device: str | torch.device) -> 
     if isinstance(goal, Margin):
         goal = replace(goal, weight=goal.weight.to(device), bias=None if goal.bias is None else goal.bias.to(device))
     return TokenMeasure(measure.points.to(device), measure.mass.to(device)), goal
+
+
+def output_norm(network: TokenMap, clean: TokenMeasure, goal: Goal) -> float | None:
+    """Norm of what a displacement is measured of at the clean tokens; None of other goals."""
+    if not isinstance(goal, Displacement):
+        return None
+    output, weights = network(clean.points, clean.mass), pool_weights(goal.pool, clean.mass)
+    return float(torch.linalg.vector_norm(output if weights is None else weights @ output))
 
 
 def require_methods(threats: Sequence[str], *, certificates: Sequence[str], attack: str | None) -> None:

@@ -88,7 +88,10 @@ def make_manifest(bench: Workbench, items: Sequence[WorkItem]) -> Manifest:
 def meaning(bench: Workbench) -> dict[str, Any]:
     """Everything that may change a number, by content: moved or renamed files mean the same."""
     config = bench.config
-    certificates = config.certificates if config.certificates is not None else [method.name for method in METHODS]
+    named = config.named_certificates
+    certificates = [method.name for method in METHODS] if named is None else list(named)
+    if config.certificates is None:
+        certificates = [*certificates, "those that can win"]
     attack = config.attack.model_dump(mode="json")
     if config.attack.epsilon is None:
         del attack["epsilon"]  # younger than the runs that are on disk
@@ -100,7 +103,7 @@ def meaning(bench: Workbench) -> dict[str, Any]:
         "layers": list(bench.places),
         "threats": list(bench.threats),
         "goals": [f"{goal.key} ({goal.digest})" for goal in bench.goals],
-        "certificates": list(certificates),
+        "certificates": certificates,
         "attack": attack,
         "seed": config.seed,
         "device": config.device,

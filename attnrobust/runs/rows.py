@@ -70,6 +70,7 @@ class Row:
         attack_label: Name of the class at the attack's point; None where it found none.
         token_radii: Attack radius of every token that moves alone, where it was asked for: None for a token that may
             not move or whose attack found nothing; else empty.
+        token_norm: Median l2 norm of the clean tokens, to judge the radii of single tokens by.
     """
 
     input_id: str
@@ -105,6 +106,7 @@ class Row:
     label: str | None = None
     attack_label: str | None = None
     token_radii: tuple[float | None, ...] = ()
+    token_norm: float | None = None
 
     @property
     def depth(self) -> int | None:

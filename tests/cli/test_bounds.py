@@ -36,8 +36,9 @@ def test_json_is_one_strict_object_an_input(files: Path, capsys: pytest.CaptureF
 def test_the_table_names_every_bound(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bounds", str(files / "layer.npz"), "--radius", "1", "--n", "3", "--search", "0"]) == ExitCode.OK
     out = capsys.readouterr().out
-    for words in ("castin2024-reported", "best lower", "do not apply", "kim2021-l2", "float64", "R = 1"):
+    for words in ("castin2024-reported", "reached", "do not apply", "kim2021-l2", "float64", "R = 1", "every mask"):
         assert words in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith("/")) <= 100
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from attnrobust.cli import ExitCode, run
 from attnrobust.errors import InputError
-from attnrobust.reports.gate import Thresholds, judge, junit_xml, summary
+from attnrobust.reports.gate import Thresholds, judge, junit_xml, summary, worst
 from attnrobust.runs.plan import Shard
 from attnrobust.runs.rows import Row
 from attnrobust.runs.run import run as run_all
@@ -129,3 +129,21 @@ def test_the_verdict_on_a_readout_says_what_it_is_about() -> None:
     (note,) = parsed(junit_xml(verdict, name="x")).findall("properties/property")
     assert note.attrib == {"name": "goal scope", "value": "not the model"}
     assert parsed(junit_xml(judge([FULL], Thresholds(min_certified=0.0)), name="x")).find("properties") is None
+
+
+def test_a_share_is_of_what_the_threat_moves() -> None:
+    row = replace(FULL, input_norm=30.0, token_norm=10.0)
+    thresholds = Thresholds(min_share=0.005)
+    assert list(judge([row], thresholds).shortfalls) == ["certified radius 0.333% of the input's norm is below 0.5%"]
+    assert judge([replace(row, threat="any-token")], thresholds).passed
+    (reason,) = judge([replace(row, threat="per-token-linf")], thresholds).shortfalls
+    assert "give --min-certified a number" in reason
+
+
+def test_the_worst_rows_are_named_first() -> None:
+    rows = [replace(FULL, input_id=str(i), certified_radius=0.1 - 0.01 * i) for i in range(4)]
+    verdict = judge(rows, Thresholds(min_certified=0.095))
+    lines = worst(verdict, 2)
+    assert [line[:1] for line in lines[:2]] == ["3", "2"]
+    assert "certified radius 0.07 is below 0.095" in lines[0]
+    assert lines[2] == "and 1 more"

@@ -1,0 +1,142 @@
+"""Radii in everyday units: as a share of what the threat moves, in sentences that round to the safe side."""
+
+import re
+from collections.abc import Callable, Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+
+from attnrobust.runs.rows import Row
+
+WHOLE, TOKEN = "the input's norm", "the median token norm"
+
+_SUBJECTS = (
+    (re.compile(r"frobenius(?!:)"), "move of all tokens together", WHOLE),
+    (re.compile(r"token:(\d+)"), "move of token {0}", TOKEN),
+    (re.compile(r"(?:frobenius|tokens):(\d+(?:,\d+)*)"), "move of tokens {0} together", WHOLE),
+    (re.compile(r"per-token"), "move of every token at once", TOKEN),
+    (re.compile(r"per-token:([\d,]+)"), "move of tokens {0} at once", TOKEN),
+    (re.compile(r"any-token"), "move of any one token", TOKEN),
+    (re.compile(r"any-token:([\d,]+)"), "move of any one of tokens {0}", TOKEN),
+)
+_BROKEN = (
+    (re.compile(r"displacement (\S+)"), "changes the output by {0}"),
+    (re.compile(r"displacement (\S+) mean"), "changes the mean of the output by {0}"),
+    (re.compile(r"displacement (\S+) row:(\d+)"), "changes the output of token {1} by {0}"),
+    (re.compile(r"margin .*"), "changes the label of the readout"),
+    (re.compile(r"decision.*"), "changes the model's decision"),
+    (re.compile(r"nearest.*"), "changes the nearest anchor"),
+    (re.compile(r"hidden (\S+).*"), "changes the last hidden states by {0}"),
+    (re.compile(r"pooled (\S+).*"), "changes the mean of the last hidden states by {0}"),
+)
+DIGITS = 3
+
+
+def yardstick(row: Row) -> tuple[float, str] | None:
+    """The norm that the threat's radii are compared with, and its name; None where none has the same unit.
+
+    Threats that bound all tokens together have the norm of all of them, those that bound each token in l2 the median
+    norm of one; other norms (linf, l1), measures and copies have none.
+    """
+    for pattern, _, name in _SUBJECTS:
+        if pattern.fullmatch(row.threat):
+            norm = row.input_norm if name == WHOLE else row.token_norm
+            return (norm, name) if norm else None
+    return None
+
+
+def share(radius: float | None, row: Row) -> float | None:
+    """A radius as a share of the row's yardstick."""
+    measured = yardstick(row)
+    return None if radius is None or measured is None else radius / measured[0]
+
+
+def safe(value: float, *, up: bool, digits: int = DIGITS) -> str:
+    """A number for people that is never better than the true one: attack radii go up, certified ones down."""
+    context = Context(prec=digits, rounding=ROUND_CEILING if up else ROUND_FLOOR)
+    rounded = context.create_decimal(Decimal(value))
+    return f"{float(rounded):.{digits}g}"
+
+
+def both_shares(row: Row) -> str:
+    """Certified and attack radius as shares: ``0.31% to 0.42%``; a dash for what is not there."""
+    sides = ((share(row.certified_radius, row), False), (share(row.attack_radius, row), True))
+    told = ["-" if value is None else f"{safe(100 * value, up=up)}%" for value, up in sides]
+    return "-" if told == ["-", "-"] else " to ".join(told)
+
+
+def row_verdict(row: Row) -> str | None:
+    """One sentence about one input; None where there is no radius to speak of."""
+    if row.certified_radius is None and row.attack_radius is None:
+        return None
+    return f"{row.input_id}: {_sentence([row])}"
+
+
+def run_verdicts(rows: Sequence[Row]) -> list[str]:
+    """One sentence for each layer or depth, threat and goal: what holds for every input that has a radius."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.layer, row.threat, row.goal), []).append(row)
+    told = []
+    for (layer, _, _), group in groups.items():
+        there = [row for row in group if row.certified_radius is not None or row.attack_radius is not None]
+        if there:
+            left = f" ({len(group) - len(there)} more have no radius)" if len(there) < len(group) else ""
+            count = "the one input" if len(group) == 1 else f"all {len(there)} inputs{left}"
+            told.append(f"{layer}, {count}: {_sentence(there)}")
+    return told
+
+
+def _sentence(rows: Sequence[Row]) -> str:
+    """No move below the smallest certified size breaks the goal; the smallest that was found to."""
+    subject, broken = _subject(rows[0].threat), _broken(rows[0].goal)
+    certified = [row.certified_radius for row in rows if row.certified_radius is not None]
+    attacked = [row for row in rows if row.attack_radius is not None]
+    found = min(attacked, key=_size(attacked), default=None)
+    parts = []
+    if len(certified) == len(rows) and min(certified) > 0:
+        least = min(rows, key=_size(rows, certified=True))
+        doubt = " (probabilistic)" if any(row.certificate_kind == "probabilistic" for row in rows) else ""
+        parts.append(f"no {subject} below {_told(least, up=False)} {broken}{doubt}")
+    elif certified:
+        parts.append(f"nothing is certified against a {subject} that {broken}")
+    if found is not None and parts:
+        parts.append(f"{_told(found, up=True)} was found to")
+    elif found is not None:
+        parts.append(f"a {subject} of {_told(found, up=True)} was found that {broken}")
+    elif any(row.attack is not None for row in rows):
+        parts.append("no violation was found")
+    return "; ".join(parts)
+
+
+def _size(rows: Sequence[Row], *, certified: bool = False) -> Callable[[Row], float]:
+    """Key of a row by its radius; as a share where every row has a yardstick, else as it is."""
+    shares = all(yardstick(row) is not None for row in rows)
+
+    def key(row: Row) -> float:
+        radius = row.certified_radius if certified else row.attack_radius
+        value = share(radius, row) if shares else radius
+        return float("inf") if value is None else value
+
+    return key
+
+
+def _told(row: Row, *, up: bool) -> str:
+    """A radius in its everyday unit, or as a size where there is none."""
+    radius = (row.attack_radius if up else row.certified_radius) or 0.0
+    measured = yardstick(row)
+    if measured is None:
+        return f"size {safe(radius, up=up)}"
+    return f"{safe(100 * radius / measured[0], up=up)}% of {measured[1]}"
+
+
+def _subject(threat: str) -> str:
+    for pattern, words, _ in _SUBJECTS:
+        if match := pattern.fullmatch(threat):
+            return words.format(*match.groups())
+    return f"change within {threat}"
+
+
+def _broken(goal: str) -> str:
+    for pattern, words in reversed(_BROKEN):
+        if match := pattern.fullmatch(goal):
+            return words.format(*match.groups())
+    return f"breaks the goal {goal}"
