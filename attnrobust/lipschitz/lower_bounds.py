@@ -185,6 +185,9 @@ def _far_out(question: Question) -> Iterator[LowerRow]:
     best = scores.topk(2, dim=-1).values
     gaps = best[..., 0] - best[..., 1]
     gap = float(gaps.min())
+    added = network.score_bias(clean.n)
+    if added is not None and bool((added[added.isfinite()] != 0).any()):
+        return  # what is added does not grow with the tokens: far out another key may win than at X
     if not (math.isfinite(float(best[..., 0].abs().max())) and gap > 1e-6 * float(best[..., 0].abs().max())):
         return
     far = TokenMeasure(clean.points * math.sqrt(FAR / gap) if math.isfinite(gap) else clean.points, clean.mass)

@@ -203,3 +203,16 @@ def test_a_layer_of_another_kind_is_told_why_nothing_applies() -> None:
 def test_what_cannot_be_used_is_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(InputError, match=words):
         bounds_table(dot_product(), **options)  # type: ignore[arg-type]
+
+
+def test_far_out_a_finite_mask_does_not_choose_the_key() -> None:
+    generator = torch.Generator().manual_seed(1)
+    w_q, w_k, w_v = (torch.randn(1, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    mask = torch.zeros(3, 3)
+    mask[:, 0] = 300.0  # at X every query sees the first key alone
+    points = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    table = bounds_table(Attention(w_q, w_k, w_v, mask=mask), TokenMeasure(points), search=0)
+    limits = [row.value for row in table.lower_bounds if row.quantity is Quantity.LIMIT]
+    uppers = [row.value for row in table.bounds if row.quantity is Quantity.LIMIT]
+    assert uppers
+    assert all(low <= up * (1.0 + ROUNDING) for low in limits for up in uppers)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from attnrobust.certify.closed_form.castin2024_smooth import REFERENCE
 from attnrobust.certify.closed_form.claims import MEASURES_REGION, PAGE, Claim, Quantity
+from attnrobust.certify.method import ATTENTION_FEATURES
 from attnrobust.certify.shared.head_sizes import bilinear_norm, spectral_norm
-from attnrobust.errors import InputError
+from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.features import features_of
 from attnrobust.layers.variants.kernel import KernelAttention
 from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Upper, round_up
@@ -129,7 +131,14 @@ def kernel_constant(attention: KernelAttention, *, order: float = 1.0) -> Upper:
 
 
 def slopes(attention: Attention, radius: float) -> tuple[Float[Tensor, "h"], Float[Tensor, "h"]]:
-    """``a = ||B|| R^2`` and ``a_c = R (||B|| R + |scale w_k b_q|)`` of every head."""
+    """``a = ||B|| R^2`` and ``a_c = R (||B|| R + |scale w_k b_q|)`` of every head.
+
+    Raises:
+        UnsupportedModelError: Scores that depend on the tokens' places otherwise than by a mask.
+    """
+    placed = features_of(attention) - ATTENTION_FEATURES
+    if placed:
+        raise UnsupportedModelError(f"a layer with {', '.join(sorted(placed))} is no map of token measures")
     bilinear = bilinear_norm(attention) * radius
     return bilinear * radius, radius * (bilinear + torch.linalg.vector_norm(attention.key_offset, dim=-1))
 

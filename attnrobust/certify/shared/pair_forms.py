@@ -26,7 +26,7 @@ def largest_form_norm(layer: Attention, n: int) -> Float[Tensor, "h"]:
     """Upper bound of ``max_il ||A_il||_2`` over all pairs of n tokens.
 
     ``||w_q R w_k^T|| = ||T_q R T_k^T||`` with the triangles of the weights; the turns ``R_i R_l^T`` are those of the
-    differences of the positions.
+    differences of the positions, up to the rounding of the angles, which grows with the offset.
     """
     right_q, right_k = triangle(layer.w_q), triangle(layer.w_k)
     turns = rotary_of(layer).differences(n)
@@ -38,7 +38,15 @@ def largest_form_norm(layer: Attention, n: int) -> Float[Tensor, "h"]:
         turned = turn.turn(right_q[:, :, None, :].expand(-1, -1, len(part), -1))  # (h, r, m, k)
         norms = torch.linalg.matrix_norm(turned.transpose(1, 2) @ right_k.mT[:, None], 2)
         best = torch.maximum(best, norms.amax(dim=1))
+    norms = [torch.linalg.matrix_norm(right, 2) for right in (right_q, right_k)]
+    best = torch.minimum(best + _turn_error(layer, n) * norms[0] * norms[1], norms[0] * norms[1])
     return outward(abs(layer.factor) * best, FORMULA)
+
+
+def _turn_error(layer: Attention, n: int) -> float:
+    """How far ``R_i R_l^T`` may be from the turn by the difference: angles are rounded to units of their own size."""
+    largest = float(rotary_of(layer).angle_table(n).abs().max())
+    return min(2.0, 4.0 * torch.finfo(torch.float64).eps * (1.0 + largest))
 
 
 def key_gradient_norms(

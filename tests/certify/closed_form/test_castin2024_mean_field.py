@@ -1,6 +1,8 @@
 """Mean-field constants against exact local constants of weighted measures and against exact transport distances."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from torch import Tensor
 
 from attnrobust.certify.closed_form.castin2024_mean_field import kernel_constant, masked_constant, mean_field_constant
 from attnrobust.certify.closed_form.castin2024_smooth import ball_constant, large_radius_limit
-from attnrobust.errors import InputError
+from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.head_bias import HeadBias
 from attnrobust.layers.jacobian import AttentionJacobian
+from attnrobust.layers.rotary import Rotary
 from attnrobust.layers.variants.kernel import KernelAttention, KernelConstants
 from attnrobust.numerics.linear_map import largest_singular_value_lower
 from attnrobust.numerics.transport import wasserstein
@@ -236,3 +240,16 @@ def test_measures_cost_more_than_tokens() -> None:
     """The measure constant also covers few tokens: for moderate a it is below sqrt(n) bounds of many tokens."""
     layer = _scalar(-1.0)
     assert mean_field_constant(layer, 0.5).value < ball_constant(layer, 100, 0.5).value
+
+
+@pytest.mark.parametrize(
+    "changes", [{"head_bias": HeadBias(slopes=torch.ones(1))}, {"window_left": 1}, {"rotary": Rotary(torch.ones(1))}]
+)
+def test_places_make_no_map_of_measures(changes: dict[str, Any]) -> None:
+    """The order of the tokens counts there, so no constant holds for measures."""
+    weights = [torch.ones(1, 2, 2, dtype=torch.float64)] * 3
+    layer = Attention(*weights, **changes)
+    with pytest.raises(UnsupportedModelError, match="no map of token measures"):
+        mean_field_constant(layer, 1.0)
+    with pytest.raises(UnsupportedModelError, match="no map of token measures"):
+        masked_constant(replace(layer, causal=True), 1.0)
