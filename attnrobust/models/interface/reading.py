@@ -80,15 +80,15 @@ class Reader:
         if heads % groups:
             raise refuse(self._module, f"{heads} query heads do not divide into {groups} groups of keys")
         w_o, b_o = self._output(heads, parts.w_v.shape[2], zero)
-        shared = {name: getattr(parts, name).repeat_interleave(heads // groups, 0) for name in ("w_k", "w_v")}
-        biases = {name: _or_none(getattr(parts, name)) for name in ("b_q", "b_k", "b_v")}
-        for name in ("b_k", "b_v"):
-            value = biases[name]
-            biases[name] = None if value is None else value.repeat_interleave(heads // groups, 0)
+        w_k, w_v, b_k, b_v = (
+            value.repeat_interleave(heads // groups, 0) for value in (parts.w_k, parts.w_v, parts.b_k, parts.b_v)
+        )
+        left, right = _window(zero, causal=causal)
         return Attention(
-            w_q=parts.w_q, **shared, **biases, w_o=w_o, b_o=b_o, scale=zero.scale, causal=causal, rotary=rotary,
+            w_q=parts.w_q, w_k=w_k, w_v=w_v, b_q=_or_none(parts.b_q), b_k=_or_none(b_k), b_v=_or_none(b_v),
+            w_o=w_o, b_o=b_o, scale=zero.scale, causal=causal, rotary=rotary, window_left=left, window_right=right,
             head_bias=None if zero.mask is None else HeadBias(explicit=zero.mask.expand(heads, -1, -1).contiguous()),
-            kv_heads=groups if groups < heads else None, **_window(zero, causal=causal),
+            kv_heads=groups if groups < heads else None,
         )  # fmt: skip
 
     # ---- looks -----------------------------------------------------------------------------------------------------
@@ -182,9 +182,8 @@ def _or_none(bias: Tensor) -> Tensor | None:
     return bias.contiguous() if bool(bias.any()) else None
 
 
-def _window(seen: Seen, *, causal: bool) -> dict[str, int]:
-    """A sliding window of w: the w last keys of a causal layer, |i - j| < w without."""
+def _window(seen: Seen, *, causal: bool) -> tuple[int | None, int | None]:
+    """A sliding window of w, left and right: the w last keys of a causal layer, |i - j| < w without."""
     size = seen.extra.get("sliding_window")
-    if size is None:
-        return {}
-    return {"window_left": int(size) - 1} | ({} if causal else {"window_right": int(size) - 1})
+    left = None if size is None else int(size) - 1
+    return left, None if causal else left

@@ -99,18 +99,18 @@ def test_positions_windows_and_shared_keys_are_listed() -> None:
 
 def test_frequencies_are_the_models_own() -> None:
     model: Any = READ["llama, llama3 scaling"]()
-    spec = ModuleModel(model).layer("0.self_attn")
+    spec: Any = ModuleModel(model).layer("0.self_attn")
     assert torch.equal(spec.rotary.frequencies, model.rotary_emb.inv_freq.double())
     with torch.no_grad():
         model.rotary_emb.inv_freq.mul_(1.01)
-    changed = ModuleModel(model).layer("0.self_attn")
+    changed: Any = ModuleModel(model).layer("0.self_attn")
     assert torch.equal(changed.rotary.frequencies, model.rotary_emb.inv_freq.double())
     assert spec.digest != changed.digest
 
 
 def test_weights_are_read_to_the_last_bit() -> None:
     model: Any = READ["qwen2"]()
-    spec = ModuleModel(model).layer("0.self_attn")
+    spec: Any = ModuleModel(model).layer("0.self_attn")
     attention = model.layers[0].self_attn
     assert torch.equal(spec.w_q, attention.q_proj.weight.reshape(4, 6, 24).transpose(1, 2))
     assert torch.equal(spec.w_v[1], attention.v_proj.weight.reshape(2, 6, 24)[0].T)
