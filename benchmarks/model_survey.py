@@ -36,8 +36,8 @@ Made by `python -m benchmarks.model_survey` from one small random instance of ev
 
 *Difference* is the largest difference between specification and module inside the model, relative to the largest
 output: over all layers, sdpa and eager attention, inputs of {LENGTHS[0]}, {LENGTHS[1]} and {LENGTHS[2]} tokens (images
-and audio: of the size that the model takes), and the visible tokens of inputs that are padded on the left or on the right.
-All of it is in float64; what a model rounds to float32 inside is left in float64.
+and audio: of the size that the model takes), and the visible tokens of inputs that are padded on the left or on the
+right. All of it is in float64; what a model rounds to float32 inside is left in float64.
 
 `attnrobust list-layers MODEL` says the same of a model at hand, and why a layer is refused. A layer is the attention
 alone, see [Layers](layers.md); not every certificate speaks about every kind of layer, the others refuse it by name.

@@ -30,10 +30,10 @@ def from_file(path: str | Path) -> Attention:
 
     Required: ``w_q``, ``w_k`` (h, d, k), ``w_v`` (h, d, v). Optional: ``b_q``, ``b_k`` (h, k), ``b_v`` (h, v), ``w_o``
     (h, v, e), ``b_o`` (e,), ``mask`` (n, n) added to the scores, and as one number each ``scale`` (default 1/sqrt k),
-    ``causal`` (0 or 1, any n), ``window_left``, ``window_right`` and ``kv_heads``. Rotary positions:
-    ``rotary_frequencies`` (m,) or ``rotary_angles`` (n, m), ``rotary_interleaved`` (0 or 1), ``rotary_offset``. Position
-    biases: ``bias_slopes`` (h,), ``bias_table`` (h, 2 L + 1) or ``bias_explicit`` (h, n, n), ``bias_symmetric`` (0 or 1).
-    Without ``w_o`` the heads are concatenated.
+    ``causal`` (0 or 1, any n), ``window_left``, ``window_right`` and ``kv_heads``. Rotary positions, optional too:
+    ``rotary_frequencies`` (m,) or ``rotary_angles`` (n, m), ``rotary_interleaved`` (0 or 1), ``rotary_offset``.
+    Position biases: ``bias_slopes`` (h,), ``bias_table`` (h, 2 L + 1) or ``bias_explicit`` (h, n, n) and
+    ``bias_symmetric`` (0 or 1). Without ``w_o`` the heads are concatenated.
 
     Args:
         path: ``.npz`` or ``.safetensors``.
