@@ -83,6 +83,8 @@ READ: Mapping[str, Callable[[], nn.Module]] = {
     "qwen2": family("Qwen2", GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen2_moe": family("Qwen2Moe", GROUPED, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
                      shared_expert_intermediate_size=8),
+    "qwen2_moe, window": family("Qwen2Moe", GROUPED, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
+                                shared_expert_intermediate_size=8, use_sliding_window=True, sliding_window=5),
     "gemma": family("Gemma", GROUPED, head_dim=8),
     "phi": family("Phi", GROUPED, rope_parameters=PARTLY | {"partial_rotary_factor": 1 / 3}),
     "phi3": family("Phi3", GROUPED, sliding_window=5),

@@ -158,6 +158,14 @@ def test_frequencies_that_depend_on_the_length_are_refused() -> None:
     assert "depend on the number of tokens" in first.reason
 
 
+def test_a_layer_that_contradicts_its_configuration_is_refused() -> None:
+    model: Any = READ["qwen2"]()
+    model.layers[1].self_attn.sliding_window = None  # the model's masks have a window
+    first, second = ModuleModel(model).layers()
+    assert first.supported
+    assert "calls it sliding_attention" in second.reason
+
+
 def test_a_window_of_another_size_is_noticed_in_the_model() -> None:
     model = ModuleModel(READ["qwen2"]())
     attention: Any = model.module.get_submodule("layers.1.self_attn")
