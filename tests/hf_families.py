@@ -35,12 +35,12 @@ BART: dict[str, Any] = {
     **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in
        (("layers", 2), ("attention_heads", HEADS), ("ffn_dim", 20))},
 }  # fmt: skip
-EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
 T5 = {"d_model": D, "d_kv": 6, "num_heads": HEADS, "num_layers": 2, "d_ff": 20, "vocab_size": WORDS}
 T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "decoder_start_token_id": 0}
 
 
-def family(name: str, options: Mapping[str, Any], model: str = "Model", **more: Any) -> Callable[[], nn.Module]:
+def family(name: str, options: Mapping[str, Any], *, model: str = "Model", **more: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 
@@ -83,6 +83,8 @@ READ: Mapping[str, Callable[[], nn.Module]] = {
     "qwen2": family("Qwen2", GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen2_moe": family("Qwen2Moe", GROUPED, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
                      shared_expert_intermediate_size=8),
+    "qwen2_moe, window": family("Qwen2Moe", GROUPED, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
+                                shared_expert_intermediate_size=8, use_sliding_window=True, sliding_window=5),
     "gemma": family("Gemma", GROUPED, head_dim=8),
     "phi": family("Phi", GROUPED, rope_parameters=PARTLY | {"partial_rotary_factor": 1 / 3}),
     "phi3": family("Phi3", GROUPED, sliding_window=5),

@@ -48,7 +48,8 @@ def t5_bias(model: nn.Module, module: nn.Module) -> HeadBias:
         UnsupportedModelError: No block of the model has the table.
     """
     for owner in owners(model, module):
-        for part in owner.modules():
+        parts: Iterator[Any] = owner.modules()
+        for part in parts:
             same = type(part) is type(module) and getattr(part, "is_decoder", 0) == getattr(module, "is_decoder", 0)
             if same and getattr(part, "has_relative_attention_bias", False):
                 far = int(part.relative_attention_max_distance)

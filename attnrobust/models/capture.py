@@ -113,11 +113,13 @@ class Tap:
         module: The attention module inside the model.
         adapter: The module's adapter.
         spec: The module's specification.
+        call: Which of the module's calls in a forward pass, from 0; None for a module that is called once.
     """
 
     module: nn.Module
     adapter: Adapter
     spec: Attention
+    call: int | None = None
 
 
 def capture_tokens(
@@ -213,12 +215,12 @@ class Probe:
         self.outputs.append(self.tap.adapter.output_tokens(self.tap.module, output).detach().clone())
 
     def checked(self) -> Float[Tensor, "n d"]:
-        """What entered, if its module was called once on one input and put out what its specification says.
+        """What entered, if its module was called on one input and put out what its specification says.
 
         Raises:
             UnsupportedModelError: Otherwise.
         """
-        return self.call(0, 1)
+        return _checked(self.tap, *_one_call(self.tap, self.inputs, self.outputs))
 
     def call(self, index: int, count: int) -> Float[Tensor, "n d"]:
         """What entered at one of ``count`` calls, if it was on one input and put out what the specification says.
@@ -227,12 +229,11 @@ class Probe:
             UnsupportedModelError: Otherwise, or another number of calls.
         """
         if not len(self.inputs) == len(self.outputs) == count:
-            many = "only a single call has a single input (a whole network may run it several times: --at block:K)"
             raise UnsupportedModelError(
                 f"{type(self.tap.module).__name__} is called {len(self.inputs)} times in one forward pass; "
-                f"{many if count == 1 else f'{count} calls are modelled'}"
+                f"{count} calls are modelled"
             )
-        return _checked(self.tap.module, self.tap.spec, self.inputs[index], self.outputs[index])
+        return _checked(self.tap, self.inputs[index], self.outputs[index])
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -240,13 +241,13 @@ class Probe:
             hook.remove()
 
 
-def _checked(module: nn.Module, spec: Attention, entered: Tensor, left: Tensor) -> Tensor:
-    name = type(module).__name__
-    if entered.ndim != 3 or entered.shape[0] != 1:
+def _checked(tap: Tap, entering: Tensor, leaving: Tensor) -> Tensor:
+    module, spec, name = tap.module, tap.spec, type(tap.module).__name__
+    if entering.ndim != 3 or entering.shape[0] != 1:
         raise UnsupportedModelError(
-            f"{name} is called on tokens of shape {tuple(entered.shape)}, not on one input (1, n, d)"
+            f"{name} is called on tokens of shape {tuple(entering.shape)}, not on one input (1, n, d)"
         )
-    tokens, actual = entered[0], left[0]
+    tokens, actual = entering[0], leaving[0]
     found = disagreement(spec, tokens, actual)
     if found is not None:
         raise UnsupportedModelError(
@@ -254,6 +255,25 @@ def _checked(module: nn.Module, spec: Attention, entered: Tensor, left: Tensor) 
             f"{_cause(module, spec, tokens, actual)}"
         )
     return tokens
+
+
+def _one_call(tap: Tap, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What entered and left in the call that the tap means."""
+    times, name = len(inputs), type(tap.module).__name__
+    if len(outputs) != times or times == 0 or (times > 1 and tap.call is None):
+        which = (
+            f" (for one of them add #0 .. #{times - 1} to the layer's name; a whole network may run it several times: "
+            "--at block:K)"
+            if times > 1
+            else ""
+        )
+        raise UnsupportedModelError(
+            f"{name} is called {times} times in one forward pass; only a single call has a single input{which}"
+        )
+    call = tap.call or 0
+    if call >= times:
+        raise InputError(f"{name} is called {times} times in one forward pass; there is no call #{call}")
+    return inputs[call], outputs[call]
 
 
 def _cause(module: nn.Module, spec: Attention, tokens: Tensor, actual: Tensor) -> str:

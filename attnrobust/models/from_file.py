@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,19 +11,29 @@ from torch import Tensor
 
 from attnrobust.errors import InputError, UnknownNameError, first_line
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.head_bias import RULES, HeadBias
+from attnrobust.layers.rotary import Rotary
 from attnrobust.models.arrays import SUFFIXES, read_arrays
 
 REQUIRED = ("w_q", "w_k", "w_v")
 OPTIONAL = ("b_q", "b_k", "b_v", "w_o", "b_o", "mask")
-SCALARS = ("scale", "causal")
+SCALARS = ("scale", "causal", "window_left", "window_right", "kv_heads")
+ROTARY = {"rotary_frequencies": "frequencies", "rotary_angles": "angles"}
+BIASES = {f"bias_{rule}": rule for rule in RULES}
+FLAGS = ("rotary_interleaved", "rotary_offset", "bias_symmetric")
+KNOWN = (*REQUIRED, *OPTIONAL, *SCALARS, *ROTARY, *BIASES, *FLAGS)
+"""Names of all arrays of a weights file."""
 
 
 def from_file(path: str | Path) -> Attention:
     """Read one attention layer from a file of named arrays.
 
     Required: ``w_q``, ``w_k`` (h, d, k), ``w_v`` (h, d, v). Optional: ``b_q``, ``b_k`` (h, k), ``b_v`` (h, v), ``w_o``
-    (h, v, e), ``b_o`` (e,), ``scale`` (one number, default 1/sqrt k), ``mask`` (n, n) added to the scores, ``causal``
-    (0 or 1, any n). Without ``w_o`` the heads are concatenated.
+    (h, v, e), ``b_o`` (e,), ``mask`` (n, n) added to the scores, and as one number each ``scale`` (default 1/sqrt k),
+    ``causal`` (0 or 1, any n), ``window_left``, ``window_right`` and ``kv_heads``. Rotary positions, optional too:
+    ``rotary_frequencies`` (m,) or ``rotary_angles`` (n, m), ``rotary_interleaved`` (0 or 1), ``rotary_offset``.
+    Position biases: ``bias_slopes`` (h,), ``bias_table`` (h, 2 L + 1) or ``bias_explicit`` (h, n, n) and
+    ``bias_symmetric`` (0 or 1). Without ``w_o`` the heads are concatenated.
 
     Args:
         path: ``.npz`` or ``.safetensors``.
@@ -36,22 +47,43 @@ def from_file(path: str | Path) -> Attention:
     """
     arrays = read_arrays(path)
     _refuse_state_dictionary(path, arrays)
-    known = (*REQUIRED, *OPTIONAL, *SCALARS)
     for name in arrays:
-        if name not in known:
-            raise UnknownNameError(f"array of the weights file {path}", name, known)
+        if name not in KNOWN:
+            raise UnknownNameError(f"array of the weights file {path}", name, KNOWN)
     missing = [name for name in REQUIRED if name not in arrays]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}; a weights file needs {', '.join(REQUIRED)}")
-    scale = _number(path, "scale", arrays.get("scale"))
-    causal = _number(path, "causal", arrays.get("causal"))
-    if causal not in (None, 0.0, 1.0):
-        raise InputError(f"{path}: causal is {causal}; give 0 or 1")
-    tensors = {name: arrays[name] for name in (*REQUIRED, *OPTIONAL) if name in arrays}
+    numbers = {name: _number(path, name, arrays.get(name)) for name in (*SCALARS, *FLAGS)}
     try:
-        return Attention(**tensors, scale=scale, causal=bool(causal))
+        return _attention(arrays, _checked(numbers))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _checked(numbers: dict[str, float | None]) -> dict[str, float | None]:
+    """Numbers that are flags or counts as such."""
+    for name in ("causal", "rotary_interleaved", "bias_symmetric"):
+        if numbers[name] not in (None, 0.0, 1.0):
+            raise InputError(f"{name} is {numbers[name]}; give 0 or 1")
+    for name in ("window_left", "window_right", "kv_heads", "rotary_offset"):
+        value = numbers[name]
+        if value is not None and value != int(value):
+            raise InputError(f"{name} is {value}; give a whole number")
+    return numbers
+
+
+def _attention(arrays: dict[str, Tensor], numbers: dict[str, float | None]) -> Attention:
+    given: dict[str, Any] = {name: arrays[name] for name in (*REQUIRED, *OPTIONAL) if name in arrays}
+    counts = {name: numbers[name] for name in ("window_left", "window_right", "kv_heads") if numbers[name] is not None}
+    given |= {name: int(value or 0) for name, value in counts.items()}
+    turns: dict[str, Any] = {field: arrays[name] for name, field in ROTARY.items() if name in arrays}
+    biases: dict[str, Any] = {field: arrays[name] for name, field in BIASES.items() if name in arrays}
+    if turns or numbers["rotary_interleaved"] is not None or numbers["rotary_offset"] is not None:
+        layout = "interleaved" if numbers["rotary_interleaved"] else "half"
+        given["rotary"] = Rotary(**turns, layout=layout, offset=int(numbers["rotary_offset"] or 0))
+    if biases or numbers["bias_symmetric"] is not None:
+        given["head_bias"] = HeadBias(**biases, symmetric=bool(numbers["bias_symmetric"]))
+    return Attention(**given, scale=numbers["scale"], causal=bool(numbers["causal"]))
 
 
 def to_file(layer: Attention, path: str | Path) -> Path:
@@ -73,8 +105,18 @@ def to_file(layer: Attention, path: str | Path) -> Path:
     values = {name: getattr(layer, name) for name in (*REQUIRED, *OPTIONAL)}
     arrays = {name: value.cpu().contiguous() for name, value in values.items() if value is not None}
     arrays["scale"] = torch.tensor([layer.factor], dtype=torch.float64)
-    if layer.causal:
-        arrays["causal"] = torch.ones(1, dtype=torch.float64)
+    numbers = {"causal": layer.causal or None, **{name: getattr(layer, name) for name in SCALARS[2:]}}
+    if layer.rotary is not None:
+        numbers |= {
+            "rotary_interleaved": layer.rotary.layout == "interleaved" or None,
+            "rotary_offset": layer.rotary.offset or None,
+        }
+    if layer.head_bias is not None:
+        numbers["bias_symmetric"] = layer.head_bias.symmetric or None
+    for owner, names in ((layer.rotary, ROTARY), (layer.head_bias, BIASES)):
+        found = {name: getattr(owner, field, None) for name, field in names.items()}
+        arrays |= {name: value.cpu().contiguous() for name, value in found.items() if value is not None}
+    arrays |= {name: torch.tensor([value], dtype=torch.float64) for name, value in numbers.items() if value is not None}
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

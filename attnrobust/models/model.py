@@ -3,6 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +26,12 @@ from attnrobust.tokens import TokenMeasure
 
 FILE_LAYER = "attention"
 """The name of the one layer of a weights file."""
+
+
+def split_call(name: str | None) -> tuple[str | None, int | None]:
+    """A layer's name and the number of one of its calls, as in ``encoder.attention#3``; None without."""
+    base, mark, call = (name or "").rpartition("#")
+    return (base, int(call)) if mark and call.isdecimal() else (name, None)
 
 
 class Model(ABC):
@@ -68,12 +75,16 @@ class Model(ABC):
     def resolve(self, name: str | None = None) -> LayerInfo:
         """The supported layer that a full name or a unique suffix means (None: the only one).
 
+        A layer that its model calls several times is named with the number of a call: ``encoder.attention#3``.
+
         Raises:
             UnknownNameError: No such layer; names the nearest.
             InputError: An ambiguous suffix; lists the candidates.
             UnsupportedModelError: The layer has no exact specification; gives the reason.
         """
-        return find_layer(self.layers(), name)
+        base, call = split_call(name)
+        found = find_layer(self.layers(), base)
+        return found if call is None else replace(found, name=f"{found.name}#{call}")
 
 
 class WeightsFile(Model):
@@ -140,10 +151,11 @@ class ModuleModel(Model):
 
     def _tap(self, info: LayerInfo) -> Tap:
         if info.name not in self._taps:
-            module = self.module.get_submodule(info.name)
+            name, call = split_call(info.name)
+            module = self.module.get_submodule(name or "")
             adapter = adapter_for(module, self.module)
             assert adapter is not None  # noqa: S101 - resolve returns supported layers only
-            self._taps[info.name] = Tap(module, adapter, adapter.spec(module))
+            self._taps[info.name] = Tap(module, adapter, adapter.spec(module), call)
         return self._taps[info.name]
 
     def capture(self, layer: str | None, texts: Sequence[TextLine | str]) -> tuple[CapturedInput, ...]:

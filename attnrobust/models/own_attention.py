@@ -1,5 +1,6 @@
 """Hugging Face attention modules that compute their scores themselves instead of through the attention interface."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -208,7 +209,7 @@ def _scale(module: nn.Module) -> float:
     if found is not None:
         return float(found)
     width: Any = getattr(module, "head_dim", getattr(module, "attention_head_size", None))
-    return float(width) ** -0.5
+    return 1.0 / math.sqrt(width)
 
 
 def _window_left(module: nn.Module) -> int | None:

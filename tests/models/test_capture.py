@@ -163,6 +163,19 @@ def test_a_layer_that_is_not_called_once_is_refused(times: int) -> None:
         ModuleModel(Shared(times)).capture_inputs("attention", {"x": torch.randn(1, 4, D)})
 
 
+def test_a_call_of_a_shared_layer_has_its_own_tokens() -> None:
+    model = ModuleModel(Shared(3))
+    x = torch.randn(1, 4, D, dtype=torch.float64)
+    first, second, third = (model.capture_inputs(f"attention#{call}", {"x": x}).measure.points for call in range(3))
+    assert_same_bits(first, x[0])
+    spec = model.layer("attention#1")
+    assert_close(second, spec(first), rtol=1e-13)
+    assert_close(third, spec(second), rtol=1e-13)
+    assert model.resolve("attention#1").name == "attention#1"
+    with refused(InputError, "called 3 times", "no call #3"):
+        model.capture_inputs("attention#3", {"x": x})
+
+
 def test_cross_attention_is_refused() -> None:
     with refused(UnsupportedModelError, "cross attention"):
         ModuleModel(Shared(1, cross=True)).capture_inputs("attention", {"x": torch.randn(1, 4, D)})

@@ -1,6 +1,7 @@
 """Weights files and token files."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.head_bias import HeadBias
+from attnrobust.layers.rotary import Rotary
 from attnrobust.models.capture import read_tokens
 from attnrobust.models.from_file import from_file, to_file
 from tests.assertions import assert_same_bits, refused, shapes_unchecked
@@ -215,3 +218,36 @@ def test_tokens_refuse(tmp_path: Path, suffix: str, value: Tensor, word: str) ->
 def test_tokens_of_an_empty_file(tmp_path: Path, suffix: str) -> None:
     with refused(InputError, "no arrays"):
         read_tokens(write(tmp_path / f"t{suffix}", {}))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_positions_windows_and_shared_keys_come_back(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(0)
+    shared = torch.randn(2, 6, 4, dtype=torch.float64).repeat_interleave(2, 0)
+    base = Attention(w_q=torch.randn(4, 6, 4, dtype=torch.float64), w_k=shared, w_v=shared, causal=True, kv_heads=2)
+    layers = (
+        replace(base, rotary=Rotary(frequencies=torch.rand(1), layout="interleaved", offset=3), window_left=4),
+        replace(base, rotary=Rotary(angles=torch.rand(5, 2)), causal=False, window_left=1, window_right=2),
+        replace(base, head_bias=HeadBias(slopes=torch.rand(4), symmetric=True), causal=False),
+        replace(base, head_bias=HeadBias(table=torch.rand(4, 5))),
+        replace(base, head_bias=HeadBias(explicit=torch.rand(4, 5, 5))),
+    )
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for number, layer in enumerate(layers):
+        back = from_file(to_file(layer, tmp_path / f"{number}{suffix}"))
+        assert back.digest == layer.digest
+        assert back.kv_heads == 2
+        assert_same_bits(back(x), layer(x))
+
+
+def test_numbers_of_positions_are_checked(tmp_path: Path) -> None:
+    w = np.zeros((1, 4, 4))
+    for more, words in (
+        ({"window_left": 1.5}, "window_left is 1.5; give a whole number"),
+        ({"rotary_interleaved": 1}, "frequencies or angles"),
+        ({"bias_symmetric": 2}, "bias_symmetric is 2.0; give 0 or 1"),
+        ({"rotary_frequencies": np.zeros(3)}, "rotary turns 6 coordinates"),
+    ):
+        np.savez(tmp_path / "x.npz", w_q=w, w_k=w, w_v=w, **more)  # type: ignore[arg-type]
+        with refused(InputError, "x.npz", words):
+            from_file(tmp_path / "x.npz")

@@ -113,7 +113,8 @@ def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _averages(kwargs: Mapping[str, Any], args: tuple[Any, ...], payload: Tensor | None) -> Tensor:
     given = _named(args, kwargs)
-    query, value = given["query"], given["value"]
+    query: Tensor = given["query"]
+    value: Tensor = given["value"]
     if payload is not None:
         return payload[None]
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

@@ -171,9 +171,14 @@ def _nearest(model: nn.Module, module: nn.Module) -> nn.Module:
 
 def _layer_type(module: nn.Module) -> str | None:
     own = getattr(module, "layer_type", None) or getattr(module, "attention_type", None)
+    return own or layer_type(module)
+
+
+def layer_type(module: nn.Module) -> str | None:
+    """What the configuration calls a layer, such as "sliding_attention"; None where it does not say."""
     types = getattr(getattr(module, "config", None), "layer_types", None)
     index = getattr(module, "layer_idx", None)
-    return own or (types[index] if types and isinstance(index, int) else None)
+    return str(types[index]) if types and isinstance(index, int) else None
 
 
 def _arguments(module: nn.Module) -> frozenset[str]:

@@ -13,7 +13,7 @@ from attnrobust.layers.head_bias import HeadBias
 from attnrobust.layers.rotary import Layout, Rotary
 from attnrobust.models.adapters import refuse
 from attnrobust.models.interface.looking import Looker, Seen
-from attnrobust.models.interface.positions import Source
+from attnrobust.models.interface.positions import Source, layer_type
 
 AFFINE = 1e-11  # relative to the terms of the sums; float64 products of width 8192 agree to about 1e-13
 HARMLESS = frozenset(
@@ -80,15 +80,15 @@ class Reader:
         if heads % groups:
             raise refuse(self._module, f"{heads} query heads do not divide into {groups} groups of keys")
         w_o, b_o = self._output(heads, parts.w_v.shape[2], zero)
-        shared = {name: getattr(parts, name).repeat_interleave(heads // groups, 0) for name in ("w_k", "w_v")}
-        biases = {name: _or_none(getattr(parts, name)) for name in ("b_q", "b_k", "b_v")}
-        for name in ("b_k", "b_v"):
-            value = biases[name]
-            biases[name] = None if value is None else value.repeat_interleave(heads // groups, 0)
+        w_k, w_v, b_k, b_v = (
+            value.repeat_interleave(heads // groups, 0) for value in (parts.w_k, parts.w_v, parts.b_k, parts.b_v)
+        )
+        left, right = self._window(zero, causal=causal)
         return Attention(
-            w_q=parts.w_q, **shared, **biases, w_o=w_o, b_o=b_o, scale=zero.scale, causal=causal, rotary=rotary,
+            w_q=parts.w_q, w_k=w_k, w_v=w_v, b_q=_or_none(parts.b_q), b_k=_or_none(b_k), b_v=_or_none(b_v),
+            w_o=w_o, b_o=b_o, scale=zero.scale, causal=causal, rotary=rotary, window_left=left, window_right=right,
             head_bias=None if zero.mask is None else HeadBias(explicit=zero.mask.expand(heads, -1, -1).contiguous()),
-            kv_heads=groups if groups < heads else None, **_window(zero, causal=causal),
+            kv_heads=groups if groups < heads else None,
         )  # fmt: skip
 
     # ---- looks -----------------------------------------------------------------------------------------------------
@@ -114,6 +114,18 @@ class Reader:
         if rows.shape[1] == heads * v and torch.equal(rows, torch.eye(heads * v).to(rows)) and bias is None:
             return None, None  # the heads are concatenated
         return rows.reshape(heads, v, -1).contiguous(), bias
+
+    def _window(self, seen: Seen, *, causal: bool) -> tuple[int | None, int | None]:
+        """A sliding window of w, left and right: the w last keys of a causal layer, |i - j| < w without.
+
+        The mask itself is made by the model: the layer and its configuration only say it, and must say the same.
+        """
+        size = seen.extra.get("sliding_window", getattr(self._module, "sliding_window", None))
+        kind = layer_type(self._module)
+        if kind is not None and (kind == "sliding_attention") != (size is not None):
+            raise refuse(self._module, f"its configuration calls it {kind}, its window is {size}; not modelled")
+        left = None if size is None else int(size) - 1
+        return left, None if causal else left
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -180,11 +192,3 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 def _or_none(bias: Tensor) -> Tensor | None:
     """A bias that is there; all zeros say the same as none."""
     return bias.contiguous() if bool(bias.any()) else None
-
-
-def _window(seen: Seen, *, causal: bool) -> dict[str, int]:
-    """A sliding window of w: the w last keys of a causal layer, |i - j| < w without."""
-    size = seen.extra.get("sliding_window")
-    if size is None:
-        return {}
-    return {"window_left": int(size) - 1} | ({} if causal else {"window_right": int(size) - 1})

@@ -99,18 +99,18 @@ def test_positions_windows_and_shared_keys_are_listed() -> None:
 
 def test_frequencies_are_the_models_own() -> None:
     model: Any = READ["llama, llama3 scaling"]()
-    spec = ModuleModel(model).layer("0.self_attn")
+    spec: Any = ModuleModel(model).layer("0.self_attn")
     assert torch.equal(spec.rotary.frequencies, model.rotary_emb.inv_freq.double())
     with torch.no_grad():
         model.rotary_emb.inv_freq.mul_(1.01)
-    changed = ModuleModel(model).layer("0.self_attn")
+    changed: Any = ModuleModel(model).layer("0.self_attn")
     assert torch.equal(changed.rotary.frequencies, model.rotary_emb.inv_freq.double())
     assert spec.digest != changed.digest
 
 
 def test_weights_are_read_to_the_last_bit() -> None:
     model: Any = READ["qwen2"]()
-    spec = ModuleModel(model).layer("0.self_attn")
+    spec: Any = ModuleModel(model).layer("0.self_attn")
     attention = model.layers[0].self_attn
     assert torch.equal(spec.w_q, attention.q_proj.weight.reshape(4, 6, 24).transpose(1, 2))
     assert torch.equal(spec.w_v[1], attention.v_proj.weight.reshape(2, 6, 24)[0].T)
@@ -156,6 +156,14 @@ def test_frequencies_that_depend_on_the_length_are_refused() -> None:
     scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     (first, _) = ModuleModel(family("Llama", GROUPED, rope_parameters=scaling)()).layers()
     assert "depend on the number of tokens" in first.reason
+
+
+def test_a_layer_that_contradicts_its_configuration_is_refused() -> None:
+    model: Any = READ["qwen2"]()
+    model.layers[1].self_attn.sliding_window = None  # the model's masks have a window
+    first, second = ModuleModel(model).layers()
+    assert first.supported
+    assert "calls it sliding_attention" in second.reason
 
 
 def test_a_window_of_another_size_is_noticed_in_the_model() -> None:
