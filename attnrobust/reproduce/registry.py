@@ -1,0 +1,21 @@
+"""The registry of experiments."""
+
+from attnrobust.errors import UnknownNameError
+from attnrobust.reproduce.experiment import Experiment
+from attnrobust.reproduce.experiments import kim2021_lipschitz
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    kim2021_lipschitz.EXPERIMENT,
+)
+
+
+def experiment_named(name: str) -> Experiment:
+    """The experiment of a name.
+
+    Raises:
+        UnknownNameError: There is none; names the nearest.
+    """
+    for experiment in EXPERIMENTS:
+        if experiment.name == name:
+            return experiment
+    raise UnknownNameError("experiment", name, [experiment.name for experiment in EXPERIMENTS])
