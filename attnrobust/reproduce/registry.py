@@ -2,9 +2,10 @@
 
 from attnrobust.errors import UnknownNameError
 from attnrobust.reproduce.experiment import Experiment
-from attnrobust.reproduce.experiments import kim2021_lipschitz
+from attnrobust.reproduce.experiments import castin2024_growth, kim2021_lipschitz
 
 EXPERIMENTS: tuple[Experiment, ...] = (
+    castin2024_growth.EXPERIMENT,
     kim2021_lipschitz.EXPERIMENT,
 )
 
