@@ -18,7 +18,7 @@ from attnrobust.reproduce.fits import PowerLaw, power_law
 
 ACCURACY = 1e-2
 """Relative accuracy of the norms; each is a lower bound."""
-RESTARTS = 4
+RESTARTS = 2
 FEWEST = 3
 """Points of a fit."""
 

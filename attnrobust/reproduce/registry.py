@@ -2,11 +2,22 @@
 
 from attnrobust.errors import UnknownNameError
 from attnrobust.reproduce.experiment import Experiment
-from attnrobust.reproduce.experiments import castin2024_growth, kim2021_lipschitz
+from attnrobust.reproduce.experiments import (
+    castin2023_splitting,
+    castin2024_growth,
+    castin2024_masked,
+    castin2024_meanfield,
+    kim2021_invertible,
+    kim2021_lipschitz,
+)
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     castin2024_growth.EXPERIMENT,
+    castin2024_masked.EXPERIMENT,
+    castin2024_meanfield.EXPERIMENT,
+    castin2023_splitting.EXPERIMENT,
     kim2021_lipschitz.EXPERIMENT,
+    kim2021_invertible.EXPERIMENT,
 )
 
 

@@ -21,6 +21,8 @@ LAYERS = tuple(range(6))
 LENGTHS = (8, 16, 32, 64, 128)
 WORDS_A_TOKEN = 0.75
 """Of the texts; the tokens are counted afterwards."""
+BOUNDED = 40
+"""Most tokens at which the bound at the tokens is computed; it takes longer than the norm."""
 REAL, RANDOM, ADVERSARIAL = "text", "random directions", "adversarial"
 
 
@@ -29,7 +31,7 @@ def parts(setting: Setting) -> list[Part]:
     layers = setting.pick((2,), LAYERS, LAYERS)
     lengths = setting.pick((4, 8, 12), LENGTHS, (*LENGTHS, 256, 500))
     texts = setting.pick(1, 2, 8)
-    steps = setting.pick(8, 40, 200)
+    steps = setting.pick(8, 30, 200)
     known = digest(" ".join(prose()[:texts]))
     config = {"lengths": str(lengths), "texts": texts, "steps": steps, "text_digest": known, "model": MODEL}
     return [
@@ -55,8 +57,9 @@ def _layer(number: int, lengths: Sequence[int], texts: int, steps: int, seed: in
     radius = float(torch.cat([torch.linalg.vector_norm(points, dim=-1) for points in inputs]).max())
     rows: list[Row] = []
     for place, points in enumerate(inputs):
-        first = place < len(lengths)  # of the first text: also the bound at the tokens, and random tokens
-        rows.append(at_tokens(layer, points, radius, seed=seed, local=first, layer=number, tokens=REAL))
+        first = place < len(lengths)  # of the first text: also random tokens, and the bound at few tokens
+        local = first and len(points) <= BOUNDED
+        rows.append(at_tokens(layer, points, radius, seed=seed, local=local, layer=number, tokens=REAL))
         if first:
             drawn = random_tokens(points, seed=seed) * (1.0 - 1e-15)  # so that no rounding leaves the ball
             rows.append(at_tokens(layer, drawn, radius, seed=seed, local=False, layer=number, tokens=RANDOM))
