@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     )
     from attnrobust.goals import Displacement, Goal, Margin
     from attnrobust.layers.attention import Attention
+    from attnrobust.layers.spectral import cap_spectral_norms
     from attnrobust.layers.variants.cosine import CosineAttention
     from attnrobust.layers.variants.kernel import KernelAttention
     from attnrobust.layers.variants.l2 import L2Attention
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from attnrobust.lipschitz.contraction import Contraction, contraction
     from attnrobust.lipschitz.fixed_point import FixedPoint, fixed_point
     from attnrobust.lipschitz.invertible import ContractiveResidual
+    from attnrobust.lipschitz.regulariser import regulariser
     from attnrobust.lipschitz.search import lipschitz_search
     from attnrobust.lipschitz.table import bounds_table
     from attnrobust.models.anchors import nearest_anchor_readout
@@ -117,6 +119,8 @@ __all__ = [
     "fixed_point",
     "FixedPoint",
     "ContractiveResidual",
+    "regulariser",
+    "cap_spectral_norms",
     "token_radii",
     "smooth",
     "Smoothing",
@@ -149,6 +153,7 @@ _EXPORTS = {
     ),
     "attnrobust.goals": ("Goal", "Displacement", "Margin"),
     "attnrobust.layers.attention": ("Attention",),
+    "attnrobust.layers.spectral": ("cap_spectral_norms",),
     "attnrobust.layers.variants.cosine": ("CosineAttention",),
     "attnrobust.layers.variants.kernel": ("KernelAttention",),
     "attnrobust.layers.variants.l2": ("L2Attention",),
@@ -157,6 +162,7 @@ _EXPORTS = {
     "attnrobust.lipschitz.contraction": ("contraction", "Contraction"),
     "attnrobust.lipschitz.fixed_point": ("fixed_point", "FixedPoint"),
     "attnrobust.lipschitz.invertible": ("ContractiveResidual",),
+    "attnrobust.lipschitz.regulariser": ("regulariser",),
     "attnrobust.lipschitz.search": ("lipschitz_search",),
     "attnrobust.lipschitz.table": ("bounds_table",),
     "attnrobust.models.from_file": ("from_file",),
