@@ -68,7 +68,7 @@ def curve_figure(panels: Sequence[Panel], *, title: str) -> dict[str, bytes]:
     Returns:
         The bytes under "png" and "svg".
     """
-    columns = min(len(panels), IN_A_LINE)
+    columns = 2 if len(panels) == 4 else min(len(panels), IN_A_LINE)
     lines = -(-len(panels) // columns)
 
     def draw(figure: Any) -> None:

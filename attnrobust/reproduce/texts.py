@@ -1,6 +1,7 @@
 """A text that every Python has: the topics of its built-in help."""
 
 import hashlib
+import re
 from functools import cache
 
 PROSE = ("objects", "execmodel", "import", "customization", "naming", "types", "compound", "specialnames")
@@ -21,7 +22,7 @@ def prose() -> list[str]:
     """The topics that are mostly sentences, as running words; each has more than 700."""
     from pydoc_data.topics import topics
 
-    return [" ".join(str(topics[name]).split()) for name in PROSE]
+    return [" ".join(re.sub(r"[*=~^`-]{2,}", " ", str(topics[name])).split()) for name in PROSE]
 
 
 def digest(text: str) -> str:

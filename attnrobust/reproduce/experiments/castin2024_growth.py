@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from attnrobust.layers.attention import Attention
 from attnrobust.models.model import Model, load_model
 from attnrobust.reports.curves import Curve, Panel
 from attnrobust.reproduce.experiment import Experiment, Part, Row, Setting, Verdict, column, groups
@@ -63,14 +60,7 @@ def _layer(number: int, lengths: Sequence[int], texts: int, steps: int, seed: in
         if first:
             drawn = random_tokens(points, seed=seed) * (1.0 - 1e-15)  # so that no rounding leaves the ball
             rows.append(at_tokens(layer, drawn, radius, seed=seed, local=False, layer=number, tokens=RANDOM))
-    return rows + _adversarial(layer, number, inputs, radius, steps, seed)
-
-
-def _adversarial(
-    layer: Attention, number: int, inputs: Sequence[Float[Tensor, "_ d"]], radius: float, steps: int, seed: int
-) -> list[Row]:
-    lengths = sorted({int(points.shape[0]) for points in inputs})
-    return [adversarial(layer, n, radius, steps=steps, seed=seed, layer=number, tokens=ADVERSARIAL) for n in lengths]
+    return rows + adversarial(layer, lengths, radius, steps=steps, seed=seed, layer=number, tokens=ADVERSARIAL)
 
 
 # ---- what is shown -------------------------------------------------------------------------------------------------
