@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ finds the same names
     from attnrobust.attacks import AttackBudget, MassSplitting, attack, attack_many, token_radii
     from attnrobust.certify import certify
+    from attnrobust.certify.closed_form.vuckovic2020_measures import (
+        MisspecifiedInput,
+        general_kernel_constant,
+        misspecified_input,
+    )
     from attnrobust.comparison import UnsoundError, compare
     from attnrobust.errors import (
         AlreadyViolatedError,
@@ -114,6 +119,9 @@ __all__ = [
     # more questions
     "bounds_table",
     "lipschitz_search",
+    "general_kernel_constant",
+    "misspecified_input",
+    "MisspecifiedInput",
     "contraction",
     "Contraction",
     "fixed_point",
@@ -141,6 +149,11 @@ __all__ = [
 _EXPORTS = {
     "attnrobust.attacks": ("attack", "attack_many", "AttackBudget", "MassSplitting", "token_radii"),
     "attnrobust.certify": ("certify",),
+    "attnrobust.certify.closed_form.vuckovic2020_measures": (
+        "general_kernel_constant",
+        "misspecified_input",
+        "MisspecifiedInput",
+    ),
     "attnrobust.comparison": ("compare", "UnsoundError"),
     "attnrobust.errors": (
         "AttnRobustError",

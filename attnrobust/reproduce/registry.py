@@ -8,7 +8,10 @@ from attnrobust.reproduce.experiments import (
     castin2024_masked,
     castin2024_meanfield,
     kim2021_invertible,
+    kim2021_language,
     kim2021_lipschitz,
+    trained_radii,
+    vuckovic2020,
 )
 
 EXPERIMENTS: tuple[Experiment, ...] = (
@@ -18,6 +21,9 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     castin2023_splitting.EXPERIMENT,
     kim2021_lipschitz.EXPERIMENT,
     kim2021_invertible.EXPERIMENT,
+    kim2021_language.EXPERIMENT,
+    vuckovic2020.EXPERIMENT,
+    trained_radii.EXPERIMENT,
 )
 
 
