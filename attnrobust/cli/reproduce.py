@@ -70,7 +70,7 @@ def _list(json: bool) -> None:
         return
     from attnrobust.reports.layout import Column, lay_out, words
 
-    lines = [(e.name, e.paper, e.statement, shown(e.minutes[0], 2), shown(e.minutes[1], 2)) for e in EXPERIMENTS]
+    lines = [(e.name, e.paper, e.statement, *(shown(float(m), 2) for m in e.minutes)) for e in EXPERIMENTS]
     minutes = [Column(title, right=True, fold=False) for title in ("minutes", "--full")]
     columns = [Column("name", fold=False), *words("paper", "statement"), *minutes]
     console().print(lay_out(columns, lines, title="experiments; minutes on one core"))

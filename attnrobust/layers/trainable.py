@@ -22,9 +22,10 @@ class TrainableAttention(nn.Module, Generic[S]):
     """Multi-head self-attention on (*b, n, d) with parameters of the same names and shapes as its specification.
 
     ``spec()`` gives what an attack or a certificate takes: the same function in float64 at the present weights. It owns
-    copies, so training may go on. Gradients, ``torch.autocast``, bfloat16, ``torch.utils.checkpoint``, ``torch.compile``,
-    parametrisations and state dictionaries work as in any module. Padding: mass 0 hides a token as key (but every
-    sequence needs a token that counts); ``LipschitzNorm`` attention takes no masses.
+    copies, so training may go on. Gradients, ``torch.autocast``, bfloat16, ``torch.utils.checkpoint``,
+    ``torch.compile``, parametrisations and state dictionaries work as in any module. Padding: mass 0 hides a token as
+    key (every sequence needs a token that counts); LipschitzNorm attention takes no masses. Only L2 attention can be
+    causal.
 
     Args:
         width: Token width d.

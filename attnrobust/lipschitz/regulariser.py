@@ -81,11 +81,12 @@ class _Heads:
 
 def _over_heads(heads: _Heads) -> Float[Tensor, ""]:
     """Heads added up, or stacked: the smaller; without projection they are orthogonal."""
-    stacked = torch.linalg.vector_norm(heads.slopes * _norm(heads.inner))
+    stacked: Tensor = torch.linalg.vector_norm(heads.slopes * _norm(heads.inner))
     if heads.w_o is None:
         return stacked
     added = (heads.slopes * _norm(heads.inner @ heads.w_o)).sum()
-    return torch.minimum(added, stacked * _norm(heads.w_o.flatten(0, 1)))
+    smaller: Tensor = torch.minimum(added, stacked * _norm(heads.w_o.flatten(0, 1)))
+    return smaller
 
 
 def _norm(matrices: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:

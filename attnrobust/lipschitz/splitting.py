@@ -41,8 +41,9 @@ def splitting_rates(layer: Attention, clean: TokenMeasure, *, seed: int = 0) -> 
     """Compare small splits with small moves at one input.
 
     When token i splits into parts whose moves have mean zero, the context of every query is unchanged to first order,
-    and a part at ``x_i + h`` changes by ``h Q_i``, ``Q_i = sum_h scale w_q Cov_i(k, v) w_o``: the derivative of the output
-    at i in its own query. For displacements that tend to 0 the largest rate is ``max(moving, max_i ||Q_i||)``. It is no
+    and a part at ``x_i + h`` changes by ``h Q_i``, ``Q_i = sum_h scale w_q Cov_i(k, v) w_o``: the derivative of the
+    output at i in its own query. For displacements that tend to 0 the largest rate is the larger one of ``moving`` and
+    ``max_i ||Q_i||``. It is no
     certificate: in W_2 a tiny mass may also travel far.
 
     Args:

@@ -83,6 +83,7 @@ def curve_figure(panels: Sequence[Panel], *, title: str) -> dict[str, bytes]:
 
 
 def _draw(axes: Any, panel: Panel) -> None:
+    drawn = any(len(curve.x) for curve in panel.curves)
     for place, curve in enumerate(panel.curves):
         colour = COLOURS[(place if curve.colour is None else curve.colour) % len(COLOURS)]
         if curve.low:
@@ -90,11 +91,12 @@ def _draw(axes: Any, panel: Panel) -> None:
         axes.plot(
             curve.x, curve.y, curve.style, color=colour, markersize=4, linewidth=1.4, label=curve.label or "_nolegend_"
         )
-    axes.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
+    log_x, log_y = (panel.log_x and drawn, panel.log_y and drawn)
+    axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     axes.set_title(panel.title, fontsize=10, parse_math=False)
     axes.set_xlabel(panel.x, parse_math=False)
     axes.set_ylabel(panel.y, parse_math=False)
-    for axis, logarithmic in ((axes.xaxis, panel.log_x), (axes.yaxis, panel.log_y)):
+    for axis, logarithmic in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
         if logarithmic:
             plain_ticks(axis)
     axes.grid(which="major", color="#E6E6E6", linewidth=0.6)

@@ -99,7 +99,7 @@ class Experiment:
     name: str
     paper: str
     statement: str
-    minutes: tuple[float, float]
+    minutes: tuple[float | int, float | int]
     parts: Callable[[Setting], Sequence[Part]]
     panels: Callable[[Sequence[Row]], Sequence[Panel]]
     verdicts: Callable[[Sequence[Row]], Sequence[Verdict]]

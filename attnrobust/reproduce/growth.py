@@ -79,7 +79,8 @@ def random_tokens(like: Float[Tensor, "n d"], *, seed: int) -> Float[Tensor, "n 
     """Tokens of the same norms in random directions."""
     drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     norms = torch.linalg.vector_norm(like, dim=-1, keepdim=True)
-    return drawn / torch.linalg.vector_norm(drawn, dim=-1, keepdim=True) * norms
+    scaled: Tensor = drawn / torch.linalg.vector_norm(drawn, dim=-1, keepdim=True) * norms
+    return scaled
 
 
 def exponent(rows: Sequence[Row], **where: Value) -> PowerLaw | None:

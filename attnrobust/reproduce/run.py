@@ -25,7 +25,7 @@ class Outcome:
         rows: The table.
         verdicts: What agrees with the paper.
         violations: Rows in which a lower bound is above an upper bound; empty where all is sound.
-        seconds: Time of all parts, also those that were computed earlier.
+        seconds: Processor time of all parts, also those that were computed earlier.
         directory: Where the files are.
     """
 
@@ -78,9 +78,9 @@ def run_experiment(
         there = store.rows(part, digest)
         tell(f"{experiment.name}: part {place} of {len(parts)}, {part.name}{' (finished earlier)' * bool(there)}")
         if there is None:
-            start = time.perf_counter()
+            start = time.process_time()
             made = part.compute()
-            there = made, time.perf_counter() - start
+            there = made, time.process_time() - start
             store.keep(part, digest, *there)
         rows += there[0]
         times[part.name] = there[1]

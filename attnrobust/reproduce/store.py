@@ -57,7 +57,7 @@ class ExperimentStore:
         (directory / PARTS).mkdir(parents=True, exist_ok=True)
 
     def rows(self, part: Part, digest: str) -> tuple[list[Row], float] | None:
-        """Rows and seconds of a finished part; None where it is still to compute."""
+        """Rows and processor seconds of a finished part; None where it is still to compute."""
         found = _read(self.directory / PARTS / f"{part.name}.json")
         return None if found is None or found.get("digest") != digest else (found["rows"], float(found["seconds"]))
 

@@ -62,5 +62,5 @@ def summary(
 ![figure](figure.png)
 
 {verdict_table(verdicts)}
-{sound} Computed in {shown(seconds, 2)} s on one core, seed {setting.seed}.
+{sound} {shown(seconds, 2)} s of processor time, seed {setting.seed}.
 """

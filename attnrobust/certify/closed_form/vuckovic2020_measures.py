@@ -74,8 +74,8 @@ def general_kernel_constant(layer: TokenMap, radius: float, *, order: float = 1.
 def context_constant(layer: TokenMap, radius: float, *, order: float = 1.0) -> Upper:
     """How far the output at one fixed query moves per unit of W_p by which its context changes.
 
-    ``||M|| e^{omega/p} (1 + kappa_p (D/2) l_k)`` in the notation of ``general_kernel_constant``: the query's own term is
-    missing.
+    ``||M|| e^{omega/p} (1 + kappa_p (D/2) l_k)`` in the notation of ``general_kernel_constant``, without the
+    query's own term.
 
     Args:
         layer: As there.

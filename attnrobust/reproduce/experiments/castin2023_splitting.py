@@ -30,7 +30,7 @@ def parts(setting: Setting) -> list[Part]:
     sizes = setting.pick((0.1,), (0.001, 0.01, 0.1, 0.3, 1.0), (0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0))
     drawn = setting.pick(20, 400, 20_000)
     restarts, steps = setting.pick((2, 10), (4, 60), (16, 200))
-    budget = {"sizes": str(sizes), "restarts": restarts, "steps": steps}
+    budget: Row = {"sizes": str(sizes), "restarts": restarts, "steps": steps}
     seed = setting.seed
     return [
         Part(name="family", config=budget, compute=partial(_family, sizes, restarts, steps, seed)),
@@ -67,8 +67,8 @@ def _random(drawn: int, sizes: Sequence[float], restarts: int, steps: int, seed:
     rows = [row for row, _, _ in found]
     best = sorted(found, key=lambda one: -float(one[0]["gain"] or 0.0))[:CHOSEN]
     for row, layer, clean in best:
-        number = float(row["case"] or 0.0)
-        rows += [_attacked(layer, clean, SAMPLE, number, size, restarts, steps, seed) for size in sizes]
+        case = float(row["case"] or 0.0)
+        rows += [_attacked(layer, clean, SAMPLE, case, size, restarts, steps, seed) for size in sizes]
     return rows
 
 
@@ -126,9 +126,12 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     moving, splitting = column(rows, "moving", **sample), column(rows, "splitting", **sample)
     span = [min(moving), max(moving)]
     finite = [
-        Curve(label=f"{source} {case:g}", x=column(rows, "size", **where), y=column(rows, "gain", **where))
+        Curve(
+            label=f"{source} {case:g}",
+            x=column(rows, "size", source=source, case=case, kind=FINITE),
+            y=column(rows, "gain", source=source, case=case, kind=FINITE),
+        )
         for source, case in _cases(rows)
-        for where in ({"source": source, "case": case, "kind": FINITE},)
     ]
     return [
         Panel(
@@ -176,7 +179,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             paper="yes, on some inputs",
             ours=f"{better} of {len(gains)} random layers, at most {max(gains):.3g} times; all of the family",
             agrees=max(law.values()) > 1.0 and exact,
-            reason="it takes a token with much attention on itself, whose value and key effect cancels its query effect",
+            reason="it takes a token with much attention on itself, whose value and key effect cancels that as query",
         ),
         Verdict(
             claim="the gain is bounded",
@@ -190,8 +193,8 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             paper="local statement",
             ours="largest gain of an attack: " + ", ".join(f"{gain:.3g} at {size:g}" for size, gain in far.items()),
             agrees=far[sizes[0]] > 1.0 if far else None,
-            reason="more than the derivative says: in W_2 a small part of the mass may travel far at little cost, and its "
-            "own output with it",
+            reason="more than the derivative says: in W_2 a small part of the mass may travel far at little cost, and "
+            "its own output with it",
         ),
     ]
 

@@ -30,7 +30,7 @@ def parts(setting: Setting) -> list[Part]:
     texts = setting.pick(1, 2, 8)
     steps = setting.pick(8, 30, 200)
     known = digest(" ".join(prose()[:texts]))
-    config = {"lengths": str(lengths), "texts": texts, "steps": steps, "text_digest": known, "model": MODEL}
+    config: Row = {"lengths": str(lengths), "texts": texts, "steps": steps, "text_digest": known, "model": MODEL}
     return [
         Part(
             name=f"layer-{layer}",

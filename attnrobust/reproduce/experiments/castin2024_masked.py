@@ -31,8 +31,14 @@ def parts(setting: Setting) -> list[Part]:
     layers = setting.pick((0,), (0, 5), (0, 5, 11))
     lengths = setting.pick((4, 8, 12), (8, 16, 32, 64, 128), (8, 16, 32, 64, 128, 256, 512, 1024))
     texts, steps = setting.pick((1, 8), (3, 60), (8, 200))
-    sizes = {"width": width, "heads": heads, "depth": depth}
-    known = {"lengths": str(lengths), "texts": texts, "steps": steps, "text_digest": digest(library_text()), **sizes}
+    sizes: Row = {"width": width, "heads": heads, "depth": depth}
+    known: Row = {
+        "lengths": str(lengths),
+        "texts": texts,
+        "steps": steps,
+        "text_digest": digest(library_text()),
+        **sizes,
+    }
     return [
         Part(
             name=f"layer-{layer}-scores-{factor:g}",
@@ -54,7 +60,7 @@ def _layer(
     rows: list[Row] = []
     for kind in (MASKED, UNMASKED):
         attention = replace(layer, causal=kind == MASKED)
-        about = {"layer": number, "factor": factor, "mask": kind}
+        about: dict[str, str | int | float | None] = {"layer": number, "factor": factor, "mask": kind}
         for place, points in enumerate(inputs):
             rows.append(at_tokens(attention, points, radius, seed=seed, local=False, tokens=REAL, **about))
             if place % texts == 0:
@@ -80,7 +86,7 @@ def _adversarial(
 
 
 class _RandomGpt2:
-    """Blocks of attention and MLP with GPT-2's initial weights in front of which tokens are normalised; bytes as ids."""
+    """Blocks of attention and MLP with GPT-2's initial weights, tokens normalised in front of each; bytes as ids."""
 
     def __init__(self, width: int, heads: int, depth: int, *, factor: float, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -91,9 +97,7 @@ class _RandomGpt2:
         for _ in range(depth):
             w_q, w_k, w_v = (self._draw(heads, width, k) for _ in range(3))
             w_o = shrink * self._draw(heads, k, width)
-            self.layers.append(
-                Attention(w_q=factor**0.5 * w_q, w_k=factor**0.5 * w_k, w_v=w_v, w_o=w_o, causal=True)
-            )
+            self.layers.append(Attention(w_q=factor**0.5 * w_q, w_k=factor**0.5 * w_k, w_v=w_v, w_o=w_o, causal=True))
             self._mlps.append((self._draw(width, 4 * width), shrink * self._draw(4 * width, width)))
 
     def _draw(self, *shape: int) -> Tensor:

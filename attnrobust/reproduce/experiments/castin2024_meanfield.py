@@ -23,10 +23,13 @@ def parts(setting: Setting) -> list[Part]:
     """One part for each layer."""
     radii = setting.pick((0.5, 1.5), (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), tuple(0.25 * k for k in range(1, 21)))
     restarts, steps = setting.pick((4, 20), (16, 200), (64, 1000))
-    config = {"radii": str(radii), "restarts": restarts, "steps": steps}
+    config: Row = {"radii": str(radii), "restarts": restarts, "steps": steps}
     return [
-        Part(name=name, config={"layer": name, **config}, compute=partial(_rows, name, radii, restarts, steps,
-             setting.seed))  # fmt: skip
+        Part(
+            name=name,
+            config={"layer": name, **config},
+            compute=partial(_rows, name, radii, restarts, steps, setting.seed),
+        )
         for name in setting.pick(("minus",), tuple(LAYERS), tuple(LAYERS))
     ]
 

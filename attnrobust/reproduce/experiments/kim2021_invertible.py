@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -46,7 +47,7 @@ def _inverse(share: float, depth: int, constant: str, iterations: int, steps: in
     stack = [_block(share, constant, generator) for _ in range(depth)]
     drawn = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
     inputs = {DRAWN: drawn, WORST: _worst(stack[0], steps, seed)}
-    about = {"share": share, "depth": depth, "constant": constant}
+    about: Row = {"share": share, "depth": depth, "constant": constant}
     return [{**about, "tokens": name, **row} for name, x in inputs.items() for row in _errors(stack, x, iterations)]
 
 
@@ -158,8 +159,8 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 for tokens, found in rates.items()
             ),
             agrees=all(rate <= share for found in rates.values() for share, rate in found.items()),
-            reason="c bounds the rate from above; it is smaller by the looseness of the Lipschitz constant, and would be "
-            "c for one token",
+            reason="c bounds the rate from above; it is smaller by the looseness of the Lipschitz constant, and would "
+            "be c for one token",
         ),
     ]
 
@@ -169,7 +170,7 @@ def _rates(rows: Sequence[Row], tokens: str) -> dict[float, float]:
     found = {}
     for share in groups(rows, "share"):
         error = column(rows, "error", share=share, depth=1, tokens=tokens, constant=DERIVED)
-        quotients = [b / a for a, b in zip(error, error[1:], strict=False) if b > 100 * FLOOR]
+        quotients = [b / a for a, b in pairwise(error) if b > 100 * FLOOR]
         found[float(share or 0.0)] = max(quotients, default=0.0)
     return found
 

@@ -35,7 +35,7 @@ def parts(setting: Setting) -> list[Part]:
     depths = setting.pick((1,), (1, 2, 4), (2, 4, 6, 8, 10, 12, 14, 16, 18))
     sizes = setting.pick((16, 2, 16, 4, 5), (64, 4, 48, 16, 250), (512, 8, 256, 64, 30_000))
     width, heads, context, batch, steps = sizes
-    config = {"width": width, "heads": heads, "context": context, "batch": batch, "steps": steps}
+    config: Row = {"width": width, "heads": heads, "context": context, "batch": batch, "steps": steps}
     return [
         Part(
             name=f"{kind.replace(' ', '-').lower()}-{depth}",
@@ -147,7 +147,7 @@ def _train(model: _Language, ids: Int[Tensor, "m"], context: int, batch: int, st
     for _ in range(steps):
         optimiser.zero_grad()
         loss = model.loss(_windows(ids, context, batch, generator))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()

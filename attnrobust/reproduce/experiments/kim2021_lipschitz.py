@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -29,10 +30,10 @@ UNIT, RANDOM, DOT, SCALED = "L2, width 1", "L2, width 4, 2 heads", "dot product,
 
 def parts(setting: Setting) -> list[Part]:
     """Width 1 at every N, random weights at small N, dot products at growing radius, and one counterexample."""
-    counts = setting.pick(COUNTS[3::3], COUNTS, (*COUNTS, 100_000, 1_000_000))
+    counts = setting.pick(COUNTS[3:9:5], COUNTS, (*COUNTS, 100_000, 1_000_000))
     small = setting.pick((4,), (4, 8, 16), (4, 8, 16, 32, 64))
-    starts, steps = setting.pick((32, 60), (512, 400), (2048, 1500))
-    search = setting.pick(10, 100, 400)
+    starts, steps = setting.pick((16, 40), (512, 400), (2048, 1500))
+    search = setting.pick(3, 100, 400)
     radii = setting.pick((1.0, 10.0), (0.5, 1.0, 3.0, 10.0, 30.0, 100.0), (0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0))
     sizes = {"starts": starts, "steps": steps}
     return [
@@ -41,7 +42,9 @@ def parts(setting: Setting) -> list[Part]:
             for n in counts
         ),
         *(
-            Part(name=f"random-{n}", config={"n": n, "steps": search}, compute=partial(_random, n, search, setting.seed))
+            Part(
+                name=f"random-{n}", config={"n": n, "steps": search}, compute=partial(_random, n, search, setting.seed)
+            )
             for n in small
         ),
         Part(name="dot-product", config={"radii": str(radii)}, compute=partial(_dot_product, radii)),
@@ -75,7 +78,7 @@ def largest_row(n: int, *, starts: int, steps: int, seed: int) -> float:
     """
     if n == 2:
         others, counts = torch.linspace(0.0, WIDE, 4001, dtype=torch.float64)[:, None], torch.ones(1)
-        return round_down(float(_row_sums(others, counts.expand(len(others), 1), n).max()), relative=1e-12)
+        return round_down(float(_row_sums(others, counts.expand(len(others), 1)).max()), relative=1e-12)
     generator = torch.Generator().manual_seed(seed)
     reach = math.sqrt(1.0 + spread_bound(n - 1.0))
     places = reach * WIDE * (torch.rand(starts, GROUPS, generator=generator, dtype=torch.float64) - 0.5)
@@ -83,7 +86,7 @@ def largest_row(n: int, *, starts: int, steps: int, seed: int) -> float:
     places, logits = _ascend(places, logits, n, steps, shares=True)
     counts = _whole(torch.softmax(logits, dim=-1) * (n - 1))
     places, _ = _ascend(places, counts, n, steps, shares=False)
-    return round_down(float(_row_sums(places, counts, n).max()), relative=1e-12)
+    return round_down(float(_row_sums(places, counts).max()), relative=1e-12)
 
 
 def _ascend(places: Tensor, shares_or_counts: Tensor, n: int, steps: int, *, shares: bool) -> tuple[Tensor, Tensor]:
@@ -94,7 +97,7 @@ def _ascend(places: Tensor, shares_or_counts: Tensor, n: int, steps: int, *, sha
         for _ in range(steps):
             optimiser.zero_grad()
             counts = torch.softmax(other, dim=-1) * (n - 1) if shares else other
-            (-_row_sums(places, counts, n).sum()).backward()
+            (-_row_sums(places, counts).sum()).backward()
             optimiser.step()
             schedule.step()
     return places.detach(), other.detach()
@@ -108,7 +111,7 @@ def _whole(counts: Float[Tensor, "s g"]) -> Float[Tensor, "s g"]:
     return whole
 
 
-def _row_sums(places: Float[Tensor, "s g"], counts: Float[Tensor, "s g"], n: int) -> Float[Tensor, "s"]:
+def _row_sums(places: Float[Tensor, "s g"], counts: Float[Tensor, "s g"]) -> Float[Tensor, "s"]:
     """Of the output at 0: ``P_0 + 2 Var + sum_g P_g |1 - 2 t_g (t_g - m)|``, its exact derivative summed up."""
     weights = counts * torch.exp(-places.square())
     total = 1.0 + weights.sum(dim=-1)
@@ -203,7 +206,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """Tightness, growth, the dot product, the second power."""
     ratios, n = column(rows, "ratio", layer=UNIT), column(rows, "n", layer=UNIT)
     large = [ratio for ratio, count in zip(ratios, n, strict=True) if count >= 5]
-    falling = all(b <= a for a, b in zip(large, large[1:], strict=False)) and ratios[-1] < 1.2
+    falling = all(b <= a for a, b in pairwise(large)) and ratios[-1] < 1.2
     dot, upper = column(rows, "found", layer=DOT), column(rows, "upper", layer=UNIT)[-1]
     growth = 4.0 * (math.log(n[-1]) - math.log(math.log(n[-1])))
     (false,) = (row for row in rows if row["layer"] == SCALED)

@@ -45,11 +45,14 @@ def parts(setting: Setting) -> list[Part]:
     """One layer kind a part."""
     kinds = setting.pick(("L2",), tuple(CERTIFICATES), tuple(CERTIFICATES))
     steps, inputs, restarts = setting.pick((10, 2, 1), (400, 8, 2), (5000, 100, 8))
-    config = {"steps": steps, "inputs": inputs, "restarts": restarts, "strength": STRENGTH, "cap": CAP}
+    config: Row = {"steps": steps, "inputs": inputs, "restarts": restarts, "strength": STRENGTH, "cap": CAP}
     known = config | {"text_digest": digest(library_text() + _source())}
     return [
-        Part(name=kind.lower(), config={"kind": kind, **known}, compute=partial(_rows, kind, steps, inputs, restarts,
-             setting.seed))  # fmt: skip
+        Part(
+            name=kind.lower(),
+            config={"kind": kind, **known},
+            compute=partial(_rows, kind, steps, inputs, restarts, setting.seed),
+        )
         for kind in kinds
     ]
 
@@ -80,18 +83,19 @@ class _Classifier(nn.Module):
     def bound(self) -> Float[Tensor, ""]:
         """Of the Lipschitz constant of the difference of both logits, in the Frobenius norm of the tokens."""
         difference = self.readout.weight[0] - self.readout.weight[1]
-        return regulariser(self.layer, tokens=TOKENS, radius=2.0) * torch.linalg.vector_norm(difference)
+        bound: Tensor = regulariser(self.layer, tokens=TOKENS, radius=2.0) * torch.linalg.vector_norm(difference)
+        return bound
 
 
 def _layer(kind: str) -> TrainableAttention[Any]:
     if kind == "cosine":
         return TrainableCosineAttention(WIDTH, HEADS, eps=0.1, dtype=torch.float64)
-    kinds = {"L2": TrainableL2Attention, "sigmoid": TrainableSigmoidAttention}
+    kinds: dict[str, type[TrainableAttention[Any]]] = {"L2": TrainableL2Attention, "sigmoid": TrainableSigmoidAttention}
     return kinds.get(kind, TrainableLipschitzNormAttention)(WIDTH, HEADS, dtype=torch.float64)
 
 
 def _rows(kind: str, steps: int, inputs: int, restarts: int, seed: int) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for state in STATES:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -101,7 +105,8 @@ def _rows(kind: str, steps: int, inputs: int, restarts: int, seed: int) -> list[
             if state != BEFORE:
                 _train(model, steps, STRENGTH if state == REGULARISED else 0.0)
             ids, labels = _batch(2000, held_out=True)
-        rows.append({"layer": kind, "state": state} | _measured(model, ids, labels, kind, inputs, restarts, seed))
+        about: Row = {"layer": kind, "state": state}
+        rows.append(about | _measured(model, ids, labels, kind, inputs, restarts, seed))
     return rows
 
 
@@ -114,7 +119,7 @@ def _train(model: _Classifier, steps: int, strength: float) -> None:
             loss = nn.functional.cross_entropy(model(ids), labels)
             if strength:
                 loss = loss + strength * model.bound()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
 
 
@@ -143,7 +148,8 @@ def _measured(
     for place in chosen:
         goal = Margin(model.readout.weight, model.readout.bias, label=int(labels[place]))
         problem = Problem(model.layer.spec(), TokenMeasure(model.embedding[ids[place]]), FrobeniusBall(), goal)
-        certified.append(certify(problem, methods=[CERTIFICATES[kind]]).best.radius)
+        best = certify(problem, methods=[CERTIFICATES[kind]]).best
+        certified.append(0.0 if best is None else best.radius)
         budget = AttackBudget(restarts=restarts, steps=40, rounds=2)
         attacked.append(attack(problem, seed=seed, budget=budget).radius)
     worst = min(range(len(chosen)), key=lambda k: attacked[k] / max(certified[k], 1e-300))
@@ -184,8 +190,8 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 
     def listed(state: str) -> str:
         return "; ".join(
-            f"{kind}: certified {of(kind, state, 'certified_median'):.3g}, attack {of(kind, state, 'attack_median'):.3g}, "
-            f"accuracy {of(kind, state, 'accuracy'):.1%}"
+            f"{kind}: certified {of(kind, state, 'certified_median'):.3g}, "
+            f"attack {of(kind, state, 'attack_median'):.3g}, accuracy {of(kind, state, 'accuracy'):.1%}"
             for kind in kinds
         )
 
