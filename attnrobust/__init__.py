@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ finds the same names
     from attnrobust.attacks import AttackBudget, MassSplitting, attack, attack_many, token_radii
     from attnrobust.certify import certify
+    from attnrobust.certify.closed_form.vuckovic2020_measures import (
+        MisspecifiedInput,
+        general_kernel_constant,
+        misspecified_input,
+    )
     from attnrobust.comparison import UnsoundError, compare
     from attnrobust.errors import (
         AlreadyViolatedError,
@@ -22,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     )
     from attnrobust.goals import Displacement, Goal, Margin
     from attnrobust.layers.attention import Attention
+    from attnrobust.layers.spectral import cap_spectral_norms
     from attnrobust.layers.variants.cosine import CosineAttention
     from attnrobust.layers.variants.kernel import KernelAttention
     from attnrobust.layers.variants.l2 import L2Attention
@@ -30,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from attnrobust.lipschitz.contraction import Contraction, contraction
     from attnrobust.lipschitz.fixed_point import FixedPoint, fixed_point
     from attnrobust.lipschitz.invertible import ContractiveResidual
+    from attnrobust.lipschitz.regulariser import regulariser
     from attnrobust.lipschitz.search import lipschitz_search
     from attnrobust.lipschitz.table import bounds_table
     from attnrobust.models.anchors import nearest_anchor_readout
@@ -112,11 +119,16 @@ __all__ = [
     # more questions
     "bounds_table",
     "lipschitz_search",
+    "general_kernel_constant",
+    "misspecified_input",
+    "MisspecifiedInput",
     "contraction",
     "Contraction",
     "fixed_point",
     "FixedPoint",
     "ContractiveResidual",
+    "regulariser",
+    "cap_spectral_norms",
     "token_radii",
     "smooth",
     "Smoothing",
@@ -137,6 +149,11 @@ __all__ = [
 _EXPORTS = {
     "attnrobust.attacks": ("attack", "attack_many", "AttackBudget", "MassSplitting", "token_radii"),
     "attnrobust.certify": ("certify",),
+    "attnrobust.certify.closed_form.vuckovic2020_measures": (
+        "general_kernel_constant",
+        "misspecified_input",
+        "MisspecifiedInput",
+    ),
     "attnrobust.comparison": ("compare", "UnsoundError"),
     "attnrobust.errors": (
         "AttnRobustError",
@@ -149,6 +166,7 @@ _EXPORTS = {
     ),
     "attnrobust.goals": ("Goal", "Displacement", "Margin"),
     "attnrobust.layers.attention": ("Attention",),
+    "attnrobust.layers.spectral": ("cap_spectral_norms",),
     "attnrobust.layers.variants.cosine": ("CosineAttention",),
     "attnrobust.layers.variants.kernel": ("KernelAttention",),
     "attnrobust.layers.variants.l2": ("L2Attention",),
@@ -157,6 +175,7 @@ _EXPORTS = {
     "attnrobust.lipschitz.contraction": ("contraction", "Contraction"),
     "attnrobust.lipschitz.fixed_point": ("fixed_point", "FixedPoint"),
     "attnrobust.lipschitz.invertible": ("ContractiveResidual",),
+    "attnrobust.lipschitz.regulariser": ("regulariser",),
     "attnrobust.lipschitz.search": ("lipschitz_search",),
     "attnrobust.lipschitz.table": ("bounds_table",),
     "attnrobust.models.from_file": ("from_file",),

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from attnrobust import __version__
-from attnrobust.cli import bench, bounds, compare, curve, demo, fixed_point, listing, runs, scan, smooth
+from attnrobust.cli import bench, bounds, compare, curve, demo, fixed_point, listing, reproduce, runs, scan, smooth
 from attnrobust.cli.exits import guarded
 from attnrobust.cli.output import print_without_failing
 
@@ -44,7 +44,7 @@ def _common(
         logging.getLogger("attnrobust").setLevel(logging.DEBUG)
 
 
-for _module in (listing, compare, curve, demo, runs, scan, bench, smooth, bounds, fixed_point):
+for _module in (listing, compare, curve, demo, runs, scan, bench, smooth, bounds, fixed_point, reproduce):
     app.registered_commands.extend(_module.commands.registered_commands)
 
 

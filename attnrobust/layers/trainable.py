@@ -22,7 +22,10 @@ class TrainableAttention(nn.Module, Generic[S]):
     """Multi-head self-attention on (*b, n, d) with parameters of the same names and shapes as its specification.
 
     ``spec()`` gives what an attack or a certificate takes: the same function in float64 at the present weights. It owns
-    copies, so training may go on.
+    copies, so training may go on. Gradients, ``torch.autocast``, bfloat16, ``torch.utils.checkpoint``,
+    ``torch.compile``, parametrisations and state dictionaries work as in any module. Padding: mass 0 hides a token as
+    key (every sequence needs a token that counts); LipschitzNorm attention takes no masses. Only L2 attention can be
+    causal.
 
     Args:
         width: Token width d.
@@ -30,17 +33,23 @@ class TrainableAttention(nn.Module, Generic[S]):
         head_width: Query, key and value width of one head; None means d / h.
         out_width: Output width e of the projection ``w_o``; None means d, 0 means no projection (heads concatenated).
         bias: Whether there is an output bias ``b_o``.
+        dropout: Probability with which an entry of the output is dropped in training.
         dtype: Type of the parameters.
         device: Where they live.
 
     Raises:
-        InputError: Sizes below 1, or a width that does not divide into the heads.
+        InputError: Sizes below 1, a width that does not divide into the heads, or no probability below 1.
     """
 
     kind: type[S]
     """The specification, whose formula is evaluated."""
     weights: tuple[str, ...] = ("w_q", "w_k", "w_v")
     """Parameters of shape (h, d, head width)."""
+    _names: tuple[str, ...]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._names = tuple(field.name for field in fields(cls.kind))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -50,10 +59,14 @@ class TrainableAttention(nn.Module, Generic[S]):
         head_width: int | None = None,
         out_width: int | None = None,
         bias: bool = True,
+        dropout: float = 0.0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise InputError(f"dropout is {dropout}; it must be a probability below 1")
+        self.dropout = float(dropout)
         inner = _head_width(width, heads, head_width)
         out = width if out_width is None else out_width
         if out < 0:
@@ -83,10 +96,17 @@ class TrainableAttention(nn.Module, Generic[S]):
 
     def forward(self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None) -> Float[Tensor, "*b n e"]:
         """Evaluate; ``mass`` None means equal masses."""
-        return self.kind.formula(x, mass, **self._record())
+        output: Tensor = self.kind.formula(x, mass, **self._record())
+        return nn.functional.dropout(output, self.dropout, self.training) if self.dropout else output
 
     def spec(self) -> S:
-        """The specification at the present weights."""
+        """The specification at the present weights.
+
+        Raises:
+            InputError: Train mode with dropout, where the layer is no function; call ``eval()`` first.
+        """
+        if self.training and self.dropout:
+            raise InputError("in train mode the layer drops entries at random; call eval() before spec()")
         return self.kind(**self._record())
 
     @property
@@ -96,11 +116,17 @@ class TrainableAttention(nn.Module, Generic[S]):
 
     def _record(self) -> dict[str, Any]:
         """The specification's fields by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self.kind)}  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in self._names}
 
 
 class TrainableL2Attention(TrainableAttention[L2Attention]):
     """Trainable ``L2Attention`` (scale 1/sqrt(head width)).
+
+    Args:
+        width: Token width d.
+        heads: Number of heads h.
+        causal: Token i sees the tokens j <= i only.
+        **sizes: As in ``TrainableAttention``.
 
     Example:
         >>> layer = TrainableL2Attention(4, 2, dtype=torch.float64)
@@ -111,6 +137,23 @@ class TrainableL2Attention(TrainableAttention[L2Attention]):
 
     kind = L2Attention
     weights = ("w_q", "w_v")
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        head_width: int | None = None,
+        out_width: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        sizes = {"head_width": head_width, "out_width": out_width, "bias": bias}
+        super().__init__(width, heads, dropout=dropout, dtype=dtype, device=device, **sizes)  # type: ignore[arg-type]
+        self.causal = bool(causal)
 
 
 class TrainableCosineAttention(TrainableAttention[CosineAttention]):
@@ -138,12 +181,12 @@ class TrainableCosineAttention(TrainableAttention[CosineAttention]):
         head_width: int | None = None,
         out_width: int | None = None,
         bias: bool = True,
+        dropout: float = 0.0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(
-            width, heads, head_width=head_width, out_width=out_width, bias=bias, dtype=dtype, device=device
-        )
+        sizes = {"head_width": head_width, "out_width": out_width, "bias": bias}
+        super().__init__(width, heads, dropout=dropout, dtype=dtype, device=device, **sizes)  # type: ignore[arg-type]
         self.tau, self.nu, self.eps = float(tau), float(nu), float(eps)
         self.spec()  # refuses numbers that are not positive
 

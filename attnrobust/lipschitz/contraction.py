@@ -8,11 +8,13 @@ import torch
 from attnrobust.certify.closed_form.castin2024_mean_field import mean_field_constant
 from attnrobust.certify.closed_form.claims import whole_output
 from attnrobust.certify.closed_form.sigmoid_ball import mean_field_constant as sigmoid_constant
+from attnrobust.certify.closed_form.vuckovic2020_measures import general_kernel_constant
 from attnrobust.certify.shared.change import smallest
 from attnrobust.certify.shared.head_sizes import head_norms
 from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.token_map import TokenMap
+from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.layers.variants.sigmoid import SigmoidAttention
 from attnrobust.numerics.rounding import FORMULA
 from attnrobust.numerics.sides import Upper, round_up
@@ -66,7 +68,7 @@ def contraction(layer: TokenMap, *, radius: float, order: Order = 2) -> Contract
     ``rate`` is the mean-field constant of the layer on the ball, ``image_radius = ||M|| R + |bias|``.
 
     Args:
-        layer: Attention without any mask, or sigmoid attention; its output is as wide as its tokens.
+        layer: Attention without any mask, L2 or sigmoid attention; its output is as wide as its tokens.
         radius: R > 0.
         order: p, one of 1, 2, infinity.
 
@@ -80,24 +82,29 @@ def contraction(layer: TokenMap, *, radius: float, order: Order = 2) -> Contract
     References:
         Banach's theorem on the complete metric space of W_p; docs/infinite-depth.md.
     """
-    if not isinstance(layer, Attention | SigmoidAttention):
+    if not isinstance(layer, Attention | SigmoidAttention | L2Attention):
         raise UnsupportedModelError(f"no constant in W_p is known for {type(layer).__name__}; use Attention")
-    if isinstance(layer, Attention) and (layer.causal or layer.mask is not None):
+    if getattr(layer, "causal", False) or getattr(layer, "mask", None) is not None:
         raise UnsupportedModelError("a masked layer is no map of token measures; leave the mask out")
     if layer.out_width != layer.width:
         raise UnsupportedModelError(f"the layer maps width {layer.width} to {layer.out_width}; they must agree")
     radius = as_positive("radius", radius)
     if as_number("order", order) not in (1, 2, math.inf):
         raise InputError(f"order {order} is not supported; give 1, 2 or infinity")
-    rate = (
-        mean_field_constant(layer, radius, order=float(order))
-        if isinstance(layer, Attention)
-        else sigmoid_constant(layer, radius)
-    )
-    views = head_norms(layer, layer.w_v, whole_output(layer.device))
+    rate = _rate(layer, radius, float(order))
+    values = layer.metric @ layer.w_v if isinstance(layer, L2Attention) else layer.w_v
+    views = head_norms(layer, values, whole_output(layer.device))
     largest = radius * float(smallest([view.total(view.norms) for view in views]).amax())
     image = Upper(round_up(largest + _bias_norm(layer), relative=FORMULA))
     return Contraction(float(order), radius, rate, image)
+
+
+def _rate(layer: Attention | SigmoidAttention | L2Attention, radius: float, order: float) -> Upper:
+    if isinstance(layer, Attention):
+        return mean_field_constant(layer, radius, order=order)
+    if isinstance(layer, L2Attention):
+        return general_kernel_constant(layer, radius, order=order)
+    return sigmoid_constant(layer, radius)
 
 
 def iterations_needed(rate: float, start: float, tolerance: float) -> int:
@@ -115,7 +122,7 @@ def iterations_needed(rate: float, start: float, tolerance: float) -> int:
     return math.ceil(math.log(tolerance / start) / math.log(rate))
 
 
-def _bias_norm(layer: Attention | SigmoidAttention) -> float:
+def _bias_norm(layer: Attention | SigmoidAttention | L2Attention) -> float:
     """Norm of what the layer adds to every output."""
     total = torch.zeros(layer.out_width, dtype=torch.float64, device=layer.w_v.device)
     if isinstance(layer, Attention) and layer.b_v is not None:

@@ -137,6 +137,8 @@ def _at(question: Question, candidate: _Candidate) -> Iterator[LowerRow]:
         if question.network.mask is None and tokens.uniform:
             yield row(Quantity.D2, norm)
         return
+    if getattr(question.network, "causal", False):
+        return  # no map of token measures
     yield row(Quantity.W2, weighted)
     yield row(Quantity.W_INF, largest)
 

@@ -62,7 +62,7 @@ def lipschitz_search(
     epsilon: float,
     *,
     threat: Geometry | None = None,
-    masses: Masses = "equal",
+    masses: Masses | Float[Tensor, "n"] = "equal",
     norm: JacobianNorm = "l2",
     planted: bool = True,
     restarts: int = 8,
@@ -84,7 +84,8 @@ def lipschitz_search(
         center: Middle of the ball, (n, d).
         epsilon: Its radius, > 0.
         threat: Shape of the ball; None means per-token l2 balls.
-        masses: "equal", or "free": the masses of the n atoms are searched as well.
+        masses: "equal", "free" (the masses of the n atoms are searched as well), or fixed masses (n,): an atom of mass
+            c/m stands for c equal tokens of m, so few atoms show lower bounds for any number of tokens.
         norm: "l2", "max-token" or "linf".
         planted: Whether the eigenvector inputs of an attention layer are among the starts, see ``finite_lower`` and
             ``mean_field_lower``.
@@ -106,10 +107,14 @@ def lipschitz_search(
     require_layer(network)
     center, epsilon, seed = require_finite("the center", center), as_positive("epsilon", epsilon), as_seed(seed)
     restarts, steps = as_count("restarts", restarts), as_count("steps", steps)
-    _refuse(network, center, masses, norm)
+    fixed = TokenMeasure(center, masses).mass if isinstance(masses, Tensor) else None
+    kind: Masses = "fixed" if isinstance(masses, Tensor) else masses
+    _refuse(network, center, "equal" if isinstance(masses, Tensor) else masses, norm)
     geometry: Geometry = as_geometry(PerTokenBall() if threat is None else threat)
-    names, moves, logits = ascent_starts(network, center, epsilon, geometry, masses, planted, restarts, seed)
-    ascent = _Ascent(network, center, epsilon, geometry, masses, norm)
+    names, moves, logits = ascent_starts(network, center, epsilon, geometry, kind, planted, restarts, seed)
+    if fixed is not None:
+        logits = fixed.log().expand_as(logits).clone()
+    ascent = _Ascent(network, center, epsilon, geometry, kind, norm)
     with twice_differentiable():
         found = ascent.run(moves, logits, max(1, steps // 2), seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +129,7 @@ def lipschitz_search(
     winner = int(found.values.argmax())
     if not math.isfinite(float(found.values[winner])):
         raise InputError("no start gave a finite derivative; the layer overflows on this set")
-    mass = torch.softmax(found.logits[winner], dim=0)
+    mass = torch.softmax(found.logits[winner], dim=0) if fixed is None else fixed
     tokens = TokenMeasure(center + geometry.project(found.moves[winner], epsilon), mass / mass.sum())
     lower = derivative_norm(network, tokens, norm=norm, seed=seed, image=found.images[winner])
     return LipschitzResult(lower, tokens, norm, names[winner], steps * len(names), seed)
@@ -198,7 +203,7 @@ class _Ascent:
         with torch.enable_grad():
             points = (self.center + moves).requires_grad_(True)
             weights = logits.detach().clone().requires_grad_(self.free)
-            log_mass = torch.log_softmax(weights, dim=-1) if self.free else None
+            log_mass = None if self.masses == "equal" else torch.log_softmax(weights, dim=-1)
             products = Products(self.network, points, log_mass, self.norm)
             image = dual_direction(products.push(direction), self.norm)
             for _ in range(INNER - 1):

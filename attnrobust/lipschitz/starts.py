@@ -14,7 +14,7 @@ from attnrobust.problem import TokenMap
 from attnrobust.tokens import tensor_digest
 
 NAME = "lipschitz-search"
-Masses = Literal["equal", "free"]
+Masses = Literal["equal", "free", "fixed"]
 ATOM_SPREAD = 0.05
 """Tokens of one atom start apart by this share of the atoms' distance; equal tokens would never part."""
 

@@ -10,6 +10,7 @@ from attnrobust.certify.closed_form import cosine_lipschitz as cosine
 from attnrobust.certify.closed_form import dasoulas2021_lipschitznorm as lipschitznorm
 from attnrobust.certify.closed_form import kim2021_l2 as l2
 from attnrobust.certify.closed_form import sigmoid_ball as sigmoid
+from attnrobust.certify.closed_form import vuckovic2020_measures as kernels
 from attnrobust.certify.closed_form.claims import Claim, Quantity, input_of, per_size
 from attnrobust.errors import InputError
 from attnrobust.layers.token_map import TokenMap
@@ -31,7 +32,7 @@ CLOSED_FORMS: tuple[Claim, ...] = (
     # token measures
     *measures.CLAIMS,
     *sigmoid.MEASURE_CLAIMS,
-    *measures.KERNEL_CLAIMS,
+    *kernels.CLAIMS,
     *measures.CAUSAL_CLAIMS,
 )
 """What the closed formulas claim, file by file."""

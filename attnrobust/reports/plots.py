@@ -25,15 +25,28 @@ DPI = 144
 
 def png(width: float, height: float, draw: Callable[["Figure"], None], *, dpi: int = DPI) -> bytes:
     """The bytes of a figure of this size in inches."""
+    return rendered(width, height, draw, formats=("png",), dpi=dpi)["png"]
+
+
+def rendered(
+    width: float, height: float, draw: Callable[["Figure"], None], *, formats: Sequence[str], dpi: int = DPI
+) -> dict[str, bytes]:
+    """One figure of this size in inches in several formats, "png" or "svg"; the same figure gives the same bytes."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    nameless: dict[str, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
+    found = {}
+    for kind in formats:
+        buffer = io.BytesIO()
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "attnrobust"}):
+            figure.savefig(buffer, format=kind, dpi=dpi, metadata=nameless[kind])
+        found[kind] = buffer.getvalue()
+    return found
 
 
 def gap_plot(rows: Sequence[Row], *, title: str) -> bytes:

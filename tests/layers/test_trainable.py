@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from attnrobust.errors import InputError
 from attnrobust.layers.trainable import (
@@ -99,6 +100,66 @@ def test_inside_a_model_and_its_state_dictionary(kind: Kind) -> None:
     x = torch.randn(2, N, 4)
     assert_same_bits(again(x).detach(), model(x).detach())
     assert sum(p.requires_grad for p in model.parameters()) == 2 + len(list(kind(D, HEADS).parameters()))
+
+
+@each_kind
+def test_bfloat16_autocast_and_checkpoint(kind: Kind) -> None:
+    layer, x = kind(D, HEADS), torch.randn(2, N, D)
+    half = kind(D, HEADS, dtype=torch.bfloat16)
+    output = half(x.bfloat16())
+    output.sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert_close(output.detach().double(), half.spec()(x.bfloat16().double()), rtol=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(layer(x).detach().double(), layer.spec()(x.double()), rtol=0.05)
+    again = checkpoint(layer, x, use_reentrant=False)
+    assert_same_bits(again.detach(), layer(x).detach())
+    (gradient,) = torch.autograd.grad(again.square().sum(), layer.w_q)
+    (plain,) = torch.autograd.grad(layer(x).square().sum(), layer.w_q)
+    assert_same_bits(gradient, plain)
+
+
+@each_kind
+def test_compiles_as_one_graph(kind: Kind) -> None:
+    layer, x = kind(D, HEADS), torch.randn(2, N, D)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    output = compiled(x)
+    assert_close(output.detach(), layer(x).detach(), rtol=1e-6)
+    output.sum().backward()
+    assert layer.w_q.grad is not None
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_mass_zero_hides_padding(kind: Kind) -> None:
+    layer, x = kind(D, HEADS, dtype=torch.float64), torch.randn(N, D, dtype=torch.float64)
+    mass = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64) / 3.0
+    if kind is not TrainableL2Attention:  # L2 attention centres tokens, which changes the rounding alone
+        assert_same_bits(layer(x, mass)[:3].detach(), layer(torch.cat([x[:3], 9.0 * x[3:]]), mass)[:3].detach())
+    assert_close(layer(x, mass)[:3].detach(), layer(x[:3]).detach(), rtol=1e-12)
+
+
+def test_causal_l2_attention() -> None:
+    layer, x = TrainableL2Attention(D, HEADS, causal=True, dtype=torch.float64), torch.randn(N, D, dtype=torch.float64)
+    for n in range(1, N + 1):  # every row is the last one of its own prefix
+        assert_close(layer(x)[n - 1].detach(), TrainableL2Attention.forward(layer, x[:n])[-1].detach(), rtol=1e-12)
+    spec = layer.spec()
+    assert spec.causal
+    assert "causal" in spec.features
+    whole = TrainableL2Attention(D, HEADS, dtype=torch.float64)
+    whole.load_state_dict(layer.state_dict())
+    assert_close(layer(x)[-1].detach(), whole(x)[-1].detach(), rtol=1e-12)
+    assert float((layer(x)[0] - whole(x)[0]).detach().abs().max()) > 1e-3
+
+
+def test_dropout_is_part_of_training_only() -> None:
+    layer, x = TrainableL2Attention(D, HEADS, dropout=0.5), torch.randn(20, N, D)
+    share = float((layer(x) == 0).double().mean())
+    assert 0.4 < share < 0.6
+    with refused(InputError, "eval"):
+        layer.spec()
+    assert_close(layer.eval()(x).detach().double(), layer.spec()(x.double()), rtol=1e-5)
+    with refused(InputError, "dropout"):
+        TrainableL2Attention(D, HEADS, dropout=1.0)
 
 
 def test_cosine_numbers() -> None:

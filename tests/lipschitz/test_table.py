@@ -66,7 +66,7 @@ APPLIES = {
     "cosine": {"cosine-lipschitz", "cosine-reported-nair", "cosine-reported-lipsformer", "singular-value"},
     "sigmoid": {"sigmoid-ball", "sigmoid-measures", "singular-value"},
     "LipschitzNorm": {"dasoulas2021-lipschitznorm", "dasoulas2021-joint-reported", "singular-value"},
-    "kernel": {"kernel-measures", "singular-value"},
+    "kernel": {"vuckovic2020-kernel", "vuckovic2020-misspecified", "singular-value"},
 }
 
 

@@ -188,18 +188,6 @@ def _measures(quantity: Quantity, order: float, form: str, reference: str) -> Cl
     )
 
 
-def _kernel(quantity: Quantity, order: float) -> Claim:
-    return Claim(
-        name="kernel-measures",
-        quantity=quantity,
-        layer=KernelAttention,
-        region="token measures on the set E of the kernel's constants",
-        conditions="kernel attention; as true as the constants that were stated",
-        reference=f"derived ({PAGE}, section 9), in place of Vuckovic et al. 2020 (arXiv 2007.02876)",
-        value=lambda layer, _: kernel_constant(layer, order=order),
-    )
-
-
 CLAIMS = tuple(
     _measures(quantity, order, form, reference)
     for quantity, order in ORDERS
@@ -208,7 +196,6 @@ CLAIMS = tuple(
         ("derived", f"derived ({PAGE}, section 9)"),
     )
 )
-KERNEL_CLAIMS = tuple(_kernel(quantity, order) for quantity, order in ORDERS)
 CAUSAL_CLAIMS = (
     Claim(
         name="castin2024-measures-causal",

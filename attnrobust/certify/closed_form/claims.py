@@ -57,6 +57,8 @@ class Quantity(StrEnum):
     """The same in W_2."""
     W_INF = "W_inf -> W_inf"
     """The same in W_inf."""
+    CONTEXT = "W_1 of the context -> one query's output"
+    """Change of the output at one fixed query over the distance W_1 of its contexts."""
     D2 = "d_2 -> d_2"
     """Distance d_2 (W_2 position by position) of the outputs over that of the inputs."""
     LOCAL = "derivative at X"

@@ -66,14 +66,15 @@ class KimL2(CertificateMethod):
     One head, ``c e^{c+1} = n - 1`` and ``y = sqrt(scale) x w_q``:
     ``Lip <= sqrt(scale) ||w_q|| ||sqrt(scale) w_q^T w_v w_o|| [ sqrt(n) (1 + 2c) + 2c ]`` in Frobenius norms, and
     ``(1 + 4c)`` in place of the bracket for the largest token move, one row and the mean. On the threat's set c is also
-    at most the squared diameter of the y. Unequal masses enter through the smallest one.
+    at most the squared diameter of the y. Unequal masses enter through the smallest one. A causal mask changes nothing:
+    every row is a softmax over fewer tokens, its own among them.
     """
 
     name = "kim2021-l2"
     reference = f"derived (docs/certificates-literature.md, section 12), after {REFERENCE}"
     region = "the threat's set; the constant itself holds on all of space"
     layers = (L2Attention,)
-    features = HEAD_FEATURES
+    features = HEAD_FEATURES | {"causal"}
 
     def prepare(self, problem: Problem, *, seed: int) -> ChangeBound:
         layer = problem.network

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.errors import InputError, one_line
 from attnrobust.layers.features import PLAIN
 from attnrobust.layers.heads import (
     ScaledHeadSpecification,
@@ -27,6 +29,7 @@ def l2_attention(
     w_o: Float[Tensor, "h v e"] | None,
     b_o: Float[Tensor, "e"] | None,
     scale: float,
+    causal: bool = False,
 ) -> Float[Tensor, "*b n e"]:
     """The formula of ``L2Attention`` in the precision of its arguments, differentiable."""
     y = project(x, w_q)
@@ -35,6 +38,9 @@ def l2_attention(
     z = y - y.mean(dim=-2, keepdim=True).detach()
     # |z_i|^2 is the same for every j and cancels in the softmax.
     scores = scale * (2.0 * z @ z.transpose(-1, -2) - z.square().sum(dim=-1)[..., None, :])
+    if causal:
+        hidden = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
     # (P X) A w_v = P (scale (X w_q) (w_q^T w_v)): the d x d matrix A is never formed.
     values = scale * y @ (w_q.transpose(-1, -2) @ w_v)
     return combine(softmax_average(scores, values, mass), w_o, b_o)
@@ -54,6 +60,7 @@ class L2Attention(ScaledHeadSpecification):
         w_o: Output projection (h, v, e); None concatenates the heads.
         b_o: Output bias (e,) or None.
         scale: Factor on the squared distances and in ``A_h``, > 0; None means 1/sqrt(k).
+        causal: Token i sees the tokens j <= i only.
 
     Raises:
         InputError: Shapes that do not fit, NaN or infinite weights, a scale that is not positive.
@@ -73,6 +80,7 @@ class L2Attention(ScaledHeadSpecification):
     w_o: Float[Tensor, "h v e"] | None = None
     b_o: Float[Tensor, "e"] | None = None
     scale: float | None = None
+    causal: bool = False
 
     feature_names: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("w_q", "w_v", "scale"), PLAIN),
@@ -84,6 +92,8 @@ class L2Attention(ScaledHeadSpecification):
     def __post_init__(self) -> None:
         super().__post_init__()
         adopt_number(self, "scale")  # positive
+        if not isinstance(self.causal, bool):
+            raise InputError(f"causal is {one_line(self.causal)}; it must be True or False")
 
     @cached_property
     def metric(self) -> Float[Tensor, "h d d"]:
