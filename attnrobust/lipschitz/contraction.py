@@ -84,7 +84,8 @@ def contraction(layer: TokenMap, *, radius: float, order: Order = 2) -> Contract
     """
     if not isinstance(layer, Attention | SigmoidAttention | L2Attention):
         raise UnsupportedModelError(f"no constant in W_p is known for {type(layer).__name__}; use Attention")
-    if getattr(layer, "causal", False) or getattr(layer, "mask", None) is not None:
+    placed = isinstance(layer, Attention) and bool(layer.placed)
+    if placed or getattr(layer, "causal", False) or getattr(layer, "mask", None) is not None:
         raise UnsupportedModelError("a masked layer is no map of token measures; leave the mask out")
     if layer.out_width != layer.width:
         raise UnsupportedModelError(f"the layer maps width {layer.width} to {layer.out_width}; they must agree")
