@@ -99,10 +99,10 @@ FAMILIES: Mapping[str, Family] = {
         {
             "esm": "EsmSelfAttention",
             "ernie": "ErnieSelfAttention",
-            "data2vec_text": "Data2VecTextSelfAttention",
             "roberta_prelayernorm": "RobertaPreLayerNormSelfAttention",
         },
     ),
+    f"{_MODELS}.data2vec.modeling_data2vec_text.Data2VecTextSelfAttention": Family(concatenated=True),
     **_classes(Family(output="dense", beside=("LayerNorm",)), {"albert": "AlbertAttention"}),
     **_classes(
         Family(mask="mask", bias="t5", positions=("relative_attention_bias",)),
