@@ -75,7 +75,7 @@ def survey(name: str) -> Line:
             for inputs, visible in _inputs(network, name)
             for layer in _supported(model)
         ]
-        seen = max(value for value in found if value is not None)
+        seen = max((value for value in found if value is not None), default=0.0)
         if seen > AGREEMENT:
             notes[f"{implementation} computes something else ({seen:.0e}) and is refused when it is captured"] = None
         else:

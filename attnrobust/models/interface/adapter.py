@@ -53,8 +53,9 @@ class InterfaceAdapter(Adapter):
         return class_path(module) in FAMILIES
 
     def kind(self, module: nn.Module) -> str:
-        behind = FAMILIES[class_path(module)].beside
-        return f"{type(module).__name__}, with W_O" + (f", without residual and {', '.join(behind)}" if behind else "")
+        family = _family(module)
+        behind = f", without residual and {', '.join(family.beside)}" if family.beside else ""
+        return f"{type(module).__name__}, {'heads concatenated' if family.concatenated else 'with W_O'}{behind}"
 
     def reasons(self, module: nn.Module) -> Iterator[str]:
         if not uses_interface(module):
@@ -74,6 +75,8 @@ class InterfaceAdapter(Adapter):
         source, family = self._source(module), _family(module)
         reader = Reader(module, part=family.output, width=_width(module), source=source, arguments=self._extra(module))
         spec = reader.attention(causal=_is_causal(module))
+        if (spec.w_o is None) != family.concatenated:
+            raise refuse(module, "this version of transformers has another output map than the one that is known")
         bias = self._bias(module)
         return spec if bias is None else replace(spec, head_bias=bias)
 

@@ -15,6 +15,7 @@ class Family:
         output: The submodule whose output is the layer's; "" for the module itself. What comes after it (a residual, a
             LayerNorm) is outside.
         beside: Submodules after the output.
+        concatenated: The output map is in another module, so the heads are concatenated.
         mask: Name of the argument that takes the mask.
         bias: Who adds position biases to the scores: "" (nobody), "t5" (the first block of the stack, for all), "beit"
             (the block and the encoder, by the mask), or "own" (the module itself).
@@ -24,6 +25,7 @@ class Family:
 
     output: str = ""
     beside: tuple[str, ...] = ()
+    concatenated: bool = False
     mask: str = "attention_mask"
     bias: Literal["", "t5", "beit", "own"] = ""
     positions: tuple[str, ...] = ()
@@ -73,10 +75,34 @@ FAMILIES: Mapping[str, Family] = {
             "glm4": "Glm4Attention",
             "modernbert": "ModernBertAttention",
             "nomic_bert": "NomicBertAttention",
-            "esm": "EsmSelfAttention",
             "qwen2_vl": "Qwen2VLAttention",
+            "cohere2": "Cohere2Attention",
+            "ministral": "MinistralAttention",
+            "helium": "HeliumAttention",
+            "arcee": "ArceeAttention",
+            "seed_oss": "SeedOssAttention",
+            "ernie4_5": "Ernie4_5Attention",
+            "granitemoe": "GraniteMoeAttention",
+            "modernbert_decoder": "ModernBertDecoderAttention",
+            "biogpt": "BioGptAttention",
+            "m2m_100": "M2M100Attention",
+            "blenderbot": "BlenderbotAttention",
+            "blenderbot_small": "BlenderbotSmallAttention",
+            "plbart": "PLBartAttention",
+            "unispeech": "UniSpeechAttention",
+            "vit_mae": "ViTMAEAttention",
+            "dinov2_with_registers": "Dinov2WithRegistersAttention",
         },
     ),
+    **_classes(
+        Family(concatenated=True),
+        {
+            "esm": "EsmSelfAttention",
+            "ernie": "ErnieSelfAttention",
+            "roberta_prelayernorm": "RobertaPreLayerNormSelfAttention",
+        },
+    ),
+    f"{_MODELS}.data2vec.modeling_data2vec_text.Data2VecTextSelfAttention": Family(concatenated=True),
     **_classes(Family(output="dense", beside=("LayerNorm",)), {"albert": "AlbertAttention"}),
     **_classes(
         Family(mask="mask", bias="t5", positions=("relative_attention_bias",)),
