@@ -8,12 +8,13 @@ from fnmatch import fnmatchcase
 
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.goals import Goal, Margin, parse_tolerance
+from attnrobust.layers.graph.affine import Affine
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.models.anchors import nearest_anchor_readout
 from attnrobust.models.model import Model, ModuleModel
 from attnrobust.models.networks.confirmation import Confirmation
 from attnrobust.models.networks.heads import TOKEN
-from attnrobust.models.networks.plan import EMBEDDINGS, HeadName
+from attnrobust.models.networks.plan import EMBEDDINGS, Head, HeadName
 from attnrobust.models.networks.reading import ReadNetwork
 from attnrobust.results import AttackResult
 from attnrobust.runs.reading import DEFAULT_TOLERANCE
@@ -130,13 +131,15 @@ class Networks:
         """Refuse a goal that the model does not answer at any input.
 
         Raises:
-            InputError: No head of its own, an output with one row for a goal about a row, anchors that tie.
+            InputError: No head of its own, an output with one row for a goal about a row, anchors that tie, a label that
+                does not exist.
             UnsupportedModelError: A part that is not modelled.
         """
         assert isinstance(self.model, ModuleModel)  # noqa: S101 - other models have no depths; narrows the type
         head = self.model.head(goal.head, row=goal.row)
         if head.kind == TOKEN and goal.row is None:
             raise InputError(f"a model for {TOKEN} decides at every token; name one by --row I")
+        _require_label(goal, head)
         if goal.anchors:
             self._readout(goal)
 
@@ -176,6 +179,15 @@ class Networks:
         if goal not in self._readouts:
             self._readouts[goal] = nearest_anchor_readout(self.model, goal.anchors, label=goal.label)
         return self._readouts[goal]
+
+
+def _require_label(goal: NetworkGoal, head: Head) -> None:
+    """Refuse a label that is none of the classes, before any input."""
+    last = head.nodes[-1][1] if head.nodes else None
+    count = len(goal.anchors) or (int(last.weight.shape[1]) if isinstance(last, Affine) else 0)
+    if goal.label is not None and count and not 0 <= goal.label < count:
+        named = f" ({', '.join(head.labels[:6])}{', ...' if count > 6 else ''})" if head.labels else ""
+        raise InputError(f"label {goal.label} does not exist; the classes are 0 to {count - 1}{named}")
 
 
 def matching_depths(depths: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:

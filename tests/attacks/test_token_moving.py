@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.attacks import AttackBudget, attack, attack_many, token_radii
+from attnrobust.attacks import AttackBudget, attack, attack_many, token_moving, token_radii
+from attnrobust.attacks.method import Search
+from attnrobust.attacks.search.evaluate import Evaluator
+from attnrobust.attacks.search.projected_gradient import Finish, Start
 from attnrobust.attacks.verification import MovedTokens, shrink_to_boundary, verify
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
 from attnrobust.goals import Displacement, Goal, Margin
@@ -289,6 +292,25 @@ def test_a_limit_that_does_not_bind_changes_nothing() -> None:
     tight = attack(problem, budget=AttackBudget(steps=20, queries=60))
     check_verified(problem, tight)
     assert_at_most(tight.radius, 2.0 * free.radius)
+
+
+def test_later_rounds_attack_classes_that_the_first_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight restarts start from four classes; the nearest one may be a class that the first order puts behind them."""
+    case, seen = case_named("biases"), list[set[int]]()
+    problem = Problem(case.attention, case.tokens, FrobeniusBall(), Margin(draw(11, 4), pool=1))
+    search = token_moving.search_rows
+
+    def recorded(work: Search, evaluator: Evaluator, start: Start, *, steps: int) -> Finish:
+        seen.append(set(start.targets.flatten().tolist()))
+        return search(work, evaluator, start, steps=steps)
+
+    monkeypatch.setattr(token_moving, "search_rows", recorded)
+    monkeypatch.setattr(token_moving, "FLAT", 0.0)  # no round is left out
+    attack(problem, budget=AttackBudget(steps=10))
+    first, second, third = seen
+    assert len(first) == 4
+    assert len(second - first) == 3
+    assert len(third - first - second) == 3
 
 
 def test_time_budget_ends_the_search() -> None:
