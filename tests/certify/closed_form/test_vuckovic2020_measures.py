@@ -60,8 +60,9 @@ def test_against_transport(name: str, order: float) -> None:
         assert wasserstein(*images, order=order).lower.value <= known.outputs.value
         assert known.outputs.value == pytest.approx(rate.value * known.distance.value)
         # a query of mass 1e-300 in both contexts
-        rows = [layer(torch.cat([query, m.points]), torch.cat([query.new_tensor([1e-300]), m.mass]))[0] for m in
-                (first, second)]  # fmt: skip
+        mass = [torch.cat([query.new_tensor([1e-300]), one.mass]) for one in (first, second)]
+        tokens = [torch.cat([query, one.points]) for one in (first, second)]
+        rows = [layer(points, weights)[0] for points, weights in zip(tokens, mass, strict=True)]
         assert float(torch.linalg.vector_norm(rows[0] - rows[1])) <= known.row.value
         assert known.row.value == pytest.approx(context.value * known.distance.value)
 
