@@ -171,4 +171,4 @@ def test_fixed_masses_stand_for_equal_tokens() -> None:
     norm = derivative_norm(layer, four).value
     assert found.lower.value <= norm * (1.0 + 1e-9)
     with pytest.raises(UnknownNameError, match="masses"):
-        lipschitz_search(layer, four.points, 1.0, masses="fixed")  # type: ignore[arg-type]
+        lipschitz_search(layer, four.points, 1.0, masses="fixed")

@@ -68,7 +68,7 @@ def test_against_transport(name: str, order: float) -> None:
 
 
 def test_l2_attention_against_ascent() -> None:
-    """Width 1, rho = 1/2: ``1/2 + e^{1/p} (1 + kappa_p)``; the best that ascent finds in W_2 is within a factor of 6."""
+    """Width 1, rho = 1/2: ``1/2 + e^{1/p} (1 + kappa_p)``; ascent in W_2 comes within a factor of 6."""
     layer = L2Attention(w_q=ONE, w_v=ONE, scale=1.0)
     assert general_kernel_constant(layer, 0.5).value == pytest.approx(0.5 + math.e * 3.0)
     bound = general_kernel_constant(layer, 0.5, order=2.0).value
