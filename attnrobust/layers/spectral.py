@@ -37,7 +37,8 @@ def gram_norm_upper(matrices: Float[Tensor, "*b m k"], *, squarings: int = SQUAR
         >>> float(gram_norm_upper(torch.diag(torch.tensor([3.0, 1.0])))) - 3.0 < 1e-9
         True
     """
-    w = matrices.double()
+    largest = matrices.detach().abs().amax(dim=(-2, -1), keepdim=True).double().clamp_min(1e-300)
+    w = matrices.double() / largest  # squares of any size stay inside float64
     gram = w.transpose(-1, -2) @ w if w.shape[-1] <= w.shape[-2] else w @ w.transpose(-1, -2)
     log = gram.new_zeros(gram.shape[:-2])  # of the norm, collected so far
     share = 0.5
@@ -47,7 +48,7 @@ def gram_norm_upper(matrices: Float[Tensor, "*b m k"], *, squarings: int = SQUAR
         gram = gram / size[..., None, None]
         gram = gram @ gram
         share /= 2.0
-    return (log + share * _frobenius(gram).log()).exp()
+    return largest[..., 0, 0] * (log + share * _frobenius(gram).log()).exp()
 
 
 def _frobenius(matrices: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:

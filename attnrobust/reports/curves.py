@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 from attnrobust.reports.plots import BLUE, GREY, ORANGE, RED, plain_ticks, rendered
@@ -10,6 +11,8 @@ COLOURS = (BLUE, ORANGE, "#009E73", RED, "#CC79A7", "#56B4E9", "#000000", GREY)
 """Okabe and Ito."""
 PANEL = (4.6, 3.7)
 """Inches of one panel."""
+LINE = 52
+"""Characters of a title above one panel."""
 IN_A_LINE = 3
 """Panels side by side."""
 
@@ -77,7 +80,7 @@ def curve_figure(panels: Sequence[Panel], *, title: str) -> dict[str, bytes]:
             _draw(axes, panel)
         for axes in fields[len(panels) :]:
             axes.axis("off")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
+        figure.suptitle("\n".join(wrap(title, columns * LINE)), x=0.01, ha="left", fontsize=11, parse_math=False)
 
     return rendered(columns * PANEL[0], lines * PANEL[1] + 0.3, draw, formats=("png", "svg"), dpi=100)
 

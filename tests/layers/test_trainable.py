@@ -1,5 +1,7 @@
 """Trainable layers: the specification is the same function, training works, and state dictionaries round-trip."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -119,14 +121,22 @@ def test_bfloat16_autocast_and_checkpoint(kind: Kind) -> None:
     assert_same_bits(gradient, plain)
 
 
-@each_kind
-def test_compiles_as_one_graph(kind: Kind) -> None:
-    layer, x = kind(D, HEADS), torch.randn(2, N, D)
-    compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    output = compiled(x)
-    assert_close(output.detach(), layer(x).detach(), rtol=1e-6)
+COMPILED = """
+import torch
+from attnrobust.layers import trainable
+for name in ("L2", "Cosine", "Sigmoid", "LipschitzNorm"):
+    layer, x = getattr(trainable, f"Trainable{name}Attention")(6, 2), torch.randn(2, 5, 6)
+    output = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert torch.allclose(output, layer(x), rtol=1e-5, atol=1e-6), name
     output.sum().backward()
     assert layer.w_q.grad is not None
+"""
+
+
+@pytest.mark.slow
+def test_every_kind_compiles_as_one_graph() -> None:
+    # in a process of its own: what checks shapes here cannot be traced
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])

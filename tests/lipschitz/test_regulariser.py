@@ -55,9 +55,9 @@ def test_its_gradient(kind: type[TrainableAttention[Any]]) -> None:
     with torch.no_grad():
         ends = []
         for sign in (1.0, -1.0):
-            weight += sign * step
+            weight.add_(sign * step)
             ends.append(float(regulariser(layer, tokens=N, radius=RADIUS)))
-            weight -= sign * step
+            weight.sub_(sign * step)
     assert ends[0] - ends[1] == pytest.approx(2.0 * float((weight.grad * step).sum()), rel=1e-4, abs=1e-12)
 
 

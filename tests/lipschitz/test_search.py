@@ -17,7 +17,7 @@ from attnrobust.lipschitz.search import lipschitz_search
 from attnrobust.lipschitz.starts import LIGHTEST, Masses, eigenvector_inputs
 from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.tokens import TokenMeasure
-from tests.assertions import assert_at_most, assert_same_bits, shapes_unchecked
+from tests.assertions import assert_at_most, assert_close, assert_same_bits, shapes_unchecked
 from tests.cases import Case, case_named
 
 
@@ -158,3 +158,17 @@ def test_an_atom_of_a_start_whose_mass_underflows_does_not_end_the_search() -> N
     assert min(float(logits.min()) for _, logits in eigenvector_inputs(layer, 3, 20.0, "free")) == LIGHTEST
     result = lipschitz_search(layer, torch.zeros(3, 2, dtype=torch.float64), epsilon=20.0, masses="free", steps=4)
     assert 0.0 < result.lower.value < math.inf
+
+
+def test_fixed_masses_stand_for_equal_tokens() -> None:
+    """Atoms of masses 1/4 and 3/4 are one token against three: the four tokens' derivative is at least as large."""
+    w = torch.randn(3, 1, 3, 3, dtype=torch.float64)
+    layer = Attention(w_q=w[0], w_k=w[1], w_v=w[2])
+    mass = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    found = lipschitz_search(layer, torch.zeros(2, 3, dtype=torch.float64), 1.0, masses=mass, restarts=2, steps=10)
+    assert_close(found.tokens.mass, mass, rtol=1e-15)
+    four = TokenMeasure(found.tokens.points[[0, 1, 1, 1]])
+    norm = derivative_norm(layer, four).value
+    assert found.lower.value <= norm * (1.0 + 1e-9)
+    with pytest.raises(UnknownNameError, match="masses"):
+        lipschitz_search(layer, four.points, 1.0, masses="fixed")

@@ -122,7 +122,10 @@ def test_a_wrong_bound_shows_as_a_ratio_below_one(monkeypatch: pytest.MonkeyPatc
 def test_constants_of_all_of_space_do_not_depend_on_the_ball(kind: str) -> None:
     layer = LAYERS[kind]()
     small, large = (bounds_table(layer, n=4, radius=radius, search=0) for radius in (0.1, 50.0))
+    measures = (Quantity.W1, Quantity.W2, Quantity.W_INF, Quantity.CONTEXT)  # on the ball only
     for first, second in zip(small.bounds, large.bounds, strict=True):
+        if first.quantity in measures:
+            continue
         assert first.value == pytest.approx(second.value, rel=1e-12)
 
 

@@ -182,19 +182,19 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             reason="it takes a token with much attention on itself, whose value and key effect cancels that as query",
         ),
         Verdict(
-            claim="the gain is bounded",
+            claim="the gain can be as large as one likes",
             paper="no statement known to us",
             ours="sqrt(1 + e^2) / e on the family: " + ", ".join(f"{gain:.4g} at e = {e:g}" for e, gain in law.items()),
-            agrees=None if exact else False,
-            reason="it is unbounded: exact derivatives agree with the formula",
+            agrees=exact,
+            reason="exact derivatives agree with the formula; this family is ours",
         ),
         Verdict(
             claim="the gain holds for finite displacements",
             paper="local statement",
             ours="largest gain of an attack: " + ", ".join(f"{gain:.3g} at {size:g}" for size, gain in far.items()),
             agrees=far[sizes[0]] > 1.0 if far else None,
-            reason="more than the derivative says: in W_2 a small part of the mass may travel far at little cost, and "
-            "its own output with it",
+            reason="more than the derivative: in W_2 a small part of the mass may travel far at little cost; there "
+            "it may take the attention of the other tokens",
         ),
     ]
 

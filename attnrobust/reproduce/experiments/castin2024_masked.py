@@ -14,7 +14,7 @@ from attnrobust.layers.attention import Attention
 from attnrobust.reports.curves import Curve, Panel
 from attnrobust.reproduce.experiment import Experiment, Part, Row, Setting, Verdict, column, groups
 from attnrobust.reproduce.fits import PowerLaw
-from attnrobust.reproduce.growth import at_tokens, exponent, fitted, random_tokens, two_places
+from attnrobust.reproduce.growth import RESTARTS, at_tokens, exponent, fitted, random_tokens, two_places
 from attnrobust.reproduce.texts import digest, library_text
 
 MASKED, UNMASKED = "masked", "unmasked"
@@ -34,6 +34,7 @@ def parts(setting: Setting) -> list[Part]:
     sizes: Row = {"width": width, "heads": heads, "depth": depth}
     known: Row = {
         "lengths": str(lengths),
+        "restarts": RESTARTS,
         "texts": texts,
         "steps": steps,
         "text_digest": digest(library_text()),

@@ -214,7 +214,8 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             paper="a small loss at equal depth",
             ours=", ".join(f"{value:+.3f} nats at {n} blocks" for value, n in zip(gap, at, strict=True)),
             agrees=max(gap) < 0.15,
-            reason="same block, same steps; few steps and a small model, so differences are those of early training",
+            reason="same block, same steps, but few of them: the value path of L2 attention has the factor w_q w_q^T, "
+            "small at first, so it starts slower; the paper trains to the end",
         ),
         Verdict(
             claim="contractive (invertible) attention needs more depth for the same loss",
