@@ -56,7 +56,7 @@ def write_report(directory: Path, *, out: Path | None = None) -> tuple[Path, ...
     require_writable(target)
     data = read_report_data(directory)
     plots = _plots(data.rows, title=data.title)
-    contents = {REPORT_NAME: render(data, plots, source=directory).encode()} | {p["name"]: p["png"] for p in plots}
+    contents = {REPORT_NAME: render(data, plots, source=directory).encode()} | {p["name"]: p["png"]() for p in plots}
     try:
         target.mkdir(parents=True, exist_ok=True)
         write_atomically(target, contents)
@@ -161,7 +161,8 @@ def _plots(rows: Sequence[Row], *, title: str = "") -> list[dict[str, Any]]:
     if len({row.layer for row in rows if row.depth is not None}) > 1:
         about = "Radii as shares of the norm of the tokens at the depth where they move: medians, band of all inputs."
         picture = depth_plot(rows, title=title)
-        profile = {"name": PROFILE_NAME, "png": picture, "data": base64.b64encode(picture).decode(), "svg": None}
+        data = base64.b64encode(picture).decode()
+        profile = {"name": PROFILE_NAME, "png": lambda: picture, "data": data, "svg": None}
         plots.insert(0, profile | {"width": 800, "caption": about, "alt": _alt("Both radii against the depth", rows)})
         plots[0]["facet"] = ""
     return plots
@@ -192,7 +193,7 @@ def _drawings(rows: Sequence[Row]) -> list[Named]:
 def _drawn(name: str, drawing: Drawing, caption: str, alt: str, *, suffix: str, facet: str) -> dict[str, Any]:
     width, height, _ = drawing
     return {
-        "name": f"{name}{suffix}.png", "png": png(*drawing), "svg": svg(*drawing, name=f"{name}{suffix}"),
+        "name": f"{name}{suffix}.png", "png": lambda: png(*drawing), "svg": svg(*drawing, name=f"{name}{suffix}"),
         "width": round(100 * width), "height": round(100 * height), "caption": caption, "alt": alt, "facet": facet,
     }  # fmt: skip
 
