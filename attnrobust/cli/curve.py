@@ -36,9 +36,9 @@ def curve(
         else:
             console().print(curve_table(one, scope=scope_of(data.rows, one)))
     if out is not None:
-        from attnrobust.reports.plots import curve_plot
+        from attnrobust.reports.plots import curve_plot, png
         from attnrobust.runs.storage.atomic import require_writable_file, write_atomically
 
         require_writable_file(out, option="--out")
-        write_atomically(out.parent, {out.name: curve_plot(data.rows)})
+        write_atomically(out.parent, {out.name: png(*curve_plot(data.rows))})
     return ExitCode.OK

@@ -13,6 +13,9 @@ from attnrobust.runs.rows import Row, row_from_dict
 from attnrobust.runs.storage.files import JSON_NAME, MANIFEST, report_digest, rows_digest
 from attnrobust.runs.storage.store import RunStore
 
+MOST_PLACES = 3
+"""Layers or depths in a title; more are counted."""
+
 
 @dataclass(frozen=True)
 class ReportData:
@@ -70,13 +73,20 @@ def _from_command(path: Path) -> ReportData:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}); run the command again") from error
     steps = [("Options:", _listing(options)), ("What it ran on:", _listing(versions))]
+    if command := document.get("command"):
+        steps.insert(0, ("The command:", str(command)))
     return ReportData(rows, _title(str(options["model"]), rows), f"written {written}", steps, len(rows))
 
 
 def _title(model: str, rows: Sequence[Row]) -> str:
-    """What the page is about: of a whole model its goals, of layers the model they belong to."""
+    """What the page is about, and no more: layers of a model, or the model from depths on with its goals."""
+    places = list(dict.fromkeys(row.layer for row in rows))
     goals = dict.fromkeys(row.goal for row in rows if row.depth is not None)
-    return f"Robustness of {model}" + (f" as a whole: {', '.join(goals)}" if goals else "")
+    told = ", ".join(places) if len(places) <= MOST_PLACES else f"{len(places)} of them"
+    if goals:
+        return f"Robustness of {model}: {', '.join(goals)}; tokens moved at {told}"
+    what = f"attention layer {told}" if len(places) == 1 else f"attention layers ({told})"
+    return f"Robustness of {what if places else 'attention layers'} of {model}"
 
 
 def _count(number: int, noun: str) -> str:

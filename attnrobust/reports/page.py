@@ -13,8 +13,19 @@ from typing import Any
 from attnrobust.errors import InputError
 from attnrobust.reports.data import ReportData, read_report_data
 from attnrobust.reports.depths import PROFILE_NAME, depth_plot
-from attnrobust.reports.plots import gap_boxes, gaps_by_method, radii_by_layer, scatter_plot
+from attnrobust.reports.explained import explained, why_not
+from attnrobust.reports.plots import (
+    Drawing,
+    curve_plot,
+    gap_boxes,
+    gaps_by_method,
+    png,
+    radii_by_layer,
+    scatter_plot,
+    svg,
+)
 from attnrobust.reports.tables import not_installed, percent, summary_lines
+from attnrobust.reports.units import run_verdicts, safe
 from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.runs.storage.atomic import require_writable, write_atomically
@@ -45,7 +56,7 @@ def write_report(directory: Path, *, out: Path | None = None) -> tuple[Path, ...
     require_writable(target)
     data = read_report_data(directory)
     plots = _plots(data.rows, title=data.title)
-    contents = {REPORT_NAME: render(data, plots, source=directory).encode()} | {p["name"]: p["png"] for p in plots}
+    contents = {REPORT_NAME: render(data, plots, source=directory).encode()} | {p["name"]: p["png"]() for p in plots}
     try:
         target.mkdir(parents=True, exist_ok=True)
         write_atomically(target, contents)
@@ -84,14 +95,21 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         notes=[*scopes(data.rows), *not_installed(data.rows), *_common(data.rows)],
         unsound=[row for row in data.rows if row.status == Status.UNSOUND],
         tiles=_tiles(data),
+        verdicts=run_verdicts(data.rows),
         summary={"heading": heading, "lines": lines},
-        plots=plots,
-        methods=_methods(data.rows),
+        plots=[plot | {"svg": plot["svg"] and Markup(plot["svg"])} for plot in plots],  # noqa: S704 - matplotlib escapes
+        facets=[
+            {"name": ", ".join(key), "tiles": _radius_tiles(group), "methods": _methods(group)}
+            for key, group in _facets(data.rows).items()
+        ],
+        certificates=explained(data.rows),
+        reasons=why_not(data.rows),
         heat=heat,
         by_radius=any(line.by_radius for sentence in heat for line in sentence.lines),
         more_sentences=more,
         heat_line=lambda line: Markup(line_template.render(_heat_values(line))),  # noqa: S704 - the template escapes
         lines_shown=MOST_LINES,
+        verdicts_shown=MOST_LINES,
         top_tokens=TOP_TOKENS,
         key=[_colours(s) | {"label": f"{s:.0%}"} for s in (0.1, 0.25, 0.5, 0.75, 1.0)],
         table=_table(_without_common(data.rows)[:MOST_ROWS]),
@@ -104,53 +122,87 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
 
 
 def _tiles(data: ReportData) -> list[tuple[str, str]]:
+    """What may be told of all rows together: how many there are and how they ended; radii have no common unit."""
     statuses = Counter(str(row.status) for row in data.rows)
-    certified = [row.certified_radius for row in data.rows if row.certified_radius is not None]
-    attacked = [row.attack_radius for row in data.rows if row.attack_radius is not None]
-    gaps = [row.gap for row in data.rows if row.gap is not None]
-    tiles = [("rows", f"{len(data.rows)}" if len(data.rows) == data.planned else f"{len(data.rows)} of {data.planned}")]
+    there = f"{len(data.rows)}" if len(data.rows) == data.planned else f"{len(data.rows)} of {data.planned}"
+    return [("rows", there), *((status.replace("_", " "), str(count)) for status, count in statuses.most_common())]
+
+
+def _radius_tiles(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Figures of rows of one threat and goal."""
+    certified = [row.certified_radius for row in rows if row.certified_radius is not None]
+    attacked = [row.attack_radius for row in rows if row.attack_radius is not None]
+    gaps = [row.gap for row in rows if row.gap is not None]
+    tiles: list[tuple[str, str]] = []
     if certified:
         tiles += [("median certified radius", shown(statistics.median(certified), 3))]
-        tiles += [("smallest certified radius", shown(min(certified), 3))]
+        tiles += [("smallest certified radius", safe(min(certified), up=False))]
     if attacked:
         tiles.append(("median attack radius", shown(statistics.median(attacked), 3)))
     if gaps:
         tiles += [("median gap", shown(statistics.median(gaps), 3)), ("largest gap", shown(max(gaps), 3))]
-    return tiles + [(status.replace("_", " "), str(count)) for status, count in statuses.most_common()]
+    return tiles
+
+
+def _facets(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by threat and goal: only within these do radii have one unit and one meaning."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.threat, row.goal), []).append(row)
+    return groups
 
 
 def _plots(rows: Sequence[Row], *, title: str = "") -> list[dict[str, Any]]:
-    whole = any(row.depth is not None for row in rows)
-    gaps = [row.gap for row in rows if row.gap is not None]
-    numbers = f"; median gap {shown(statistics.median(gaps), 3)}, largest {shown(max(gaps), 3)}" if gaps else ""
-    made = [
-        (
-            "gap-by-method.png", gap_boxes(rows), 800,
-            "Gap of each certificate, the tightest first.", "Box plot of the gap of each certificate",
-        ),
-        (
-            "attack-against-certified.png", scatter_plot(rows), 640,
-            "Attack radius against certified radius, one point a row. No point may lie below the solid line.",
-            "Scatter plot of attack radius against certified radius",
-        ),
-        (
-            "radius-by-layer.png", radii_by_layer(rows), 800,
-            f"Radii of each {'depth' if whole else 'layer'} over all its inputs, threats and goals.",
-            f"Box plot of both radii by {'depth' if whole else 'layer'}",
-        ),
-    ]  # fmt: skip
-    if whole and not gaps:
-        made = made[2:]
+    """The plots of each threat and goal, and the depth profile, which has its own fields."""
+    plots = []
+    facets = _facets(rows) or {("", ""): []}
+    for number, (key, group) in enumerate(facets.items(), start=1):
+        suffix = "" if len(facets) == 1 else f"-{number}"
+        plots += [_drawn(*drawing, suffix=suffix, facet=", ".join(key)) for drawing in _drawings(group)]
     if len({row.layer for row in rows if row.depth is not None}) > 1:
         about = "Radii as shares of the norm of the tokens at the depth where they move: medians, band of all inputs."
-        made.insert(0, (PROFILE_NAME, depth_plot(rows, title=title), 800, about, "Both radii against the depth"))
-    return [
-        {
-            "name": name, "png": png, "data": base64.b64encode(png).decode(), "width": width, "caption": caption,
-            "alt": f"{alt}{numbers}. The numbers are in the tables.",
-        }
-        for name, png, width, caption, alt in made
-    ]  # fmt: skip
+        picture = depth_plot(rows, title=title)
+        data = base64.b64encode(picture).decode()
+        profile = {"name": PROFILE_NAME, "png": lambda: picture, "data": data, "svg": None}
+        plots.insert(0, profile | {"width": 800, "caption": about, "alt": _alt("Both radii against the depth", rows)})
+        plots[0]["facet"] = ""
+    return plots
+
+
+Named = tuple[str, Drawing, str, str]
+
+
+def _drawings(rows: Sequence[Row]) -> list[Named]:
+    """File name, drawing, caption and description of each plot of rows of one threat and goal."""
+    whole, several = any(row.depth is not None for row in rows), len(rows) > 1
+    place = "depth" if whole else "layer"
+    made: list[Named] = []
+    if not whole or any(row.gap is not None for row in rows):
+        about = "Gap of each certificate, the tightest first."
+        made.append(("gap-by-method", gap_boxes(rows), about, "Box plot of the gap of each certificate"))
+        about = "Attack radius against certified radius, one point a row. No point may lie below the solid line."
+        name = "attack-against-certified"
+        made.append((name, scatter_plot(rows), about, "Scatter plot of attack radius against certified radius"))
+    about = f"Radii of each {place} over all its inputs."
+    made.append(("radius-by-layer", radii_by_layer(rows), about, f"Box plot of both radii by {place}"))
+    if several and any(row.certified_radius for row in rows):
+        about = f"Certified accuracy: the robust share of the inputs of each {place} lies between its two steps."
+        made.append(("certified-accuracy", curve_plot(rows), about, "Steps of the certified and the not broken share"))
+    return [(name, drawing, about, _alt(alt, rows)) for name, drawing, about, alt in made]
+
+
+def _drawn(name: str, drawing: Drawing, caption: str, alt: str, *, suffix: str, facet: str) -> dict[str, Any]:
+    width, height, _ = drawing
+    return {
+        "name": f"{name}{suffix}.png", "png": lambda: png(*drawing), "svg": svg(*drawing, name=f"{name}{suffix}"),
+        "width": round(100 * width), "height": round(100 * height), "caption": caption, "alt": alt, "facet": facet,
+    }  # fmt: skip
+
+
+def _alt(text: str, rows: Sequence[Row]) -> str:
+    gaps = [row.gap for row in rows if row.gap is not None] if len(_facets(rows)) == 1 else []
+    numbers = f"; median gap {shown(statistics.median(gaps), 3)}, largest {shown(max(gaps), 3)}" if gaps else ""
+    return f"{text}{numbers}. The numbers are in the tables."
 
 
 def _common(rows: Sequence[Row]) -> list[str]:

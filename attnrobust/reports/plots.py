@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from textwrap import wrap
@@ -21,6 +22,10 @@ WIDEST_LINE = 105
 MANY_INPUTS = 40
 """More inputs than this are drawn as a scatter plot instead of one line each."""
 DPI = 144
+
+
+Drawing = tuple[float, float, Callable[["Figure"], None]]
+"""Width and height in inches, and what draws."""
 
 
 def png(width: float, height: float, draw: Callable[["Figure"], None], *, dpi: int = DPI) -> bytes:
@@ -47,6 +52,43 @@ def rendered(
             figure.savefig(buffer, format=kind, dpi=dpi, metadata=nameless[kind])
         found[kind] = buffer.getvalue()
     return found
+
+
+def svg(width: float, height: float, draw: Callable[["Figure"], None], *, name: str) -> str:
+    """A figure as SVG to stand inside a page: text stays text, what is black takes the page's colour.
+
+    Args:
+        width: Inches.
+        height: Inches.
+        draw: Draws into the figure. Links of the form ``title:TEXT`` become titles that show on hovering.
+        name: Unique on the page; every identifier begins with it.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        figure.patch.set_alpha(0.0)
+        draw(figure)
+        for axes in figure.axes:
+            axes.patch.set_alpha(0.0)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return inlined(buffer.getvalue(), name)
+
+
+def inlined(text: str, name: str) -> str:
+    """The ``svg`` element alone, without what only a file needs, its identifiers made unique."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text, count=2)
+    text = re.sub(r'<a xlink:href="title:([^"]*)"[^>]*>', r"<g><title>\1</title>", text).replace("</a>", "</g>")
+    text = text.replace("xlink:href=", "href=")
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
+    return re.sub(r"#000000|\bblack\b", "currentColor", text)
 
 
 def gap_plot(rows: Sequence[Row], *, title: str) -> bytes:
@@ -134,7 +176,10 @@ def gap_scatter(figure: "Figure", rows: Sequence[Row]) -> None:
         chosen = [r for r in pairs if (r.status == Status.UNSOUND) is status]
         x, y = [r.certified_radius or 0.0 for r in chosen], [r.attack_radius or 0.0 for r in chosen]
         if chosen:
-            axes.scatter(x, y, s=18, alpha=0.7, color=colour, marker=marker, label="UNSOUND" if status else "input")
+            points = axes.scatter(
+                x, y, s=18, alpha=0.7, color=colour, marker=marker, label="UNSOUND" if status else "input"
+            )
+            points.set_urls([f"title:{_hover(row)}" for row in chosen])
     ends = [v for r in pairs for v in (r.certified_radius or 0.0, r.attack_radius or 0.0)] or [1.0]
     span = [min(ends) / 1.3, max(ends) * 1.3]
     for factor, style in ((1.0, "-"), (2.0, "--"), (10.0, ":")):
@@ -147,6 +192,13 @@ def gap_scatter(figure: "Figure", rows: Sequence[Row]) -> None:
     axes.grid(which="both", color="#E6E6E6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9)
+
+
+def _hover(row: Row) -> str:
+    """What a point says when it is pointed at."""
+    gap = "" if row.gap is None else f", gap {shown(row.gap, 3)}"
+    name = f"{row.input_id}, {row.layer}"
+    return f"{name}: certified {shown(row.certified_radius)}, attack {shown(row.attack_radius)}{gap}"
 
 
 def _row_label(row: Row) -> str:
@@ -180,9 +232,9 @@ def _radius_label(rows: Sequence[Row]) -> str:
     return f"radius ({threats.pop() if len(threats) == 1 else 'threat'} distance, units of the token vectors)"
 
 
-def scatter_plot(rows: Sequence[Row]) -> bytes:
+def scatter_plot(rows: Sequence[Row]) -> Drawing:
     """Attack radius against certified radius of every row; no point may cross the diagonal."""
-    return png(6.4, 6.0, lambda figure: gap_scatter(figure, rows))
+    return 6.4, 6.0, lambda figure: gap_scatter(figure, rows)
 
 
 def gaps_by_method(rows: Sequence[Row]) -> dict[str, list[float]]:
@@ -195,7 +247,7 @@ def gaps_by_method(rows: Sequence[Row]) -> dict[str, list[float]]:
     return dict(sorted(gaps.items(), key=lambda item: statistics.median(item[1])))
 
 
-def gap_boxes(rows: Sequence[Row]) -> bytes:
+def gap_boxes(rows: Sequence[Row]) -> Drawing:
     """Box plot of the gap of each certificate, and of the best of each row."""
     best = [row.gap for row in rows if row.gap is not None]
     groups = {"best of each row": best} | gaps_by_method(rows) if best else {}
@@ -219,10 +271,10 @@ def gap_boxes(rows: Sequence[Row]) -> bytes:
         axes.grid(axis="x", which="both", color="#E6E6E6", linewidth=0.6)
         axes.set_axisbelow(True)
 
-    return png(8.0, 1.3 + 0.36 * max(len(groups), 2), draw if groups else nothing)
+    return 8.0, 1.3 + 0.36 * max(len(groups), 2), draw if groups else nothing
 
 
-def radii_by_layer(rows: Sequence[Row]) -> bytes:
+def radii_by_layer(rows: Sequence[Row]) -> Drawing:
     """Certified and attack radii of every layer, as boxes side by side."""
     layers = list(dict.fromkeys(row.layer for row in rows))
     certified = [[r.certified_radius for r in rows if r.layer == name and r.certified_radius] for name in layers]
@@ -252,12 +304,12 @@ def radii_by_layer(rows: Sequence[Row]) -> bytes:
         axes.set_axisbelow(True)
         figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
 
-    return png(8.0, 1.6 + 0.6 * max(len(layers), 2), draw if any(certified) or any(attacked) else nothing)
+    return 8.0, 1.6 + 0.6 * max(len(layers), 2), draw if any(certified) or any(attacked) else nothing
 
 
-def curve_plot(rows: Sequence[Row]) -> bytes:
+def curve_plot(rows: Sequence[Row]) -> Drawing:
     """Certified accuracy against the size: a field for each threat and goal, a pair of steps for each layer."""
-    return png(8.0, 1.0 + 3.2 * max(1, len({(r.threat, r.goal) for r in rows})), lambda f: curve_fields(f, rows))
+    return 8.0, 1.0 + 3.2 * max(1, len({(r.threat, r.goal) for r in rows})), lambda f: curve_fields(f, rows)
 
 
 def curve_fields(figure: "Figure", rows: Sequence[Row]) -> None:

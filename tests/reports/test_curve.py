@@ -9,7 +9,7 @@ import pytest
 from attnrobust.cli import ExitCode, run
 from attnrobust.errors import InputError
 from attnrobust.reports.curve import curves
-from attnrobust.reports.plots import curve_plot
+from attnrobust.reports.plots import curve_plot, png
 from attnrobust.runs.storage.files import write_results
 from tests.runs.storage.test_files import EMPTY, FULL
 
@@ -60,4 +60,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_rows_without_radii_make_a_plot() -> None:
-    assert curve_plot([EMPTY]).startswith(b"\x89PNG")
+    assert png(*curve_plot([EMPTY])).startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ from attnrobust.cli import ExitCode, run
 from attnrobust.errors import InputError
 from attnrobust.reports.data import ReportData
 from attnrobust.reports.page import _colours, _luminance, _plots, render, write_report
-from attnrobust.reports.plots import gap_boxes, gaps_by_method, radii_by_layer, scatter_plot
+from attnrobust.reports.plots import gap_boxes, gaps_by_method, png, radii_by_layer, scatter_plot
 from attnrobust.runs.heat import heat_line, heat_map, token_shares
 from attnrobust.runs.rows import Row
 from attnrobust.runs.run import run as run_all
@@ -72,8 +72,8 @@ def test_everything_comes_from_the_page_itself() -> None:
     assert checked.all("link") == []
     assert all((attrs.get("src") or "").startswith("data:image/png;base64,") for attrs in checked.all("img"))
     assert all("src" not in attrs for attrs in checked.all("script"))
-    assert all((attrs["href"] or "").startswith("#") for attrs in checked.all("a"))
-    assert not re.search(r"https?://|@import|url\(", page(many(5)))
+    assert all((attrs["href"] or "").startswith("#") for attrs in checked.all("a") + checked.all("use"))
+    assert not re.search(r"https?://|@import|url\((?!#)", page(many(5)))
 
 
 def test_readable_without_eyes() -> None:
@@ -221,7 +221,7 @@ def test_gap_of_each_method() -> None:
 def test_plots_of_few_and_odd_rows(plot: object) -> None:
     assert callable(plot)
     for rows in ([], [EMPTY], [FULL], [FULL, EMPTY, replace(FULL, layer="b", certified_radius=0.0)], many(20)):
-        assert plot(rows).startswith(PNG)
+        assert png(*plot(rows)).startswith(PNG)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_report_of_one_command(tmp_path: Path) -> None:
     write_results(tmp_path, many(3), run={"model": "minilm", "seed": 3, "label": None}, job="j")
     html = write_report(tmp_path)[0].read_text(encoding="utf-8")
-    assert "Robustness of minilm" in html
+    assert "Robustness of attention layers (layer.0, layer.1, layer.2) of minilm" in html
     assert "seed: 3" in html
 
 
@@ -305,3 +305,30 @@ def test_a_browser_shows_the_page(tmp_path: Path) -> None:
     assert ink[:, 1180:].mean() < 0.01  # nothing is cut off at the right
     browse(path, f"--print-to-pdf={tmp_path / 'page.pdf'}")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
+# ---- nothing is pooled -----------------------------------------------------------------------------------------------
+
+
+def test_radii_of_different_threats_are_never_put_together() -> None:
+    near = [replace(row, certified_radius=0.1, attack_radius=0.2) for row in many(3)]
+    far = [replace(row, certified_radius=100.0, attack_radius=200.0, threat="any-token") for row in many(3)]
+    names = [plot["name"] for plot in _plots([*near, *far])]
+    assert names.count("gap-by-method-1.png") == names.count("gap-by-method-2.png") == 1
+    html = page([*near, *far])
+    assert "<h3>frobenius, displacement 10%</h3>" in html
+    assert "<dd>0.1</dd>" in html
+    assert "<dd>100</dd>" in html
+    assert "<dd>50" not in html  # the median over both
+
+
+def test_plots_are_drawn_inside_the_page_with_titles() -> None:
+    checked = Checker(page(many(5)))
+    assert len(checked.all("svg")) >= 3
+    assert checked.all("img") == []
+    identifiers = [attrs["id"] for _, attrs in checked.seen if "id" in attrs]
+    assert len(identifiers) == len(set(identifiers))
+    html = page(many(5))
+    assert "<title>0003-ab, layer.0: certified 0.1, attack 0.33" in html
+    hostile = page([replace(FULL, input_id=EVIL, layer='"><script>')])
+    assert len(Checker(hostile).all("script")) == 1
