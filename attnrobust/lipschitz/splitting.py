@@ -69,8 +69,8 @@ def splitting_rates(layer: Attention, clean: TokenMeasure, *, seed: int = 0) -> 
         >>> round(rates.moving.value, 4), round(rates.best_splitting.value, 4)
         (0.5, 1.118)
     """
-    if layer.causal or layer.mask is not None:
-        raise UnsupportedModelError("splitting is about token measures, which have no order; give a layer without mask")
+    if layer.causal or layer.mask is not None or layer.placed:
+        raise UnsupportedModelError("splitting is about token measures, which have no order; give a layer without mask or positions")
     clean = as_measure(clean)
     if clean.width != layer.width:
         raise InputError(f"the tokens have width {clean.width}, the layer takes {layer.width}")
