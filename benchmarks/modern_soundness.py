@@ -1,28 +1,35 @@
 """Attacks bounds of random layers with rotary positions, biases, windows and grouped keys: counts and largest ratio.
 
-PYTHONPATH=. python benchmarks/modern_soundness.py FIRST COUNT; ends with an error at the first bound that an attack
-passes.
+PYTHONPATH=. python benchmarks/modern_soundness.py FIRST COUNT [KINDS]; KINDS are letters of m (margin, all tokens), t
+(margin, one token), d (displacement). Ends with an error at the first bound that an attack passes.
 """
 
 import sys
 
+import pytest
 import torch
 
-from tests.soundness.test_modern_stress import attack_displacement, attack_margin
+from tests.soundness.test_modern_stress import attack_displacement, attack_margin, attack_token_margin
 from tests.stress import Tally
 
+REPORTED = 20
 
-def main(first: int, count: int) -> None:
-    """Attack ``count`` margin and ``count`` displacement problems."""
+
+def main(first: int, count: int, kinds: str) -> None:
+    """Attack ``count`` problems of every kind."""
     torch.set_num_threads(1)
     tally = Tally()
     for seed in range(first, first + count):
-        attack_margin(seed, tally, steps=30)
-        attack_displacement(seed, tally, steps=40)
-        if (seed - first) % 25 == 24:
-            print(f"seeds {first} to {seed}\n{tally}", flush=True)
+        if "m" in kinds:
+            attack_margin(seed, tally, steps=12)
+        if "t" in kinds:
+            attack_token_margin(seed, tally, pytest.MonkeyPatch(), steps=10)
+        if "d" in kinds:
+            attack_displacement(seed, tally, steps=20)
+        if (seed - first) % REPORTED == REPORTED - 1:
+            print(f"seeds {first} to {seed}: {tally.attacks.total()}, {max(tally.largest.values()):.9f}", flush=True)
     print(f"seeds {first} to {first + count - 1}\n{tally}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "mtd")

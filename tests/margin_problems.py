@@ -67,6 +67,13 @@ def frobenius(problem: Problem, radius: float) -> MoveBudget:
     return MoveBudget(radius * threat.frobenius_factor(n, d), radius * threat.token_factor(n, d), radius)
 
 
+def evaluation_rounding(problem: Problem) -> float:
+    """How far the rounding of one evaluation may move a margin."""
+    goal = problem.goal
+    assert isinstance(goal, Margin)
+    return 1e-14 * float(goal.weight.norm() * problem.clean_output.norm())
+
+
 def radius_of(problem: Problem, share: float) -> float:
     return share * float(problem.clean.points.norm()) / problem.clean.n**0.5
 

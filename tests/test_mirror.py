@@ -8,6 +8,7 @@ FREE = {"soundness", "contracts"}  # products of several modules
 
 CROSS_CUTTING = {
     "test_borders.py",  # tests/plain in a process of its own
+    "layers/test_modern_derivatives.py",  # of attention, jacobian, attacks/search and layers/graph/attend
     "test_demo.py",  # the demo's data and page
     "test_device.py",  # the same numbers on another device
     "test_digits.py",  # of tests/digits.py
@@ -56,6 +57,7 @@ UNMIRRORED = {
     "certify/conic/solver.py",
     # test_method.py of the same folder
     "certify/displacement/bound.py",
+    "certify/displacement/pair_rows.py",  # tests/soundness/test_modern_stress.py
     # test_method.py of the same folder
     "certify/margin/one_token/descent.py",
     "certify/margin/one_token/functional.py",
@@ -100,6 +102,7 @@ UNMIRRORED = {
     "certify/shared/constants.py",
     "certify/shared/first_order.py",
     "certify/shared/head_sizes.py",
+    "certify/shared/pair_forms.py",  # tests/soundness/test_modern_stress.py
     "certify/shared/reach.py",
     "certify/shared/softmax_rows.py",
     # tests/cli/test_compare.py, test_output.py; tests/runs/test_bench.py, test_scan.py

@@ -131,6 +131,11 @@ class Attention(ScaledHeadSpecification):
         used = used_features(self, self.feature_names)
         return used - {"scale"} if self.factor == 1.0 / math.sqrt(self.key_width) else used
 
+    @property
+    def placed(self) -> frozenset[str]:
+        """The features by which scores depend on the tokens' places, beside masks: such a layer maps no measures."""
+        return self.features & {"rotary", "head_bias", "window"}
+
     # ---- derived weights -------------------------------------------------------------------------------------------
 
     @cached_property

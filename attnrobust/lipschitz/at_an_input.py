@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.closed_form.claims import PAGE, Asked, Claim, Quantity, input_of
-from attnrobust.errors import InputError
+from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.layers.token_map import TokenMap
@@ -124,6 +124,10 @@ def _combined(jacobian: AttentionJacobian, heads: Callable[[Tensor | None], Tens
     """Heads added up with ``w_o`` inside, or stacked; the smaller."""
     if jacobian.points.ndim != 2:
         raise InputError("the local bound needs one input (n, d), not a batch")
+    if jacobian.attention.rotary is not None:
+        raise UnsupportedModelError(
+            "closed bounds do not cover rotary positions; use derivative_norm"
+        )
     plain = float(torch.linalg.vector_norm(heads(None)))
     w_o = jacobian.attention.w_o
     if w_o is None:  # concatenated heads write to orthogonal parts of the output

@@ -82,7 +82,7 @@ def contraction(layer: TokenMap, *, radius: float, order: Order = 2) -> Contract
     """
     if not isinstance(layer, Attention | SigmoidAttention):
         raise UnsupportedModelError(f"no constant in W_p is known for {type(layer).__name__}; use Attention")
-    if isinstance(layer, Attention) and (layer.causal or layer.mask is not None):
+    if isinstance(layer, Attention) and (layer.causal or layer.mask is not None or layer.placed):
         raise UnsupportedModelError("a masked layer is no map of token measures; leave the mask out")
     if layer.out_width != layer.width:
         raise UnsupportedModelError(f"the layer maps width {layer.width} to {layer.out_width}; they must agree")

@@ -151,3 +151,5 @@ def _norm(attention: Attention, tokens: TokenMeasure, *, seed: int, tol: float) 
 def _refuse_mask(attention: Attention) -> None:
     if attention.mask is not None:
         raise InputError("the layer has a mask for one length; lower bounds on a ball need a layer without")
+    if attention.placed:
+        raise InputError(f"no such input is known for a layer with {', '.join(sorted(attention.placed))}")

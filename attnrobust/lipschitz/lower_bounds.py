@@ -72,7 +72,7 @@ def _candidates(question: Question) -> Iterator[_Candidate]:
             yield _Candidate("derivative", "X scaled to the ball", TokenMeasure(scaled, clean.mass))
     if isinstance(network, KernelAttention):
         return
-    if isinstance(network, Attention) and network.mask is None:
+    if isinstance(network, Attention) and network.mask is None and not network.placed:
         witness = finite_lower(network, question.n, question.radius, seed=question.seed)
         yield _Candidate("eigenvector", "one token against the others on an eigenvector's line", witness.tokens)
         if not network.causal:
@@ -91,7 +91,8 @@ def _searched(question: Question) -> Iterator[_Candidate]:
     if question.search_steps == 0:
         return
     searches: list[tuple[JacobianNorm, Masses]] = [("l2", "equal"), ("max-token", "equal")]
-    measures = isinstance(network, Attention) and network.mask is None and not network.causal
+    masked = isinstance(network, Attention) and (network.mask is not None or network.causal or network.placed)
+    measures = isinstance(network, Attention) and not masked
     if measures or isinstance(network, SigmoidAttention):
         searches.append(("l2", "free"))
     if isinstance(network, L2Attention):
@@ -133,8 +134,9 @@ def _at(question: Question, candidate: _Candidate) -> Iterator[LowerRow]:
     largest = largest_row_lower(linear).value
     if same_length:
         yield row(Quantity.TOKEN, largest)
-    if isinstance(question.network, Attention) and (question.network.causal or question.network.mask is not None):
-        if question.network.mask is None and tokens.uniform:
+    layer = question.network
+    if isinstance(layer, Attention) and (layer.causal or layer.mask is not None or layer.placed):
+        if layer.mask is None and not layer.placed and tokens.uniform:
             yield row(Quantity.D2, norm)
         return
     yield row(Quantity.W2, weighted)
@@ -179,7 +181,9 @@ def _around(question: Question) -> Iterator[LowerRow]:
 def _far_out(question: Question) -> Iterator[LowerRow]:
     """The derivative so far out on the ray through X that attention is hard."""
     network, clean = question.network, question.clean
-    if not isinstance(network, Attention) or clean is None or clean.n == 1 or bool((network.key_offset != 0).any()):
+    if not isinstance(network, Attention) or network.placed or clean is None or clean.n == 1:
+        return
+    if bool((network.key_offset != 0).any()):
         return
     scores = network.scores(clean.points)
     best = scores.topk(2, dim=-1).values

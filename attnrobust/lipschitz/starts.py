@@ -46,7 +46,7 @@ def ascent_starts(
     moves = geometry.project(drawn / size[:, None, None] * (epsilon * reach)[:, None, None], epsilon)
     logits = center.new_zeros(restarts, center.shape[0])
     names = ["random"] * restarts
-    if planted and isinstance(network, Attention) and network.mask is None:
+    if planted and isinstance(network, Attention) and network.mask is None and not network.placed:
         for points, log_mass in eigenvector_inputs(network, center.shape[0], epsilon, masses):
             moves = torch.cat([moves, geometry.project(points - center, epsilon)[None]])
             logits = torch.cat([logits, log_mass[None]])

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnrobust.certify.displacement.pair_rows import pulled_keys, query_covariances, query_distances
 from attnrobust.certify.shared.head_sizes import without_common_part
 from attnrobust.certify.shared.softmax_rows import SoftmaxRows, own_share
-from attnrobust.numerics.rounding import CANCELLATION, outward
+from attnrobust.numerics.rounding import CANCELLATION, SMALLEST_UNIT, nonzero, outward
 from attnrobust.numerics.triangle import triangle
 
 GRAM_LIMIT = 128  # up to this n the (h, n, n, n) arrays are built: 12 heads at 128 tokens are 200 MB
@@ -117,17 +117,27 @@ class ValueRows(SoftmaxRows):
         """Factors c with ``|A^T delta|^2 = sum_r c_r (left^T delta)_r^2``, or N(delta) with rotary positions."""
         if self.layer.rotary is None:
             return self.bilinear_factors[1]
-        return torch.full_like(self.gauge, abs(self.layer.factor))
+        left = torch.linalg.matrix_norm(self.balanced_factors[0], 2)
+        return (self._gauge_norm / nonzero(left)).square()[:, None].expand_as(self.gauge)
+
+    @cached_property
+    def _gauge_norm(self) -> Float[Tensor, "h"]:
+        """Rotary positions: ``|s| ||W_q G^(1/2)||``, so that N(delta) is at most its square times ``|delta|^2``."""
+        norms: Tensor = torch.linalg.matrix_norm(self.layer.w_q * self.gauge.sqrt()[:, None], 2)
+        return abs(self.layer.factor) * norms
 
     @cached_property
     def balanced_factors(self) -> tuple[Tensor, Tensor]:
         """``A = left right^T`` per head with equal singular values on both sides: (h, d, r) each.
 
-        With rotary positions ``|s|^(1/2) W_q G^(1/2)`` and ``|s|^(1/2) W_k G^(-1/2)``.
+        With rotary positions ``c |s| W_q G^(1/2)`` and ``W_k G^(-1/2) / c``, c so that their norms are equal.
         """
         if self.layer.rotary is not None:
-            root, size = self.gauge.sqrt()[:, None], abs(self.layer.factor) ** 0.5
-            return self.layer.w_q * (size * root), self.layer.w_k * (size / root)
+            root = self.gauge.sqrt()[:, None]
+            left, right = abs(self.layer.factor) * self.layer.w_q * root, self.layer.w_k / root
+            sizes = [nonzero(torch.linalg.matrix_norm(part, 2), SMALLEST_UNIT) for part in (left, right)]
+            balance = (sizes[1] / sizes[0]).sqrt()[:, None, None]
+            return left * balance, right / balance
         left, values, right = self.bilinear_factors
         root = values.sqrt()[:, None]
         return left * root, right * root

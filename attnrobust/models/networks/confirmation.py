@@ -146,7 +146,8 @@ def _not_expressible(own: OwnModel, clean: TokenMeasure, found: FoundPoint) -> s
         return "the atoms have unequal masses; a model has no masses, only copies of equal mass are tokens to it"
     if found.atoms.points.shape[0] == clean.n:
         return ""
-    if any(block.attention.causal or block.attention.mask is not None for block in plan.blocks):
+    layers = [block.attention for block in plan.blocks]
+    if any(layer.causal or layer.mask is not None or layer.placed for layer in layers):
         return "there are more atoms than tokens, and the point does not say what its mask does with copies"
     first = any(isinstance(node, PoolRow) and node.row == 0 for _, node in plan.head.nodes)
     if plan.head.rows == "mean" or first:

@@ -32,7 +32,7 @@ from attnrobust.numerics.exponential import psi
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
-from tests.margin_problems import radius_of, random_problem
+from tests.margin_problems import evaluation_rounding, radius_of, random_problem
 from tests.stress import Draw, boundary_moves
 
 ROUNDING = 1e-9  # share of the compared terms; they are sums of a few thousand products
@@ -73,7 +73,7 @@ def excess(problem: Problem, index: int, form: QuadraticMajorant, move: Tensor) 
     linear = (form.gradient * move).sum((-1, -2))
     quadratic = 0.5 * (move * form.apply(move)).sum((-1, -2))
     size = drop.abs() + linear.abs() + quadratic.abs() + form.constant
-    return drop - form.constant - linear - quadratic, size + 1e-9
+    return drop - form.constant - linear - quadratic - evaluation_rounding(problem), size + 1e-9
 
 
 def worst_excess(problem: Problem, radius: float, seed: int, *, steps: int) -> float:

@@ -17,7 +17,7 @@ from attnrobust.certify.margin.one_token.method import MarginTokenCertificate, T
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, PerTokenBall, TokenNorm
-from tests.margin_problems import any_token, perturbed, random_problem
+from tests.margin_problems import any_token, evaluation_rounding, perturbed, random_problem
 from tests.stress import Draw
 
 ROUNDING = 1e-9
@@ -59,7 +59,7 @@ def worst_excess(problem: Problem, radius: float, seed: int, *, steps: int) -> f
                 value = drop(problem, index, move)
                 linear = (gradient * move).sum(-1)
                 quadratic = 0.5 * torch.einsum("bld,lde,ble->bl", move, matrix, move)
-                over = value - constant - linear - quadratic
+                over = value - constant - linear - quadratic - evaluation_rounding(problem)
                 size = value.abs() + constant.abs() + linear.abs() + quadratic.abs() + 1e-9
                 assert torch.isfinite(over).all()
                 worst = max(worst, float((over / size).detach().max()))
