@@ -117,7 +117,6 @@ UNMIRRORED = {
     "certify/shared/constants.py",
     "certify/shared/first_order.py",
     "certify/shared/head_sizes.py",
-    "certify/shared/pair_forms.py",  # tests/soundness/test_modern_stress.py
     "certify/shared/reach.py",
     "certify/shared/softmax_rows.py",
     # tests/cli/test_compare.py, test_output.py; tests/runs/test_bench.py, test_scan.py

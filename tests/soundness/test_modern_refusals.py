@@ -7,7 +7,7 @@ import torch
 
 from attnrobust.attacks import AttackBudget, attack
 from attnrobust.certify import certify
-from attnrobust.certify.registry import METHODS
+from attnrobust.certify.registry import METHODS, ON_REQUEST
 from attnrobust.errors import UnsupportedModelError, UnsupportedThreatError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.head_bias import HeadBias
@@ -35,9 +35,10 @@ WEIGHTS = TURNS | {"havens2024-local", "spread-lipschitz", "singla2020-curvature
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_method_is_known_to_cover_the_part_or_refuses_it(part: str) -> None:
-    covered = {method.name for method in METHODS if part in method.features}
+    methods = (*METHODS, *ON_REQUEST)
+    covered = {method.name for method in methods if part in method.features}
     assert covered == (TURNS if part == "rotary" else WEIGHTS)
-    for method in METHODS:
+    for method in methods:
         if Attention in method.layers and method.name not in covered:
             for threat in THREATS:
                 problem = ask(attention(**PARTS[part]), threat)
