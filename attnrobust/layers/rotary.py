@@ -94,12 +94,12 @@ class Rotary:
 
     def turn(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
         """Row i times ``R_i``, or ``R_at_i`` where ``at`` names the tokens whose rows these are."""
-        cosine, sine, partners = self._factors(*heads.shape[-2:], at)
+        cosine, sine, partners = self._factors(heads.shape[-2], heads.shape[-1], at)
         return heads * cosine + heads[..., partners] * sine
 
     def turn_back(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
         """Row i times the transpose of ``R_i`` (or ``R_at_i``): the adjoint and the inverse of ``turn``."""
-        cosine, sine, partners = self._factors(*heads.shape[-2:], at)
+        cosine, sine, partners = self._factors(heads.shape[-2], heads.shape[-1], at)
         return heads * cosine - heads[..., partners] * sine
 
     def _factors(self, n: int, k: int, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,8 +156,8 @@ class Rotary:
 
     def to(self, device: torch.device | str) -> "Rotary":
         """The same positions on another device."""
-        moved = {name: getattr(self, name) for name in ("frequencies", "angles")}
-        return replace(self, **{name: None if value is None else value.to(device) for name, value in moved.items()})
+        frequencies, angles = (None if value is None else value.to(device) for value in (self.frequencies, self.angles))
+        return replace(self, frequencies=frequencies, angles=angles)
 
 
 def _checked(name: str, value: Tensor, rank: int) -> Tensor:

@@ -125,9 +125,7 @@ def _combined(jacobian: AttentionJacobian, heads: Callable[[Tensor | None], Tens
     if jacobian.points.ndim != 2:
         raise InputError("the local bound needs one input (n, d), not a batch")
     if jacobian.attention.rotary is not None:
-        raise UnsupportedModelError(
-            "closed bounds do not cover rotary positions; use derivative_norm"
-        )
+        raise UnsupportedModelError("closed bounds do not cover rotary positions; use derivative_norm")
     plain = float(torch.linalg.vector_norm(heads(None)))
     w_o = jacobian.attention.w_o
     if w_o is None:  # concatenated heads write to orthogonal parts of the output

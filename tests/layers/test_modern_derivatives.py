@@ -1,6 +1,7 @@
 """Derivatives of layers with rotary positions, position biases and windows against automatic differentiation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ def problem(seed: int) -> tuple[Attention, Tensor, Tensor, Draw]:
     """A layer with every kind of bias, two inputs of four tokens and their masses."""
     draw = Draw(seed)
     heads, d, k = 2, 3, 4
-    weights = {name: draw.normal(heads, d, k) for name in ("w_q", "w_k", "w_v")}
-    biases = {name: draw.normal(heads, k) for name in ("b_q", "b_k", "b_v")}
-    layer = modern(Attention(**weights, **biases, w_o=draw.normal(heads, k, 5)), draw, 4)
+    given: dict[str, Any] = {name: draw.normal(heads, d, k) for name in ("w_q", "w_k", "w_v")}
+    given |= {name: draw.normal(heads, k) for name in ("b_q", "b_k", "b_v")}
+    layer = modern(Attention(**given, w_o=draw.normal(heads, k, 5)), draw, 4)
     return layer, draw.normal(2, 4, d), torch.softmax(draw.normal(2, 4), dim=-1), draw
 
 
@@ -51,7 +52,7 @@ def test_the_attacks_tape_is_the_layer(seed: int, weighted: bool) -> None:
     x, u, v = points[:, None], draw.normal(2, 1, 4, 5), draw.normal(2, 1, 4, 3)
     tape = PreparedAttention(layer, 4, mass if weighted else None).forward(x)
     given = mass[:, None] if weighted else None
-    output, pull = torch.func.vjp(lambda y: layer(y, given), x)
+    output, pull = torch.func.vjp(lambda y: layer(y, given), x)[:2]
     assert_close(tape.output, output, rtol=1e-12, what="output")
     assert_close(tape.pullback(u), pull(u)[0], rtol=1e-11, what="J^T u")
     assert_close(tape.pushforward(v), pushed(lambda y: layer(y, given), x, v), rtol=1e-11, what="J v")

@@ -132,7 +132,7 @@ class Claim:
         """
         if self.layer is not None and not isinstance(asked.network, self.layer):
             raise InputError(f"it speaks about {LAYER_NAMES[self.layer]}, not {type(asked.network).__name__}")
-        placed = getattr(asked.network, "placed", frozenset())
+        placed: frozenset[str] = getattr(asked.network, "placed", frozenset())
         if self.layer is not None and placed:
             raise InputError(f"it does not cover {', '.join(sorted(placed))} of {type(asked.network).__name__}")
         return self.value(asked.network, asked)

@@ -205,9 +205,9 @@ class QuadraticMajorant:
     @property
     def finite(self) -> bool:
         """Whether nothing overflowed, also not in products with moves."""
-        parts = (self.square, self.mixed, self.value, self.centre, self.first, self.bilinear, self.tokens)
-        parts = parts if self.keys is None else (*parts, self.keys)
-        return all(float(part.abs().amax()) < LARGEST for part in (*parts, self.gradient, self.constant))
+        parts = [self.square, self.mixed, self.value, self.centre, self.first, self.bilinear, self.tokens]
+        parts += [self.gradient, self.constant] if self.keys is None else [self.keys, self.gradient, self.constant]
+        return all(float(part.abs().amax()) < LARGEST for part in parts)
 
     def at(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
         """``constant + gradient.Delta + Delta M Delta / 2``."""

@@ -56,14 +56,16 @@ def row_geometry(rows: MarginRows, threat: MoveThreat) -> RowGeometry:
 def _key_blocks(rows: MarginRows) -> Float[Tensor, "h n n"]:
     """Norm of the blocks ``(e_j - w)_l beta_il`` of the movable tokens l other than i together."""
     if rows.layer.rotary is None:
-        return rows.rest * torch.linalg.vector_norm(rows.beta, dim=-1)[..., None]
+        plain: Tensor = rows.rest * torch.linalg.vector_norm(rows.beta, dim=-1)[..., None]
+        return plain
     return rest_norm(rows.weight, rows.movable * rows.pair_norm**2)
 
 
 def _key_duals(rows: MarginRows, order: float, token_sum: Tensor) -> Float[Tensor, "h n n"]:
     """Sum over those blocks of their dual norms."""
     if rows.layer.rotary is None:
-        return token_sum * torch.linalg.vector_norm(rows.beta, ord=order, dim=-1)[..., None]
+        plain: Tensor = token_sum * torch.linalg.vector_norm(rows.beta, ord=order, dim=-1)[..., None]
+        return plain
     size = outward(key_gradient_norms(rows.layer, rows.queries, order=order), FORMULA)
     return _token_sum(rows, size)
 

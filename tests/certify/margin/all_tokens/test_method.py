@@ -134,7 +134,7 @@ def random_parameters(functional: FunctionalRows, draw: Draw) -> Parameters:
     row, pair = functional.rows.weight.shape[:2], functional.rows.weight.shape
     return Parameters(
         split=positive(row), reference=draw.normal(*row), value=draw.normal(*row), pair=positive(pair),
-        bilinear=positive(pair), query_value=positive(row), query_mean=positive(row),
+        bilinear=positive(pair), query_value=positive(row), query_mean=positive(row), gauge=positive(row),
     )  # fmt: skip
 
 
@@ -259,7 +259,7 @@ def test_majorant_touches_the_drop_where_the_values_become_equal(seed: int) -> N
     par = Parameters(
         split=small * row, reference=-(rows.weight @ t[..., None])[..., 0] / unit,
         value=t / (functional.value_norm * radius),
-        pair=small * torch.ones_like(rows.weight), bilinear=torch.ones_like(rows.weight), query_value=small * row,
+        pair=small * torch.ones_like(rows.weight), bilinear=torch.ones_like(rows.weight), query_value=small * row, gauge=row,
         query_mean=small * row,
     )  # fmt: skip
     form = majorant(functional, const, pieces(functional, const, functional.first_norm), par)
