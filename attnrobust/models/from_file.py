@@ -12,7 +12,7 @@ from torch import Tensor
 from attnrobust.errors import InputError, UnknownNameError, first_line
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.head_bias import RULES, HeadBias
-from attnrobust.layers.rotary import Rotary
+from attnrobust.layers.rotary import Layout, Rotary
 from attnrobust.models.arrays import SUFFIXES, read_arrays
 
 REQUIRED = ("w_q", "w_k", "w_v")
@@ -79,7 +79,7 @@ def _attention(arrays: dict[str, Tensor], numbers: dict[str, float | None]) -> A
     turns: dict[str, Any] = {field: arrays[name] for name, field in ROTARY.items() if name in arrays}
     biases: dict[str, Any] = {field: arrays[name] for name, field in BIASES.items() if name in arrays}
     if turns or numbers["rotary_interleaved"] is not None or numbers["rotary_offset"] is not None:
-        layout = "interleaved" if numbers["rotary_interleaved"] else "half"
+        layout: Layout = "interleaved" if numbers["rotary_interleaved"] else "half"
         given["rotary"] = Rotary(**turns, layout=layout, offset=int(numbers["rotary_offset"] or 0))
     if biases or numbers["bias_symmetric"] is not None:
         given["head_bias"] = HeadBias(**biases, symmetric=bool(numbers["bias_symmetric"]))

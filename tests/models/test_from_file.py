@@ -248,6 +248,6 @@ def test_numbers_of_positions_are_checked(tmp_path: Path) -> None:
         ({"bias_symmetric": 2}, "bias_symmetric is 2.0; give 0 or 1"),
         ({"rotary_frequencies": np.zeros(3)}, "rotary turns 6 coordinates"),
     ):
-        np.savez(tmp_path / "x.npz", w_q=w, w_k=w, w_v=w, **more)  # type: ignore[arg-type]
+        np.savez(tmp_path / "x.npz", w_q=w, w_k=w, w_v=w, **more)
         with refused(InputError, "x.npz", words):
             from_file(tmp_path / "x.npz")
