@@ -59,8 +59,8 @@ def splitting_rates(layer: Attention, clean: TokenMeasure, *, seed: int = 0) -> 
         InputError: Another width.
 
     References:
-        Castin, Ablin, Peyre (first version of arXiv 2312.14820) compare moving and splitting; this form is derived in
-        docs/reproduce/castin2023-splitting.md.
+        Castin, Ablin, Peyre (first version of arXiv 2312.14820) compare moving and splitting; derived:
+        docs/certificates-literature.md, section 9.
 
     Example:
         >>> layer = Attention(w_q=torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]]), w_k=torch.eye(2)[None],

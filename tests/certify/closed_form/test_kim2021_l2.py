@@ -1,16 +1,25 @@
 """The constants of L2 attention: the spread bound, all of space, and where they are tight."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.certify.closed_form.kim2021_l2 import KimL2, reported_constant, spread_bound
+from attnrobust.attacks import AttackBudget, attack
+from attnrobust.certify import certify
+from attnrobust.certify.closed_form.claims import Quantity
+from attnrobust.certify.closed_form.kim2021_l2 import KimL2, derived_constant, reported_constant, spread_bound
 from attnrobust.errors import InputError
 from attnrobust.goals import Displacement
 from attnrobust.layers.variants.l2 import L2Attention
+from attnrobust.lipschitz.search import lipschitz_search
+from attnrobust.lipschitz.table import bounds_table
+from attnrobust.problem import Problem
+from attnrobust.threats.measures import CouplingBall
 from attnrobust.threats.moves import FrobeniusBall
+from attnrobust.tokens import TokenMeasure
 from tests.seeded_variants import l2, variant_problem
 
 
@@ -84,3 +93,29 @@ def test_kim_refusals() -> None:
         reported_constant(l2(0), 3, norm="l1")
     with pytest.raises(InputError, match="odds"):
         spread_bound(-1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_constants_hold_with_a_causal_mask(seed: int) -> None:
+    """Ascent stays below them, for all rows, for the largest entry, and for finite moves."""
+    layer, centre = replace(l2(seed), causal=True), torch.zeros(4, 3, dtype=torch.float64)
+    found = lipschitz_search(layer, centre, 4.0, restarts=4, steps=20, seed=seed).lower.value
+    assert found <= derived_constant(layer, 4).value
+    assert found <= reported_constant(layer, 4).value
+    entries = lipschitz_search(layer, centre, 4.0, norm="linf", restarts=4, steps=10, seed=seed).lower.value
+    assert entries <= reported_constant(layer, 4, norm="linf").value
+    problem = Problem(layer, TokenMeasure(torch.randn(4, 3)), FrobeniusBall(), Displacement(0.5))
+    certified = certify(problem, methods=["kim2021-l2"]).best
+    assert certified is not None
+    attacked = attack(problem, seed=seed, budget=AttackBudget(restarts=2, steps=20, rounds=1))
+    assert 0 < certified.radius <= attacked.radius
+
+
+def test_a_causal_layer_is_no_map_of_measures() -> None:
+    layer = replace(l2(0), causal=True)
+    table = bounds_table(layer, n=3, radius=1.0, search=0)
+    assert not {Quantity.W1, Quantity.W2, Quantity.CONTEXT} & {row.quantity for row in table.bounds}
+    assert "mask" in {entry.method: entry.reason for entry in table.skipped}["vuckovic2020-kernel"]
+    problem = Problem(layer, TokenMeasure(torch.randn(3, 3)), CouplingBall(2, domain_radius=5.0), Displacement(0.5))
+    with pytest.raises(InputError, match="mask"):
+        attack(problem)
