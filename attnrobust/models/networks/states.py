@@ -92,7 +92,9 @@ def watch(model: nn.Module, plan: Plan, model_inputs: Mapping[str, Any]) -> Stat
     try:
         run_model(model, model_inputs)
     finally:
-        for hooks in (*probes.values(), *watched.values(), last):
+        for probe in probes.values():
+            probe.remove()
+        for hooks in (*watched.values(), last):
             hooks.remove()
     output = _named(plain if not last.path else last.left(last.only), plan.head.attribute)
     return States(
