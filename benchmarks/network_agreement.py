@@ -24,11 +24,11 @@ from tests.models.networks.models import HEADS, TORCH, inputs_of, torch_inputs, 
 PAGE = Path(__file__).parents[1] / "docs" / "network-agreement.md"
 TOP = """# Agreement of whole networks with their models
 
-Made by `python -m benchmarks.network_agreement`: small random models of every family that is read ([Whole models](networks.md)), float64,
-one random input each. A number is the largest difference of the output and of every state between blocks from the model's own forward
-pass, relative to the terms that an entry adds up; at most 1e-10 is allowed, and every model is checked so at load, on the user's own
-input. eager and sdpa are `attn_implementation`. Padding that is given with the input is refused: delete the padded tokens. MiniLM is a
-BERT; its real weights are checked in the tests.
+Made by `python -m benchmarks.network_agreement`: small random models of every family that is read
+([Whole models](networks.md)), float64, one random input each. A number is the largest difference of the output and of
+every state between blocks from the model's own forward pass, relative to the terms that an entry adds up; at most 1e-10
+is allowed, and every model is checked so at load, on the user's own input. eager and sdpa are `attn_implementation`.
+Padding that is given with the input is refused: delete the padded tokens. MiniLM is a BERT.
 
 | model | eager | sdpa | padding |
 |---|---|---|---|

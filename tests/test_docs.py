@@ -10,6 +10,7 @@ import torch
 from typer.main import get_command
 
 from attnrobust.cli import app
+from benchmarks.network_agreement import PAGE, families
 
 ROOT = Path(__file__).parent.parent
 PAGES = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
@@ -43,6 +44,19 @@ def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")} - {"index.md"}
     assert pages - set(LINK.findall(index)) == set()
+
+
+def test_the_page_of_agreement_is_current() -> None:
+    """It names every model that is read, and no difference above what is allowed."""
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [line[0] for line in cells] == list(families()), (
+        "make the page again: python -m benchmarks.network_agreement"
+    )
+    numbers = [float(text) for line in cells for text in line[1:] if text[0].isdigit()]
+    assert len(numbers) >= len(cells)
+    assert max(numbers) < 1e-10
+    assert {line[3] for line in cells} == {"refused", "-"}
 
 
 def test_the_readme_example_runs() -> None:

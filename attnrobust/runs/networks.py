@@ -131,8 +131,8 @@ class Networks:
         """Refuse a goal that the model does not answer at any input.
 
         Raises:
-            InputError: No head of its own, an output with one row for a goal about a row, anchors that tie, a label that
-                does not exist.
+            InputError: No head of its own, an output with one row for a goal about a row, anchors that tie, a label
+                that does not exist.
             UnsupportedModelError: A part that is not modelled.
         """
         assert isinstance(self.model, ModuleModel)  # noqa: S101 - other models have no depths; narrows the type

@@ -9,7 +9,7 @@ from torch import Tensor
 from attnrobust.attacks import AttackBudget, attack, attack_many, token_moving, token_radii
 from attnrobust.attacks.method import Search
 from attnrobust.attacks.search.evaluate import Evaluator
-from attnrobust.attacks.search.projected_gradient import Finish, Start
+from attnrobust.attacks.search.projected_gradient import Finish, Start, search_rows
 from attnrobust.attacks.verification import MovedTokens, shrink_to_boundary, verify
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
 from attnrobust.goals import Displacement, Goal, Margin
@@ -298,11 +298,10 @@ def test_later_rounds_attack_classes_that_the_first_did_not(monkeypatch: pytest.
     """Eight restarts start from four classes; the nearest one may be a class that the first order puts behind them."""
     case, seen = case_named("biases"), list[set[int]]()
     problem = Problem(case.attention, case.tokens, FrobeniusBall(), Margin(draw(11, 4), pool=1))
-    search = token_moving.search_rows
 
     def recorded(work: Search, evaluator: Evaluator, start: Start, *, steps: int) -> Finish:
         seen.append(set(start.targets.flatten().tolist()))
-        return search(work, evaluator, start, steps=steps)
+        return search_rows(work, evaluator, start, steps=steps)
 
     monkeypatch.setattr(token_moving, "search_rows", recorded)
     monkeypatch.setattr(token_moving, "FLAT", 0.0)  # no round is left out

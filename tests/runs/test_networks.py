@@ -274,5 +274,5 @@ def test_a_goal_that_the_model_does_not_answer_is_refused_before_any_input(class
         networks.require(NetworkGoal("decision", row=1))
     with pytest.raises(InputError, match=r"label 7 does not exist; the classes are 0 to \d+ \("):
         networks.require(NetworkGoal("decision", label=7))
-    with pytest.raises(InputError, match="label 2 does not exist; the classes are 0 to 1$"):
+    with pytest.raises(InputError, match=r"label 2 does not exist; the classes are 0 to 1$"):
         networks.require(NetworkGoal("nearest", anchors=("a", "b"), label=2))
