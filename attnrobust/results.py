@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from attnrobust.notebook import Shown, number
 from attnrobust.numerics.chance import union_bound
 from attnrobust.status import Kind, Status
 from attnrobust.tokens import PerturbedTokens
@@ -13,8 +15,8 @@ from attnrobust.tokens import PerturbedTokens
 __all__ = ["AttackResult", "Certificate", "CertificationReport", "Comparison", "Kind", "NotApplicable", "Status"]
 
 
-@dataclass(frozen=True, eq=False)
-class AttackResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class AttackResult(Shown):
     """What an attack found; ``radius`` is re-measured by the template, an UPPER bound of the true robust radius.
 
     Args:
@@ -55,6 +57,18 @@ class AttackResult:
         if self.epsilon is not None:
             return self.usage / self.moving_radius
         return self.moving_radius / self.radius if self.radius > 0 else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the tokens stay in ``perturbed``."""
+        return {
+            "attack": self.attack, "status": str(self.status), "radius": number(self.radius),
+            "usage": number(self.usage), "queries": self.queries, "seconds": self.seconds, "seed": self.seed,
+            "epsilon": self.epsilon, "note": self.note or None, "problem": self.problem,
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        """One line, without tensors."""
+        return f"<{self.summary()}>"
 
 
 @dataclass(frozen=True)
@@ -99,8 +113,8 @@ class NotApplicable:
     declared: bool = True
 
 
-@dataclass(frozen=True)
-class CertificationReport:
+@dataclass(frozen=True, repr=False)
+class CertificationReport(Shown):
     """All certificates of one problem; ``best`` has the largest radius.
 
     Args:
@@ -141,9 +155,28 @@ class CertificationReport:
         reasons = dict.fromkeys(s.reason for s in self.skipped if s.declared)
         return "no certificate: " + ("; ".join(reasons) or "none speaks about this layer, threat and goal")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; certificates and the reasons of the skipped ones are lists of records."""
+        best = self.best
+        return {
+            "best": None if best is None else best.method, "radius": None if best is None else best.radius,
+            "kind": None if best is None else str(best.kind), "failure_probability": self.failure_probability,
+            "seconds": self.seconds, "problem": self.problem,
+            "certificates": [
+                {"method": c.method, "radius": c.radius, "kind": str(c.kind), "reference": c.reference,
+                 "failure_probability": c.failure_probability, "seconds": c.seconds}
+                for c in self.certificates
+            ],
+            "skipped": [{"method": s.method, "reason": s.reason} for s in self.skipped if s.declared],
+        }  # fmt: skip
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
+    def __repr__(self) -> str:
+        """One line with the best certificate."""
+        return f"<{self.summary()}>"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Shown):
     """Attack against certificate on one problem.
 
     Args:
@@ -160,3 +193,18 @@ class Comparison:
     certification: CertificationReport
     status: Status
     gap: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of both sides: the radii, the gap, every certificate."""
+        best = self.certification.best
+        return {
+            "status": str(self.status), "certified_radius": 0.0 if best is None else best.radius,
+            "certificate": None if best is None else best.method, "attack": self.attack.attack,
+            "attack_radius": number(self.attack.radius) if self.attack.status is Status.FOUND else None,
+            "gap": number(self.gap), "problem": self.problem,
+            "certificates": self.certification.to_dict()["certificates"],
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        """One line with both radii and the gap."""
+        return f"<{self.summary()}>"

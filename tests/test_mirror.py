@@ -16,6 +16,7 @@ CROSS_CUTTING = {
     "test_examples.py",
     "test_mirror.py",
     "test_packaging.py",
+    "test_printed_commands.py",  # of README and docs
     "test_strategies.py",  # of tests/strategies.py
 }
 
@@ -124,7 +125,6 @@ UNMIRRORED = {
     "cli/bench.py",
     "cli/exits.py",
     "cli/interrupt.py",
-    "cli/progress.py",
     "cli/scan.py",
     # tests/contracts/test_layers.py, tests/layers/test_attention.py
     "layers/features.py",
@@ -193,6 +193,8 @@ UNMIRRORED = {
     # test_processes.py of the same folder
     "runs/engines/here.py",
     "runs/engines/schedule.py",
+    # tests/reports/test_curve.py
+    "cli/curve.py",
     # tests/cli/test_smooth.py
     "reports/smoothed.py",
     "runs/smoothed.py",

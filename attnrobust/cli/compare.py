@@ -229,7 +229,8 @@ def compute(
     bench = Workbench(config)
     job = None if out is None else _job(bench, out, overwrite=overwrite)
     bench.refuse_hopeless()
-    _tell_absolute(bench)
+    if not quiet:
+        _tell_absolute(bench)
     total = len(bench.items())
     printed = _Printed(json=json, patient=out is not None)
     rows = list(printed.each(tracked(rows_in_memory(bench), total, quiet=quiet)))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions
 from rich.table import Table
@@ -172,7 +172,7 @@ class FittingTable(Table):
     def _drawn(self, content: _Content, sizes: Sequence[int]) -> Table:
         table = Table()
         for column, size in zip(content.columns, sizes, strict=True):
-            justify = "right" if column.right else "left"
+            justify: Literal["right", "left"] = "right" if column.right else "left"
             table.add_column(Text(column.name), justify=justify, overflow="fold", width=size)
         for line, rule in zip(content.lines, self._rules or repeat(False), strict=False):
             if rule:

@@ -97,7 +97,7 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         tiles=_tiles(data),
         verdicts=run_verdicts(data.rows),
         summary={"heading": heading, "lines": lines},
-        plots=[plot | {"svg": plot["svg"] and Markup(plot["svg"])} for plot in plots],  # noqa: S704 - matplotlib escapes
+        plots=[dict(plot) | {"svg": plot["svg"] and Markup(plot["svg"])} for plot in plots],  # noqa: S704 - matplotlib escapes
         facets=[
             {"name": ", ".join(key), "tiles": _radius_tiles(group), "methods": _methods(group)}
             for key, group in _facets(data.rows).items()

@@ -76,7 +76,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put fixed radii in the place of certificates and attacks."""
 
     def pretend(certified: float, attacked: float) -> None:
-        monkeypatch.setattr(attnrobust.runs.evaluate, "certify", lambda p, **_: report(p, certified))
+        monkeypatch.setattr(attnrobust.runs.evaluate, "_certified", lambda p, *_: report(p, certified))
         monkeypatch.setattr(attnrobust.runs.evaluate, "run_attack", lambda p, **_: found(p, attacked))
 
     return pretend
@@ -96,7 +96,12 @@ def test_compare_prints_one_object_a_row(cli: Run, files: Path) -> None:
         assert row["goal"] == "displacement 10%"
         assert row["certified_radius"] <= row["attack_radius"]
         assert row_from_dict(row).as_dict() == row
-    assert said.err.count("\n") == 3  # plain progress, one line a row, none of it on stdout
+    assert [line[:3] for line in said.err.splitlines() if line[0] == "["] == [
+        "[0/",
+        "[1/",
+        "[2/",
+        "[3/",
+    ]  # not on stdout
 
 
 def test_runs_repeat(cli: Run, files: Path) -> None:
@@ -126,7 +131,7 @@ def test_certify_does_not_attack_and_attack_does_not_certify(
         certified = cli("certify", files / "layer.npz", "--tokens", files / "x.npz", "--json").rows
     assert {row["status"] for row in certified} == {"certified"}
     assert {row["attack"] for row in certified} == {None}
-    monkeypatch.setattr(attnrobust.runs.evaluate, "certify", never)
+    monkeypatch.setattr(attnrobust.runs.evaluate, "_certified", never)
     attacked = cli("attack", files / "layer.npz", "--tokens", files / "x.npz", "--json").rows
     assert {row["status"] for row in attacked} == {"found"}
     assert {row["certified_radius"] for row in attacked} == {None}

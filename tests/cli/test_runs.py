@@ -100,8 +100,10 @@ def test_interruption_finishes_the_row_and_says_how_to_go_on(config: Path) -> No
     command = [sys.executable, "-m", "attnrobust", "run", str(config), "--tolerance", "10%", "--tolerance", "1%"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
     assert process.stderr is not None
-    first = process.stderr.readline()  # the first row is done
-    assert first.startswith("[1/12]")
+    assert process.stderr.readline() == "[0/12] begins\n"
+    while not (first := process.stderr.readline()).startswith("["):
+        assert "still at work" in first
+    assert first.startswith("[1/12]")  # the first row is done
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == ExitCode.INTERRUPTED
