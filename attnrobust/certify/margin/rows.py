@@ -162,11 +162,12 @@ def _own_norm_of_pairs(rows: MarginRows) -> Float[Tensor, "h n n"]:
     small = triangle(torch.cat([rows.layer.w_q, rows.layer.w_k], dim=-1))
     out = torch.empty_like(rows.weight)
     for i in range(rows.n):
-        block: Tensor = rows.pulled_keys(i) @ small[..., :k].mT
+        block = rows.pulled_keys(i) @ small[..., :k].mT
         block = block + rows.own[:, i, :, None] * (queries[:, i, None, :] @ small[..., k:].mT)
         out[:, i] = torch.linalg.vector_norm(block, dim=-1) * rows.movable[i]
     longest = torch.linalg.vector_norm(rows.keys, dim=-1).amax(-1) * torch.linalg.matrix_norm(small[..., :k])
-    return outward(out, FORMULA) + CANCELLATION * longest[:, None, None] * rows.movable[:, None]
+    pad: Tensor = CANCELLATION * longest[:, None, None] * rows.movable[:, None]
+    return outward(out, FORMULA) + pad
 
 
 def own_gram(rows: MarginRows) -> Float[Tensor, "h n n n"]:

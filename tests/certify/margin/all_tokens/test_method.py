@@ -259,8 +259,8 @@ def test_majorant_touches_the_drop_where_the_values_become_equal(seed: int) -> N
     par = Parameters(
         split=small * row, reference=-(rows.weight @ t[..., None])[..., 0] / unit,
         value=t / (functional.value_norm * radius),
-        pair=small * torch.ones_like(rows.weight), bilinear=torch.ones_like(rows.weight), query_value=small * row, gauge=row,
-        query_mean=small * row,
+        pair=small * torch.ones_like(rows.weight), bilinear=torch.ones_like(rows.weight), query_value=small * row,
+        query_mean=small * row, gauge=row,
     )  # fmt: skip
     form = majorant(functional, const, pieces(functional, const, functional.first_norm), par)
     over, size = excess(problem, 0, form, move)
