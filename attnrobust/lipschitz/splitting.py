@@ -70,7 +70,9 @@ def splitting_rates(layer: Attention, clean: TokenMeasure, *, seed: int = 0) -> 
         (0.5, 1.118)
     """
     if layer.causal or layer.mask is not None or layer.placed:
-        raise UnsupportedModelError("splitting is about token measures, which have no order; give a layer without mask or positions")
+        raise UnsupportedModelError(
+            "splitting is about token measures, without order; give a layer without mask and positions"
+        )
     clean = as_measure(clean)
     if clean.width != layer.width:
         raise InputError(f"the tokens have width {clean.width}, the layer takes {layer.width}")

@@ -167,7 +167,8 @@ def _own_norm_of_pairs(rows: MarginRows) -> Float[Tensor, "h n n"]:
         out[:, i] = torch.linalg.vector_norm(block, dim=-1) * rows.movable[i]
     longest = torch.linalg.vector_norm(rows.keys, dim=-1).amax(-1) * torch.linalg.matrix_norm(small[..., :k])
     pad: Tensor = CANCELLATION * longest[:, None, None] * rows.movable[:, None]
-    return outward(out, FORMULA) + pad
+    norms: Tensor = outward(out, FORMULA) + pad
+    return norms
 
 
 def own_gram(rows: MarginRows) -> Float[Tensor, "h n n n"]:

@@ -247,8 +247,8 @@ def test_measures_cost_more_than_tokens() -> None:
 )
 def test_places_make_no_map_of_measures(changes: dict[str, Any]) -> None:
     """The order of the tokens counts there, so no constant holds for measures."""
-    weights = [torch.ones(1, 2, 2, dtype=torch.float64)] * 3
-    layer = Attention(*weights, **changes)
+    weight = torch.ones(1, 2, 2, dtype=torch.float64)
+    layer = Attention(weight, weight, weight, **changes)
     with pytest.raises(UnsupportedModelError, match="no map of token measures"):
         mean_field_constant(layer, 1.0)
     with pytest.raises(UnsupportedModelError, match="no map of token measures"):
