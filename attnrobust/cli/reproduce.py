@@ -73,7 +73,7 @@ def _list(json: bool) -> None:
     lines = [(e.name, e.paper, e.statement, *(shown(float(m), 2) for m in e.minutes)) for e in EXPERIMENTS]
     minutes = [Column(title, right=True, fold=False) for title in ("minutes", "--full")]
     columns = [Column("name", fold=False), *words("paper", "statement"), *minutes]
-    console().print(lay_out(columns, lines, title="experiments; minutes on one core"))
+    console().print(lay_out(columns, lines, title="experiments; minutes on one core, those of --full estimated"))
 
 
 def _print(name: str, outcome: "Outcome") -> None:

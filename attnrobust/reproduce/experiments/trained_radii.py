@@ -173,7 +173,7 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
             x="1 before, 2 trained, 3 regularised, 4 capped",
             y="median radius (Frobenius)",
             curves=[
-                Curve(label=label, x=range(1, 1 + len(column(rows, key, layer=kind))), y=column(rows, key, layer=kind))
+                Curve(label=label, x=[1.0, 2.0, 3.0, 4.0], y=column(rows, key, layer=kind))
                 for key, label in (("certified_median", "certified"), ("attack_median", "attack"))
             ],
             log_x=False,
