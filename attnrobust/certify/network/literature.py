@@ -38,6 +38,10 @@ SMALL_INPUT = 600
 chance, and the others answer."""
 
 
+ABOVE_ROUNDING = 1e9
+"""Outputs of saturated attention at large scores may be rounded by many times their size."""
+
+
 class NetworkLipschitz(CertificateMethod):
     """Every node by the smallest Lipschitz bound of the literature on the set that its input moves in, composed.
 
@@ -99,8 +103,11 @@ class AttentionLipschitz(_MoveOnly):
 
     def __init__(self, attention: Attention, points: Float[Tensor, "n d"], mass: Float[Tensor, "n"] | None) -> None:
         self._width = attention.out_width
-        clean = TokenMeasure(points) if mass is None else TokenMeasure(points, mass)
-        self._problem = Problem(attention, clean, FrobeniusBall(), Displacement(1.0))
+        # attention knows masses up to a factor; beside fixed tokens they do not sum to 1
+        clean = TokenMeasure(points) if mass is None else TokenMeasure(points, mass / mass.sum())
+        # any tolerance gives the same bound of the change; one far above the output is above its rounding, too
+        size = float(torch.linalg.vector_norm(attention(points, mass)))
+        self._problem = Problem(attention, clean, FrobeniusBall(), Displacement(ABOVE_ROUNDING * max(1.0, size)))
         methods: list[CertificateMethod] = [CastinReported(), CastinDerived(), SpreadLipschitz()]
         if points.numel() <= SMALL_INPUT:
             methods.append(HavensLocal())
@@ -112,7 +119,7 @@ class AttentionLipschitz(_MoveOnly):
         if given.frobenius == 0.0:
             return token_move(0.0, torch.zeros_like(given.tokens), self._width)
         goal = self._problem.resolved
-        unit = float(goal.budgets[0]) * goal.outward  # the tolerance 1, as the shares were divided by it
+        unit = float(goal.budgets[0]) * goal.outward  # the tolerance, as the shares were divided by it
         shares = [bound.usage(given.frobenius).value for bound in self._bounds]
         whole = outward(unit * min((s for s in shares if s >= 0.0), default=math.inf), FORMULA)
         return token_move(whole, torch.full_like(given.tokens, whole), self._width)

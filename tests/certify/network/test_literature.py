@@ -1,5 +1,7 @@
 """The literature's Lipschitz bounds, node by node and composed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -71,6 +73,16 @@ def test_attention_on_balls(name: str) -> None:
         found = bound.move(given(size, *points.shape)).frobenius
         assert 0.0 < float(torch.linalg.vector_norm(change, dim=(-2, -1)).max()) <= found
     assert bound.move(given(0.0, *points.shape)).frobenius == 0.0
+    if mass is not None:  # beside fixed tokens the masses do not sum to 1
+        heavier = AttentionLipschitz(case.attention, points, 1.4 * mass).move(given(1.0, *points.shape))
+        assert heavier.frobenius == pytest.approx(found, rel=1e-12)
+
+
+def test_large_outputs_do_not_hide_a_bound() -> None:
+    case = case_named("biases")
+    large = replace(case.attention, b_v=1e12 * case.attention.b_v)
+    bound = AttentionLipschitz(large, case.tokens.points, None).move(given(1.0, *case.tokens.points.shape))
+    assert 0.0 < bound.frobenius < 1e15
 
 
 @pytest.mark.parametrize("function", [*SHAPES, "relu"])
