@@ -57,7 +57,7 @@ UNMIRRORED = {
     "certify/conic/solver.py",
     # test_method.py of the same folder
     "certify/displacement/bound.py",
-    "certify/displacement/pair_rows.py",  # tests/soundness/test_modern_stress.py
+    "certify/displacement/pair_rows.py",  # tests/certify/shared/test_pair_forms.py
     # test_method.py of the same folder
     "certify/margin/one_token/descent.py",
     "certify/margin/one_token/functional.py",
@@ -102,7 +102,6 @@ UNMIRRORED = {
     "certify/shared/constants.py",
     "certify/shared/first_order.py",
     "certify/shared/head_sizes.py",
-    "certify/shared/pair_forms.py",  # tests/soundness/test_modern_stress.py
     "certify/shared/reach.py",
     "certify/shared/softmax_rows.py",
     # tests/cli/test_compare.py, test_output.py; tests/runs/test_bench.py, test_scan.py
