@@ -39,7 +39,8 @@ def boundary_moves(problem: Problem, radius: float, count: int, draw: Draw) -> T
     moves[moves.flatten(1).norm(dim=1) == 0] = (
         problem.threat.movable(x.shape[0])[:, None].to(x.dtype).expand_as(x).clone()
     )
-    return problem.moves.project(1e6 * moves, radius)
+    # far outside, yet not so far that the projection onto a small l1 ball is lost in rounding
+    return problem.moves.project(1e6 * min(1.0, radius) * moves, radius)
 
 
 def largest_usage(problem: Problem, radius: float, draw: Draw, *, steps: int, count: int = 12) -> float:

@@ -73,7 +73,7 @@ UNMIRRORED = {
     "certify/conic/solver.py",
     # test_method.py of the same folder
     "certify/displacement/bound.py",
-    "certify/displacement/pair_rows.py",  # tests/soundness/test_modern_stress.py
+    "certify/displacement/pair_rows.py",  # tests/certify/shared/test_pair_forms.py
     # test_method.py of the same folder
     "certify/margin/one_token/descent.py",
     "certify/margin/one_token/functional.py",
