@@ -8,12 +8,12 @@ from attnrobust.problem import Problem
 from attnrobust.results import Certificate, CertificationReport, NotApplicable
 
 LEADERS = ("displacement", "margin-one-token", "margin-majorant")
-"""Run first: on every measured problem of a layer one of them, or ``singla2020-curvature``, has the largest radius."""
+"""Run first: on the measured problems of a layer one of them, or ``singla2020-curvature``, has the largest radius."""
 
 BEHIND = frozenset({
     "castin2024-reported", "castin2024-derived", "spread-lipschitz", "havens2024-local", "rigorous-local",
 })  # fmt: skip
-"""Never ahead of a leader that is within ``NEAR`` of the attack, on any measured problem (docs/tightness.md)."""
+"""Well behind a leader that is within ``NEAR`` of the attack in the medians of docs/tightness.md."""
 
 NEAR, EXACT = 3.0, 1.01
 """Gaps: up to the first a leader is not overtaken by those behind, up to the second by nothing worth its time."""
@@ -49,7 +49,7 @@ def certify_what_can_win(
     """Certificates whose radius may be the largest one; the others are in ``skipped`` with the reason.
 
     No certified radius of a right certificate exceeds the attack radius. So nothing more is run once the best is within
-    1 % of it. Behind a leader at a gap of at most ``NEAR`` those are left out that no measured problem ever saw ahead;
+    1 % of it. Behind a leader at a gap of at most ``NEAR`` those are left out that the measurements show behind;
     this is a record of measurements and no theorem, which is why they run where the gap is larger. Each radius is
     searched as always: the attack never bounds a search, so an unsound certificate still shows.
 
