@@ -20,10 +20,11 @@ def together(heads: list[Array], w_o: Array | None, b_o: Array | None) -> Array:
     return np.asarray(out if b_o is None else out + b_o)
 
 
-def average(scores: Array, values: Array, mass: Array | None) -> Array:
-    """Rows ``sum_j softmax_j(scores_ij + log mass_j) values_j``."""
-    shift = 0 if mass is None else np.log(mass)
-    return np.stack([softmax(row + shift) @ values for row in scores])
+def average(scores: Array, values: Array, mass: Array | None, *, causal: bool = False) -> Array:
+    """Rows ``sum_j softmax_j(scores_ij + log mass_j) values_j``; over j <= i if ``causal``."""
+    shifted = scores if mass is None else scores + np.log(mass)
+    seen = [i + 1 if causal else len(values) for i in range(len(scores))]
+    return np.stack([softmax(row[:m]) @ values[:m] for row, m in zip(shifted, seen, strict=True)])
 
 
 def l2(
@@ -36,6 +37,7 @@ def l2(
     scale: float | None = None,
     mass: Array | None = None,
     metric: bool = True,
+    causal: bool = False,
 ) -> Array:
     """``P X (scale w w^T) w_v`` with P_ij ~ mass_j exp(-scale |(x_i - x_j) w|^2); no w w^T if not ``metric``."""
     heads, n = [], x.shape[0]
@@ -46,7 +48,8 @@ def l2(
             for j in range(n):
                 difference = (x[i] - x[j]) @ w
                 scores[i, j] = -factor * (difference @ difference)
-        heads.append(average(scores, x @ (factor * w @ w.T if metric else np.eye(x.shape[1])) @ value, mass))
+        values = x @ (factor * w @ w.T if metric else np.eye(x.shape[1])) @ value
+        heads.append(average(scores, values, mass, causal=causal))
     return together(heads, w_o, b_o)
 
 

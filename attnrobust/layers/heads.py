@@ -24,6 +24,9 @@ class Specification(ABC):
     feature_names: ClassVar[Mapping[str, str]] = {}
     """The feature of each field, see ``layers.features``; a field that is missing here is one of its own name."""
 
+    later_fields: ClassVar[frozenset[str]] = frozenset()
+    """Switches that came later: while one is off, the digest is that of a record without it."""
+
     @property
     def features(self) -> frozenset[str]:
         """The optional parts of the formula that are in use."""
@@ -48,7 +51,7 @@ class Specification(ABC):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the class and everything in the record."""
-        values = record(self)
+        values = {name: value for name, value in record(self).items() if name not in self.later_fields or value}
         tensors = [value for value in values.values() if isinstance(value, Tensor)]
         rest = {name: "tensor" if isinstance(value, Tensor) else repr(value) for name, value in values.items()}
         return tensor_digest(*tensors, extra=f"{type(self).__name__};{rest}")

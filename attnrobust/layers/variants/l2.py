@@ -87,6 +87,7 @@ class L2Attention(ScaledHeadSpecification):
         "w_o": "out_projection",
         "b_o": "bias",
     }
+    later_fields: ClassVar[frozenset[str]] = frozenset({"causal"})
     formula = staticmethod(l2_attention)
 
     def __post_init__(self) -> None:
