@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     texts = -(-options.rows // len(LAYERS))
     work, capture, parts, loading = Clock(), Clock(), Clock(), Clock()
-    attnrobust.runs.evaluate.certify = work.around(attnrobust.runs.evaluate.certify)
+    attnrobust.runs.evaluate.certify_row = work.around(attnrobust.runs.evaluate.certify_row)
     attnrobust.runs.evaluate.run_attack = work.around(attnrobust.runs.evaluate.run_attack)
     attnrobust.runs.work.load_model = loading.around(attnrobust.runs.work.load_model)
     ModuleModel.capture_layers = capture.around(ModuleModel.capture_layers)  # type: ignore[method-assign]

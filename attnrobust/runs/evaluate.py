@@ -141,7 +141,7 @@ def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str
     attacked = _attacked(problem, task, config, begin) if config.attack.method is not None else None
     certification = None
     if config.certifies:
-        certification = _certified(problem, config, attacked, begin)
+        certification = certify_row(problem, config, attacked, begin)
         values |= _certificate_values(certification) | {"status": Status.CERTIFIED, "problem": certification.problem}
         values["message"] = _why_none(certification) or None
     if attacked is None:
@@ -182,7 +182,7 @@ def _attacked(
         return error
 
 
-def _certified(
+def certify_row(
     problem: Problem, config: RunConfig, attacked: AttackResult | Exception | None, begin: Callable[[str], None]
 ) -> CertificationReport:
     """The certificates that are named; else those that can win where a violation is known, and all where none is."""

@@ -45,7 +45,12 @@ Fake = Callable[..., Any]
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, certify: Fake | None = None, attack: Fake | None = None) -> None:
     if certify is not None:
-        monkeypatch.setattr(attnrobust.runs.evaluate, "certify", certify)
+
+        def certified(problem: Any, config: RunConfig, *_: Any) -> CertificationReport:
+            made: CertificationReport = certify(problem, methods=config.named_certificates, seed=config.seed)
+            return made
+
+        monkeypatch.setattr(attnrobust.runs.evaluate, "certify_row", certified)
     if attack is not None:
         monkeypatch.setattr(attnrobust.runs.evaluate, "run_attack", attack)
 

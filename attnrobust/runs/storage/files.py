@@ -16,7 +16,7 @@ from attnrobust.runs.storage.atomic import require_writable, require_writable_fi
 from attnrobust.runs.storage.parquet import parquet_bytes
 
 PARQUET_NAME, JSON_NAME, PLOT_NAME, REPORT_NAME = "results.parquet", "results.json", "gap.png", "report.html"
-YOUNGER = ("label", "attack_label", "token_radii")
+YOUNGER = ("label", "attack_label", "token_radii", "token_norm")
 """Fields of rows that came later."""
 MANIFEST = "manifest.json"
 """A directory that has it holds a run of many rows."""
