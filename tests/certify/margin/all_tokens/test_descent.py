@@ -65,6 +65,9 @@ def test_slope_of_the_bound_agrees_with_differences(seed: int, linf: bool, monke
         if name == "scale" and not linf:
             continue
         slope = raw.grad
+        if name == "gauge":  # a layer without rotary positions has none
+            assert slope is None
+            continue
         assert slope is not None
         kept, ends = raw.data.clone(), []
         for sign in (1.0, -1.0):
