@@ -22,12 +22,13 @@ from attnrobust.models.read_network import read_network
 from attnrobust.problem import Problem
 from attnrobust.status import Status
 from attnrobust.threats.copies import Copies
-from attnrobust.threats.moves import FrobeniusBall
 from attnrobust.threats.measures import CouplingBall
+from attnrobust.threats.moves import FrobeniusBall
 from tests.assertions import assert_at_most, assert_close, refused
 from tests.models.networks.models import HEADS, inputs_of
 
 QUICK = AttackBudget(restarts=2, steps=10, rounds=1)
+BY_NAME = {method.name: method for method in METHODS}
 NETWORK_METHODS = ("network-lipschitz", "network-product", "network-chain", "network-composite")
 DECODERS = ("llama next word", "mistral next word", "qwen2 next word")
 
@@ -49,7 +50,7 @@ def test_what_is_read(name: str) -> None:
     assert [layer.kv_heads for layer in layers] == [2, 2]
     assert all(layer.rotary is not None and layer.causal for layer in layers)
     windows = {"llama": [None, None], "mistral": [3, 3], "qwen2": [None, 4]}
-    assert [layer.window_left for layer in layers] == windows[name.split()[0]]
+    assert [layer.window_left for layer in layers] == windows[name.split(maxsplit=1)[0]]
     assert sum(isinstance(node, Product) for node in nodes) == 2
     assert {"RMSNorm", "Activate(silu)", "Attention.rotary"} <= graph.features
 
@@ -74,7 +75,12 @@ def test_a_flip_is_a_flip_of_the_model(name: str, at: str) -> None:
     network = read(name, at)
     result = attack(question(network), budget=QUICK)
     said = network.confirm(result)
-    assert (said.agrees, said.status, said.precision, said.given_precision) == (True, Status.FOUND, "float64", "float32")
+    assert (said.agrees, said.status, said.precision, said.given_precision) == (
+        True,
+        Status.FOUND,
+        "float64",
+        "float32",
+    )
     assert said.label != said.clean_label
     assert 1.0 <= said.usage < 1.0 + 1e-6
     assert_at_most(said.difference, 1e-13)
@@ -94,7 +100,7 @@ def test_the_search_in_float32_sees_the_same_network() -> None:
 @pytest.mark.parametrize("name", NETWORK_METHODS)
 def test_no_certificate_without_a_proof(name: str) -> None:
     """Rotary positions and windows each, by their names; the network without them is none that is refused for them."""
-    method = METHODS[name]
+    method = BY_NAME[name]
     for family, feature in (("llama", "Attention.rotary"), ("mistral", "Attention.window")):
         problem = question(read(f"{family} next word"))
         with refused(UnsupportedThreatError, name, feature):
@@ -116,7 +122,7 @@ def _without(problem: Problem, **changes: Any) -> Problem:
 
 def test_every_other_certificate_refuses_the_network() -> None:
     problem = question(read("llama next word"))
-    assert [name for name, method in METHODS.items() if method.undeclared(problem) is None] == []
+    assert [name for name, method in BY_NAME.items() if method.undeclared(problem) is None] == []
 
 
 @pytest.mark.parametrize("threat", [Copies(2), CouplingBall(2)])
@@ -158,6 +164,6 @@ def test_smollm2() -> None:
     assert said.agrees
     assert said.label != said.clean_label
     assert_at_most(said.difference, 1e-10)
-    assert {METHODS[name].undeclared(problem) is None for name in NETWORK_METHODS} == {False}
+    assert {BY_NAME[name].undeclared(problem) is None for name in NETWORK_METHODS} == {False}
     tokens: Tensor = network.input.measure.points
     assert 0.0 < result.radius < float(tokens.norm())
