@@ -1,6 +1,6 @@
 """Llama, Mistral, Qwen2: pre-norm decoders with RMSNorm, rotary positions, a gated product and a final RMSNorm.
 
-Their code rounds to float32 inside (norms, tables of positions), so they are run with that left out, see ``TrueFloat64``.
+Their code rounds to float32 inside (norms, tables of positions); they are run with that left out (``TrueFloat64``).
 """
 
 from collections.abc import Mapping
