@@ -128,7 +128,7 @@ def test_every_other_certificate_refuses_the_network() -> None:
 @pytest.mark.parametrize("threat", [Copies(2), CouplingBall(2)])
 def test_copies_and_splits_have_no_place(threat: Any) -> None:
     problem = replace(question(read("llama next word")), threat=threat)
-    with refused(UnsupportedModelError, "rotary", "copied"):
+    with refused(UnsupportedThreatError, "rotary", "copied"):
         attack(problem, budget=QUICK)
 
 
