@@ -29,6 +29,7 @@ Made by `python -m benchmarks.network_agreement`: small random models of every f
 every state between blocks from the model's own forward pass, relative to the terms that an entry adds up; at most 1e-10
 is allowed, and every model is checked so at load, on the user's own input. eager and sdpa are `attn_implementation`.
 Padding that is given with the input is refused: delete the padded tokens. MiniLM is a BERT.
+Llama, Mistral and Qwen2 are run without the roundings to float32 inside of their code, all others as they are.
 
 | model | eager | sdpa | padding |
 |---|---|---|---|

@@ -36,8 +36,10 @@ GOALS: Lines = [
 ]
 MODELS: Lines = [
     ("minilm", "all-MiniLM-L6-v2, which the extra attnrobust[demo] brings along."),
+    ("smollm2", "SmolLM2-135M-Instruct, a decoder, which the extra attnrobust[demo-decoder] brings along."),
     ("DIRECTORY", "A Hugging Face model on this disk: config.json and safetensors weights."),
     ("NAME", "A Hugging Face model of the hub or of its cache, as bert-base-uncased."),
+    ("FILE.gguf", "A Llama model of llama.cpp; its weights are dequantised."),
     ("FILE.npz", "Weights of one attention layer, w_q, w_k, w_v and more; also FILE.safetensors."),
 ]
 
@@ -45,8 +47,13 @@ MODELS: Lines = [
 def _certificates() -> Lines:
     from attnrobust.certify.registry import METHODS, ON_REQUEST
 
-    asked = [(method.name, f"{_about(method)} Kind {method.kind}.") for method in METHODS]
+    asked = [(method.name, f"{_about(method)} {_kind(method.kind)}") for method in METHODS]
     return asked + [(method.name, f"{_about(method)} Where it is named.") for method in ON_REQUEST]
+
+
+def _kind(kind: str) -> str:
+    """What its certificates are; a norm that rests on random starts makes one of ``float64`` probabilistic."""
+    return f"Kind {kind}." if kind == "rigorous" else f"Kind {kind}, or probabilistic where a norm needs random starts."
 
 
 def _attacks() -> Lines:

@@ -1,4 +1,4 @@
-"""``torch.nn.LayerNorm`` and ``torch.nn.RMSNorm`` as specifications."""
+"""``torch.nn.LayerNorm``, ``torch.nn.RMSNorm`` and transformers' RMSNorms as specifications."""
 
 import math
 from typing import Any
@@ -8,31 +8,46 @@ from torch import Tensor, nn
 
 from attnrobust.errors import UnsupportedModelError, first_line
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
-from attnrobust.models.adapters import own_float64, refuse
+from attnrobust.models.adapters import class_path, own_float64, refuse
 from attnrobust.models.checks.agreement import call_in_float64, float64_twin
+
+RMS_NORMS = frozenset(
+    f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}RMSNorm"
+    for name in ("Llama", "Mistral", "Qwen2")
+)
+"""Classes that compute ``weight x (mean x^2 + variance_epsilon)^(-1/2)``."""
 
 
 def normalisation_from_torch(module: nn.Module) -> LayerNorm | RMSNorm:
-    """Read an ``nn.LayerNorm`` or ``nn.RMSNorm`` over the last axis; the class must be exactly one of the two.
+    """Read a normalisation over the last axis; what transformers' classes round to float32 inside is left out.
 
     Raises:
-        UnsupportedModelError: Another class, or a norm over several axes.
+        UnsupportedModelError: A class that is not exactly ``nn.LayerNorm``, ``nn.RMSNorm`` or one of ``RMS_NORMS``, or
+            a norm over several axes.
     """
+    norm = _transformers_norm(module) if class_path(module) in RMS_NORMS else _torch_norm(module)
+    _check(norm, module)
+    return norm
+
+
+def _transformers_norm(module: nn.Module) -> RMSNorm:
+    given: Any = module
+    return RMSNorm(weight=own_float64(given.weight), eps=float(given.variance_epsilon))
+
+
+def _torch_norm(module: nn.Module) -> LayerNorm | RMSNorm:
     if type(module) is not nn.LayerNorm and type(module) is not nn.RMSNorm:
         raise UnsupportedModelError(f"{type(module).__name__} is not exactly torch.nn.LayerNorm or torch.nn.RMSNorm")
     if len(module.normalized_shape) != 1:
         raise refuse(module, f"normalises over {len(module.normalized_shape)} axes; only one token's is modelled")
     given: Tensor | None = module.weight
     weight = torch.ones(module.normalized_shape, dtype=torch.float64) if given is None else own_float64(given)
-    if isinstance(module, nn.RMSNorm):
-        # Where no eps is given torch takes the machine epsilon of the input's type, in use that of the weights.
-        default = torch.finfo(torch.get_default_dtype() if given is None else given.dtype).eps
-        norm: LayerNorm | RMSNorm = RMSNorm(weight=weight, eps=default if module.eps is None else module.eps)
-    else:
+    if isinstance(module, nn.LayerNorm):
         bias: Tensor | None = module.bias
-        norm = LayerNorm(weight=weight, bias=None if bias is None else own_float64(bias), eps=module.eps)
-    _check(norm, module)
-    return norm
+        return LayerNorm(weight=weight, bias=None if bias is None else own_float64(bias), eps=module.eps)
+    # Where no eps is given torch takes the machine epsilon of the input's type, in use that of the weights.
+    default = torch.finfo(torch.get_default_dtype() if given is None else given.dtype).eps
+    return RMSNorm(weight=weight, eps=default if module.eps is None else module.eps)
 
 
 def _check(norm: LayerNorm | RMSNorm, module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch.autograd.functional import jvp
 from attnrobust.attacks.search.prepared_network import FusedAttention
 from attnrobust.attacks.search.pullback import PreparedAttention, covers
 from attnrobust.layers.attention import Attention
-from attnrobust.layers.graph.attend import Attend
+from attnrobust.layers.graph.attend import Attend, AttentionState
 from attnrobust.layers.jacobian import AttentionJacobian
 from tests.assertions import assert_close
 from tests.modern_layers import modern
@@ -71,3 +71,28 @@ def test_the_second_derivative_of_the_node(seed: int) -> None:
     assert_close(state.bilinear(one, two), expected, rtol=1e-10, what="f''[a, b]")
     adjoint = (state.bilinear_adjoint(one, y)[0] * b).sum()
     assert_close(adjoint, (expected * y).sum(), rtol=1e-10, what="its adjoint")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_order_of_the_node(seed: int) -> None:
+    """Under masses: value, first and third order, and their adjoints."""
+    layer, points, mass, draw = problem(seed)
+    node, x, m = Attend(layer), points[0], mass[0]
+    state, a, b, c, y = node.at((x,), m), *(draw.normal(4, 3) for _ in range(3)), draw.normal(4, 5)
+
+    def value(z: Tensor) -> Tensor:
+        return node.forward((z,), m)
+
+    def second(z: Tensor) -> Tensor:
+        return pushed(lambda w: pushed(value, w, a, again=True), z, b, again=True)
+
+    first, third = pushed(value, x, a), pushed(second, x, c)
+    assert_close(value(x), layer(x, m), rtol=1e-13, what="value")
+    assert_close(state.jvp((a,)), first, rtol=1e-11, what="first order")
+    assert_close((state.vjp(y)[0] * a).sum(), (first * y).sum(), rtol=1e-10, what="its adjoint")
+    assert_close(state.third((a,), (b,), (c,)), third, rtol=1e-9, what="third order")
+    assert_close((state.third_adjoint((a,), (b,), y)[0] * c).sum(), (third * y).sum(), rtol=1e-9, what="its adjoint")
+    assert isinstance(state, AttentionState)
+    logits = draw.normal(*state.jacobian.weights.shape)
+    pulled = (state.logits_adjoint(logits)[0] * a).sum()
+    assert_close(pulled, (state.features((a,)).logits * logits).sum(), rtol=1e-10, what="adjoint of the scores")

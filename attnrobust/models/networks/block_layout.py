@@ -25,6 +25,7 @@ class BlockLayout:
         second: Its second linear map.
         norm_2: The normalisation of the feed-forward part.
         pre_norm: Whether the normalisations stand before their parts.
+        gate: Linear map of the factor that the activation's output is multiplied by; "" where there is none.
         classes: The exact class of the block ("") and of those parts that compute something by themselves.
     """
 
@@ -35,6 +36,7 @@ class BlockLayout:
     second: str
     norm_2: str
     pre_norm: bool
+    gate: str = ""
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, model: nn.Module, path: str) -> Block:
@@ -46,17 +48,24 @@ class BlockLayout:
         for part, classes in self.classes.items():
             require_class(model, join(path, part), *classes)
         self._refuse_foreign(model, path)
-        first, second = read_affine(model, join(path, self.first)), read_affine(model, join(path, self.second))
-        activation = read_activation(model, join(path, self.activation))
         return Block(
             path=path,
             attention_path=join(path, self.attention),
             attention=read_attention(model, join(path, self.attention)),
             norm_1=read_norm(model, join(path, self.norm_1)),
-            mlp=FeedForward(first.weight, second.weight, first.bias, second.bias, activation=activation),
+            mlp=self._feed_forward(model, path),
             norm_2=read_norm(model, join(path, self.norm_2)),
             pre_norm=self.pre_norm,
         )
+
+    def _feed_forward(self, model: nn.Module, path: str) -> FeedForward:
+        first, second = read_affine(model, join(path, self.first)), read_affine(model, join(path, self.second))
+        gate = read_affine(model, join(path, self.gate)) if self.gate else None
+        return FeedForward(
+            first.weight, second.weight, first.bias, second.bias,
+            w_gate=None if gate is None else gate.weight, b_gate=None if gate is None else gate.bias,
+            activation=read_activation(model, join(path, self.activation)),
+        )  # fmt: skip
 
     def read_all(self, model: nn.Module, paths: Iterable[str]) -> tuple[Block, ...]:
         """The blocks at these paths; a module that several of them lead to is read, and its weights kept, once."""
@@ -76,8 +85,8 @@ class BlockLayout:
             raise refuse_at(path, f"has parameters that are not modelled: {', '.join(foreign[:6])}")
 
     def _foreign(self, block: nn.Module) -> Iterator[str]:
-        parts = (self.attention, self.norm_1, self.first, self.second, self.norm_2)
-        read = tuple(f"{part}." for part in parts)
+        parts = (self.attention, self.norm_1, self.first, self.gate, self.second, self.norm_2)
+        read = tuple(f"{part}." for part in parts if part)
         yield from (name for name, _ in block.named_parameters() if not name.startswith(read))
 
 

@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from attnrobust.layers.graph.normalise import Normalise
-from attnrobust.layers.graph.rows import PoolRow
 from attnrobust.models.adapters import class_path
 from attnrobust.models.networks import heads
 from attnrobust.models.networks.block_layout import BlockLayout, entries, join
-from attnrobust.models.networks.heads import HIDDEN, LOGITS, HeadReader, affine, choose_head, picked
+from attnrobust.models.networks.heads import HIDDEN, HeadReader, choose_head
 from attnrobust.models.networks.parts import read_norm, require_class
 from attnrobust.models.networks.pieces import Single
-from attnrobust.models.networks.plan import Head, Plan, Wanted
+from attnrobust.models.networks.plan import Plan, Wanted
 
 _FILE = "transformers.models.gpt2.modeling_gpt2"
 
@@ -44,22 +43,9 @@ class Gpt2Reader:
         return Plan(type(model).__name__, (*blocks, final), head)
 
 
-def _next_word(model: nn.Module, row: int | None) -> Head:
-    """Scores of the word after a token, by default after the last one."""
-    row = -1 if row is None else row
-    return Head(heads.CAUSAL, *picked(row, affine(model, "lm_head"), "", LOGITS))
-
-
-def _sequence(model: nn.Module, row: int | None) -> Head:
-    """A linear map of the last token; where the model takes another one (padding), the check refuses."""
-    heads.refuse_row(heads.SEQUENCE, row)
-    nodes = (("last", PoolRow(-1)), *affine(model, "score"))
-    return Head(heads.SEQUENCE, nodes, attribute=LOGITS, labels=heads.labels(model))
-
-
 HEADS: Mapping[str, HeadReader | None] = {
     f"{_FILE}.GPT2Model": None,
-    f"{_FILE}.GPT2LMHeadModel": _next_word,
-    f"{_FILE}.GPT2ForSequenceClassification": _sequence,
+    f"{_FILE}.GPT2LMHeadModel": heads.next_word,
+    f"{_FILE}.GPT2ForSequenceClassification": heads.classify_last,
     f"{_FILE}.GPT2ForTokenClassification": heads.classify_tokens,
 }

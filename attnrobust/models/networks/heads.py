@@ -78,6 +78,19 @@ def classify_first(model: nn.Module, row: int | None, nodes: Nodes, kind: str = 
     return Head(kind, (("first", PoolRow(0)), *nodes), attribute=LOGITS, labels=labels(model))
 
 
+def next_word(model: nn.Module, row: int | None) -> Head:
+    """Scores of the word after a token, by default after the last one, by the linear map ``lm_head``."""
+    row = -1 if row is None else row
+    return Head(CAUSAL, *picked(row, affine(model, "lm_head"), "", LOGITS))
+
+
+def classify_last(model: nn.Module, row: int | None) -> Head:
+    """A linear map ``score`` of the last token; where the model takes another one (padding), the check refuses."""
+    refuse_row(SEQUENCE, row)
+    nodes = (("last", PoolRow(-1)), *affine(model, "score"))
+    return Head(SEQUENCE, nodes, attribute=LOGITS, labels=labels(model))
+
+
 def classify_tokens(model: nn.Module, row: int | None) -> Head:
     """A linear classifier ``classifier`` on every token."""
     return Head(TOKEN, *picked(row, affine(model, "classifier"), "", LOGITS), labels=labels(model))

@@ -74,12 +74,14 @@ class Plan:
         pieces: What runs one after the other, each a module of the model.
         head: What follows.
         batch_first: Whether the model's tensors are (1, n, d) or (n, 1, d).
+        rounds_inside: The model's code rounds to float32 in any precision; it is run with that left out.
     """
 
     architecture: str
     pieces: tuple[Piece, ...]
     head: Head
     batch_first: bool = True
+    rounds_inside: bool = False
     _graphs: dict[int, NetworkGraph] = field(default_factory=dict, repr=False)
 
     @property

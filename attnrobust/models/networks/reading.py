@@ -19,6 +19,7 @@ from attnrobust.models.networks.check import require_agreement
 from attnrobust.models.networks.confirmation import Confirmation, FoundPoint, OwnModel, confirm_point
 from attnrobust.models.networks.distilbert import DistilBertReader
 from attnrobust.models.networks.gpt2 import Gpt2Reader
+from attnrobust.models.networks.llama import LlamaReader
 from attnrobust.models.networks.parts import refuse_at, refuse_dropout
 from attnrobust.models.networks.plan import EMBEDDINGS, Plan, Wanted
 from attnrobust.models.networks.states import States, watch
@@ -38,7 +39,7 @@ class Reader(Protocol):
 
 
 READERS: tuple[Reader, ...] = (
-    BertReader(), AlbertReader(), DistilBertReader(), Gpt2Reader(), VitReader(), TorchReader()
+    BertReader(), AlbertReader(), DistilBertReader(), Gpt2Reader(), LlamaReader(), VitReader(), TorchReader()
 )  # fmt: skip
 """Every reader; a model is read by the one that names exactly its class."""
 

@@ -1,6 +1,7 @@
 """The hidden states of a model at every piece, from its own forward pass."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from attnrobust.layers.attention import Attention
 from attnrobust.models.capture import Probe, Tap, run_model
+from attnrobust.models.checks.true_float64 import TrueFloat64
 from attnrobust.models.listing import adapter_for
 from attnrobust.models.networks.parts import refuse_at
 from attnrobust.models.networks.plan import Plan
@@ -83,14 +85,14 @@ def watch(model: nn.Module, plan: Plan, model_inputs: Mapping[str, Any]) -> Stat
         InputError: The model refuses the input.
         UnsupportedModelError: A module is not called once for every piece that it is, or on more than one input.
     """
-    plain = run_model(model, model_inputs)
+    plain = _run(model, plan, model_inputs)
     calls = calls_of(model, [piece.path for piece in plan.pieces])
     attention = calls_of(model, [block.attention_path for block in plan.blocks])
     watched = {call.module: _Watched(model, call.path) for call in calls}
     probes = {c.module: Probe(_tap(model, c.module, b.attention)) for c, b in zip(attention, plan.blocks, strict=True)}
     last = _Watched(model, plan.head.module)
     try:
-        run_model(model, model_inputs)
+        _run(model, plan, model_inputs)
     finally:
         for probe in probes.values():
             probe.remove()
@@ -126,13 +128,19 @@ def output_behind(
     entry = _Replaced(call, tokens, batch_first=plan.batch_first)
     last = _Watched(model, plan.head.module)
     try:
-        plain = run_model(model, model_inputs)
+        plain = _run(model, plan, model_inputs)
     finally:
         entry.remove()
         last.remove()
     call.of(entry.calls)
     output = _named(plain if not last.path else last.left(last.only), plan.head.attribute)
     return plan.head.of(matrix(output, last.path, batch_first=plan.batch_first))
+
+
+def _run(model: nn.Module, plan: Plan, model_inputs: Mapping[str, Any]) -> Any:
+    """One forward call; a mode is active for those models alone that round inside: it would hide torch's fast paths."""
+    with TrueFloat64() if plan.rounds_inside else nullcontext():
+        return run_model(model, model_inputs)
 
 
 class _Replaced:

@@ -10,6 +10,9 @@ from tests.hf_models import COMMON, DISTIL, GPT2, IMAGE, ROBERTA, TEXT, _named, 
 
 CLASSES = {"num_labels": 3}
 BERT = COMMON | TEXT
+DECODER = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+DECODER |= {"intermediate_size": 20, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True} | TEXT
+WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 SMALL_ELECTRA = BERT | {"embedding_size": 10}
 
 HEADS: Mapping[str, Callable[..., nn.Module]] = {
@@ -35,6 +38,10 @@ HEADS: Mapping[str, Callable[..., nn.Module]] = {
     "gpt2 next word": _named("GPT2Config", "GPT2LMHeadModel", **GPT2),
     "gpt2 sequence": _named("GPT2Config", "GPT2ForSequenceClassification", **GPT2, **CLASSES),
     "gpt2 tokens": _named("GPT2Config", "GPT2ForTokenClassification", **GPT2, **CLASSES),
+    "llama next word": _named("LlamaConfig", "LlamaForCausalLM", **DECODER),
+    "llama sequence": _named("LlamaConfig", "LlamaForSequenceClassification", **DECODER, **CLASSES),
+    "mistral next word": _named("MistralConfig", "MistralForCausalLM", **DECODER, sliding_window=4),
+    "qwen2 next word": _named("Qwen2Config", "Qwen2ForCausalLM", **DECODER, **WINDOWS),
     "vit image": _named("ViTConfig", "ViTForImageClassification", **COMMON, **IMAGE, **CLASSES),
     "deit image": _named("DeiTConfig", "DeiTForImageClassification", **COMMON, **IMAGE, **CLASSES),
 }
