@@ -2,6 +2,7 @@
 
 import math
 import re
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 from attnrobust.errors import InputError
 
@@ -15,6 +16,14 @@ def shown(value: float | None, digits: int = 4) -> str:
         return "-"
     text = f"{value:.{digits}g}"
     return f"{float(text):.0f}" if "e+" in text and abs(value) < MOST_DIGITS else text
+
+
+def shown_bound(value: float | None, *, up: bool, digits: int = 4) -> str:
+    """A bound for people, rounded so that it stays true: upper bounds (attack radii) up, certified radii down."""
+    if value is None or not math.isfinite(value) or float(f"{value:.{digits}g}") == value:
+        return shown(value, digits)
+    rounded = Context(prec=digits, rounding=ROUND_CEILING if up else ROUND_FLOOR).create_decimal(Decimal(value))
+    return shown(float(rounded), digits)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -31,7 +31,7 @@ from attnrobust.runs.rows import Row, scopes
 from attnrobust.runs.storage.atomic import require_writable, write_atomically
 from attnrobust.runs.storage.files import REPORT_NAME, rows_digest
 from attnrobust.status import Status
-from attnrobust.text import shown
+from attnrobust.text import shown, shown_bound
 
 MOST_ROWS, MOST_SENTENCES, MOST_LINES = 5000, 20, 4
 """What one page shows; the data has the rest."""
@@ -262,6 +262,10 @@ def _number(value: float | None) -> dict[str, Any]:
     return {"shown": shown(value), "kind": "number", "sort": math.nan if value is None else value}
 
 
+def _bound(value: float | None, *, up: bool) -> dict[str, Any]:
+    return _number(value) | {"shown": shown_bound(value, up=up)}
+
+
 _COLUMNS: Mapping[str, Callable[[Row], dict[str, Any]]] = {
     "input": lambda row: _word(row.input_id, "name"),
     "text": lambda row: _word(row.text or "", "text"),
@@ -272,11 +276,11 @@ _COLUMNS: Mapping[str, Callable[[Row], dict[str, Any]]] = {
     "goal": lambda row: _word(row.goal),
     "n": lambda row: _number(float(row.n)),
     "budget": lambda row: _number(row.tolerance if row.margin is None else row.margin),
-    "certified": lambda row: _number(row.certified_radius),
+    "certified": lambda row: _bound(row.certified_radius, up=False),
     "by": lambda row: _word(row.certificate or ""),
-    "attack": lambda row: _number(row.attack_radius),
+    "attack": lambda row: _bound(row.attack_radius, up=True),
     "of the norm": lambda row: _share(row.relative_attack if row.depth is not None else None),
-    "gap": lambda row: _number(row.gap),
+    "gap": lambda row: _bound(row.gap, up=True),
     "status": _status,
     "seconds": lambda row: _number(round((row.seconds_certify or 0.0) + (row.seconds_attack or 0.0), 2)),
 }
@@ -286,8 +290,8 @@ _MAY_BE_SAME = ("layer", "depth", "threat", "goal", "by")
 def _heat_values(line: HeatLine) -> dict[str, Any]:
     return {
         "line": line,
-        "radius": shown(line.row.attack_radius),
-        "certified": None if line.row.certified_radius is None else shown(line.row.certified_radius),
+        "radius": shown_bound(line.row.attack_radius, up=True),
+        "certified": None if line.row.certified_radius is None else shown_bound(line.row.certified_radius, up=False),
         "words": [_heat_word(line, token) for token in line.tokens],
         "told": "Smallest radii of one token alone" if line.by_radius else "Most of the move",
         "strongest": [{"text": token.text, "share": _heat_number(line, token, ".0%")} for token in line.strongest],

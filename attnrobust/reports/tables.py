@@ -12,7 +12,7 @@ from attnrobust.reports.narrow import BETWEEN, STEPS
 from attnrobust.reports.units import both_shares, yardstick
 from attnrobust.runs.rows import Row, median, scopes
 from attnrobust.status import Status
-from attnrobust.text import shortened, shown
+from attnrobust.text import shortened, shown, shown_bound
 
 MOST_COLUMNS = 8
 """More inputs than this are summarised in the table of certificates instead of one column each."""
@@ -50,12 +50,12 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
     Column("n", right=True): lambda row: str(row.n),
     Column("margin", right=True, fold=False): lambda row: shown(row.margin if row.tolerance is None else row.tolerance),
     Column("tolerance", right=True, fold=False): lambda row: shown(row.tolerance),
-    Column("certified", right=True, fold=False): lambda row: shown(row.certified_radius),
+    Column("certified", right=True, fold=False): lambda row: shown_bound(row.certified_radius, up=False),
     Column("by", fold=False): lambda row: row.certificate or "-",
-    Column("attack", right=True, fold=False): lambda row: shown(row.attack_radius),
+    Column("attack", right=True, fold=False): lambda row: shown_bound(row.attack_radius, up=True),
     Column("of |x|", right=True, fold=False): lambda row: percent(row.relative_attack),
     Column("share", right=True, fold=False): both_shares,
-    Column("gap", right=True, fold=False): lambda row: shown(row.gap, 3),
+    Column("gap", right=True, fold=False): lambda row: shown_bound(row.gap, up=True, digits=3),
     Column("usage", right=True, fold=False): lambda row: "-" if row.usage is None else f"{row.usage:.1%}",
     Column("status", fold=False): _status,
     Column("s", right=True): lambda row: f"{(row.seconds_certify or 0.0) + (row.seconds_attack or 0.0):.2f}",
@@ -134,7 +134,9 @@ def _certificate_cell(row: Row, method: str) -> Text:
     if entry is None:
         return Text("-")
     best = row.certificate == method
-    return Text(shown(entry.radius, 3) + ("*" if best else " "), style="bold green" if best else "")
+    return Text(
+        shown_bound(entry.radius, up=False, digits=3) + ("*" if best else " "), style="bold green" if best else ""
+    )
 
 
 def _kind(rows: Sequence[Row], method: str) -> str:

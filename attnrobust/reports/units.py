@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Callable, Sequence
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 from attnrobust.runs.rows import Row
+from attnrobust.text import shown_bound
 
 WHOLE, TOKEN = "the input's norm", "the median token norm"
 
@@ -51,9 +51,7 @@ def share(radius: float | None, row: Row) -> float | None:
 
 def safe(value: float, *, up: bool, digits: int = DIGITS) -> str:
     """A number for people that is never better than the true one: attack radii go up, certified ones down."""
-    context = Context(prec=digits, rounding=ROUND_CEILING if up else ROUND_FLOOR)
-    rounded = context.create_decimal(Decimal(value))
-    return f"{float(rounded):.{digits}g}"
+    return shown_bound(value, up=up, digits=digits)
 
 
 def both_shares(row: Row) -> str:
