@@ -1,6 +1,7 @@
 """Tables and plots: what a reader is shown is what the rows say."""
 
 import io
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from attnrobust.models.listing import LayerInfo
 from attnrobust.reports.plots import MANY_INPUTS, gap_plot
 from attnrobust.reports.tables import MOST_COLUMNS, certificate_table, layer_table, result_table, summary_table
 from attnrobust.runs.rows import CertificateEntry, Row
-from attnrobust.text import natural_order, shortened, shown
+from attnrobust.text import natural_order, shortened, shown, shown_bound
 from tests.runs.storage.test_files import EMPTY, FULL
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -161,3 +162,10 @@ def test_names_in_the_order_in_which_people_count() -> None:
     ]
     assert shortened("a" * 12, 10) == "a" * 7 + "..."
     assert shortened("a" * 10, 10) == "a" * 10
+
+
+def test_bounds_are_rounded_so_that_they_stay_true() -> None:
+    assert shown_bound(0.104198879, up=False) == "0.1041"
+    assert shown_bound(0.159228, up=True) == "0.1593"
+    assert shown_bound(0.2, up=True) == shown_bound(0.2, up=False) == "0.2"
+    assert shown_bound(None, up=True) == shown_bound(math.nan, up=False) == "-"
