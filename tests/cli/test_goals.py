@@ -142,16 +142,6 @@ def test_the_next_token_is_named_by_its_word(cli: Run, tmp_path: Path, texts: Pa
     assert row["attack_label"] != row["label"]
 
 
-def test_a_decoder_has_an_attack_and_the_reason_why_no_certificate(cli: Run, tmp_path: Path, texts: Path) -> None:
-    model = with_head(tmp_path / "model", "llama next word")
-    row, _ = cli("compare", model, "--at", "block:1", "--goal", "decision", "--texts", texts, "--json", *FAST).rows
-    assert (row["status"], row["certified_radius"], row["certificate"]) == ("found", 0.0, None)
-    assert row["attack_radius"] > 0.0
-    assert row["attack_label"] != row["label"]
-    assert "no certificate: network-" in row["message"]
-    assert "Attention.rotary" in row["message"]
-
-
 def test_bench_takes_decisions(cli: Run, classifier: Path, texts: Path, tmp_path: Path) -> None:
     asked = ("--at", "block:1", "--goal", "decision", "--texts", texts, "--attacks", "token-moving")
     assert "block:1, frobenius, decision" in cli("bench", classifier, *asked, "--out", tmp_path / "b", "-q").out
