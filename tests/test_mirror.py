@@ -8,6 +8,8 @@ FREE = {"soundness", "contracts"}  # products of several modules
 
 CROSS_CUTTING = {
     "test_borders.py",  # tests/plain in a process of its own
+    "models/test_models_page.py",  # the page that benchmarks/model_survey.py makes
+    "models/networks/test_shared_weights.py",  # of albert, states, block_layout: modules that run several times
     "layers/test_modern_derivatives.py",  # of attention, jacobian, attacks/search and layers/graph/attend
     "test_demo.py",  # the demo's data and page
     "test_device.py",  # the same numbers on another device
@@ -22,6 +24,16 @@ CROSS_CUTTING = {
 
 # Modules without a file of their own, under the tests that cover them. Whoever writes the file deletes the line.
 UNMIRRORED = {
+    # tests/models/interface/test_families.py, tests/models/test_listing.py
+    "models/biases.py",
+    "models/interface/adapter.py",
+    "models/interface/looking.py",
+    "models/interface/positions.py",
+    "models/interface/reading.py",
+    "models/own_attention.py",
+    "models/unmodelled.py",
+    # tests/models/networks/test_shared_weights.py
+    "models/networks/albert.py",
     # tests/reproduce/test_registry.py, test_run.py
     "reproduce/experiment.py",
     "reproduce/experiments/castin2023_splitting.py",

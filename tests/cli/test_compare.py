@@ -76,7 +76,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put fixed radii in the place of certificates and attacks."""
 
     def pretend(certified: float, attacked: float) -> None:
-        monkeypatch.setattr(attnrobust.runs.evaluate, "_certified", lambda p, *_: report(p, certified))
+        monkeypatch.setattr(attnrobust.runs.evaluate, "certify_row", lambda p, *_: report(p, certified))
         monkeypatch.setattr(attnrobust.runs.evaluate, "run_attack", lambda p, **_: found(p, attacked))
 
     return pretend
@@ -131,7 +131,7 @@ def test_certify_does_not_attack_and_attack_does_not_certify(
         certified = cli("certify", files / "layer.npz", "--tokens", files / "x.npz", "--json").rows
     assert {row["status"] for row in certified} == {"certified"}
     assert {row["attack"] for row in certified} == {None}
-    monkeypatch.setattr(attnrobust.runs.evaluate, "_certified", never)
+    monkeypatch.setattr(attnrobust.runs.evaluate, "certify_row", never)
     attacked = cli("attack", files / "layer.npz", "--tokens", files / "x.npz", "--json").rows
     assert {row["status"] for row in attacked} == {"found"}
     assert {row["certified_radius"] for row in attacked} == {None}

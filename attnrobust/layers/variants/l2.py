@@ -86,6 +86,7 @@ class L2Attention(ScaledHeadSpecification):
         **dict.fromkeys(("w_q", "w_v", "scale"), PLAIN),
         "w_o": "out_projection",
         "b_o": "bias",
+        "causal": "causal",
     }
     later_fields: ClassVar[frozenset[str]] = frozenset({"causal"})
     formula = staticmethod(l2_attention)
