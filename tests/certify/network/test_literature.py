@@ -80,7 +80,8 @@ def test_attention_on_balls(name: str) -> None:
 
 def test_large_outputs_do_not_hide_a_bound() -> None:
     case = case_named("biases")
-    large = replace(case.attention, b_v=1e12 * case.attention.b_v)
+    assert case.attention.b_v is not None
+    large = replace(case.attention, b_v=case.attention.b_v * 1e12)
     bound = AttentionLipschitz(large, case.tokens.points, None).move(given(1.0, *case.tokens.points.shape))
     assert 0.0 < bound.frobenius < 1e15
 
