@@ -153,6 +153,17 @@ def test_every_threat_on_moves(threat: MoveThreat, tolerance: float) -> None:
     assert_at_most(result.radius, attack(as_any_map, budget=QUICK).radius * 1.02)
 
 
+@pytest.mark.parametrize("method", ["default", "foolbox:DDN"])
+def test_a_limit_of_queries_is_never_exceeded(method: str) -> None:
+    """Preparation of the network and verification included; 8 restarts of 60 steps would need many more."""
+    torch.manual_seed(1)
+    problem = Problem(network("pre", 2, "gelu_tanh"), tokens(), FrobeniusBall(), Displacement(0.1, relative=True))
+    assert attack(problem, budget=AttackBudget(restarts=8)).queries > 60
+    result = attack(problem, method=method, budget=AttackBudget(restarts=8, queries=60))
+    assert 0 < result.queries <= 60
+    assert result.status is Status.FOUND
+
+
 class _Hidden:
     """A graph that the search does not know as one: autograd in float64."""
 
