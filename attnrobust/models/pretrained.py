@@ -13,7 +13,7 @@ from torch import nn
 
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.models.checks.checkpoint import refuse_changed, refuse_changed_directory, refuse_changed_weights
-from attnrobust.models.gguf_file import read_llama, smollm2_file
+from attnrobust.models.gguf_file import SMOLLM2_FILE, read_llama, smollm2_file
 
 MINILM = "minilm"
 SMOLLM2 = "smollm2"
@@ -115,12 +115,10 @@ class TextEncoder:
     """
 
     def __init__(self, pretrained: Pretrained) -> None:
-        from transformers import AutoTokenizer
-
         cure = "give the layer's input tokens instead (--tokens)"
         try:
             with _quiet():
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                self._tokenizer: Any = _tokenizer_class(pretrained).from_pretrained(
                     pretrained.source,
                     local_files_only=pretrained.local,
                     trust_remote_code=False,
@@ -146,6 +144,13 @@ class TextEncoder:
     def word(self, index: int) -> str:
         """What one entry of the vocabulary stands for."""
         return str(self._tokenizer.decode([index])).strip() or str(self._tokenizer.convert_ids_to_tokens(index))
+
+
+def _tokenizer_class(pretrained: Pretrained) -> Any:
+    """``AutoTokenizer`` reads the whole GGUF file, in 12 s, to find that the demo decoder's is of the general class."""
+    import transformers
+
+    return transformers.PreTrainedTokenizerFast if pretrained.gguf == SMOLLM2_FILE else transformers.AutoTokenizer
 
 
 def eager_experts(module: Any) -> None:
@@ -198,13 +203,15 @@ def _load_gguf(path: Path) -> Pretrained:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     file = read_llama(path)
-    with _quiet():
-        module: Any = LlamaForCausalLM(LlamaConfig(**file.config))
+    config = LlamaConfig(**file.config)
+    with _quiet(), torch.device("meta"):  # no random weights: the file's come instead
+        module: Any = LlamaForCausalLM(config)
     try:
-        module.load_state_dict(file.weights, strict=True, assign=True)
+        module.load_state_dict(dict(file.weights), strict=True, assign=True)
     except RuntimeError as error:
         raise InputError(f"the file {path} does not fill its model: {first_line(error)}") from error
     module.tie_weights()
+    module.model.rotary_emb = type(module.model.rotary_emb)(config)  # its frequencies are in no file
     module = module.to(torch.float64).eval().requires_grad_(False)
     return Pretrained(module=module, source=str(path.parent), local=True, gguf=path.name)
 

@@ -50,7 +50,7 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
     Column("n", right=True): lambda row: str(row.n),
     Column("margin", right=True, fold=False): lambda row: shown(row.margin if row.tolerance is None else row.tolerance),
     Column("tolerance", right=True, fold=False): lambda row: shown(row.tolerance),
-    Column("certified", right=True, fold=False): lambda row: shown_bound(row.certified_radius, up=False),
+    Column("certified", right=True, fold=False): lambda row: shown_bound(row.claimed_radius, up=False),
     Column("by", fold=False): lambda row: row.certificate or "-",
     Column("attack", right=True, fold=False): lambda row: shown_bound(row.attack_radius, up=True),
     Column("of |x|", right=True, fold=False): lambda row: percent(row.relative_attack),

@@ -14,6 +14,7 @@ from attnrobust.attacks import DEFAULT_ATTACK, AttackBudget, attack_for, token_r
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import METHODS, certify_with, method_named
 from attnrobust.certify.contest import certify_what_can_win
+from attnrobust.certify.method import UNCOVERED
 from attnrobust.comparison import UnsoundError, join
 from attnrobust.errors import AlreadyViolatedError, AttnRobustError, InputError
 from attnrobust.goals import Goal, Margin
@@ -243,10 +244,14 @@ def _attack_label(problem: Problem, result: AttackResult, task: RowTask) -> dict
 
 
 def _why_none(report: CertificationReport) -> str:
-    """Why nothing is certified: what the methods say that speak about such problems, else the first one by name."""
+    """Why nothing is certified: what the methods say that speak about such problems, else one by name.
+
+    That one misses a feature of the layer or network, if any does; else it is the first.
+    """
     if report.certificates or any(entry.declared for entry in report.skipped) or not report.skipped:
         return report.why_none
-    first, others = report.skipped[0], len(report.skipped) - 1
+    near = (entry for entry in report.skipped if entry.reason.startswith(UNCOVERED))
+    first, others = next(near, report.skipped[0]), len(report.skipped) - 1
     more = f"; {others} more do not apply either" if others else ""
     return f"no certificate: {first.method}: {first.reason}{more}"
 

@@ -114,6 +114,12 @@ class Row:
         return None if self.goal_scope is None or MOVE_AT not in self.goal_scope else depth_place(self.layer)
 
     @property
+    def claimed_radius(self) -> float | None:
+        """The certified radius; None where no certificate spoke at all, which is not a radius of 0 that one found."""
+        silent = self.certificate is None and self.status != Status.MISCLASSIFIED
+        return None if silent else self.certified_radius
+
+    @property
     def relative_attack(self) -> float | None:
         """Attack radius as a share of the norm of the clean tokens."""
         return _share(self.attack_radius, self.input_norm)

@@ -1,5 +1,6 @@
 """Whole networks from the command line: what is asked, what is refused, and what every surface says about it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,19 @@ def test_the_next_token_is_named_by_its_word(cli: Run, tmp_path: Path, texts: Pa
     row, _ = cli("attack", model, "--goal", "decision", "--texts", texts, "--json", *FAST).rows
     assert row["label"].startswith(("w", "["))
     assert row["attack_label"] != row["label"]
+
+
+def test_a_decoder_has_an_attack_and_the_reason_why_no_certificate(cli: Run, tmp_path: Path, texts: Path) -> None:
+    model = with_head(tmp_path / "model", "llama next word")
+    asked = ("compare", model, "--at", "block:1", "--goal", "decision", "--texts", texts)
+    row, _ = cli(*asked, "--json", *FAST).rows
+    assert (row["status"], row["certified_radius"], row["certificate"]) == ("found", 0.0, None)
+    assert row["attack_radius"] > 0.0
+    assert row["attack_label"] != row["label"]
+    assert "no certificate: network-" in row["message"]
+    assert "Attention.rotary" in row["message"]
+    table = " ".join(cli(*asked, *FAST).out.split())
+    assert re.search(r"│ - │ [\d.]+ │ [\d.]+% │ - │ found", table)  # certified is "-": 0 would be a claim
 
 
 def test_bench_takes_decisions(cli: Run, classifier: Path, texts: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from attnrobust.certify.margin.quadratic_form import (
     FunctionalRows,
     LinearImages,
     QuadraticMajorant,
+    across,
     linear_images,
     query_form,
     spread_back,
@@ -41,21 +42,21 @@ class Parameters:
             ``a^2 |delta_i|^2``.
     """
 
-    split: Float[Tensor, "h n"]
-    reference: Float[Tensor, "h n"]
+    split: Float[Tensor, "h q"]
+    reference: Float[Tensor, "h q"]
     value: Float[Tensor, "h n"]
-    pair: Float[Tensor, "h n n"]
-    bilinear: Float[Tensor, "h n n"]
-    query_value: Float[Tensor, "h n"]
-    query_mean: Float[Tensor, "h n"]
-    gauge: Float[Tensor, "h n"]
+    pair: Float[Tensor, "h q n"]
+    bilinear: Float[Tensor, "h q n"]
+    query_value: Float[Tensor, "h q"]
+    query_mean: Float[Tensor, "h q"]
+    gauge: Float[Tensor, "h q"]
 
 
 def initial_parameters(functional: FunctionalRows) -> Parameters:
     """Parameters that are reasonable everywhere."""
-    row = functional.rows.weight.new_ones(functional.rows.weight.shape[:2])
     pair = torch.ones_like(functional.rows.weight)
-    return Parameters(0.4 * row, 0.0 * row, 0.0 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row, row)
+    row, token = pair[..., 0], pair[:, 0]
+    return Parameters(0.4 * row, 0.0 * row, 0.0 * token, pair, 0.3 * pair, 2.0 * row, 2.0 * row, row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class Pieces:
     unit: Tensor  # |D| r
 
 
-def pieces(functional: FunctionalRows, const: Constants, first_norm: Float[Tensor, "h n"]) -> Pieces:
+def pieces(functional: FunctionalRows, const: Constants, first_norm: Float[Tensor, "h q"]) -> Pieces:
     """Parameter-free coefficients."""
     weight = functional.rows.weight
     shift, slope = shifted_slopes(weight, const.slope, const.slope_same)
@@ -134,23 +135,24 @@ def majorant(functional: FunctionalRows, const: Constants, piece: Pieces, par: P
         gradient=functional.gradient - moved.combined(first * offset) - spread_back(functional, shifted, linear),
         constant=0.5 * ((first * offset**2).sum() + (value * theta**2).sum() - (centre * mean**2).sum()),
         bilinear=query[0],
-        tokens=torch.einsum("hij,hil->jl", outer, moved.weighted_advantage) if query[1] is None else query[1],
-        keys=None if query[1] is None else outer.mT @ moved.weighted_advantage,
+        tokens=across(outer, moved.weighted_advantage, by_head=False) if query[1] is None else query[1],
+        keys=None if query[1] is None else across(outer, moved.weighted_advantage, by_head=True),
     )
 
 
 def _query_coefficients(
     rows: MarginRows, pi: Tensor, spread: Tensor, mean: Tensor, par: Parameters
 ) -> tuple[Tensor, Tensor | None]:
-    """Coefficients of ``|A^T delta_i|^2`` or N(delta_i), and, with rotary positions, of ``delta_l.delta_l'``.
+    """Coefficients of ``|A^T delta_i|^2`` or N(delta_i), and, with rotary positions, of ``|delta_i|^2``.
 
     ``spread`` multiplies a bound of ``sum_l p_l^2 / r^2``, ``p_l = delta_i A_il delta_l``, ``mean`` N itself.
     """
     if rows.layer.rotary is None:
-        return pi * (spread + mean) * rows.movable, None
+        return pi * (spread + mean) * rows.own_movable, None
     share = par.gauge / (1.0 + par.gauge)
-    steady = (pi * spread * (1.0 - share) * rows.form_norm[:, None].square()).sum(0) * rows.movable
-    return pi * (share * spread + mean) * rows.movable, torch.diag(steady)
+    steady = (pi * spread * (1.0 - share) * rows.form_norm[:, None].square()).sum(0) * rows.own_movable
+    steady = torch.zeros_like(rows.movable).index_add(0, rows.asked, steady)
+    return pi * (share * spread + mean) * rows.own_movable, steady
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,9 +166,9 @@ class References:
         gram: ``delta_i.delta_j``.
     """
 
-    x: Float[Tensor, "b h n n"]
+    x: Float[Tensor, "b h q n"]
     t: Float[Tensor, "b h n"]
-    query: Float[Tensor, "b h n"]
+    query: Float[Tensor, "b h q"]
     gram: Float[Tensor, "b n n"]
 
     def scaled(self, size: float) -> "References":
@@ -222,7 +224,7 @@ def balanced(
     query = mean(found.query, (1,))
     gauge = par.gauge
     if rows.layer.rotary is not None:
-        steady = mean(rows.form_norm[:, None].square() * found.gram.diagonal(dim1=1, dim2=2)[:, None], (1,))
+        steady = mean(rows.form_norm[:, None].square() * found.gram.diagonal(dim1=1, dim2=2)[:, None, rows.asked], (1,))
         gauge, query = (steady / query).square(), torch.minimum(query, steady)
     mixed = mean(((weighted @ found.gram[:, None]) * weighted).sum(-1).clamp_min(0.0), (1,))
     pair = (t2[:, None, :] / x2).sqrt() / functional.value_norm[..., None]
