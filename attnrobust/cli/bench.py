@@ -13,6 +13,7 @@ from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
+from attnrobust.runs.early import refuse_unknown_names, require_files
 from attnrobust.text import shown
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ def bench(
     quiet: o.Quiet = False,
 ) -> int:
     """Let attacks compete on the same inputs: success, smallest radii, local optimality, queries, seconds."""
-    from attnrobust.runs.bench import bench as run_bench
     from attnrobust.runs.config import load_config
 
     counted = None if epsilons is None else parse_epsilons(epsilons)
@@ -72,10 +72,16 @@ def bench(
             "seed": seed, "device": device, "output": out, "execution": {"workers": workers, "timeout": timeout},
         }
     )  # fmt: skip
+    require_files(config)
+    names = o.split_names(attacks)
+    for name in names:
+        refuse_unknown_names(threats=(), attack=name)
+    from attnrobust.runs.bench import bench as run_bench
+
     with stopping() as stop:
         found = run_bench(
             config,
-            o.split_names(attacks),
+            names,
             budgets=dict(parse_budget(text) for text in budget or ()),
             stop=stop,
             watch=lambda rows, total: tracked(rows, total, quiet=quiet),

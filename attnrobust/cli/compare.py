@@ -12,6 +12,7 @@ from attnrobust.cli.goals import one_goal
 from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
+from attnrobust.runs.early import require_files, require_model
 from attnrobust.runs.reading import DEFAULT_ATTACK
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ MOST_SENTENCES = 8
 @commands.command("list-layers")
 def list_layers(model: o.ModelName, json: o.Json = False) -> int:
     """List every attention layer of a model, why one is not supported, and the depths of the whole model."""
+    require_model(model)
     from dataclasses import asdict
 
     from attnrobust.models.model import load_model
@@ -219,11 +221,12 @@ def compute(
     quiet: bool,
 ) -> ExitCode:
     """Every row: what can be refused is refused before the first, and files are written before tables are shown."""
+    require_threshold(fail_under)
+    require_files(config)
     from attnrobust.runs.run import rows_in_memory
     from attnrobust.runs.storage.files import require_results_place
     from attnrobust.runs.work import Workbench
 
-    require_threshold(fail_under)
     if out is not None:
         require_results_place(out)
     bench = Workbench(config)

@@ -13,6 +13,7 @@ from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.output import console, say
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
+from attnrobust.runs.early import require_files, require_results
 
 if TYPE_CHECKING:
     from attnrobust.runs.plan import Shard
@@ -54,7 +55,6 @@ def run(
 ) -> int:
     """Compute many rows: inputs x layers (or depths) x threats x goals, into a directory that can be resumed."""
     from attnrobust.runs.config import load_config
-    from attnrobust.runs.run import run as run_all
 
     require_threshold(fail_under)
     effective = load_config(
@@ -67,6 +67,9 @@ def run(
             "execution": {"engine": engine, "workers": workers, "timeout": timeout},
         },
     )  # fmt: skip
+    require_files(effective)
+    from attnrobust.runs.run import run as run_all
+
     with stopping() as stop:
         outcome = run_all(effective, shard=_shard(shard), stop=stop, watch=_watch(quiet=quiet))
     return _summarise(outcome, fail_under)
@@ -83,9 +86,10 @@ def resume(
     quiet: o.Quiet = False,
 ) -> int:
     """Go on with a run that was interrupted, killed or ran out of disk."""
+    require_threshold(fail_under)
+    require_results(directory, run=True)
     from attnrobust.runs.run import resume as resume_run
 
-    require_threshold(fail_under)
     changes = {"engine": engine, "workers": workers, "timeout": timeout}
     with stopping() as stop:
         outcome = resume_run(directory, changes=changes, shard=_shard(shard), stop=stop, watch=_watch(quiet=quiet))
@@ -142,6 +146,7 @@ def export(
     jsonl: o.Jsonl = None,
 ) -> int:
     """Write the rows of a run as CSV or JSON lines."""
+    require_results(directory, run=True)
     from attnrobust.runs.storage.export import export_rows
 
     export_rows(directory, csv=csv, jsonl=jsonl)
@@ -154,6 +159,7 @@ def report(
     out: o.ReportOut = None,
 ) -> int:
     """Write a self-contained HTML report and its plots, of a run or of what compare wrote."""
+    require_results(directory)
     from attnrobust.reports.page import write_report
 
     say("wrote " + ", ".join(str(path) for path in write_report(directory, out=out)))
@@ -171,6 +177,9 @@ def check(
     junit: o.Junit = None,
 ) -> int:
     """Judge a finished run: exit 0 if it reaches the thresholds, 1 if not, 3 if a row is UNSOUND."""
+    require_results(directory)
+    if baseline is not None:
+        require_results(baseline)
     from attnrobust.reports.baseline import worse_than
     from attnrobust.reports.data import is_stale, read_report_data
     from attnrobust.reports.gate import Thresholds, judge, junit_xml, summary, worst

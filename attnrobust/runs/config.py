@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from attnrobust.errors import AttnRobustError, InputError
+from attnrobust.runs.early import refuse_unknown_names, require_input
 from attnrobust.runs.reading import (
     ATTACKS,
     CERTIFICATES,
@@ -91,6 +92,7 @@ class GoalConfig(_Section):
         """Refuse what cannot be read; only a readout's file needs torch."""
         require_goal_options(**dict(self))
         if self.readout is not None:
+            require_input("readout", self.readout)
             self.make()
         if self.anchors is not None:
             read_anchors(self.anchors)
@@ -219,13 +221,14 @@ class RunConfig(_Section):
 
         Torch is imported only for what ``attnrobust.runs.reading`` does not know.
         """
+        names = self.named_certificates or ()
+        refuse_unknown_names(threats=self.threats, certificates=names, attack=self.attack.method)
         if self.device != "cpu":
             from attnrobust.runs.inputs import parse_device
 
             parse_device(self.device)
         for goal in self.goals:
             goal.check()
-        names = self.named_certificates or ()
         listed = CERTIFICATES.issuperset(names) and self.attack.method in {None, *ATTACKS}
         if not (listed and all(map(is_known_move, self.threats))):
             from attnrobust.runs.inputs import require_methods
