@@ -14,7 +14,7 @@ from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
 from attnrobust.runs.early import refuse_unknown_names, require_files
-from attnrobust.text import shown
+from attnrobust.text import exactly, shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,6 +37,8 @@ def bench(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
@@ -66,7 +68,7 @@ def bench(
     config = load_config(
         changes={
             "model": model, "layers": layer or None, "at": at or None, "texts": texts, "images": images,
-            "tokens": tokens, "threats": threat or None,
+            "tokens": tokens, "dataset": dataset, "column": column, "threats": threat or None,
             "goals": [one_goal(goal, anchors, tolerance, readout, pool, label, row)],
             "attack": {"restarts": restarts, "steps": steps, "queries": queries, "seconds": seconds},
             "seed": seed, "device": device, "output": out, "execution": {"workers": workers, "timeout": timeout},
@@ -84,7 +86,7 @@ def bench(
             names,
             budgets=dict(parse_budget(text) for text in budget or ()),
             stop=stop,
-            watch=lambda rows, total: tracked(rows, total, quiet=quiet),
+            watch=lambda rows, total: tracked(rows, total, quiet=quiet, places=True),
         )
     scores = found.scores(counted)
     if json:
@@ -169,7 +171,7 @@ def _score_table(title: str, scores: Sequence["AttackScore"]) -> "Table":
 
     caption = "optimality: best known radius / its radius, 1 is best; medians over the inputs"
     epsilons = list(next((s.success for s in scores if s.success), {}))
-    heading = ("wins", "found", *(f"<= {shown(e)}" for e in epsilons))
+    heading = ("wins", "found", *(f"<= {exactly(e)}" for e in epsilons))
     heading += ("median radius", "optimality", "worst", "queries", "s")
     lines = []
     for s in scores:

@@ -64,6 +64,8 @@ def certify(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
@@ -84,7 +86,8 @@ def certify(
     """Certified radii: no move of the tokens within them breaks the goal. No attack."""
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = one_place(
-        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens, "dataset": dataset, "column": column},
+        threat, seed, device, goal=asked,
         certificates=chosen_certificates(methods), attack={"method": None},
     )  # fmt: skip
     return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
@@ -98,6 +101,8 @@ def attack(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
@@ -120,7 +125,8 @@ def attack(
     """Verified attack radii: the nearest tokens found that break the goal. No certificate."""
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = one_place(
-        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens, "dataset": dataset, "column": column},
+        threat, seed, device, goal=asked,
         certificates=(), attack={"method": attack, "epsilon": epsilon, "token_radii": token_radii},
     )  # fmt: skip
     return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
@@ -134,6 +140,8 @@ def compare(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
@@ -157,7 +165,8 @@ def compare(
     """Both, input by input: certified radius, attack radius and the gap between them."""
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = one_place(
-        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens, "dataset": dataset, "column": column},
+        threat, seed, device, goal=asked,
         certificates=chosen_certificates(methods, everything=all_certificates),
         attack={"method": attack, "token_radii": token_radii},
     )  # fmt: skip
@@ -171,7 +180,7 @@ def one_place(
     model: str,
     layer: str | None,
     at: str | None,
-    inputs: Mapping[str, Path | None],
+    inputs: Mapping[str, Path | str | None],
     threat: str,
     seed: int,
     device: str,
@@ -183,11 +192,13 @@ def one_place(
     """The configuration of a run of one layer or depth, threat and goal."""
     from attnrobust.runs.config import make_config
 
-    if sum(path is not None for path in inputs.values()) != 1:
-        raise InputError("give the inputs by exactly one of --texts FILE, --images FILE and --tokens FILE")
+    files = {name: path for name, path in inputs.items() if isinstance(path, Path)}
+    if len(files) != 1:
+        raise InputError("give the inputs by exactly one of --texts, --images, --tokens and --dataset")
     return make_config(
         {
-            **{name: None if path is None else path.expanduser().absolute() for name, path in inputs.items()},
+            **{name: path.expanduser().absolute() for name, path in files.items()},
+            "column": inputs.get("column"),
             "model": model,
             "layers": None if layer is None else [layer],
             "at": at,
@@ -306,6 +317,7 @@ class _Printed:
 
 def _print_tables(rows: list["Row"]) -> None:
     from attnrobust.reports.tables import certificate_table, result_table
+    from attnrobust.reports.tokens import MOST_INPUTS, token_tables
     from attnrobust.reports.units import row_verdict, run_verdicts
 
     stdout = console()
@@ -313,6 +325,10 @@ def _print_tables(rows: list["Row"]) -> None:
     certificates = certificate_table(rows)
     if certificates is not None:
         stdout.print(certificates)
+    for table in token_tables(rows):
+        stdout.print(table)
+    if (more := sum(bool(row.token_radii) for row in rows) - MOST_INPUTS) > 0:
+        stdout.print(f"the tokens of {more} more inputs are in --json, and in the report of --out")
     sentences = map(row_verdict, rows) if 1 < len(rows) <= MOST_SENTENCES else ()
     for sentence in (*filter(None, sentences), *run_verdicts(rows)):
         stdout.print(sentence)
@@ -330,10 +346,12 @@ def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:
 
 def _options(config: "RunConfig") -> dict[str, Any]:
     """What was computed, for the JSON file and the report; file names are absolute."""
+    from attnrobust.runs.config import INPUTS
+
     values = config.model_dump(mode="json")
     (goal,), attack, names = values["goals"], values["attack"], values["certificates"]
     return {
-        **{name: values[name] for name in ("model", "texts", "images", "tokens", "seed", "device")},
+        **{name: values[name] for name in ("model", *INPUTS, "column", "seed", "device")},
         **goal,
         "at": None if config.at is None else ", ".join(config.at),
         "layer": None if config.layers is None else config.layers[0],

@@ -1,5 +1,6 @@
 """Commands for many inputs: run, resume, config, export, report, check."""
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from attnrobust.cli.compare import MOST_SENTENCES, chosen_certificates
 from attnrobust.cli.exits import ExitCode, exit_code, require_threshold
 from attnrobust.cli.goals import many_goals
 from attnrobust.cli.interrupt import stopping
-from attnrobust.cli.output import console, say
+from attnrobust.cli.output import console, place, say
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
 from attnrobust.runs.early import require_files, require_results
@@ -35,6 +36,8 @@ def run(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     threat: o.Threats = None,
     goal: o.GoalNames = None,
     anchors: o.Anchors = None,
@@ -60,7 +63,8 @@ def run(
     effective = load_config(
         config,
         changes={
-            "model": model, "texts": texts, "images": images, "tokens": tokens, "layers": layer or None,
+            "model": model, "texts": texts, "images": images, "tokens": tokens,
+            "dataset": dataset, "column": column, "layers": layer or None,
             "at": at or None, "threats": threat or None, "goals": many_goals(goal, tolerance, anchors, row),
             "certificates": chosen_certificates(methods, everything=all_certificates),
             "attack": {"method": method}, "seed": seed, "device": device, "output": out,
@@ -105,6 +109,8 @@ def show_config(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     threat: o.Threats = None,
     goal: o.GoalNames = None,
     anchors: o.Anchors = None,
@@ -127,7 +133,8 @@ def show_config(
     effective = load_config(
         config,
         changes={
-            "model": model, "texts": texts, "images": images, "tokens": tokens, "layers": layer or None,
+            "model": model, "texts": texts, "images": images, "tokens": tokens,
+            "dataset": dataset, "column": column, "layers": layer or None,
             "at": at or None, "threats": threat or None, "goals": many_goals(goal, tolerance, anchors, row),
             "certificates": chosen_certificates(methods, everything=all_certificates),
             "attack": {"method": method}, "seed": seed, "device": device, "output": out,
@@ -162,7 +169,7 @@ def report(
     require_results(directory)
     from attnrobust.reports.page import write_report
 
-    say("wrote " + ", ".join(str(path) for path in write_report(directory, out=out)))
+    say("wrote " + ", ".join(map(place, write_report(directory, out=out))))
     return ExitCode.OK
 
 
@@ -236,7 +243,7 @@ def _shard(text: str | None) -> "Shard | None":
 
 
 def _watch(*, quiet: bool) -> Callable[[Iterator["Row"], int], Iterable["Row"]]:
-    return lambda rows, total: tracked(rows, total, quiet=quiet)
+    return lambda rows, total: tracked(rows, total, quiet=quiet, places=True)
 
 
 def _summarise(outcome: "Outcome", fail_under: float | None) -> int:
@@ -244,7 +251,7 @@ def _summarise(outcome: "Outcome", fail_under: float | None) -> int:
     from attnrobust.reports.tables import summary_table
     from attnrobust.reports.units import run_verdicts
 
-    rows, directory = outcome.store.rows(), outcome.store.directory
+    rows, directory = outcome.store.rows(), place(outcome.store.directory)
     console().print(summary_table(rows))
     for sentence in run_verdicts(rows)[:MOST_SENTENCES]:
         console().print(sentence)
@@ -252,6 +259,6 @@ def _summarise(outcome: "Outcome", fail_under: float | None) -> int:
     say(f"{outcome.computed} rows computed, {len(rows)} of {total} in {directory}")
     code = exit_code(rows, fail_under=fail_under)
     if outcome.remaining:
-        say(f"{outcome.remaining} rows are left; go on with: attnrobust resume {directory}")
+        say(f"{outcome.remaining} rows are left; go on with: attnrobust resume {shlex.quote(directory)}")
         return code or ExitCode.INTERRUPTED
     return code

@@ -29,6 +29,8 @@ def smooth(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     readout: o.Readout = None,
@@ -48,7 +50,8 @@ def smooth(
         raise InputError("smoothing is about a decision; give --goal decision or nearest with --at, or --readout")
     asked = one_goal(goal, anchors, None, readout, pool, label, row)
     config = one_place(
-        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens, "dataset": dataset, "column": column},
+        threat, seed, device, goal=asked,
         certificates=(), attack={"method": DEFAULT_ATTACK},
     )  # fmt: skip
     require_files(config)

@@ -4,6 +4,7 @@ A test holds the lists equal to the registries.
 """
 
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,9 @@ MODELS = ("minilm", "smollm2")
 RESULTS = ("manifest.json", "results.json")
 """One of these is in every directory with results, the first in that of a run."""
 
+KINDS = ("texts", "tokens", "images", "dataset")
+"""Kinds of input files; a run has one of them."""
+
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE = re.compile(r".*\.(npz|safetensors|gguf)")
 
@@ -43,9 +47,13 @@ _FILE = re.compile(r".*\.(npz|safetensors|gguf)")
 def refuse_unknown_names(*, threats: Iterable[str], certificates: Iterable[str] = (), attack: str | None = None) -> None:
     """Refuse threats, certificates and an attack whose names do not exist; what follows a colon is not read.
 
+    Where the registries are imported already, nothing is won, and they alone refuse: others may have added to them.
+
     Raises:
         UnknownNameError: With the nearest names.
     """
+    if _registries_are_there():
+        return
     for threat in threats:
         if threat.partition(":")[0] not in THREAT_NAMES:
             raise UnknownNameError("threat", threat, THREAT_KEYS)
@@ -58,22 +66,24 @@ def refuse_unknown_names(*, threats: Iterable[str], certificates: Iterable[str] 
         raise UnknownNameError("attack", attack, (*attacks, FOOLBOX + "NAME"))
 
 
+def _registries_are_there() -> bool:
+    return "attnrobust.attacks.registry" in sys.modules
+
+
 def require_files(config: "RunConfig") -> None:
     """Refuse a configuration whose model or inputs are plainly not there.
 
     Raises:
         InputError: A path where nothing is, or a directory where a file must be.
     """
-    require_there(config.model, texts=config.texts, images=config.images, tokens=config.tokens)
+    require_there(config.model, **{name: getattr(config, name) for name in KINDS})
 
 
-def require_there(
-    model: str, *, texts: Path | None = None, images: Path | None = None, tokens: Path | None = None
-) -> None:
-    """Refuse a model or inputs that are plainly not there; see ``require_files``."""
+def require_there(model: str, **inputs: Path | None) -> None:
+    """Refuse a model, or inputs by their kind, that are plainly not there; see ``require_files``."""
     require_model(model)
-    for option, path in (("texts", texts), ("images", images), ("tokens", tokens)):
-        require_input(option, path)
+    for kind, path in inputs.items():
+        require_input(kind, path)
 
 
 def require_input(option: str, path: Path | None) -> None:

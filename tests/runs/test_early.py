@@ -32,7 +32,9 @@ def test_the_lists_are_those_of_the_registries() -> None:
     [({"threats": ["frobenus"]}, "frobenius"), ({"threats": [], "certificates": ["displacemnt"]}, "displacement"),
      ({"threats": [], "attack": "pgd"}, "token-moving")],
 )  # fmt: skip
-def test_names_that_do_not_exist(asked: dict[str, object], near: str) -> None:
+def test_names_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, asked: dict[str, object], near: str) -> None:
+    early.refuse_unknown_names(**asked)  # type: ignore[arg-type]  # the registries are there, and refuse themselves
+    monkeypatch.setattr(early, "_registries_are_there", lambda: False)
     with pytest.raises(UnknownNameError) as caught:
         early.refuse_unknown_names(**asked)  # type: ignore[arg-type]
     assert caught.value.nearest[0] == near
