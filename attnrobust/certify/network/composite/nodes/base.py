@@ -165,6 +165,7 @@ class Reach:
         weights: Weights c_k > 0 of the joint forms ``sum_k c_k |e_k|^2``.
         joint: Supremum of that form's root over moves of norm 1, or None.
         raw_joint: The same over remainders of metric norm 1; None: the R_k are orthogonal parts.
+        raw_form: The same for any weights, where it can be had; it takes the place of ``raw_joint``.
     """
 
     tangent: Tensor
@@ -173,6 +174,7 @@ class Reach:
     weights: Tensor
     joint: float | None = None
     raw_joint: float | None = None
+    raw_form: Callable[[Tensor], float] | None = None
 
     def first(self, ball: Ball) -> Tensor:
         """``|(T D)_k|`` at most."""
@@ -206,6 +208,8 @@ class Reach:
 
     def raw_norm(self, factor: Tensor) -> float:
         """Upper bound of ``(sum_k factor_k^2 |R_k|^2)^{1/2}`` over remainders of metric norm 1."""
+        if self.raw_form is not None:
+            return self.raw_form(factor.square())
         if self.raw_joint is None:
             return float((factor * self.raw).max())
         return self._split(factor.square(), self.raw, self.raw_joint)
