@@ -33,11 +33,15 @@ class Ball:
         radius: ``||D||_F`` at most.
         rho: Metric norm of R at most.
         rest: Metric norm of R' = R - R2 at most.
+        own: Norm of R in the node's own metric at most, see ``NodeRemainder.own_metric``.
+        own_rest: The same of R'.
     """
 
     radius: float
     rho: float
     rest: float
+    own: float = math.inf
+    own_rest: float = math.inf
 
     @property
     def still(self) -> "Ball":
@@ -120,6 +124,10 @@ class NodeRemainder(ABC):
         """The channel in which the node's own second derivative is normed; None: it has a closed bound."""
         return None
 
+    def own_metric(self) -> Edges | None:
+        """Positive factors of the entries of its edges in which it is about equally sensitive; None: it knows none."""
+        return None
+
     @property
     def forms(self) -> Mapping[str, Form]:
         """Features whose joint norms sharpen the bounds."""
@@ -166,6 +174,7 @@ class Reach:
         joint: Supremum of that form's root over moves of norm 1, or None.
         raw_joint: The same over remainders of metric norm 1; None: the R_k are orthogonal parts.
         raw_form: The same for any weights, where it can be had; it takes the place of ``raw_joint``.
+        unit: Factors u_k of the node's own metric, ``sum_k u_k^2 |R_k|^2 <= own^2``.
     """
 
     tangent: Tensor
@@ -175,6 +184,7 @@ class Reach:
     joint: float | None = None
     raw_joint: float | None = None
     raw_form: Callable[[Tensor], float] | None = None
+    unit: Tensor | None = None
 
     def first(self, ball: Ball) -> Tensor:
         """``|(T D)_k|`` at most."""
@@ -182,7 +192,11 @@ class Reach:
 
     def rest(self, ball: Ball) -> Tensor:
         """``|R_k|`` at most."""
-        return remainder_size(self.bend, self.raw, ball)
+        size = remainder_size(self.bend, self.raw, ball)
+        if self.unit is None:
+            return size
+        own = torch.minimum(ball.own / self.unit, self.bent(ball) + ball.own_rest / self.unit)
+        return torch.minimum(size, own)
 
     def sizes(self, ball: Ball) -> Tensor:
         """``E_k >= |e_k|``."""
@@ -200,7 +214,11 @@ class Reach:
         square, whole = factor.square(), self.raw_norm(factor)
         bent = float((square * self.bend.square()).sum().sqrt()) * ball.radius**2
         apart = float((square * self.rest(ball).square()).sum().sqrt())
-        return outward(min(apart, whole * ball.rho, bent + whole * ball.rest), FORMULA)
+        found = min(apart, whole * ball.rho, bent + whole * ball.rest)
+        if self.unit is not None:
+            ratio = float((factor / self.unit).max())
+            found = min(found, ratio * ball.own, bent + ratio * ball.own_rest)
+        return outward(found, FORMULA)
 
     def bent(self, ball: Ball) -> Tensor:
         """``|(R2)_k|`` at most."""

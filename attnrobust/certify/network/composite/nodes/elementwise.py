@@ -73,7 +73,12 @@ class ActivateRemainder(NodeRemainder):
         weights = weights + 1e-6 * weights.mean() + SMALLEST
         raw = raw_sizes(self.port, 0, weights)
         bend = outward(self._second_square.sqrt(), ENTRY)
-        self._shape = Reach(tangent, bend, raw, weights, raw_form=partial(raw_joint, self.port, 0))
+        form = partial(raw_joint, self.port, 0)
+        self._shape = Reach(tangent, bend, raw, weights, raw_form=form, unit=self._importance)
+
+    def own_metric(self) -> Edges:
+        """The importance of its entries."""
+        return (self._importance,)
 
     @property
     def _reach(self) -> Reach:

@@ -144,10 +144,15 @@ class NormaliseRemainder(NodeRemainder):
         raw = 1.0 / (self._size[:, 0] * thinnest)
         weights = tangent.square().square()
         weights = weights + 1e-2 * weights.mean() + SMALLEST
-        self._shape = Reach(tangent, outward(self._bend.sqrt(), ENTRY), outward(raw, ENTRY), weights)
+        bend, unit = outward(self._bend.sqrt(), ENTRY), torch.ones_like(raw)
+        self._shape = Reach(tangent, bend, outward(raw, ENTRY), weights, unit=unit)
         self._radial_tangent = outward(self._radial.sqrt(), ENTRY)
         self._bend_radial = outward(self._radial_bend.sqrt(), ENTRY)
         self._radial_raw = outward((self._zeta / self._width).sqrt() * raw, ENTRY)
+
+    def own_metric(self) -> Edges:
+        """What it divides by."""
+        return (outward(1.0 / self._size, ENTRY).expand_as(self._z).contiguous(),)
 
     @property
     def _reach(self) -> Reach:
@@ -164,7 +169,8 @@ class NormaliseRemainder(NodeRemainder):
 
     def _ranges(self, ball: Ball) -> _Ranges:
         square = outward(self._reach.sizes(ball).square() / self._width, ENTRY)
-        rest = remainder_size(self._bend_radial, self._radial_raw, ball)
+        whole = (self._zeta / self._width).sqrt() * self._reach.rest(ball)
+        rest = torch.minimum(remainder_size(self._bend_radial, self._radial_raw, ball), whole)
         radial = torch.minimum(self._radial_tangent * ball.radius + rest, (self._zeta * square).sqrt())
         return _Ranges(outward(radial, ENTRY), square, self._zeta, self._floor)
 
