@@ -22,7 +22,7 @@ from attnrobust.certify.network.composite.targets import Port
 from attnrobust.layers.graph.node import Edges
 from attnrobust.numerics.rounding import FORMULA, nonzero, outward
 
-QUANTILES = (0.5, 0.9, 0.99)
+QUANTILES = (0.5, 0.8, 0.9, 0.97, 0.99, 0.998)
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,9 @@ class Reach:
         apart = float((square * self.rest(ball).square()).sum().sqrt())
         found = min(apart, whole * ball.rho, bent + whole * ball.rest)
         if self.unit is not None:
-            ratio = float((factor / self.unit).max())
-            found = min(found, ratio * ball.own, bent + ratio * ball.own_rest)
+            found = min(found, self._owned(square, self.rest(ball), ball.own))
+            beside = torch.minimum(self.raw * ball.rest, ball.own_rest / self.unit)
+            found = min(found, bent + self._owned(square, beside, ball.own_rest))
         return outward(found, FORMULA)
 
     def bent(self, ball: Ball) -> Tensor:
@@ -232,22 +233,36 @@ class Reach:
             return float((factor * self.raw).max())
         return self._split(factor.square(), self.raw, self.raw_joint)
 
+    def _owned(self, square: Tensor, size: Tensor, own: float) -> float:
+        """The same from the node's own metric."""
+        assert self.unit is not None  # noqa: S101 - the caller's choice; narrows the type
+        return _split(square, size, self.unit.square(), own) if math.isfinite(own) else math.inf
+
     def _split(self, square: Tensor, size: Tensor, joint: float | None) -> float:
-        """Bound of the root of ``sum_k square_k |x_k|^2``, |x_k| <= size_k, from the joint form: any share is sound."""
-        own = square * size.square()
-        best = float(own.sum())
+        """Bound of the root of ``sum_k square_k |x_k|^2``, |x_k| <= size_k, from the joint form."""
         if joint is None:
-            return math.sqrt(best)
-        ratio = (square / self.weights).flatten()
-        for share in (*(float(torch.quantile(ratio, q)) for q in QUANTILES), float(ratio.max())):
-            rest = (square - share * self.weights).clamp_min(0.0) * size.square()
-            best = min(best, share * joint**2 + float(rest.sum()))
-        return math.sqrt(best)
+            return math.sqrt(float((square * size.square()).sum()))
+        return _split(square, size, self.weights, joint)
+
+
+def _split(square: Tensor, size: Tensor, weights: Tensor, joint: float) -> float:
+    """Root of ``sum_k square_k |x_k|^2`` at most, from ``sum_k weights_k |x_k|^2 <= joint^2``: any share is sound."""
+    best = float((square * size.square()).sum())
+    ratio = (square / weights).flatten()
+    for share in (*(float(torch.quantile(ratio, q)) for q in QUANTILES), float(ratio.max())):
+        rest = (square - share * weights).clamp_min(0.0) * size.square()
+        best = min(best, share * joint**2 + float(rest.sum()))
+    return math.sqrt(best)
 
 
 def remainder_size(bend: Tensor, raw: Tensor, ball: Ball) -> Tensor:
     """A feature of R: by its second order and the raw size of what is left, or by the raw size of everything."""
     return torch.minimum(raw * ball.rho, bend * ball.radius**2 + raw * ball.rest)
+
+
+def mean_square(a: Tensor, b: Tensor) -> Tensor:
+    """``int_0^1 (a + s b)^2 ds``."""
+    return a.square() + a * b + b.square() / 3.0
 
 
 def largest_eigenvalues(gram: Float[Tensor, "*b d d"]) -> Float[Tensor, "*b"]:

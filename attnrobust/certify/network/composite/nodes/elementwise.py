@@ -17,6 +17,7 @@ from attnrobust.certify.network.composite.nodes.base import (
     NodeRemainder,
     Reach,
     largest_eigenvalues,
+    mean_square,
     remainder_size,
 )
 from attnrobust.certify.network.composite.targets import Port
@@ -120,10 +121,10 @@ class ActivateRemainder(NodeRemainder):
         return {"own": self._reach.stacked_rest(self._importance * turn, ball)}
 
     def drift(self, ball: Ball) -> Mapping[str, float]:
-        """Per neuron times R: ``sup |f'''| E^2 / 2 + |f''| |R| / 2``, or lift and ``f''[T D, R]`` apart."""
+        """Per neuron times R: ``sup |f'''| (a^2 + a b + b^2/3) / 2 + |f''| b / 2``, or in two parts."""
         size, first, rest = self._reach.sizes(ball), self._reach.first(ball), self._reach.rest(ball)
         steepest = (self._third + self._suprema.fourth * size).clamp_max(self._suprema.third)
-        near = 0.5 * (steepest * size.square() + self._second * rest)
+        near = 0.5 * (steepest * mean_square(first, rest) + self._second * rest)
         turn = torch.minimum(near, self._turn(size) + self._second * first)
         return {"own": self._reach.stacked_rest(self._importance * turn, ball)}
 
