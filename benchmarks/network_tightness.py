@@ -122,7 +122,8 @@ def _linear(bound: DisplacementBound | MarginBound, radius: float) -> float:
     """The largest share of a budget that the first order uses."""
     slopes = [drop.slope for drop in bound.classes] if isinstance(bound, MarginBound) else [bound.preparation.first]
     budgets = bound.problem.resolved.budgets.tolist()
-    return radius * bound.factor * max(slope / budget for slope, budget in zip(slopes, budgets, strict=True))
+    share: float = max(slope / budget for slope, budget in zip(slopes, budgets, strict=True))
+    return radius * bound.factor * share
 
 
 def _numbers(parts: Parts) -> dict[str, float]:

@@ -104,7 +104,7 @@ class Recursion:
                 self.balls[name] = Ball(radius, parts.total, parts.rest)
                 if name in owns:
                     own = self.at(owns[name])
-                    self.balls[name] = Ball(radius, parts.total, parts.rest, own.total, own.rest)
+                    self.balls[name] = Ball(radius, parts.total, parts.rest, own.total, own.rest, own.second)
             self._add(name, remainder)
 
     def _add(self, name: str, node: NodeRemainder) -> None:

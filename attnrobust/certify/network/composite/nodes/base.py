@@ -35,6 +35,7 @@ class Ball:
         rest: Metric norm of R' = R - R2 at most.
         own: Norm of R in the node's own metric at most, see ``NodeRemainder.own_metric``.
         own_rest: The same of R'.
+        own_second: The same of R2.
     """
 
     radius: float
@@ -42,6 +43,7 @@ class Ball:
     rest: float
     own: float = math.inf
     own_rest: float = math.inf
+    own_second: float = math.inf
 
     @property
     def still(self) -> "Ball":
@@ -218,7 +220,8 @@ class Reach:
         if self.unit is not None:
             found = min(found, self._owned(square, self.rest(ball), ball.own))
             beside = torch.minimum(self.raw * ball.rest, ball.own_rest / self.unit)
-            found = min(found, bent + self._owned(square, beside, ball.own_rest))
+            second = min(bent, self._owned(square, self.bent(ball), ball.own_second))
+            found = min(found, second + self._owned(square, beside, ball.own_rest))
         return outward(found, FORMULA)
 
     def bent(self, ball: Ball) -> Tensor:
