@@ -13,7 +13,8 @@ from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
-from attnrobust.text import shown
+from attnrobust.runs.early import refuse_unknown_names, require_files
+from attnrobust.text import exactly, shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +37,8 @@ def bench(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
@@ -59,26 +62,31 @@ def bench(
     quiet: o.Quiet = False,
 ) -> int:
     """Let attacks compete on the same inputs: success, smallest radii, local optimality, queries, seconds."""
-    from attnrobust.runs.bench import bench as run_bench
     from attnrobust.runs.config import load_config
 
     counted = None if epsilons is None else parse_epsilons(epsilons)
     config = load_config(
         changes={
             "model": model, "layers": layer or None, "at": at or None, "texts": texts, "images": images,
-            "tokens": tokens, "threats": threat or None,
+            "tokens": tokens, "dataset": dataset, "column": column, "threats": threat or None,
             "goals": [one_goal(goal, anchors, tolerance, readout, pool, label, row)],
             "attack": {"restarts": restarts, "steps": steps, "queries": queries, "seconds": seconds},
             "seed": seed, "device": device, "output": out, "execution": {"workers": workers, "timeout": timeout},
         }
     )  # fmt: skip
+    require_files(config)
+    names = o.split_names(attacks)
+    for name in names:
+        refuse_unknown_names(threats=(), attack=name)
+    from attnrobust.runs.bench import bench as run_bench
+
     with stopping() as stop:
         found = run_bench(
             config,
-            o.split_names(attacks),
+            names,
             budgets=dict(parse_budget(text) for text in budget or ()),
             stop=stop,
-            watch=lambda rows, total: tracked(rows, total, quiet=quiet),
+            watch=lambda rows, total: tracked(rows, total, quiet=quiet, places=True),
         )
     scores = found.scores(counted)
     if json:
@@ -163,7 +171,7 @@ def _score_table(title: str, scores: Sequence["AttackScore"]) -> "Table":
 
     caption = "optimality: best known radius / its radius, 1 is best; medians over the inputs"
     epsilons = list(next((s.success for s in scores if s.success), {}))
-    heading = ("wins", "found", *(f"<= {shown(e)}" for e in epsilons))
+    heading = ("wins", "found", *(f"<= {exactly(e)}" for e in epsilons))
     heading += ("median radius", "optimality", "worst", "queries", "s")
     lines = []
     for s in scores:

@@ -51,11 +51,24 @@ Row = Annotated[
 ]
 Images = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Inputs: .npz or .safetensors, every array (c, h, w) is one, as pixel_values."),
+    typer.Option(
+        metavar="FILE|FOLDER",
+        help="Inputs: pictures (PNG, JPEG, ...), which the model's own image processor prepares; or .npz or .safetensors, "
+        "every array (c, h, w) is one, as pixel_values.",
+    ),
 ]
 Texts = Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: UTF-8 text, one a line.")]
 Tokens = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Inputs: .npz or .safetensors, every array (n, d) is one.")
+]
+Dataset = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH", help="Inputs: the texts of a column of Parquet, CSV or JSON lines, or of a datasets directory."
+    ),
+]
+ColumnName = Annotated[
+    str | None, typer.Option("--column", metavar="NAME", help="The column of --dataset; default text, or the only one.")
 ]
 Tolerance = Annotated[str | None, typer.Option(metavar="X", help=_TOLERANCE)]
 Tolerances = Annotated[

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -21,6 +22,12 @@ def say(message: str) -> None:
 def printable(text: str) -> str:
     """The text in one line; what a terminal would obey (controls, line ends, directions) is shown by its escape."""
     return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+
+
+def place(path: Path) -> str:
+    """A path for people: without ``..``, and from here on where it lies below."""
+    clean, here = path.resolve(), Path.cwd().resolve()
+    return str(clean.relative_to(here)) if clean.is_relative_to(here) else str(clean)
 
 
 def console() -> "Console":

@@ -21,7 +21,15 @@ from attnrobust.models.networks.confirmation import OwnModel
 from attnrobust.models.networks.plan import EMBEDDINGS, Head, HeadName, Plan, Wanted
 from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, readable_classes, refuse_unread
 from attnrobust.models.own_attention import exact_positions
-from attnrobust.models.pretrained import Pretrained, TextEncoder, eager_experts, load_pretrained, longest_input
+from attnrobust.models.pictures import ImageEncoder
+from attnrobust.models.pretrained import (
+    Pretrained,
+    TextEncoder,
+    eager_experts,
+    load_image_processor,
+    load_pretrained,
+    longest_input,
+)
 from attnrobust.tokens import TokenMeasure
 
 FILE_LAYER = "attention"
@@ -145,6 +153,17 @@ class ModuleModel(Model):
         if self._pretrained is None:
             raise InputError(f"{self.name} has no tokenizer; give the layer's input tokens (--tokens)")
         return TextEncoder(self._pretrained)
+
+    @cached_property
+    def image_encoder(self) -> ImageEncoder:
+        """The model's own image processor.
+
+        Raises:
+            InputError: It has none, or Pillow is missing.
+        """
+        if self._pretrained is None:
+            raise InputError(f"{self.name} has no image processor; give arrays of pixel_values (--images FILE.npz)")
+        return ImageEncoder(load_image_processor(self._pretrained), self.name)
 
     def layer(self, name: str | None = None) -> Attention:
         return self._tap(self.resolve(name)).spec

@@ -153,6 +153,28 @@ def _tokenizer_class(pretrained: Pretrained) -> Any:
     return transformers.PreTrainedTokenizerFast if pretrained.gguf == SMOLLM2_FILE else transformers.AutoTokenizer
 
 
+def load_image_processor(pretrained: Pretrained) -> Any:
+    """The model's own image processor, without code of its repository.
+
+    Raises:
+        InputError: It has none, or one that lacks a package.
+    """
+    if find_spec("PIL") is None:
+        raise InputError("pictures need the package Pillow; pip install pillow, or give arrays (--images FILE.npz)")
+    from transformers import AutoImageProcessor
+
+    try:
+        with _quiet():
+            return AutoImageProcessor.from_pretrained(
+                pretrained.source, local_files_only=pretrained.local, trust_remote_code=False, backend="pil"
+            )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise InputError(
+            f"{pretrained.source} has no usable image processor ({first_line(error)}); give arrays of pixel_values "
+            "(--images FILE.npz)"
+        ) from error
+
+
 def eager_experts(module: Any) -> None:
     """Run the experts of a mixture one by one: the grouped products are not there in float64."""
     with suppress(ValueError, AttributeError, NotImplementedError), _quiet():  # models without experts may refuse
@@ -220,6 +242,8 @@ def _class(source: str, *, local: bool, classes: Collection[str] | None) -> Any:
     """What to load a model with: the class that its configuration names, or ``AutoModel``."""
     import transformers
 
+    from attnrobust.models.networks.heads import CURE
+
     names: Sequence[str] = ()
     if classes is not None:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
@@ -227,10 +251,7 @@ def _class(source: str, *, local: bool, classes: Collection[str] | None) -> Any:
     if classes is None or not names:
         return transformers.AutoModel
     if len(names) > 1 or names[0] not in classes:
-        raise UnsupportedModelError(
-            f"{source} is a {' or '.join(names)}, whose head is not read; ask for hidden states: "
-            "head='states' or 'mean' (--goal hidden, pooled, or nearest with --anchors FILE)"
-        )
+        raise UnsupportedModelError(f"{source} is a {' or '.join(names)}, whose head is not read; {CURE}")
     return getattr(transformers, names[0])
 
 

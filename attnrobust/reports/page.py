@@ -2,6 +2,7 @@
 
 import base64
 import math
+import re
 import shlex
 import statistics
 from collections import Counter
@@ -26,7 +27,7 @@ from attnrobust.reports.plots import (
 )
 from attnrobust.reports.tables import not_installed, percent, summary_lines
 from attnrobust.reports.units import run_verdicts, safe
-from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map
+from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map, is_special
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.runs.storage.atomic import require_writable, write_atomically
 from attnrobust.runs.storage.files import REPORT_NAME, rows_digest
@@ -35,6 +36,9 @@ from attnrobust.text import shown, shown_bound
 
 MOST_ROWS, MOST_SENTENCES, MOST_LINES = 5000, 20, 4
 """What one page shows; the data has the rest."""
+
+_BREAKS = re.compile(r"([./_,])(?=\w)")
+"""Where a long name may go on in the next line."""
 
 _BAD = frozenset({Status.UNSOUND, Status.ERROR, Status.TIMEOUT, Status.NAN, Status.DISAGREES})
 
@@ -74,11 +78,12 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         source: The directory, for the line that makes the report again.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     environment = Environment(
         loader=PackageLoader("attnrobust.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters["breakable"] = lambda text: Markup(_BREAKS.sub(r"\1<wbr>", str(escape(text))))  # noqa: S704 - escaped
     line_template = environment.get_template("heat.html.j2")
     heat, more = heat_map(data.rows, sentences=MOST_SENTENCES)
     heading, lines = summary_lines(data.rows)
@@ -99,7 +104,8 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         summary={"heading": heading, "lines": lines},
         plots=[dict(plot) | {"svg": plot["svg"] and Markup(plot["svg"])} for plot in plots],  # noqa: S704 - matplotlib escapes
         facets=[
-            {"name": ", ".join(key), "tiles": _radius_tiles(group), "methods": _methods(group)}
+            {"name": ", ".join(key), "tiles": _radius_tiles(group), "methods": _methods(group),
+             "several": len(_by_place(group)) > 1}
             for key, group in _facets(data.rows).items()
         ],
         certificates=explained(data.rows),
@@ -107,6 +113,7 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         heat=heat,
         by_radius=any(line.by_radius for sentence in heat for line in sentence.lines),
         more_sentences=more,
+        special=sorted({t.text for s in heat for line in s.lines for t in line.tokens if is_special(t.text)}),
         heat_line=lambda line: Markup(line_template.render(_heat_values(line))),  # noqa: S704 - the template escapes
         lines_shown=MOST_LINES,
         verdicts_shown=MOST_LINES,
@@ -129,7 +136,9 @@ def _tiles(data: ReportData) -> list[tuple[str, str]]:
 
 
 def _radius_tiles(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Figures of rows of one threat and goal."""
+    """Figures of rows of one threat and goal; none where they are of several layers, which have a table."""
+    if len(_by_place(rows)) > 1:
+        return []
     certified = [row.certified_radius for row in rows if row.certified_radius is not None]
     attacked = [row.attack_radius for row in rows if row.attack_radius is not None]
     gaps = [row.gap for row in rows if row.gap is not None]
@@ -149,6 +158,14 @@ def _facets(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.threat, row.goal), []).append(row)
+    return groups
+
+
+def _by_place(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by layer or depth; radii of different ones are never pooled."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.layer, []).append(row)
     return groups
 
 
@@ -178,7 +195,8 @@ def _drawings(rows: Sequence[Row]) -> list[Named]:
     place = "depth" if whole else "layer"
     made: list[Named] = []
     if not whole or any(row.gap is not None for row in rows):
-        about = "Gap of each certificate, the tightest first."
+        places = len(_by_place(rows))
+        about = "Gap of each certificate, the tightest first." if places == 1 else f"Gap of the best certificate by {place}."
         made.append(("gap-by-method", gap_boxes(rows), about, "Box plot of the gap of each certificate"))
         about = "Attack radius against certified radius, one point a row. No point may lie below the solid line."
         name = "attack-against-certified"
@@ -217,8 +235,12 @@ def _without_common(rows: Sequence[Row]) -> Sequence[Row]:
 
 def _methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "cells": [str(len(gaps)), *(shown(f(gaps), 3) for f in (statistics.median, min, max))]}
-        for name, gaps in gaps_by_method(rows).items()
+        {
+            "place": place, "name": name,
+            "cells": [str(len(gaps)), *(shown(f(gaps), 3) for f in (statistics.median, min, max))],
+        }
+        for place, group in _by_place(rows).items()
+        for name, gaps in gaps_by_method(group).items()
     ]
 
 
@@ -294,7 +316,10 @@ def _heat_values(line: HeatLine) -> dict[str, Any]:
         "certified": None if line.row.certified_radius is None else shown_bound(line.row.certified_radius, up=False),
         "words": [_heat_word(line, token) for token in line.tokens],
         "told": "Smallest radii of one token alone" if line.by_radius else "Most of the move",
-        "strongest": [{"text": token.text, "share": _heat_number(line, token, ".0%")} for token in line.strongest],
+        "strongest": [
+            {"text": token.text, "share": _heat_number(line, token, ".0%"), "special": is_special(token.text)}
+            for token in line.strongest
+        ],
     }
 
 
@@ -308,9 +333,17 @@ def _heat_number(line: HeatLine, token: HeatToken, form: str) -> str:
 def _heat_word(line: HeatLine, token: HeatToken) -> dict[str, Any]:
     colours = _colours(token.strength)
     of = "moving alone" if line.by_radius else "of the move"
-    return {"text": token.text, "top": token.top, "share": f"{_heat_number(line, token, '.1%')} {of}"} | {
-        "background": colours["background"], "colour": colours["text"],
+    return {
+        "text": token.text, "top": token.top, "share": f"{_heat_number(line, token, '.1%')} {of}",
+        "special": is_special(token.text), "background": colours["background"], "colour": colours["text"],
+        "alone": _colours(_alone(line, token)),
     }  # fmt: skip
+
+
+def _alone(line: HeatLine, token: HeatToken) -> float:
+    """The token's strength relative to the strongest of those that are not special."""
+    others = [other.strength for other in line.tokens if not is_special(other.text)]
+    return min(1.0, token.strength / max(others)) if any(others) else 0.0
 
 
 def _colours(strength: float) -> dict[str, str]:

@@ -13,9 +13,13 @@ from attnrobust.runs.config import RunConfig, make_config
 from attnrobust.runs.rows import Row, median
 from attnrobust.runs.run import Watcher, run
 from attnrobust.status import Status
+from attnrobust.text import rounded
 
 TIE = 1e-6
 """Radii that differ by less than this share count as equal: the verified ones are polished to 1e-9."""
+
+FACTORS = (1.1, 1.5, 2.0)
+"""Where success is counted beside 1, in median best known radii."""
 
 Budgets = Mapping[str, Mapping[str, int | float]]
 """Of an attack by its name: any of restarts, steps, queries, seconds; they go over those of the configuration."""
@@ -173,9 +177,13 @@ def attack_config(config: RunConfig, attack: str, budget: Mapping[str, int | flo
 
 
 def default_epsilons(inputs: Iterable[InputWinner]) -> tuple[float, ...]:
-    """1, 1.1, 1.5 and 2 times the median best known radius, to three digits; none where nothing was found."""
+    """1, 1.1, 1.5 and 2 times the median best known radius, to four digits; none where nothing was found.
+
+    The first is rounded up: below the median it would leave out the median input itself.
+    """
     best = [winner.best for winner in inputs if winner.best]
-    return tuple(float(f"{factor * statistics.median(best):.3g}") for factor in (1.0, 1.1, 1.5, 2.0)) if best else ()
+    middle = statistics.median(best) if best else 0.0
+    return (rounded(middle, up=True, digits=4), *(float(f"{f * middle:.4g}") for f in FACTORS)) if best else ()
 
 
 def _checked(attacks: Sequence[str], budgets: Budgets | None) -> Sequence[str]:

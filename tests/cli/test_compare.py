@@ -289,7 +289,7 @@ def test_exit_codes(rows: list[Row], expected: ExitCode) -> None:
         (("--method", "token-movin"), "unknown attack 'token-movin'; nearest: token-moving"),
         (("--layer", "encoder"), "unknown layer 'encoder'; nearest: attention"),
         (("--fail-under", "-1"), "must be a number >= 0"),
-        (("--texts", "x.txt"), "exactly one of --texts FILE, --images FILE and --tokens FILE"),
+        (("--texts", "x.txt"), "exactly one of --texts, --images, --tokens and --dataset"),
         (("--device", "gpu"), "device 'gpu' is not there"),
         (("--tolerence", "1%"), "--tolerance"),
         (("--seed", "one"), "--seed"),

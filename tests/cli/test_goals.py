@@ -199,6 +199,8 @@ def test_what_does_not_go_together_is_one_line(
 def test_a_model_without_a_head_says_what_it_has(cli: Run, encoder: Path, texts: Path) -> None:
     line = cli("compare", encoder, "--goal", "decision", "--texts", texts).refusal()
     assert "BertModel has no head of its own" in line
+    assert "--goal hidden or pooled" in line
+    assert "head=" not in line
     assert "--goal hidden, pooled, or nearest with --anchors FILE" in line
 
 

@@ -2,7 +2,8 @@
 
 At a node with port e = T D + R, ||D|| <= r, and R = R2 + R' with the exact second order R2 of the network, write
 ``Rem(e) = f(x + e) - f(x) - f'[e]``, ``C3(e) = 1/6 f'''[e, e, e]``,
-``Beyond = 1/2 f''[R, R] + Rem(e) - 1/2 f''[e, e]`` and ``Further = Beyond - C3(T D)``. They are sums of channels
+``Beyond = 1/2 f''[R, R] + Rem(e) - 1/2 f''[e, e]`` and ``Further = Beyond - C3(T D)``. What R adds to the remainder of
+the first-order move is ``Lift = Rem(T D + R) - Rem(T D)`` and ``Drift = Lift - f''[T D, R]``. They are sums of channels
 ``emit(t)`` with a bound of |t|, because a remainder is sharper where it arises (per neuron, before an output
 projection) than as a whole output.
 """
@@ -37,6 +38,11 @@ class Ball:
     radius: float
     rho: float
     rest: float
+
+    @property
+    def still(self) -> "Ball":
+        """The same moves without R."""
+        return Ball(self.radius, 0.0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +140,14 @@ class NodeRemainder(ABC):
     @abstractmethod
     def quadratic(self, ball: Ball) -> Mapping[str, float]:
         """Per channel a bound of |t| of ``1/2 f''[R, R]``."""
+
+    def lift(self, ball: Ball) -> Mapping[str, float]:
+        """Per channel a bound of |t| of ``Lift``, one power of R; inf where a node has none."""
+        return dict.fromkeys(self.channels, 0.0 if ball.rho == 0.0 else math.inf)
+
+    def drift(self, ball: Ball) -> Mapping[str, float]:
+        """Per channel a bound of |t| of ``Drift``."""
+        return self.lift(ball) if ball.rho == 0.0 else dict.fromkeys(self.channels, math.inf)
 
     @abstractmethod
     def third_readout(self, cotangent: Tensor, ball: Ball) -> float:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.network.composite.nodes.activation_bounds import SUPREMA
+from attnrobust.certify.network.composite.nodes.activation_bounds import SUPREMA, oscillation
 from attnrobust.certify.network.composite.nodes.base import (
     Ball,
     Channel,
@@ -48,6 +48,7 @@ class ActivateRemainder(NodeRemainder):
         assert higher is not None  # noqa: S101 - an activation without was refused; narrows the type
         second, third = higher(x)
         self._second, self._third = outward(second.abs(), ENTRY), outward(third.abs(), ENTRY)
+        self._x, self._scalar = x, FUNCTIONS[function]
         self._importance = importance
         self._square, self._second_square = torch.zeros_like(x), torch.zeros_like(x)
 
@@ -93,7 +94,32 @@ class ActivateRemainder(NodeRemainder):
     def _third_order(self, size: Tensor) -> Tensor:
         """B with ``|Rem - 1/2 f'' e^2| <= B |e|^2``."""
         cubic = (self._third + self._suprema.fourth * size).clamp_max(self._suprema.third) * size / 6.0
-        return torch.minimum(cubic, 0.5 * (self._least(size) + self._second))
+        bent = torch.minimum(0.5 * (self._least(size) + self._second), 0.5 * self._bent_oscillation(size))
+        return torch.minimum(cubic, bent)
+
+    def _bent_oscillation(self, size: Tensor) -> Tensor:
+        """``|f''(y) - f''(x)|`` on the range, at most."""
+        higher = self._scalar.higher
+        assert higher is not None  # noqa: S101 - as above
+        return oscillation(lambda y: higher(y)[0], self._suprema.third, self._x, size)
+
+    def _turn(self, size: Tensor) -> Tensor:
+        """``|f'(y) - f'(x)|`` on the range, at most."""
+        taylor = torch.minimum(self._second + 0.5 * self._suprema.third * size, self._least(size)) * size
+        return torch.minimum(taylor, oscillation(self._scalar.slope, self._suprema.second, self._x, size))
+
+    def lift(self, ball: Ball) -> Mapping[str, float]:
+        """``sup |f'(y) - f'(x)|`` per neuron times R."""
+        turn = self._turn(self._reach.sizes(ball))
+        return {"own": self._reach.stacked_rest(self._importance * turn, ball)}
+
+    def drift(self, ball: Ball) -> Mapping[str, float]:
+        """Per neuron times R: ``sup |f'''| E^2 / 2 + |f''| |R| / 2``, or lift and ``f''[T D, R]`` apart."""
+        size, first, rest = self._reach.sizes(ball), self._reach.first(ball), self._reach.rest(ball)
+        steepest = (self._third + self._suprema.fourth * size).clamp_max(self._suprema.third)
+        near = 0.5 * (steepest * size.square() + self._second * rest)
+        turn = torch.minimum(near, self._turn(size) + self._second * first)
+        return {"own": self._reach.stacked_rest(self._importance * turn, ball)}
 
     def _fourth_order(self, size: Tensor) -> Tensor:
         """B with ``|Rem - 1/2 f'' e^2 - C3(e)| <= B |e|^2``."""

@@ -25,6 +25,9 @@ from attnrobust.layers.graph.node import Edges
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
 from attnrobust.numerics.rounding import ENTRY, SMALLEST, UNIT, inward, outward
 
+BENT = 2.0 / 3.0**0.5 * (1.0 + 1e-12)
+"""``|N''(v)| <= BENT / (d^{1/2} sigma^2)`` (lemma 10)."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Ranges:
@@ -186,6 +189,24 @@ class NormaliseRemainder(NodeRemainder):
         turn = torch.maximum(r.second(1) * r.slope, 0.5 * r.square.sqrt())
         factor = outward(along * bent + across * turn, ENTRY).sqrt()
         return float(outward(self._reach.stacked(factor, ball) ** 2, ENTRY))
+
+    def lift(self, ball: Ball) -> Mapping[str, float]:
+        """``sup |N'(v) - N'(z)|`` per token times R."""
+        return {"own": self._reach.stacked_rest(self._turn(ball), ball)}
+
+    def drift(self, ball: Ball) -> Mapping[str, float]:
+        """Per token times R: ``sup |N'''| E^2 / 2 + |N''(z)| |R| / 2``, or lift and ``N''(z)[T D, R]`` apart."""
+        reach, lowest = self._reach, self._ranges(ball).lowest
+        bent = BENT / self._width**0.5
+        near = 1.5 * reach.sizes(ball).square() / (self._width * lowest**1.5) + 0.5 * bent * reach.rest(ball)
+        turn = torch.minimum(outward(near, ENTRY), self._turn(ball) + bent * reach.first(ball))
+        return {"own": reach.stacked_rest(turn, ball)}
+
+    def _turn(self, ball: Ball) -> Tensor:
+        """``|N'(v) - N'(z)| <= min(sup |N''| |v - z|, max(1/sigma, 1))`` between T D and T D + R (lemma 10)."""
+        reach, lowest = self._reach, self._ranges(ball).lowest
+        bent = BENT / (self._width**0.5 * lowest) * (reach.first(ball) + 0.5 * reach.rest(ball))
+        return outward(torch.minimum(bent, lowest.rsqrt().clamp_min(1.0)), ENTRY)
 
     def _fourth(self, ball: Ball) -> float:
         """``z [A4 + 3/8 eta^2 - 5/16 (12 p^2 eta + 6 p eta^2 + eta^3)] + e' [3/8 (4 p eta + eta^2) + A3]``, and

@@ -23,7 +23,7 @@ from tests.layers.graph.networks import attention, masses, random
 
 D, N_IN = 4, 5
 RADII = (3e-2, 0.3, 5.0)
-NAMES = ("whole", "beyond", "further")
+NAMES = ("whole", "beyond", "further", "lift", "drift")
 
 
 def settled(remainder: NodeRemainder, tangent: Tensor, bent: Tensor) -> NodeRemainder:
@@ -93,10 +93,10 @@ class Attacked:
         return Ball(radius, 0.5 * float(torch.linalg.matrix_norm(weighed.flatten(1), 2)) * radius**2 + rest, rest)
 
     def _third(self, d: Tensor, flat: Tensor) -> Tensor:
-        return self._differences(d, flat)[3]
+        return self._differences(d, flat)[-1]
 
     def _parts(self, d: Tensor, flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._size(out) for out in self._differences(d, flat)[:3])
+        return tuple(self._size(out) for out in self._differences(d, flat)[:-1])
 
     def _differences(self, d: Tensor, flat: Tensor) -> tuple[Tensor, ...]:
         bends = torch.einsum("ba,bc,acend->bend", d, d, 0.5 * self.bent)
@@ -109,7 +109,12 @@ class Attacked:
         square = [torch.einsum("bk,kly,bl->by", x, self.second, x) for x in (whole, part)]
         cube = torch.einsum("bj,bk,jkly,bl->by", tangent, tangent, self.third, tangent)
         beyond = rest - 0.5 * square[0] + 0.5 * square[1]
-        return rest, beyond, beyond - cube / 6.0, rest - 0.5 * square[0]
+        still = self.node.forward(
+            tuple(x + step for x, step in zip(self.clean, first.unbind(1), strict=True)), self.mass
+        )
+        lift = rest - ((still - self.value).flatten(1) - tangent @ self.first)
+        drift = lift - torch.einsum("bk,kly,bl->by", tangent, self.second, part)
+        return rest, beyond, beyond - cube / 6.0, lift, drift, rest - 0.5 * square[0]
 
     def _size(self, out: Tensor) -> Tensor:
         size: Tensor = torch.linalg.vector_norm(self.measure(out.unflatten(1, self.value.shape)), dim=(1, 2))
