@@ -154,7 +154,8 @@ def _with_keys(rows: MarginRows, left: Float[Tensor, "*a h q k"], key: Float[Ten
     if rows.sharing == 1:
         return left @ key.mT
     grouped = left.unflatten(-3, (-1, rows.sharing)).flatten(-3, -2)
-    return (grouped @ key.mT).unflatten(-2, (rows.sharing, -1)).flatten(-4, -3)
+    products: Tensor = (grouped @ key.mT).unflatten(-2, (rows.sharing, -1)).flatten(-4, -3)
+    return products
 
 
 def _of_keys(rows: MarginRows, weight: Float[Tensor, "*a h q n"], key: Float[Tensor, "*b g n k"]) -> Tensor:
@@ -162,7 +163,8 @@ def _of_keys(rows: MarginRows, weight: Float[Tensor, "*a h q n"], key: Float[Ten
     if rows.sharing == 1:
         return weight @ key
     grouped = weight.unflatten(-3, (-1, rows.sharing)).flatten(-3, -2)
-    return (grouped @ key).unflatten(-2, (rows.sharing, -1)).flatten(-4, -3)
+    sums: Tensor = (grouped @ key).unflatten(-2, (rows.sharing, -1)).flatten(-4, -3)
+    return sums
 
 
 def _into_keys(rows: MarginRows, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -265,13 +267,10 @@ class QuadraticMajorant:
             key.append((self.keys.left, _of_keys(rows, self.keys.right, piece.key) / rows.gauge[:, None]))
         elif self.keys is not None:
             more = self.keys @ (piece.key / rows.gauge[:, None])
-        tokens = self.tokens[:, None] * delta if self._diagonal else self.tokens @ delta
+        form = self.tokens
+        tokens = form[:, None] * delta if isinstance(form, Tensor) and form.ndim == 1 else form @ delta
         moved = spread_back(functional, x, t, query=query, key=key, more=more)
         return moved + tokens * rows.movable[:, None]
-
-    @property
-    def _diagonal(self) -> bool:
-        return isinstance(self.tokens, Tensor) and self.tokens.ndim == 1
 
     @property
     def finite(self) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_rows_on_their_own_are_those_of_all_rows(seed: int, threat: MoveThreat) 
 def row_problem(seed: int, threat: MoveThreat) -> Problem:
     """A margin of row 2 of a layer with some of the newer parts; four heads, shared in pairs in every other layer."""
     draw = Draw(100 + seed)
-    given = {name: draw.normal(4, 3, 4) for name in ("w_q", "w_k", "w_v")} | {"b_q": draw.normal(4, 4)}
+    given: dict[str, Any] = {name: draw.normal(4, 3, 4) for name in ("w_q", "w_k", "w_v")} | {"b_q": draw.normal(4, 4)}
     if seed % 2:
         given |= {name: given[name][::2].repeat_interleave(2, dim=0) for name in ("w_k", "w_v")}
     layer = modern(Attention(**given), draw, 9)
