@@ -302,8 +302,10 @@ class _Printed:
             yield row
 
     def _print(self, row: "Row") -> None:
+        from attnrobust.runs.yardsticks import as_json
+
         try:
-            print_json(row.as_dict())
+            print_json(as_json(row))
         except OSError as error:  # the reader went away, or the disk behind a redirection is full
             if not self._patient:
                 raise
@@ -318,7 +320,7 @@ class _Printed:
 def _print_tables(rows: list["Row"]) -> None:
     from attnrobust.reports.tables import certificate_table, result_table
     from attnrobust.reports.tokens import MOST_INPUTS, token_tables
-    from attnrobust.reports.units import row_verdict, run_verdicts
+    from attnrobust.reports.units import row_verdict, run_verdicts, scale_note
 
     stdout = console()
     stdout.print(result_table(rows))
@@ -330,7 +332,7 @@ def _print_tables(rows: list["Row"]) -> None:
     if (more := sum(bool(row.token_radii) for row in rows) - MOST_INPUTS) > 0:
         stdout.print(f"the tokens of {more} more inputs are in --json, and in the report of --out")
     sentences = map(row_verdict, rows) if 1 < len(rows) <= MOST_SENTENCES else ()
-    for sentence in (*filter(None, sentences), *run_verdicts(rows)):
+    for sentence in filter(None, (*sentences, *run_verdicts(rows), scale_note(rows))):
         stdout.print(sentence)
 
 

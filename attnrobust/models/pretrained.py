@@ -143,6 +143,11 @@ class TextEncoder:
         spans = zip(encoding["offset_mapping"], raw, strict=True)
         return Encoded(tuple(ids), tuple(text[start:end].strip() or token for (start, end), token in spans))
 
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Entries of the vocabulary that stand for no text."""
+        return tuple(int(i) for i in self._tokenizer.all_special_ids)
+
     def word(self, index: int) -> str:
         """What one entry of the vocabulary stands for."""
         return str(self._tokenizer.decode([index])).strip() or str(self._tokenizer.convert_ids_to_tokens(index))

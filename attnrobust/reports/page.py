@@ -26,7 +26,7 @@ from attnrobust.reports.plots import (
     svg,
 )
 from attnrobust.reports.tables import not_installed, percent, summary_lines
-from attnrobust.reports.units import run_verdicts, safe
+from attnrobust.reports.units import both_in_tokens, both_shares, run_verdicts, safe, scale_note
 from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map, is_special
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.runs.storage.atomic import require_writable, write_atomically
@@ -97,7 +97,7 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         digest=rows_digest(data.rows),
         missing=max(0, data.planned - len(data.rows)),
         planned=data.planned,
-        notes=[*scopes(data.rows), *not_installed(data.rows), *_common(data.rows)],
+        notes=[*scopes(data.rows), *not_installed(data.rows), *_common(data.rows), *filter(None, [scale_note(data.rows)])],
         unsound=[row for row in data.rows if row.status == Status.UNSOUND],
         tiles=_tiles(data),
         verdicts=run_verdicts(data.rows),
@@ -302,6 +302,8 @@ _COLUMNS: Mapping[str, Callable[[Row], dict[str, Any]]] = {
     "by": lambda row: _word(row.certificate or ""),
     "attack": lambda row: _bound(row.attack_radius, up=True),
     "of the norm": lambda row: _share(row.relative_attack if row.depth is not None else None),
+    "share of the norm": lambda row: _word("" if both_shares(row) == "-" else both_shares(row)),
+    "of a token's norm": lambda row: _word("" if both_in_tokens(row) == "-" else both_in_tokens(row)),
     "gap": lambda row: _bound(row.gap, up=True),
     "status": _status,
     "seconds": lambda row: _number(round((row.seconds_certify or 0.0) + (row.seconds_attack or 0.0), 2)),

@@ -9,8 +9,9 @@ from rich.text import Text
 from attnrobust.models.listing import LayerInfo
 from attnrobust.reports.layout import Column, FittingTable, lay_out, numbers, words
 from attnrobust.reports.narrow import BETWEEN, STEPS
-from attnrobust.reports.units import both_shares, yardstick
+from attnrobust.reports.units import both_in_tokens, both_shares
 from attnrobust.runs.rows import Row, median, scopes
+from attnrobust.runs.yardsticks import TOKEN, WHOLE, yardstick
 from attnrobust.status import Status
 from attnrobust.text import shortened, shown, shown_bound
 
@@ -55,6 +56,7 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
     Column("attack", right=True, fold=False): lambda row: shown_bound(row.attack_radius, up=True),
     Column("of |x|", right=True, fold=False): lambda row: percent(row.relative_attack),
     Column("share", right=True, fold=False): both_shares,
+    Column("of |token|", right=True, fold=False): both_in_tokens,
     Column("gap", right=True, fold=False): lambda row: shown_bound(row.gap, up=True, digits=3),
     Column("usage", right=True, fold=False): lambda row: "-" if row.usage is None else f"{row.usage:.1%}",
     Column("status", fold=False): _status,
@@ -82,6 +84,7 @@ def result_table(rows: Sequence[Row], *, title: str | None = None) -> FittingTab
         "class": any(r.label for r in rows),
         "of |x|": attacked and network,
         "share": not network and any(yardstick(row) for row in rows),
+        "of |token|": not network and any((found := yardstick(row)) and found[1] == WHOLE for row in rows),
         "margin": margins,
         "tolerance": not margins,
         "certified": certified,
@@ -162,6 +165,8 @@ def _caption(rows: Sequence[Row], *, shares: bool) -> str | None:
     measured = yardstick(rows[0])
     if measured is not None and rows[0].depth is None:
         parts.append(f"share: of {measured[1]}, certified to attack")
+        if measured[1] == WHOLE and rows[0].token_norm:
+            parts.append(f"of |token|: of {TOKEN}")
     gaps = [row.gap for row in rows if row.gap is not None]
     if gaps:
         parts.append(f"median gap {shown(statistics.median(gaps), 3)} over {len(gaps)} of {len(rows)} inputs")

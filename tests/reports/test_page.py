@@ -42,7 +42,7 @@ def page(rows: list[Row]) -> str:
 class Checker(HTMLParser):
     """Collects attributes and checks that tags are closed in order."""
 
-    VOID = frozenset({"meta", "img", "input", "br", "link"})
+    VOID = frozenset({"meta", "img", "input", "br", "wbr", "link"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -311,8 +311,8 @@ def test_a_browser_shows_the_page(tmp_path: Path) -> None:
 
 
 def test_radii_of_different_threats_are_never_put_together() -> None:
-    near = [replace(row, certified_radius=0.1, attack_radius=0.2) for row in many(3)]
-    far = [replace(row, certified_radius=100.0, attack_radius=200.0, threat="any-token") for row in many(3)]
+    near = [replace(row, certified_radius=0.1, attack_radius=0.2, layer="one") for row in many(3)]
+    far = [replace(row, certified_radius=100.0, attack_radius=200.0, threat="any-token") for row in near]
     names = [plot["name"] for plot in _plots([*near, *far])]
     assert names.count("gap-by-method-1.png") == names.count("gap-by-method-2.png") == 1
     html = page([*near, *far])
@@ -320,6 +320,42 @@ def test_radii_of_different_threats_are_never_put_together() -> None:
     assert "<dd>0.1</dd>" in html
     assert "<dd>100</dd>" in html
     assert "<dd>50" not in html  # the median over both
+
+
+def test_radii_of_different_layers_are_never_put_together() -> None:
+    near = [replace(row, certified_radius=0.1, attack_radius=0.2, layer="near", gap=2.0) for row in many(3)]
+    far = [replace(row, certified_radius=100.0, attack_radius=700.0, layer="far", gap=7.0) for row in many(3)]
+    html = page([*near, *far])
+    assert "median certified radius" not in html  # of one layer it is in a tile
+    assert "median certified radius" in page(near)
+    assert not re.search(r"<dd>(50|0\.1|100)", html)
+    accuracy = next(plot["svg"] for plot in _plots([*near, *far]) if plot["name"] == "certified-accuracy.png")
+    for name in ("near: certified", "near: not broken", "far: certified", "far: not broken"):
+        assert f"<title>{name}</title>" in accuracy
+    boxes = next(plot for plot in _plots([*near, *far]) if plot["name"] == "gap-by-method.png")
+    assert boxes["caption"] == "Gap of the best certificate by layer."
+    for plot in _plots([*near, *far]):
+        assert all(f">{name}</text>" in plot["svg"] for name in ("near", "far")), plot["name"]
+
+
+def test_special_tokens_can_be_hidden_and_the_colours_are_then_of_the_others() -> None:
+    row = replace(FULL, tokens=("[CLS]", "na", "ive"), token_moves=(10.0, 2.0, 1.0))
+    html = page([row])
+    assert 'id="hide-special"' in html
+    words = [a for _, a in Checker(html).seen if "word" in (a.get("class") or "").split()]
+    assert ["special" in (a["class"] or "") for a in words] == [True, False, False]
+    strongest, pale = _colours(1.0)["background"], _colours(0.04)["background"]
+    assert f"--back: {strongest}" in (words[0]["style"] or "")
+    assert f"--back: {pale}" in (words[1]["style"] or "")
+    assert f"--back-alone: {strongest}" in (words[1]["style"] or "")
+    assert 'id="hide-special"' not in page([replace(row, tokens=("un", "na", "ive"))])
+
+
+def test_long_names_break_between_their_parts() -> None:
+    data = ReportData([FULL], "Robustness of encoder.layer.2.attention of a/b_c", "s", [], 1)
+    html = render(data, [], source=Path("out"))
+    assert "<h1>Robustness of encoder.<wbr>layer.<wbr>2.<wbr>attention of a/<wbr>b_<wbr>c</h1>" in html
+    assert "<script>" not in render(replace(data, title="<script>."), [], source=Path("out")).split("</h1>")[0]
 
 
 def test_plots_are_drawn_inside_the_page_with_titles() -> None:

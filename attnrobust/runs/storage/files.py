@@ -14,9 +14,10 @@ from attnrobust.errors import InputError
 from attnrobust.runs.rows import SCHEMA_VERSION, Row, without_times
 from attnrobust.runs.storage.atomic import require_writable, require_writable_file, write_atomically
 from attnrobust.runs.storage.parquet import parquet_bytes
+from attnrobust.runs.yardsticks import as_json
 
 PARQUET_NAME, JSON_NAME, PLOT_NAME, REPORT_NAME = "results.parquet", "results.json", "gap.png", "report.html"
-YOUNGER = ("label", "attack_label", "token_radii", "token_norm")
+YOUNGER = ("label", "attack_label", "token_radii", "token_norm", "word_distance")
 """Fields of rows that came later."""
 MANIFEST = "manifest.json"
 """A directory that has it holds a run of many rows."""
@@ -96,7 +97,7 @@ def write_results(
         InputError: The directory cannot be written.
     """
     document = {"schema_version": SCHEMA_VERSION, "run": dict(run), "job": job, "versions": versions()}
-    document |= {"written": _now(), "rows": [row.as_dict() for row in rows]}
+    document |= {"written": _now(), "rows": [as_json(row) for row in rows]}
     contents = {PARQUET_NAME: parquet_bytes(rows), JSON_NAME: (json_text(document, indent=1) + "\n").encode()}
     if plot is not None:
         contents[PLOT_NAME] = plot
