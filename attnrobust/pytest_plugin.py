@@ -50,8 +50,8 @@ class CertifiedAssertion:
             radius: The radius to reach, in the distance of the threat.
             tolerance: ``"1%"`` of the output's norm, or an absolute number; 10 % where there is no goal either.
             goal: "decision" (of a whole model: its own class stays), or a goal; excludes ``tolerance``.
-            readout: File of a linear readout of a layer's output (``weight``, ``bias``), whose label must stay; excludes
-                ``goal`` and ``tolerance``.
+            readout: File of a linear readout of a layer's output (``weight``, ``bias``), whose label must stay;
+                excludes ``goal`` and ``tolerance``.
             pool: Of ``readout``: "mean" (default) or "row:I".
             label: Of ``readout``: the label; default the clean prediction.
             threat: Key of the threat, as on the command line.
@@ -65,7 +65,8 @@ class CertifiedAssertion:
             The best certificate.
 
         Raises:
-            pytest.fail.Exception: The best certified radius is below ``radius``, or the gap above ``max_gap`` or unknown.
+            pytest.fail.Exception: The best certified radius is below ``radius``, or the gap is above ``max_gap`` or
+                unknown.
             SoundnessError: The attack broke the goal within the certified radius.
             InputError: A layer, input or option that cannot be used.
         """

@@ -53,8 +53,8 @@ Images = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE|FOLDER",
-        help="Inputs: pictures (PNG, JPEG, ...), which the model's own image processor prepares; or .npz or .safetensors, "
-        "every array (c, h, w) is one, as pixel_values.",
+        help="Inputs: pictures (PNG, JPEG, ...), which the model's own image processor prepares; or .npz or "
+        ".safetensors, every array (c, h, w) is one, as pixel_values.",
     ),
 ]
 Texts = Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: UTF-8 text, one a line.")]

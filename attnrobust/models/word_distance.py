@@ -41,7 +41,9 @@ def word_distance(table: Float[Tensor, "words d"], ids: Sequence[int], *, withou
     norms = torch.linalg.vector_norm(words, dim=-1)
     nearest = torch.full_like(norms, torch.inf)
     for start in range(0, len(table), BLOCK):
-        distances = torch.cdist(words, table[start : start + BLOCK].double(), compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(
+            words, table[start : start + BLOCK].double(), compute_mode="donot_use_mm_for_euclid_dist"
+        )
         distances[:, [w - start for w in without if start <= w < start + distances.shape[1]]] = torch.inf
         distances[distances == 0.0] = torch.inf
         nearest = torch.minimum(nearest, distances.amin(-1))

@@ -13,7 +13,6 @@ from attnrobust.runs.yardsticks import TOKEN, in_tokens, in_words, share, yardst
 from attnrobust.status import Kind, Status
 from attnrobust.text import shown
 
-
 SHARES: Mapping[str, tuple[str, Callable[[float | None, Row], float | None]]] = {
     "norm": ("", share), "token": (TOKEN, in_tokens), "word": ("the way to the nearest other word", in_words),
 }  # fmt: skip
@@ -109,12 +108,12 @@ def _of_kinds(row: Row, kinds: Sequence[str]) -> Row:
         return row
     left = {name: entry for name, entry in row.certificates.items() if entry.kind in kinds}
     best = max(left, key=lambda name: left[name].radius, default=None)
+    if best is not None and best == row.certificate:
+        return replace(row, certificates=left)
     radius = 0.0 if best is None else left[best].radius
     gap = row.attack_radius / radius if row.attack_radius is not None and radius > 0 else None
     kind = None if best is None else left[best].kind
-    return replace(
-        row, certificates=left, certificate=best, certificate_kind=kind, certified_radius=radius, gap=gap
-    )
+    return replace(row, certificates=left, certificate=best, certificate_kind=kind, certified_radius=radius, gap=gap)
 
 
 def judge(rows: Sequence[Row], thresholds: Thresholds, *, planned: int | None = None) -> Verdict:

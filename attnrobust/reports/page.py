@@ -97,15 +97,24 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         digest=rows_digest(data.rows),
         missing=max(0, data.planned - len(data.rows)),
         planned=data.planned,
-        notes=[*scopes(data.rows), *not_installed(data.rows), *_common(data.rows), *filter(None, [scale_note(data.rows)])],
+        notes=[
+            *scopes(data.rows),
+            *not_installed(data.rows),
+            *_common(data.rows),
+            *filter(None, [scale_note(data.rows)]),
+        ],
         unsound=[row for row in data.rows if row.status == Status.UNSOUND],
         tiles=_tiles(data),
         verdicts=run_verdicts(data.rows),
         summary={"heading": heading, "lines": lines},
         plots=[dict(plot) | {"svg": plot["svg"] and Markup(plot["svg"])} for plot in plots],  # noqa: S704 - matplotlib escapes
         facets=[
-            {"name": ", ".join(key), "tiles": _radius_tiles(group), "methods": _methods(group),
-             "several": len(_by_place(group)) > 1}
+            {
+                "name": ", ".join(key),
+                "tiles": _radius_tiles(group),
+                "methods": _methods(group),
+                "several": len(_by_place(group)) > 1,
+            }
             for key, group in _facets(data.rows).items()
         ],
         certificates=explained(data.rows),
@@ -196,7 +205,11 @@ def _drawings(rows: Sequence[Row]) -> list[Named]:
     made: list[Named] = []
     if not whole or any(row.gap is not None for row in rows):
         places = len(_by_place(rows))
-        about = "Gap of each certificate, the tightest first." if places == 1 else f"Gap of the best certificate by {place}."
+        about = (
+            "Gap of each certificate, the tightest first."
+            if places == 1
+            else f"Gap of the best certificate by {place}."
+        )
         made.append(("gap-by-method", gap_boxes(rows), about, "Box plot of the gap of each certificate"))
         about = "Attack radius against certified radius, one point a row. No point may lie below the solid line."
         name = "attack-against-certified"
@@ -236,7 +249,8 @@ def _without_common(rows: Sequence[Row]) -> Sequence[Row]:
 def _methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {
-            "place": place, "name": name,
+            "place": place,
+            "name": name,
             "cells": [str(len(gaps)), *(shown(f(gaps), 3) for f in (statistics.median, min, max))],
         }
         for place, group in _by_place(rows).items()

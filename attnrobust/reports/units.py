@@ -54,9 +54,10 @@ def scale_note(rows: Sequence[Row]) -> str | None:
     if not shares:
         return None
     low, high = (f"{shown(100 * share, 2)}%" for share in (shares[0], shares[-1]))
+    span = low if low == high else f"{low} to {high}"
     return (
-        f"for scale: in the model's embedding table the nearest other word is {low if low == high else f'{low} to {high}'} "
-        "of a word's own norm away (median over an input's tokens)"
+        f"for scale: in the model's embedding table the nearest other word is {span} of a word's own norm away "
+        "(median over an input's tokens)"
     )
 
 

@@ -1,4 +1,4 @@
-"""What radii are compared with, so that they say something: the norm of the input, of a token, the nearest other word."""
+"""What radii are compared with so that they say something: the norm of the input, or of a token, the next word."""
 
 import re
 

@@ -38,8 +38,8 @@ def test_numbers_round_to_the_safe_side() -> None:
 def test_the_sentence_of_one_input() -> None:
     assert both_shares(ROW) == "0.333% to 1%"
     assert row_verdict(ROW) == (
-        "0001-ab: no move of all tokens together below 0.333% of the input's norm (1% of the median token norm) changes "
-        "the output by 10%; 1% of the input's norm (3% of the median token norm) was found to"
+        "0001-ab: no move of all tokens together below 0.333% of the input's norm (1% of the median token norm) "
+        "changes the output by 10%; 1% of the input's norm (3% of the median token norm) was found to"
     )
     word = replace(ROW, threat="any-token", goal="decision", attack_radius=None, certificate_kind="probabilistic")
     assert row_verdict(word) == (
