@@ -9,7 +9,7 @@ import typer
 from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode, exit_code, require_threshold
 from attnrobust.cli.goals import one_goal
-from attnrobust.cli.output import console, print_json, say
+from attnrobust.cli.output import console, print_json, say, typed
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
 from attnrobust.runs.early import require_files, require_model
@@ -342,7 +342,7 @@ def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:
 
     places, goal = ", ".join(dict.fromkeys(row.layer for row in rows)), rows[0].goal if rows else ""
     plot = gap_plot(rows, title=f"{config.model}, {places}: {goal}, {config.threats[0]}")
-    written = write_results(out, rows, run=_options(config), job=job, plot=plot)
+    written = write_results(out, rows, run=_options(config), job=job, plot=plot, command=typed())
     say("wrote " + ", ".join(str(path) for path in written))
 
 

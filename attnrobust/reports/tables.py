@@ -201,9 +201,16 @@ def summary_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str,
     for key, group in groups.items():
         gaps = [row.gap for row in group if row.gap is not None]
         statuses = Counter(_PLAIN.get(row.status, str(row.status)) for row in group)
-        medians = (median(r.certified_radius for r in group), median(r.attack_radius for r in group), median(gaps))
+        certified, attacked = median(r.certified_radius for r in group), median(r.attack_radius for r in group)
+        sides = (
+            (certified, False, 4),
+            (attacked, True, 4),
+            (median(gaps), True, 4),
+            (max(gaps, default=None), True, 3),
+        )
+        figures = [shown_bound(value, up=up, digits=digits) for value, up, digits in sides]
         ended = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
-        lines.append((*key, str(len(group)), *map(shown, medians), shown(max(gaps, default=None), 3), ended))
+        lines.append((*key, str(len(group)), *figures, ended))
     whole = bool(rows) and all(row.depth is not None for row in rows)
     return (("depth", *SUMMARY[1:]) if whole else SUMMARY), lines
 

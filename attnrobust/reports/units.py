@@ -42,7 +42,9 @@ def both_shares(row: Row) -> str:
 
 
 def both_in_tokens(row: Row) -> str:
-    """Certified and attack radius as multiples of the median token norm: ``0.9% to 1.2%``."""
+    """Certified and attack radius as shares of the median token norm: ``0.9% to 1.2%``; a dash where that is the yardstick."""
+    if (measured := yardstick(row)) is None or measured[1] == TOKEN:
+        return "-"
     sides = ((in_tokens(row.certified_radius, row), False), (in_tokens(row.attack_radius, row), True))
     told = ["-" if value is None else f"{safe(100 * value, up=up)}%" for value, up in sides]
     return "-" if told == ["-", "-"] else " to ".join(told)

@@ -1,12 +1,15 @@
 """The report: complete, self-contained, safe against what texts hold, and right in a real browser."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
+from html import escape as html_escape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attnrobust.cli import ExitCode, run
@@ -18,7 +21,9 @@ from attnrobust.runs.heat import heat_line, heat_map, token_shares
 from attnrobust.runs.rows import Row
 from attnrobust.runs.run import run as run_all
 from attnrobust.runs.storage.files import JSON_NAME, write_results
+from attnrobust.runs.storage.parquet import read_parquet
 from tests.conftest import CHROMIUM
+from tests.layer_files import write_layer
 from tests.runs.storage.test_files import EMPTY, FULL
 from tests.runs.test_depths import whole
 from tests.runs.test_run import NO_SHARD, configured, write_files
@@ -246,6 +251,27 @@ def test_a_report_of_one_command(tmp_path: Path) -> None:
     html = write_report(tmp_path)[0].read_text(encoding="utf-8")
     assert "Robustness of attention layers (layer.0, layer.1, layer.2) of minilm" in html
     assert "seed: 3" in html
+    assert "The command:" not in html
+
+
+def test_a_report_says_what_makes_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the seed 0, which is no option that was left out."""
+    write_layer(tmp_path, np.random.default_rng(0), x1=2)
+    asked = [
+        "compare",
+        str(tmp_path / "layer.npz"),
+        "--tokens",
+        str(tmp_path / "x.npz"),
+        "--out",
+        str(tmp_path / "my out"),
+    ]
+    assert run(asked) == ExitCode.OK
+    capsys.readouterr()
+    html = write_report(tmp_path / "my out")[0].read_text(encoding="utf-8")
+    problem = read_parquet(tmp_path / "my out" / "results.parquet")[0].problem
+    command = html_escape(shlex.join(["attnrobust", *asked]))
+    for part in (command, "seed: 0", f"x1: {problem}", "torch: "):
+        assert part in html
 
 
 def test_no_results_are_told(tmp_path: Path) -> None:

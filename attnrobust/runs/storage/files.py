@@ -77,7 +77,13 @@ def require_same_job(directory: Path, job: str) -> None:
 
 
 def write_results(
-    directory: Path, rows: Sequence[Row], *, run: Mapping[str, Any], job: str, plot: bytes | None = None
+    directory: Path,
+    rows: Sequence[Row],
+    *,
+    run: Mapping[str, Any],
+    job: str,
+    plot: bytes | None = None,
+    command: str | None = None,
 ) -> tuple[Path, ...]:
     """Write rows as Parquet and JSON, and a plot, into a directory; all contents are made before the first file is.
 
@@ -89,6 +95,7 @@ def write_results(
         run: What the run was (model, options, seed); goes into the JSON file with the versions.
         job: Digest of the job, see ``require_same_job``.
         plot: A PNG, or None.
+        command: What was typed, for the report; None leaves it out.
 
     Returns:
         The files written.
@@ -97,6 +104,7 @@ def write_results(
         InputError: The directory cannot be written.
     """
     document = {"schema_version": SCHEMA_VERSION, "run": dict(run), "job": job, "versions": versions()}
+    document |= {} if command is None else {"command": command}
     document |= {"written": _now(), "rows": [as_json(row) for row in rows]}
     contents = {PARQUET_NAME: parquet_bytes(rows), JSON_NAME: (json_text(document, indent=1) + "\n").encode()}
     if plot is not None:
