@@ -31,6 +31,7 @@ from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map, is_s
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.runs.storage.atomic import require_writable, write_atomically
 from attnrobust.runs.storage.files import REPORT_NAME, rows_digest
+from attnrobust.runs.yardsticks import proved
 from attnrobust.status import Status
 from attnrobust.text import shown, shown_bound
 
@@ -312,7 +313,7 @@ _COLUMNS: Mapping[str, Callable[[Row], dict[str, Any]]] = {
     "goal": lambda row: _word(row.goal),
     "n": lambda row: _number(float(row.n)),
     "budget": lambda row: _number(row.tolerance if row.margin is None else row.margin),
-    "certified": lambda row: _bound(row.certified_radius, up=False),
+    "certified": lambda row: _bound(proved(row), up=False),
     "by": lambda row: _word(row.certificate or ""),
     "attack": lambda row: _bound(row.attack_radius, up=True),
     "of the norm": lambda row: _share(row.relative_attack if row.depth is not None else None),

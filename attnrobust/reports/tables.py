@@ -11,7 +11,7 @@ from attnrobust.reports.layout import Column, FittingTable, lay_out, numbers, wo
 from attnrobust.reports.narrow import BETWEEN, STEPS
 from attnrobust.reports.units import both_in_tokens, both_shares
 from attnrobust.runs.rows import Row, median, scopes
-from attnrobust.runs.yardsticks import TOKEN, WHOLE, yardstick
+from attnrobust.runs.yardsticks import TOKEN, WHOLE, proved, yardstick
 from attnrobust.status import Status
 from attnrobust.text import shortened, shown, shown_bound
 
@@ -51,7 +51,7 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
     Column("n", right=True): lambda row: str(row.n),
     Column("margin", right=True, fold=False): lambda row: shown(row.margin if row.tolerance is None else row.tolerance),
     Column("tolerance", right=True, fold=False): lambda row: shown(row.tolerance),
-    Column("certified", right=True, fold=False): lambda row: shown_bound(row.certified_radius, up=False),
+    Column("certified", right=True, fold=False): lambda row: shown_bound(proved(row), up=False),
     Column("by", fold=False): lambda row: row.certificate or "-",
     Column("attack", right=True, fold=False): lambda row: shown_bound(row.attack_radius, up=True),
     Column("of |x|", right=True, fold=False): lambda row: percent(row.relative_attack),

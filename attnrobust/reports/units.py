@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from attnrobust.runs.rows import Row
-from attnrobust.runs.yardsticks import TOKEN, WHOLE, in_tokens, share, yardstick
+from attnrobust.runs.yardsticks import TOKEN, WHOLE, in_tokens, proved, share, yardstick
 from attnrobust.text import shown, shown_bound
 
 _SUBJECTS = (
@@ -36,16 +36,16 @@ def safe(value: float, *, up: bool, digits: int = DIGITS) -> str:
 
 def both_shares(row: Row) -> str:
     """Certified and attack radius as shares: ``0.31% to 0.42%``; a dash for what is not there."""
-    sides = ((share(row.certified_radius, row), False), (share(row.attack_radius, row), True))
+    sides = ((share(proved(row), row), False), (share(row.attack_radius, row), True))
     told = ["-" if value is None else f"{safe(100 * value, up=up)}%" for value, up in sides]
     return "-" if told == ["-", "-"] else " to ".join(told)
 
 
 def both_in_tokens(row: Row) -> str:
-    """Certified and attack radius as shares of the median token norm: ``0.9% to 1.2%``; a dash where that is the yardstick."""
+    """Both radii as shares of the median token norm: ``0.9% to 1.2%``; a dash where that is the yardstick anyway."""
     if (measured := yardstick(row)) is None or measured[1] == TOKEN:
         return "-"
-    sides = ((in_tokens(row.certified_radius, row), False), (in_tokens(row.attack_radius, row), True))
+    sides = ((in_tokens(proved(row), row), False), (in_tokens(row.attack_radius, row), True))
     told = ["-" if value is None else f"{safe(100 * value, up=up)}%" for value, up in sides]
     return "-" if told == ["-", "-"] else " to ".join(told)
 

@@ -3,6 +3,7 @@
 import re
 
 from attnrobust.runs.rows import Row
+from attnrobust.status import Status
 
 WHOLE, TOKEN = "the input's norm", "the median token norm"
 
@@ -25,6 +26,12 @@ def yardstick(row: Row) -> tuple[float, str] | None:
 def moves_in_l2(row: Row) -> bool:
     """Whether the threat's radii are l2 norms of moves, so that a token's norm is in their unit."""
     return bool(_WHOLE.fullmatch(row.threat) or _EACH.fullmatch(row.threat))
+
+
+def proved(row: Row) -> float | None:
+    """The certified radius; None where nothing certified one, which the row itself keeps as 0."""
+    nothing = row.certificate is None and row.status != Status.MISCLASSIFIED and not row.certified_radius
+    return None if nothing else row.certified_radius
 
 
 def share(radius: float | None, row: Row) -> float | None:
