@@ -117,7 +117,8 @@ class TextEncoder:
     def __init__(self, pretrained: Pretrained) -> None:
         from transformers import AutoTokenizer
 
-        cure = "give the layer's input tokens instead (--tokens)"
+        takes_images = getattr(pretrained.module, "main_input_name", None) == "pixel_values"
+        cure = "give pictures (--images)" if takes_images else "give the layer's input tokens instead (--tokens)"
         try:
             with _quiet():
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(

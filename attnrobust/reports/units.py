@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from attnrobust.runs.rows import Row
 from attnrobust.runs.yardsticks import TOKEN, WHOLE, in_tokens, proved, share, yardstick
+from attnrobust.status import Status
 from attnrobust.text import shown, shown_bound
 
 _SUBJECTS = (
@@ -65,6 +66,8 @@ def scale_note(rows: Sequence[Row]) -> str | None:
 
 def row_verdict(row: Row) -> str | None:
     """One sentence about one input; None where there is no radius to speak of."""
+    if row.status == Status.MISCLASSIFIED:
+        return f"{row.input_id}: the goal fails at the clean input itself, without any move"
     if row.certified_radius is None and row.attack_radius is None:
         return None
     return f"{row.input_id}: {_sentence([row])}"
@@ -77,12 +80,21 @@ def run_verdicts(rows: Sequence[Row]) -> list[str]:
         groups.setdefault((row.layer, row.threat, row.goal), []).append(row)
     told = []
     for (layer, _, _), group in groups.items():
-        there = [row for row in group if row.certified_radius is not None or row.attack_radius is not None]
+        open_rows = [row for row in group if row.status != Status.MISCLASSIFIED]
+        there = [row for row in open_rows if row.certified_radius is not None or row.attack_radius is not None]
         if there:
-            left = f" ({len(group) - len(there)} more have no radius)" if len(there) < len(group) else ""
-            count = "the one input" if len(group) == 1 else f"all {len(there)} inputs{left}"
+            left = f" ({_left(group, open_rows, there)})" if len(there) < len(group) else ""
+            plural = "" if len(there) == 1 else "s"
+            count = "the one input" if len(group) == 1 else f"all {len(there)} input{plural}{left}"
             told.append(f"{layer}, {count}: {_sentence(there)}")
     return told
+
+
+def _left(group: Sequence[Row], open_rows: Sequence[Row], there: Sequence[Row]) -> str:
+    """What is not in the sentence of a run, and why."""
+    without, failing = len(open_rows) - len(there), len(group) - len(open_rows)
+    parts = [f"{without} more have no radius"] if without else []
+    return "; ".join(parts + ([f"the goal of {failing} more fails without any move"] if failing else []))
 
 
 def _sentence(rows: Sequence[Row]) -> str:

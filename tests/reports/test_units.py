@@ -83,6 +83,14 @@ def test_json_has_every_unit_and_gives_the_row_back() -> None:
     assert row_from_dict(values) == replace(ROW, word_distance=0.4)
 
 
+def test_an_input_whose_goal_fails_without_a_move_is_no_attack() -> None:
+    failing = replace(ROW, status="misclassified", certified_radius=0.0, attack_radius=0.0)
+    assert row_verdict(failing) == "0001-ab: the goal fails at the clean input itself, without any move"
+    (told,) = run_verdicts([ROW, failing])
+    assert "all 1 input (the goal of 1 more fails without any move): no move of all tokens together below" in told
+    assert run_verdicts([failing]) == []
+
+
 def test_what_is_not_certified_is_not_promised() -> None:
     rows: list[Row] = [ROW, replace(ROW, certified_radius=0.0)]
     (told,) = run_verdicts(rows)
