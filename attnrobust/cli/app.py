@@ -10,7 +10,7 @@ import typer
 from attnrobust import __version__
 from attnrobust.cli import bench, bounds, compare, curve, demo, fixed_point, listing, reproduce, runs, scan, smooth
 from attnrobust.cli.exits import guarded
-from attnrobust.cli.output import print_without_failing
+from attnrobust.cli.output import GIVEN, print_without_failing
 
 app = typer.Typer(
     name="attnrobust",
@@ -58,6 +58,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    GIVEN.set(tuple(given))
     return guarded(lambda: app(args=verbose_first(given), prog_name="attnrobust", standalone_mode=False))
 
 

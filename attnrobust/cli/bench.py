@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -90,7 +90,7 @@ def bench(
         )
     scores = found.scores(counted)
     if json:
-        print_json(as_values(found, scores))
+        print_json(found.to_dict(counted))
     else:
         for table in tables(found, scores):
             console().print(table)
@@ -133,18 +133,6 @@ def parse_budget(text: str) -> tuple[str, dict[str, int | float]]:
     if not values:
         raise InputError(f"--budget {text!r}: give a name and numbers, as in 'foolbox:DDN queries=500'")
     return name, values
-
-
-def as_values(found: "Benchmark", scores: Sequence["AttackScore"]) -> dict[str, Any]:
-    """Everything for JSON: scores, and the radii input by input."""
-    from dataclasses import asdict
-
-    return {
-        "attacks": list(found.attacks),
-        "remaining": found.remaining,
-        "scores": [asdict(s) | {"success": [{"epsilon": e, "share": v} for e, v in s.success.items()]} for s in scores],
-        "inputs": [asdict(winner) for winner in found.winners()],
-    }
 
 
 def tables(found: "Benchmark", scores: Sequence["AttackScore"]) -> Iterator["Table"]:

@@ -9,7 +9,7 @@ import typer
 from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode, exit_code, require_threshold
 from attnrobust.cli.goals import one_goal
-from attnrobust.cli.output import console, print_json, say
+from attnrobust.cli.output import console, print_json, say, typed
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
 from attnrobust.runs.early import require_files, require_model
@@ -302,8 +302,10 @@ class _Printed:
             yield row
 
     def _print(self, row: "Row") -> None:
+        from attnrobust.runs.yardsticks import as_json
+
         try:
-            print_json(row.as_dict())
+            print_json(as_json(row))
         except OSError as error:  # the reader went away, or the disk behind a redirection is full
             if not self._patient:
                 raise
@@ -318,7 +320,7 @@ class _Printed:
 def _print_tables(rows: list["Row"]) -> None:
     from attnrobust.reports.tables import certificate_table, result_table
     from attnrobust.reports.tokens import MOST_INPUTS, token_tables
-    from attnrobust.reports.units import row_verdict, run_verdicts
+    from attnrobust.reports.units import row_verdict, run_verdicts, scale_note
 
     stdout = console()
     stdout.print(result_table(rows))
@@ -330,7 +332,7 @@ def _print_tables(rows: list["Row"]) -> None:
     if (more := sum(bool(row.token_radii) for row in rows) - MOST_INPUTS) > 0:
         stdout.print(f"the tokens of {more} more inputs are in --json, and in the report of --out")
     sentences = map(row_verdict, rows) if 1 < len(rows) <= MOST_SENTENCES else ()
-    for sentence in (*filter(None, sentences), *run_verdicts(rows)):
+    for sentence in filter(None, (*sentences, *run_verdicts(rows), scale_note(rows))):
         stdout.print(sentence)
 
 
@@ -340,7 +342,7 @@ def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:
 
     places, goal = ", ".join(dict.fromkeys(row.layer for row in rows)), rows[0].goal if rows else ""
     plot = gap_plot(rows, title=f"{config.model}, {places}: {goal}, {config.threats[0]}")
-    written = write_results(out, rows, run=_options(config), job=job, plot=plot)
+    written = write_results(out, rows, run=_options(config), job=job, plot=plot, command=typed())
     say("wrote " + ", ".join(str(path) for path in written))
 
 

@@ -53,8 +53,8 @@ Images = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE|FOLDER",
-        help="Inputs: pictures (PNG, JPEG, ...), which the model's own image processor prepares; or .npz or .safetensors, "
-        "every array (c, h, w) is one, as pixel_values.",
+        help="Inputs: pictures (PNG, JPEG, ...), which the model's own image processor prepares; or .npz or "
+        ".safetensors, every array (c, h, w) is one, as pixel_values.",
     ),
 ]
 Texts = Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: UTF-8 text, one a line.")]
@@ -194,7 +194,9 @@ Jsonl = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows
 MinCertified = Annotated[
     str | None,
     typer.Option(
-        metavar="R", help="Least certified radius: a number, or 0.3% of the input's (or median token's) norm."
+        metavar="R",
+        help="Least certified radius: a number, 0.3% (of the norm of what the threat moves), '2% token' (of the median "
+        "token norm) or '5% word' (of the way to the nearest other word).",
     ),
 ]
 Baseline = Annotated[
@@ -206,6 +208,10 @@ Worse = Annotated[
 ]
 MaxGap = Annotated[float | None, typer.Option(metavar="G", help="Largest gap.")]
 Quantile = Annotated[float, typer.Option(metavar="Q", help="Share of the rows that may fall short.")]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option("--kind", metavar="K", help="Only certificates of this kind count: float64, rigorous, probabilistic."),
+]
 Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdict as JUnit XML.")]
 
 

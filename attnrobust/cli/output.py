@@ -1,7 +1,9 @@
 """Stdout and stderr of the commands: tables, JSON, one-line messages."""
 
 import os
+import shlex
 import sys
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -10,6 +12,15 @@ if TYPE_CHECKING:
 
 WIDTH_OF_FILES = 200
 """Columns of tables that go to a file or a pipe, where nothing says how wide it is."""
+
+
+GIVEN: ContextVar[tuple[str, ...]] = ContextVar("GIVEN", default=())
+"""The words of the command that runs, as they were typed."""
+
+
+def typed() -> str | None:
+    """The command as it was typed, quoted for a shell; None outside of the command line."""
+    return shlex.join(("attnrobust", *GIVEN.get())) if GIVEN.get() else None
 
 
 def say(message: str) -> None:

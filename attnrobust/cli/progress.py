@@ -75,7 +75,11 @@ def tracked(rows: Iterable[R], total: int, *, quiet: bool = False, places: bool 
 
         inside = _Inside()
         with listening(inside.hear):
-            yield from _with_bar(rows, total, inside) if sys.stderr.isatty() else _with_lines(rows, total, inside, places=places)
+            yield from (
+                _with_bar(rows, total, inside)
+                if sys.stderr.isatty()
+                else _with_lines(rows, total, inside, places=places)
+            )
 
 
 class _Inside:

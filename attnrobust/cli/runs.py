@@ -179,6 +179,7 @@ def check(
     min_certified: o.MinCertified = None,
     max_gap: o.MaxGap = None,
     quantile: o.Quantile = 0.0,
+    kind: o.Kinds = None,
     baseline: o.Baseline = None,
     worse: o.Worse = "1%",
     junit: o.Junit = None,
@@ -189,24 +190,29 @@ def check(
         require_results(baseline)
     from attnrobust.reports.baseline import worse_than
     from attnrobust.reports.data import is_stale, read_report_data
-    from attnrobust.reports.gate import Thresholds, judge, junit_xml, summary, worst
+    from attnrobust.reports.gate import Thresholds, judge, junit_xml, of_kinds, summary, worst
     from attnrobust.runs.storage.atomic import require_writable_file, write_text
 
-    least, is_share = (None, False) if min_certified is None else _threshold("--min-certified", min_certified)
+    number, _, of = (min_certified or "").strip().partition(" ")
+    least, is_share = (None, False) if min_certified is None else _threshold("--min-certified", number)
+    if of and not is_share:
+        raise InputError(f"--min-certified {min_certified!r}: only a share has a unit, as in '2% token'")
     if least is None and max_gap is None and baseline is not None:
         least = 0.0  # the baseline alone judges
     thresholds = Thresholds(
         min_certified=None if is_share else least, min_share=least if is_share else None, max_gap=max_gap,
-        quantile=quantile,
+        quantile=quantile, share_of=of.strip() or "norm",
     )  # fmt: skip
     allowed = _threshold("--worse", worse)[0]
     if junit is not None:
         require_writable_file(junit, option="--junit")
     data = read_report_data(directory)
-    verdict = judge(data.rows, thresholds, planned=data.planned)
+    rows = of_kinds(data.rows, kind or ())
+    verdict = judge(rows, thresholds, planned=data.planned)
     if junit is not None:
         write_text(junit, junit_xml(verdict, name=f"attnrobust {directory.name}"))
-    fallen = worse_than(data.rows, read_report_data(baseline).rows, allowed=allowed) if baseline is not None else []
+    before = [] if baseline is None else of_kinds(read_report_data(baseline).rows, kind or ())
+    fallen = [] if baseline is None else worse_than(rows, before, allowed=allowed)
     say(summary(verdict))
     for line in (*worst(verdict, MOST_WORST), *fallen):
         say(line)
@@ -249,11 +255,11 @@ def _watch(*, quiet: bool) -> Callable[[Iterator["Row"], int], Iterable["Row"]]:
 def _summarise(outcome: "Outcome", fail_under: float | None) -> int:
     """Summary of everything on disk, how to go on, and the exit code."""
     from attnrobust.reports.tables import summary_table
-    from attnrobust.reports.units import run_verdicts
+    from attnrobust.reports.units import run_verdicts, scale_note
 
     rows, directory = outcome.store.rows(), place(outcome.store.directory)
     console().print(summary_table(rows))
-    for sentence in run_verdicts(rows)[:MOST_SENTENCES]:
+    for sentence in filter(None, (*run_verdicts(rows)[:MOST_SENTENCES], scale_note(rows))):
         console().print(sentence)
     total = outcome.store.manifest.rows
     say(f"{outcome.computed} rows computed, {len(rows)} of {total} in {directory}")

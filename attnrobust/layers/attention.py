@@ -257,6 +257,20 @@ class Attention(ScaledHeadSpecification):
         out = self.combine(self.weights(x, mass) @ self.values(x))
         return out if self.b_o is None else out + self.b_o
 
+    def rows(
+        self, x: Float[Tensor, "*b n d"], at: Int[Tensor, "q"], mass: Float[Tensor, "*m n"] | None = None
+    ) -> Float[Tensor, "*b q e"]:
+        """The rows ``at`` of the output alone: h q n scores instead of h n^2.
+
+        The turns and biases are those of the whole layer's tables, whose float64 numbers are the layer's.
+        """
+        scores = self.factor * self.queries(x)[..., at, :] @ self.keys(x).transpose(-1, -2)
+        bias = self.score_bias(x.shape[-2], mass)
+        if bias is not None:
+            scores = scores + (bias[..., at, :] if bias.shape[-2] > 1 else bias)
+        out = self.combine(torch.softmax(scores, dim=-1) @ self.values(x))
+        return out if self.b_o is None else out + self.b_o
+
     # ---- identity --------------------------------------------------------------------------------------------------
 
     @cached_property

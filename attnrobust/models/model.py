@@ -30,6 +30,7 @@ from attnrobust.models.pretrained import (
     load_pretrained,
     longest_input,
 )
+from attnrobust.models.word_distance import embedding_table, word_distance
 from attnrobust.tokens import TokenMeasure
 
 FILE_LAYER = "attention"
@@ -206,6 +207,14 @@ class ModuleModel(Model):
         ids = torch.tensor([encoded.ids])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs, encoded.strings
+
+    def word_distance(self, line: TextLine) -> float | None:
+        """How far the nearest other word is from a text's tokens (``word_distance``); None without a table of words."""
+        table = embedding_table(self.module)
+        if table is None:
+            return None
+        ids = self._encoder.encode(line.text).ids
+        return word_distance(table, ids, without=self._encoder.special) if max(ids, default=0) < len(table) else None
 
     def capture_inputs(
         self, layer: str | None, model_inputs: Mapping[str, Given], *, input_id: str = "0001"

@@ -40,7 +40,7 @@ class ImageEncoder:
         values = torch.as_tensor(pixels, dtype=torch.float64)
         if values.ndim != 4 or len(values) != 1:
             raise InputError(
-                f"the image processor of {self._name} gives pixel_values of shape {tuple(values.shape)}; only one array "
-                "(channels, height, width) a picture is taken"
+                f"the image processor of {self._name} gives pixel_values of shape {tuple(values.shape)}; only one "
+                "array (channels, height, width) a picture is taken"
             )
         return values[0]

@@ -115,7 +115,8 @@ class TextEncoder:
     """
 
     def __init__(self, pretrained: Pretrained) -> None:
-        cure = "give the layer's input tokens instead (--tokens)"
+        takes_images = getattr(pretrained.module, "main_input_name", None) == "pixel_values"
+        cure = "give pictures (--images)" if takes_images else "give the layer's input tokens instead (--tokens)"
         try:
             with _quiet():
                 self._tokenizer: Any = _tokenizer_class(pretrained).from_pretrained(
@@ -140,6 +141,11 @@ class TextEncoder:
             return Encoded(tuple(ids), tuple(map(str, raw)))
         spans = zip(encoding["offset_mapping"], raw, strict=True)
         return Encoded(tuple(ids), tuple(text[start:end].strip() or token for (start, end), token in spans))
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Entries of the vocabulary that stand for no text."""
+        return tuple(int(i) for i in self._tokenizer.all_special_ids)
 
     def word(self, index: int) -> str:
         """What one entry of the vocabulary stands for."""

@@ -26,11 +26,12 @@ from attnrobust.reports.plots import (
     svg,
 )
 from attnrobust.reports.tables import not_installed, percent, summary_lines
-from attnrobust.reports.units import run_verdicts, safe
+from attnrobust.reports.units import both_in_tokens, both_shares, run_verdicts, safe, scale_note
 from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map, is_special
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.runs.storage.atomic import require_writable, write_atomically
 from attnrobust.runs.storage.files import REPORT_NAME, rows_digest
+from attnrobust.runs.yardsticks import proved
 from attnrobust.status import Status
 from attnrobust.text import shown, shown_bound
 
@@ -97,15 +98,24 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         digest=rows_digest(data.rows),
         missing=max(0, data.planned - len(data.rows)),
         planned=data.planned,
-        notes=[*scopes(data.rows), *not_installed(data.rows), *_common(data.rows)],
+        notes=[
+            *scopes(data.rows),
+            *not_installed(data.rows),
+            *_common(data.rows),
+            *filter(None, [scale_note(data.rows)]),
+        ],
         unsound=[row for row in data.rows if row.status == Status.UNSOUND],
         tiles=_tiles(data),
         verdicts=run_verdicts(data.rows),
         summary={"heading": heading, "lines": lines},
         plots=[dict(plot) | {"svg": plot["svg"] and Markup(plot["svg"])} for plot in plots],  # noqa: S704 - matplotlib escapes
         facets=[
-            {"name": ", ".join(key), "tiles": _radius_tiles(group), "methods": _methods(group),
-             "several": len(_by_place(group)) > 1}
+            {
+                "name": ", ".join(key),
+                "tiles": _radius_tiles(group),
+                "methods": _methods(group),
+                "several": len(_by_place(group)) > 1,
+            }
             for key, group in _facets(data.rows).items()
         ],
         certificates=explained(data.rows),
@@ -196,7 +206,11 @@ def _drawings(rows: Sequence[Row]) -> list[Named]:
     made: list[Named] = []
     if not whole or any(row.gap is not None for row in rows):
         places = len(_by_place(rows))
-        about = "Gap of each certificate, the tightest first." if places == 1 else f"Gap of the best certificate by {place}."
+        about = (
+            "Gap of each certificate, the tightest first."
+            if places == 1
+            else f"Gap of the best certificate by {place}."
+        )
         made.append(("gap-by-method", gap_boxes(rows), about, "Box plot of the gap of each certificate"))
         about = "Attack radius against certified radius, one point a row. No point may lie below the solid line."
         name = "attack-against-certified"
@@ -236,7 +250,8 @@ def _without_common(rows: Sequence[Row]) -> Sequence[Row]:
 def _methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {
-            "place": place, "name": name,
+            "place": place,
+            "name": name,
             "cells": [str(len(gaps)), *(shown(f(gaps), 3) for f in (statistics.median, min, max))],
         }
         for place, group in _by_place(rows).items()
@@ -298,10 +313,12 @@ _COLUMNS: Mapping[str, Callable[[Row], dict[str, Any]]] = {
     "goal": lambda row: _word(row.goal),
     "n": lambda row: _number(float(row.n)),
     "budget": lambda row: _number(row.tolerance if row.margin is None else row.margin),
-    "certified": lambda row: _bound(row.certified_radius, up=False),
+    "certified": lambda row: _bound(proved(row), up=False),
     "by": lambda row: _word(row.certificate or ""),
     "attack": lambda row: _bound(row.attack_radius, up=True),
     "of the norm": lambda row: _share(row.relative_attack if row.depth is not None else None),
+    "share of the norm": lambda row: _word("" if both_shares(row) == "-" else both_shares(row)),
+    "of a token's norm": lambda row: _word("" if both_in_tokens(row) == "-" else both_in_tokens(row)),
     "gap": lambda row: _bound(row.gap, up=True),
     "status": _status,
     "seconds": lambda row: _number(round((row.seconds_certify or 0.0) + (row.seconds_attack or 0.0), 2)),

@@ -6,7 +6,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.status import Status
@@ -365,7 +365,10 @@ def curve_fields(figure: "Figure", rows: Sequence[Row]) -> None:
         x = [own[0] / 1.5, *own, own[-1] * 1.5] if own else [1.0]
         for curve in curves(group, epsilons=x):
             certified, standing = [p.certified for p in curve.points], [1 - p.broken for p in curve.points]
-            sides = ((certified, "pre", "-", "certified"), (standing, "post", "--", "not broken"))
+            sides: tuple[tuple[list[float], Literal["pre", "post"], str, str], ...] = (
+                (certified, "pre", "-", "certified"),
+                (standing, "post", "--", "not broken"),
+            )
             for share, where, style, side in sides:
                 (line,) = axes.step(x, share, style, where=where, color=colours[curve.layer], linewidth=1.6)
                 line.set_url(f"title:{curve.layer}: {side}")

@@ -140,6 +140,10 @@ def _saved(path: Path) -> Table:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {first_line(error)}") from error
     if isinstance(found, Mapping):
-        raise InputError(f"{path} has the splits {', '.join(found)}; give the directory of one, as {path / next(iter(found))}")
-    is_text = {name: getattr(kind, "dtype", None) in ("string", "large_string") for name, kind in found.features.items()}
+        raise InputError(
+            f"{path} has the splits {', '.join(found)}; give the directory of one, as {path / next(iter(found))}"
+        )
+    is_text = {
+        name: getattr(kind, "dtype", None) in ("string", "large_string") for name, kind in found.features.items()
+    }
     return Table(is_text, lambda name: found[name])

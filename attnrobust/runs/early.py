@@ -44,7 +44,9 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE = re.compile(r".*\.(npz|safetensors|gguf)")
 
 
-def refuse_unknown_names(*, threats: Iterable[str], certificates: Iterable[str] = (), attack: str | None = None) -> None:
+def refuse_unknown_names(
+    *, threats: Iterable[str], certificates: Iterable[str] = (), attack: str | None = None
+) -> None:
     """Refuse threats, certificates and an attack whose names do not exist; what follows a colon is not read.
 
     Where the registries are imported already, nothing is won, and they alone refuse: others may have added to them.

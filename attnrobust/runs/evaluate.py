@@ -62,6 +62,7 @@ class RowTask:
         scope: See ``Row.goal_scope``.
         class_name: Readable names of classes; None where there are none.
         confirm: Evaluates the attack's point through the user's own model; None for layers.
+        word_distance: See ``Row``.
     """
 
     input_id: str
@@ -77,6 +78,7 @@ class RowTask:
     scope: str | None = None
     class_name: Callable[[int], str] | None = None
     confirm: Confirm | None = None
+    word_distance: float | None = None
 
 
 def goal_scope(goal: Goal, *, instead: str | None = None) -> str | None:
@@ -117,7 +119,7 @@ def evaluate_row(task: RowTask, config: RunConfig) -> Row:
     return Row(
         input_id=task.input_id, layer=task.layer, n=task.clean.n, threat=task.threat.key,
         goal=task.goal_key or task.goal.key, goal_scope=task.scope, seed=config.seed, text=task.text,
-        tokens=task.tokens, row_id=task.row_id, **values,
+        tokens=task.tokens, row_id=task.row_id, word_distance=task.word_distance, **values,
     )  # fmt: skip
 
 

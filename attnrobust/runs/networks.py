@@ -25,7 +25,9 @@ from attnrobust.runs.sources import Source, given
 READS_KEPT = 8
 """Inputs whose networks a worker remembers; work on one input follows itself, so few are enough."""
 
-CURE_BY_GOALS = "ask for its hidden states by --goal hidden or pooled, or for the nearest of --anchors by --goal nearest"
+CURE_BY_GOALS = (
+    "ask for its hidden states by --goal hidden or pooled, or for the nearest of --anchors by --goal nearest"
+)
 
 FIRST_BLOCK = "block:0"
 """Another name of the embeddings."""

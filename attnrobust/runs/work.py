@@ -65,6 +65,7 @@ class Workbench:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self._specs: dict[str, Attention] = {}
+        self._words: dict[int, float | None] = {}
         self._captured: OrderedDict[tuple[int, str], CapturedInput] = OrderedDict()
 
     @cached_property
@@ -186,8 +187,17 @@ class Workbench:
         measure, moved = on_device(captured.measure, goal, self.config.device)
         return RowTask(
             captured.id, item.layer, spec, measure, threat, moved, text=captured.text, tokens=captured.token_strings,
-            row_id=item.row_id, scope=self._scope(item),
+            row_id=item.row_id, scope=self._scope(item), word_distance=self._word_distance(item.source),
         )  # fmt: skip
+
+    def _word_distance(self, index: int) -> float | None:
+        """How far the nearest other word is, of a text."""
+        model, source = self.model, self.sources[index]
+        if not isinstance(model, ModuleModel) or not isinstance(source, TextLine):
+            return None
+        if index not in self._words:
+            self._words[index] = model.word_distance(source)
+        return self._words[index]
 
     def _network_task(self, item: WorkItem, goal: NetworkGoal) -> RowTask:
         """The work of an item about the whole model."""
@@ -199,7 +209,7 @@ class Workbench:
         return RowTask(
             source.id, item.layer, asked.network, measure, self.threats[item.threat], moved, text=source.text,
             tokens=captured.token_strings, row_id=item.row_id, goal_key=goal.key, scope=self._scope(item),
-            class_name=asked.class_name, confirm=asked.confirm,
+            class_name=asked.class_name, confirm=asked.confirm, word_distance=self._word_distance(item.source),
         )  # fmt: skip
 
     def _scope(self, item: WorkItem) -> str | None:

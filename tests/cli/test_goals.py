@@ -201,7 +201,6 @@ def test_a_model_without_a_head_says_what_it_has(cli: Run, encoder: Path, texts:
     assert "BertModel has no head of its own" in line
     assert "--goal hidden or pooled" in line
     assert "head=" not in line
-    assert "--goal hidden, pooled, or nearest with --anchors FILE" in line
 
 
 def test_states_of_a_file_are_refused(cli: Run, classifier: Path, tmp_path: Path) -> None:

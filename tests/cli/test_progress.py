@@ -30,7 +30,9 @@ def test_the_start_and_what_is_inside_a_row_are_told(
 
 
 def test_rows_of_many_places_say_which_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    row = replace(FULL, layer="block:3", threat="any-token", goal="decision", certified_radius=0.10419, status="not_found")
+    row = replace(
+        FULL, layer="block:3", threat="any-token", goal="decision", certified_radius=0.10419, status="not_found"
+    )
     list(progress.tracked(iter([row]), 1, places=True))
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == "[1/1] 0001-ab n=3  block:3, any-token, decision  not found  certified 0.1041  attack 0.3"
@@ -44,7 +46,15 @@ def test_the_time_that_is_left_is_told_once_it_can_be_known(
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
     list(progress.tracked(iter([FULL] * 6), 6))
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition("about ")[2] for line in lines] == ["", "", "", "", "7 s left at this pace", "5 s left at this pace", ""]
+    assert [line.partition("about ")[2] for line in lines] == [
+        "",
+        "",
+        "",
+        "",
+        "7 s left at this pace",
+        "5 s left at this pace",
+        "",
+    ]
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(31.4, "31 s"), (240.0, "4 min"), (7200.0, "2.0 h")])

@@ -53,6 +53,13 @@ def test_a_line_of_the_result_table() -> None:
     assert cells == ["0001-ab", "naïve café — 猫", "3", "0.5", "0.1", "b", "0.3", "3", "found", "0.30"]
 
 
+def test_nothing_certified_is_a_dash_and_no_radius() -> None:
+    nothing = replace(FULL, certificates={}, certificate=None, certificate_kind=None, certified_radius=0.0, gap=None)
+    for row, shown_radius in ((nothing, "-"), (replace(nothing, status="misclassified"), "0")):
+        line = next(line for line in text(result_table([row, FULL])).splitlines() if "0001-ab" in line)
+        assert [cell.strip() for cell in line.strip("│").split("│")][4] == shown_radius
+
+
 def test_columns_that_nothing_fills_are_left_out() -> None:
     certified = replace(FULL, attack=None, attack_radius=None, gap=None, status="certified", text=None)
     heading = text(result_table([certified])).splitlines()[1]

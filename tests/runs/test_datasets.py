@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +20,7 @@ from attnrobust.runs.work import Workbench
 from tests.assertions import refused
 from tests.runs.test_config import BASE
 
-TEXTS = ["A \"quoted\", text", "", "Größe\nin two lines", None]
+TEXTS = ['A "quoted", text', "", "Größe\nin two lines", None]
 LABELS = [0, 1, 2, 3]
 
 
@@ -43,7 +43,12 @@ def lines(folder: Path) -> Path:
 
 
 def test_every_format_gives_the_same_texts(tmp_path: Path) -> None:
-    paths = [parquet(tmp_path, text=TEXTS, label=LABELS), comma(tmp_path), comma(tmp_path, "\t", "tsv"), lines(tmp_path)]
+    paths = [
+        parquet(tmp_path, text=TEXTS, label=LABELS),
+        comma(tmp_path),
+        comma(tmp_path, "\t", "tsv"),
+        lines(tmp_path),
+    ]
     found = [read_dataset(path) for path in paths]
     assert [one.text for one in found[0]] == [TEXTS[0], TEXTS[2]]
     assert [one.id[:4] for one in found[0]] == ["0001", "0003"]
@@ -64,8 +69,9 @@ def test_the_column_is_named_or_clear(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     for name, content, why in (
-        ("a.txt", "x", "no data set that is read"), ("a.parquet", "x", "cannot read"), ("a.csv", "text\n", "holds no rows"),
-        ("b.csv", "text\na,b\n", "more fields"), ("a.jsonl", "{", "line 1 is not JSON"), ("b.jsonl", "3", "no JSON object"),
+        ("a.txt", "x", "no data set that is read"), ("a.parquet", "x", "cannot read"),
+        ("a.csv", "text\n", "holds no rows"), ("b.csv", "text\na,b\n", "more fields"),
+        ("a.jsonl", "{", "line 1 is not JSON"), ("b.jsonl", "3", "no JSON object"),
         ("c.jsonl", '{"text": " "}', "holds no text in the column 'text'"), ("d.jsonl", '{"n": 1}', "none holds text"),
     ):  # fmt: skip
         (tmp_path / name).write_text(content)
@@ -84,11 +90,8 @@ def test_a_directory_that_datasets_saved(tmp_path: Path, monkeypatch: pytest.Mon
     with refused(InputError, "pip install datasets"):
         read_dataset(tmp_path)
 
-    class Saved(dict[str, list[str]]):
-        features = {"text": SimpleNamespace(dtype="string"), "label": SimpleNamespace(dtype="int64")}
-
     class Split:
-        features = Saved.features
+        features: ClassVar = {"text": SimpleNamespace(dtype="string"), "label": SimpleNamespace(dtype="int64")}
 
         def __getitem__(self, name: str) -> list[str]:
             return {"text": ["one", "two"]}[name]

@@ -19,8 +19,8 @@ from tests.assertions import refused
 
 def test_the_lists_are_those_of_the_registries() -> None:
     named = {method.name for method in (*METHODS, *ON_REQUEST)}
-    assert early.CERTIFICATES | early.CERTIFICATES_OF_MEASURES == named
-    assert early.ATTACKS | early.ATTACKS_OF_MEASURES == {DEFAULT_ATTACK, *(attack.name for attack in EVERY_ATTACK)}
+    assert named == early.CERTIFICATES | early.CERTIFICATES_OF_MEASURES
+    assert {DEFAULT_ATTACK, *(attack.name for attack in EVERY_ATTACK)} == early.ATTACKS | early.ATTACKS_OF_MEASURES
     assert set(early.THREAT_KEYS) == set(KEYS)
     assert {*MOVES, *BALLS, "copies"} == early.THREAT_NAMES
     assert (MANIFEST, JSON_NAME) == early.RESULTS
@@ -61,7 +61,7 @@ WRONG = (
     "compare minilm --texts here.txt --threat frobenus",
     "certify minilm --texts here.txt --certificates displacemnt",
     "attack minilm --texts here.txt --attack pgd",
-    "bench minilm pgd --texts here.txt",
+    "bench minilm --attacks pgd --texts here.txt",
     "scan minilm --texts nowhere.txt",
     "run nowhere.yaml",
     "report nowhere",
@@ -76,7 +76,9 @@ def test_commands_refuse_before_torch_is_there(tmp_path: Path) -> None:
     (tmp_path / "here.txt").write_text("A sentence.\n")
     script = (
         "import sys\nfrom attnrobust.cli import run\n"
-        f"for line in {WRONG!r}:\n    assert run(line.split()) == 2, line\n    assert 'torch' not in sys.modules, line\n"
+        f"for line in {WRONG!r}:\n"
+        "    assert run(line.split()) == 2, line\n"
+        "    assert 'torch' not in sys.modules, line\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False,

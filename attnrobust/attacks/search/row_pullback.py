@@ -64,7 +64,8 @@ class PreparedRows:
 
     def asked(self, flat: Float[Tensor, "p r q hk"]) -> Float[Tensor, "p r g m q k"]:
         """Queries, turned, by the group that shares keys and values."""
-        return self.layer.turned(_heads(flat, self.layer.heads), self.at).unflatten(-3, (self.groups, -1))
+        found: Tensor = self.layer.turned(_heads(flat, self.layer.heads), self.at).unflatten(-3, (self.groups, -1))
+        return found
 
     def tokens(self, flat: Float[Tensor, "p r n gkv"]) -> tuple[Tensor, Tensor]:
         """Keys, turned, and values of every group."""
@@ -78,11 +79,13 @@ class PreparedRows:
 
     def times(self, rows: Float[Tensor, "p r g m q k"], tokens: Float[Tensor, "p r g n k"]) -> Tensor:
         """Product of every row with every token of its group, (p, r, g, m, q, n)."""
-        return (rows.flatten(-3, -2) @ tokens.mT).unflatten(-2, rows.shape[-3:-1])
+        found: Tensor = (rows.flatten(-3, -2) @ tokens.mT).unflatten(-2, rows.shape[-3:-1])
+        return found
 
     def averaged(self, weights: Float[Tensor, "p r g m q n"], tokens: Float[Tensor, "p r g n v"]) -> Tensor:
         """Sum of the tokens of the group with these weights, (p, r, g, m, q, v)."""
-        return (weights.flatten(-3, -2) @ tokens).unflatten(-2, weights.shape[-3:-1])
+        found: Tensor = (weights.flatten(-3, -2) @ tokens).unflatten(-2, weights.shape[-3:-1])
+        return found
 
     def gathered(self, weights: Float[Tensor, "p r g m q n"], rows: Float[Tensor, "p r g m q k"]) -> Tensor:
         """Adjoint of ``averaged`` in the tokens, (p, r, g, n, k)."""
@@ -91,7 +94,8 @@ class PreparedRows:
     def uncombine(self, cotangent: Float[Tensor, "p r q e"]) -> Float[Tensor, "p r g m q v"]:
         """Adjoint of ``combine``."""
         flat = cotangent if self.w_out is None else product(cotangent, self.w_out.mT)
-        return _heads(flat, self.layer.heads).unflatten(-3, (self.groups, -1))
+        found: Tensor = _heads(flat, self.layer.heads).unflatten(-3, (self.groups, -1))
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +140,8 @@ def _joined(layer: Attention) -> Float[Tensor, "h kv"]:
 
 
 def _heads(flat: Float[Tensor, "p r n hk"], heads: int) -> Float[Tensor, "p r h n k"]:
-    return flat.unflatten(-1, (heads, -1)).transpose(-3, -2).contiguous()
+    found: Tensor = flat.unflatten(-1, (heads, -1)).transpose(-3, -2).contiguous()
+    return found
 
 
 def _flat(heads: Float[Tensor, "p r h n k"]) -> Float[Tensor, "p r n hk"]:

@@ -1,5 +1,6 @@
 """The quadratic majorant of the drop as a matrix-free symmetric operator on token moves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -113,14 +114,14 @@ class LinearImages:
     t: Float[Tensor, "*b h n"]  # gamma.delta_j
     d: Float[Tensor, "*b h q"]  # D.Delta
     query: Float[Tensor, "*b h q k"]  # delta_i w_q, turned by rotary positions
-    key: Float[Tensor, "*b h n k"]  # delta_j w_k, turned likewise
+    key: Float[Tensor, "*b g n k"]  # delta_j w_k, turned likewise; of rows on their own once for each shared key
 
 
 def linear_images(functional: FunctionalRows, delta: Float[Tensor, "*b n d"]) -> LinearImages:
     """Evaluate the linear pieces; delta must vanish on tokens that may not move."""
     rows = functional.rows
     query, key = _projected(rows, delta)
-    raw = rows.queries @ key.mT + query @ rows.keys.mT
+    raw = _with_keys(rows, rows.queries, key) + query @ rows.keys.mT
     x = raw - (rows.weight * raw).sum(-1, keepdim=True)
     t = (delta @ functional.gamma.T).mT
     d = (functional.weighted_advantage * x).sum(-1) - (rows.weight @ t[..., None])[..., 0]
@@ -133,34 +134,75 @@ def _projected(rows: MarginRows, delta: Float[Tensor, "*b n d"]) -> tuple[Tensor
     if rows.at is None:
         both = (delta @ rows.projection).unflatten(-1, (-1, 2 * k)).transpose(-3, -2)
         return layer.turned(both[..., :k]), layer.turned(both[..., k:])
-    key = layer.turned(project(delta, rows.shared_keys)).repeat_interleave(rows.sharing, dim=-3)
+    key = layer.turned((delta @ rows.shared_keys).unflatten(-1, (-1, k)).transpose(-3, -2))
     return layer.turned(project(delta[..., rows.at, :], layer.w_q), rows.at), key
 
 
-def _unprojected(rows: MarginRows, query: Float[Tensor, "*b h q k"], key: Float[Tensor, "*b h n k"]) -> Tensor:
+def _unprojected(rows: MarginRows, query: Float[Tensor, "*b h q k"], key: Float[Tensor, "*b g n k"]) -> Tensor:
     """Adjoint of ``_projected``, (*b, n, d)."""
     layer = rows.layer
-    query = layer.turned_back(query, rows.at)
+    query, key = layer.turned_back(query, rows.at), layer.turned_back(key)
     if rows.at is None:
-        both = torch.cat([query, layer.turned_back(key)], dim=-1).transpose(-3, -2).flatten(-2)
-        return both @ rows.projection.T
-    key = layer.turned_back(key.unflatten(-3, (-1, rows.sharing)).sum(-3))
-    back = key.transpose(-3, -2).flatten(-2) @ rows.shared_keys.transpose(1, 2).flatten(0, 1)
+        return torch.cat([query, key], dim=-1).transpose(-3, -2).flatten(-2) @ rows.projection.T
+    back = key.transpose(-3, -2).flatten(-2) @ rows.shared_keys.T
     own = query.transpose(-3, -2).flatten(-2) @ layer.w_q.transpose(1, 2).flatten(0, 1)
-    return back.index_add(-2, rows.at, own)
+    return back.index_add_(-2, rows.at, own)
+
+
+def _with_keys(rows: MarginRows, left: Float[Tensor, "*a h q k"], key: Float[Tensor, "*b g n k"]) -> Tensor:
+    """Products of vectors of the rows with the keys of their heads, (*b, h, q, n)."""
+    if rows.sharing == 1:
+        return left @ key.mT
+    grouped = left.unflatten(-3, (-1, rows.sharing)).flatten(-3, -2)
+    products: Tensor = (grouped @ key.mT).unflatten(-2, (rows.sharing, -1)).flatten(-4, -3)
+    return products
+
+
+def _of_keys(rows: MarginRows, weight: Float[Tensor, "*a h q n"], key: Float[Tensor, "*b g n k"]) -> Tensor:
+    """Sums of the keys of their heads with weights of the rows, (*b, h, q, k)."""
+    if rows.sharing == 1:
+        return weight @ key
+    grouped = weight.unflatten(-3, (-1, rows.sharing)).flatten(-3, -2)
+    sums: Tensor = (grouped @ key).unflatten(-2, (rows.sharing, -1)).flatten(-4, -3)
+    return sums
+
+
+def _into_keys(rows: MarginRows, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """``sum_q weight_q^T vector_q`` of pairs of weights (*b, h, q, n) and vectors (*b, h, q, k), by shared key."""
+    if rows.sharing == 1:
+        return sum((weight.mT @ vector for weight, vector in pairs[1:]), start=pairs[0][0].mT @ pairs[0][1])
+    joined = [_by_group(rows, [pair[side] for pair in pairs]) for side in (0, 1)]
+    return joined[0].mT @ joined[1]
+
+
+def _by_group(rows: MarginRows, parts: Sequence[Tensor]) -> Tensor:
+    """Rows of the heads that share keys below each other, those of all parts."""
+    most = max(part.ndim for part in parts)
+    batch = next(part.shape[:-3] for part in parts if part.ndim == most)
+    grouped = [part.unflatten(-3, (-1, rows.sharing)).flatten(-3, -2) for part in parts]
+    return torch.cat([part.expand(*batch, *part.shape[-3:]) for part in grouped], dim=-2)
 
 
 def spread_back(
-    functional: FunctionalRows, x: Tensor, t: Tensor, *, query: Tensor | None = None, key: Tensor | None = None
+    functional: FunctionalRows,
+    x: Tensor,
+    t: Tensor,
+    *,
+    query: Tensor | None = None,
+    key: Sequence[tuple[Tensor, Tensor]] = (),
+    more: Tensor | None = None,
 ) -> Float[Tensor, "*b n d"]:
-    """Adjoint of ``moments`` for cotangents of (x, t, query, key), restricted to the movable tokens."""
+    """Adjoint of ``linear_images`` for cotangents of (x, t, query, key), restricted to the movable tokens.
+
+    That of the keys is ``sum_q weight_q^T vector_q`` of the pairs in ``key``, and ``more``.
+    """
     rows = functional.rows
     raw = x - rows.weight * x.sum(-1, keepdim=True)
-    to_query, to_key = raw @ rows.keys, raw.mT @ rows.queries
+    to_query, to_key = raw @ rows.keys, _into_keys(rows, ((raw, rows.queries), *key))
     if query is not None:
         to_query = to_query + query
-    if key is not None:
-        to_key = to_key + key
+    if more is not None:
+        to_key = to_key + more
     return (_unprojected(rows, to_query, to_key) + t.mT @ functional.gamma) * rows.movable[:, None]
 
 
@@ -219,16 +261,16 @@ class QuadraticMajorant:
         mean_t = self.centre * (rows.weight @ piece.t[..., None])[..., 0] + first
         t = self.value * piece.t - (self.mixed * piece.x).sum(-2) - (rows.weight.mT @ mean_t[..., None])[..., 0]
         pooled = factor * functional.pooling[:, None] * functional.weighted_advantage
-        query = pooled @ piece.key + self.bilinear[..., None] * query_form(rows, piece.query)
-        key = pooled.mT @ piece.query
-        if self.keys is not None:
-            key = key + self.keys @ (piece.key / rows.gauge[:, None])
-        tokens = self.tokens[:, None] * delta if self._diagonal else self.tokens @ delta
-        return spread_back(functional, x, t, query=query, key=key) + tokens * rows.movable[:, None]
-
-    @property
-    def _diagonal(self) -> bool:
-        return isinstance(self.tokens, Tensor) and self.tokens.ndim == 1
+        query = _of_keys(rows, pooled, piece.key) + self.bilinear[..., None] * query_form(rows, piece.query)
+        key, more = [(pooled, piece.query)], None
+        if isinstance(self.keys, Across):
+            key.append((self.keys.left, _of_keys(rows, self.keys.right, piece.key) / rows.gauge[:, None]))
+        elif self.keys is not None:
+            more = self.keys @ (piece.key / rows.gauge[:, None])
+        form = self.tokens
+        tokens = form[:, None] * delta if isinstance(form, Tensor) and form.ndim == 1 else form @ delta
+        moved = spread_back(functional, x, t, query=query, key=key, more=more)
+        return moved + tokens * rows.movable[:, None]
 
     @property
     def finite(self) -> bool:
@@ -263,11 +305,11 @@ class Across:
         return self.left.mT @ (self.right @ tokens)
 
 
-def across(left: Float[Tensor, "h q n"], right: Float[Tensor, "h q n"], *, by_head: bool) -> Tensor | Across:
-    """``left_h^T right_h`` of every head, or their sum, in the smaller of two forms."""
-    if not by_head:
+def across(rows: MarginRows, left: Float[Tensor, "h q n"], right: Float[Tensor, "h q n"]) -> Tensor | Across:
+    """``left_h^T right_h`` summed over heads, with rotary positions of each; factored for rows on their own."""
+    if rows.layer.rotary is None:
         left, right = left.flatten(0, 1), right.flatten(0, 1)
-    return Across(left, right) if 2 * left.shape[-2] < left.shape[-1] else left.mT @ right
+    return left.mT @ right if rows.at is None else Across(left, right)
 
 
 def query_form(rows: MarginRows, query: Float[Tensor, "*b h q k"]) -> Float[Tensor, "*b h q k"]:

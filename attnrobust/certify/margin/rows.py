@@ -38,13 +38,14 @@ class MarginRows(SoftmaxRows):
 
     @property
     def sharing(self) -> int:
-        """How many heads share their keys."""
-        return 1 if self.layer.kv_heads is None else self.layer.heads // self.layer.kv_heads
+        """How many heads use one image of the moves under a key map: of rows on their own those that share keys."""
+        single = self.at is None or self.layer.kv_heads is None
+        return 1 if single else self.layer.heads // (self.layer.kv_heads or 1)
 
     @cached_property
-    def shared_keys(self) -> Float[Tensor, "g d k"]:
-        """The different ones of the key maps."""
-        return self.layer.w_k[:: self.sharing]
+    def shared_keys(self) -> Float[Tensor, "d gk"]:
+        """The different ones of the key maps side by side."""
+        return self.layer.w_k[:: self.sharing].transpose(0, 1).flatten(1)
 
     @cached_property
     def own_movable(self) -> Float[Tensor, "q"]:

@@ -45,9 +45,10 @@ def largest_form_norm(layer: Attention, n: int, *, at: Int[Tensor, "q"] | None =
 
 
 def _norms(forms: Float[Tensor, "h m r s"], count: int) -> Float[Tensor, "h m"]:
-    """Upper bounds of the spectral norms: decompositions of a few, powers of many (at most ``k^(1/64)`` too large)."""
+    """Upper bounds of the spectral norms: decompositions of a few, powers of many (at most ``k^(1/128)`` too large)."""
     if count <= DECOMPOSED:
-        return torch.linalg.matrix_norm(forms, 2)
+        found: Tensor = torch.linalg.matrix_norm(forms, 2)
+        return found
     return power_eigenvalue(forms.mT @ forms, squarings=5).sqrt()
 
 

@@ -14,7 +14,7 @@ _TEXT = (
 )
 _FLOAT = (
     *("tolerance", "margin", "certified_radius", "attack_radius", "gap", "seconds_certify", "seconds_attack"),
-    *("epsilon", "usage", "input_norm", "token_norm"),
+    *("epsilon", "usage", "input_norm", "token_norm", "word_distance"),
 )
 _INTEGER = ("n", "seed", "queries")
 

@@ -1,6 +1,7 @@
 """A few rows of a layer by themselves: against the whole layer and automatic differentiation."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ def problem(seed: int, pool: int = 3) -> tuple[Problem, Draw]:
     """Four heads, which share their keys in pairs in every other layer."""
     draw = Draw(seed)
     apart = HEADS // 2 if seed % 2 else HEADS
-    shared = {name: draw.normal(apart, 3, 4).repeat_interleave(HEADS // apart, dim=0) for name in ("w_k", "w_v")}
-    shared |= {name: draw.normal(apart, 4).repeat_interleave(HEADS // apart, dim=0) for name in ("b_k", "b_v")}
+    shared: dict[str, Any] = {}
+    for name, shape in {"w_k": (3, 4), "w_v": (3, 4), "b_k": (4,), "b_v": (4,)}.items():
+        shared[name] = draw.normal(apart, *shape).repeat_interleave(HEADS // apart, dim=0)
     out = draw.normal(HEADS, 4, 5) if seed % 3 else None
     plain = Attention(draw.normal(HEADS, 3, 4), b_q=draw.normal(HEADS, 4), w_o=out, **shared)
     layer = replace(modern(plain, draw, N), kv_heads=apart)

@@ -1,14 +1,25 @@
 """Norms and Gram matrices of the directions against the dense ones."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from attnrobust.certify.margin.all_tokens.constants import constants, row_geometry
+from attnrobust.certify.margin.all_tokens.majorant import initial_parameters, majorant, pieces
 from attnrobust.certify.margin.all_tokens.method import MarginBound
-from attnrobust.certify.margin.rows import direction_gram, own_block
-from attnrobust.threats.moves import FrobeniusBall
-from tests.margin_problems import random_problem
+from attnrobust.certify.margin.quadratic_form import functional_rows
+from attnrobust.certify.margin.rows import direction_gram, margin_rows, own_block
+from attnrobust.goals import Margin
+from attnrobust.layers.attention import Attention
+from attnrobust.problem import Problem
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat, PerTokenBall
+from attnrobust.tokens import TokenMeasure
+from tests.margin_problems import frobenius, random_problem
+from tests.modern_layers import modern
+from tests.stress import Draw
 
 SEEDS = range(8)
 
@@ -43,6 +54,9 @@ def test_rows_on_their_own_are_those_of_all_rows(seed: int, threat: MoveThreat) 
     all_rows, rows = margin_rows(asked), margin_rows(asked, asked=True)
     move, budget = 0.1 * draw.normal(2, *rows.points.shape), frobenius(asked, 0.1)
     assert rows.weight.shape[1] == 1 < all_rows.weight.shape[1]
+    if rows.layer.rotary is not None:  # fewer pairs of positions have a smaller largest norm
+        assert bool((rows.form_norm <= all_rows.form_norm * (1.0 + 1e-12)).all())
+        vars(all_rows)["form_norm"] = rows.form_norm
     goal = asked.resolved
     assert goal.functionals is not None
     assert goal.weights is not None
@@ -60,7 +74,7 @@ def test_rows_on_their_own_are_those_of_all_rows(seed: int, threat: MoveThreat) 
 def row_problem(seed: int, threat: MoveThreat) -> Problem:
     """A margin of row 2 of a layer with some of the newer parts; four heads, shared in pairs in every other layer."""
     draw = Draw(100 + seed)
-    given = {name: draw.normal(4, 3, 4) for name in ("w_q", "w_k", "w_v")} | {"b_q": draw.normal(4, 4)}
+    given: dict[str, Any] = {name: draw.normal(4, 3, 4) for name in ("w_q", "w_k", "w_v")} | {"b_q": draw.normal(4, 4)}
     if seed % 2:
         given |= {name: given[name][::2].repeat_interleave(2, dim=0) for name in ("w_k", "w_v")}
     layer = modern(Attention(**given), draw, 9)

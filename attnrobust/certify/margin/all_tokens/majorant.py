@@ -135,8 +135,8 @@ def majorant(functional: FunctionalRows, const: Constants, piece: Pieces, par: P
         gradient=functional.gradient - moved.combined(first * offset) - spread_back(functional, shifted, linear),
         constant=0.5 * ((first * offset**2).sum() + (value * theta**2).sum() - (centre * mean**2).sum()),
         bilinear=query[0],
-        tokens=across(outer, moved.weighted_advantage, by_head=False) if query[1] is None else query[1],
-        keys=None if query[1] is None else across(outer, moved.weighted_advantage, by_head=True),
+        tokens=across(rows, outer, moved.weighted_advantage) if query[1] is None else query[1],
+        keys=None if query[1] is None else across(rows, outer, moved.weighted_advantage),
     )
 
 

@@ -77,10 +77,15 @@ class Recursion:
         remainders: Every node's, in order.
         ports: Norms of every port whose remainder does not vanish.
         radius: Frobenius norm of the move.
+        owns: Norms of ports in their nodes' own metrics.
     """
 
     def __init__(
-        self, remainders: Mapping[str, NodeRemainder], ports: Mapping[str, TargetNorms], radius: float
+        self,
+        remainders: Mapping[str, NodeRemainder],
+        ports: Mapping[str, TargetNorms],
+        radius: float,
+        owns: Mapping[str, TargetNorms],
     ) -> None:
         self._radius = radius
         self.balls: dict[str, Ball] = {}
@@ -97,6 +102,9 @@ class Recursion:
             if name in ports:
                 parts = self.parts[name] = self.at(ports[name])
                 self.balls[name] = Ball(radius, parts.total, parts.rest)
+                if name in owns:
+                    own = self.at(owns[name])
+                    self.balls[name] = Ball(radius, parts.total, parts.rest, own.total, own.rest, own.second)
             self._add(name, remainder)
 
     def _add(self, name: str, node: NodeRemainder) -> None:
