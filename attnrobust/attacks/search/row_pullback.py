@@ -77,17 +77,17 @@ class PreparedRows:
         flat = _flat(averages.flatten(-4, -3))
         return flat if self.w_out is None else product(flat, self.w_out)
 
-    def times(self, rows: Float[Tensor, "p r g m q k"], tokens: Float[Tensor, "p r g n k"]) -> Tensor:
+    def times(self, rows: Float[Tensor, "p #r g m q k"], tokens: Float[Tensor, "p #r g n k"]) -> Tensor:
         """Product of every row with every token of its group, (p, r, g, m, q, n)."""
         found: Tensor = (rows.flatten(-3, -2) @ tokens.mT).unflatten(-2, rows.shape[-3:-1])
         return found
 
-    def averaged(self, weights: Float[Tensor, "p r g m q n"], tokens: Float[Tensor, "p r g n v"]) -> Tensor:
+    def averaged(self, weights: Float[Tensor, "p #r g m q n"], tokens: Float[Tensor, "p #r g n v"]) -> Tensor:
         """Sum of the tokens of the group with these weights, (p, r, g, m, q, v)."""
         found: Tensor = (weights.flatten(-3, -2) @ tokens).unflatten(-2, weights.shape[-3:-1])
         return found
 
-    def gathered(self, weights: Float[Tensor, "p r g m q n"], rows: Float[Tensor, "p r g m q k"]) -> Tensor:
+    def gathered(self, weights: Float[Tensor, "p #r g m q n"], rows: Float[Tensor, "p #r g m q k"]) -> Tensor:
         """Adjoint of ``averaged`` in the tokens, (p, r, g, n, k)."""
         return weights.flatten(-3, -2).mT @ rows.flatten(-3, -2)
 
