@@ -141,7 +141,6 @@ UNMIRRORED = {
     # tests/contracts/test_layers.py, tests/layers/test_attention.py
     "layers/features.py",
     "layers/masks.py",
-    "layers/rounding.py",
     "layers/token_map.py",
     # test_node.py, test_linearisation.py, test_network_graph.py of the same folder
     "layers/graph/activation_functions.py",
