@@ -213,6 +213,8 @@ class Reach:
 
     def stacked_rest(self, factor: Tensor, ball: Ball) -> float:
         """The same of R alone."""
+        if ball.rho == 0.0:
+            return 0.0
         square, whole = factor.square(), self.raw_norm(factor)
         bent = float((square * self.bend.square()).sum().sqrt()) * ball.radius**2
         apart = float((square * self.rest(ball).square()).sum().sqrt())
