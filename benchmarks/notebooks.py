@@ -1,6 +1,6 @@
 """Executes the notebooks of docs/notebooks and stores them with their outputs: python -m benchmarks.notebooks
 
-Needs nbclient and ipykernel (the extra ``docs``). Times and machine names are left out, so that a second run changes little.
+Needs nbclient and ipykernel. Times are left out, so that a second run changes little.
 """
 
 import sys

@@ -129,7 +129,7 @@ def test_radii_of_several_threats_have_no_common_picture(tmp_path: Path) -> None
     picture = both.select(threat="per-token").plot("curve")
     assert picture._repr_png_().startswith(b"\x89PNG")
     assert picture.save(tmp_path / "a.png").read_bytes() == picture.png
-    with pytest.raises(InputError, match="ends in .png"):
+    with pytest.raises(InputError, match=r"ends in \.png"):
         picture.save(tmp_path / "a.svg")
     with pytest.raises(InputError, match="give 'gap' or 'curve'"):
         both.select(threat="per-token").plot("pie")

@@ -17,6 +17,7 @@ CROSS_CUTTING = {
     "test_docs.py",
     "test_examples.py",
     "test_mirror.py",
+    "test_notebooks.py",  # of docs/notebooks
     "test_packaging.py",
     "test_printed_commands.py",  # of README and docs
     "test_shape_checks.py",  # of tests/shape_checks.py
@@ -208,6 +209,8 @@ UNMIRRORED = {
     # test_processes.py of the same folder
     "runs/engines/here.py",
     "runs/engines/schedule.py",
+    # tests/test_evaluation.py
+    "runs/given.py",
     # tests/reports/test_curve.py
     "cli/curve.py",
     # tests/cli/test_smooth.py

@@ -18,7 +18,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 below --fail-under, 2 wrong usage or input, 3 an UNSOUND row.",
+    epilog="Exit codes: 0 done, 1 below --fail-under, 2 wrong usage or input, 3 an UNSOUND row. "
+    "Words (threat, goal, radius, gap, kind): docs/glossary.md.",
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attnrobust.errors import InputError, one_line
 from attnrobust.goals import Goal
@@ -166,14 +166,13 @@ def _images(given: object) -> tuple[Source, ...]:
 
 
 def _named(what: str, given: object, *, dimensions: int) -> dict[str, Any]:
-    """Inputs by name: those of a mapping, or numbered from 0001; one array with one dimension more is several inputs."""
+    """Inputs by name: those of a mapping, or numbered from 0001; an array with one dimension more is several."""
     if isinstance(given, Mapping):
         return {str(name): one for name, one in given.items()}
     if isinstance(given, TokenMeasure):
         return {"0001": given}
-    if isinstance(given, list | tuple) and given and isinstance(given[0], Tensor | TokenMeasure):
-        several = list(given)
-    elif isinstance(given, list | tuple) and given and getattr(given[0], "ndim", 0) == dimensions:
+    first = given[0] if isinstance(given, list | tuple) and given else None
+    if isinstance(given, list | tuple) and (isinstance(first, TokenMeasure) or getattr(first, "ndim", 0) == dimensions):
         several = list(given)
     else:
         whole = as_tensor(what, given)
