@@ -25,7 +25,7 @@ def output_rounding(
     mass: Float[Tensor, "n"] | None,
     output: Float[Tensor, "rows e"],
     *,
-    asked: Float[Tensor, "n"] | None = None,
+    asked: Float[Tensor, "rows"] | None = None,
 ) -> Float[Tensor, "rows e"]:
     """Upper bound of ``|computed f(X) - exact f(X)|``, entry by entry, by running error analysis.
 
