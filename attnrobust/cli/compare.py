@@ -348,12 +348,12 @@ def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:
 
 def _options(config: "RunConfig") -> dict[str, Any]:
     """What was computed, for the JSON file and the report; file names are absolute."""
-    from attnrobust.runs.config import INPUTS
+    from attnrobust.runs.early import KINDS
 
     values = config.model_dump(mode="json")
     (goal,), attack, names = values["goals"], values["attack"], values["certificates"]
     return {
-        **{name: values[name] for name in ("model", *INPUTS, "column", "seed", "device")},
+        **{name: values[name] for name in ("model", *KINDS, "column", "seed", "device")},
         **goal,
         "at": None if config.at is None else ", ".join(config.at),
         "layer": None if config.layers is None else config.layers[0],

@@ -171,7 +171,7 @@ def load_image_processor(pretrained: Pretrained) -> Any:
 
     try:
         with _quiet():
-            return AutoImageProcessor.from_pretrained(
+            return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                 pretrained.source, local_files_only=pretrained.local, trust_remote_code=False, backend="pil"
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:

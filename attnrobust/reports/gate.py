@@ -153,7 +153,7 @@ def _below_share(row: Row, least: float, of: str) -> list[str]:
     name, measure = SHARES[of]
     if measure(1.0, row) is None:
         what = f"the threat {row.threat} has no" if of != "word" or row.word_distance else "the row knows no"
-        return [f"{what} {name or 'norm'} to take a share of; give --min-certified a number"]
+        return [f"{what} {(name or 'norm').removeprefix('the ')} to take a share of; give --min-certified a number"]
     value = measure(row.certified_radius, row)
     if value is not None and value >= least:
         return []

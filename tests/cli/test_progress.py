@@ -43,7 +43,7 @@ def test_the_time_that_is_left_is_told_once_it_can_be_known(
 ) -> None:
     """The first row takes 1000 s, as one that loads a model may; the others take 10 s each."""
     times = iter([1000.0, *(1000.0 + 10.0 * i for i in range(1, 10))])
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr("attnrobust.cli.progress.time.perf_counter", lambda: next(times))
     list(progress.tracked(iter([FULL] * 6), 6))
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("about ")[2] for line in lines] == [

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -84,7 +85,7 @@ def test_an_unfinished_run_does_not_pass() -> None:
     "values",
     [{}, {"min_certified": -1.0}, {"max_gap": 0.5}, {"max_gap": 2.0, "quantile": 1.0}, {"min_certified": float("nan")}],
 )
-def test_thresholds_that_mean_nothing(values: dict[str, float]) -> None:
+def test_thresholds_that_mean_nothing(values: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Thresholds(**values)
 

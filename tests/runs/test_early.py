@@ -12,6 +12,7 @@ from attnrobust.certify.registry import METHODS, ON_REQUEST
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.models.pretrained import MINILM, SMOLLM2
 from attnrobust.runs import early
+from attnrobust.runs.reading import ATTACKS, CERTIFICATES
 from attnrobust.runs.storage.files import JSON_NAME, MANIFEST
 from attnrobust.threats.parse import BALLS, KEYS, MOVES
 from tests.assertions import refused
@@ -19,8 +20,8 @@ from tests.assertions import refused
 
 def test_the_lists_are_those_of_the_registries() -> None:
     named = {method.name for method in (*METHODS, *ON_REQUEST)}
-    assert named == early.CERTIFICATES | early.CERTIFICATES_OF_MEASURES
-    assert {DEFAULT_ATTACK, *(attack.name for attack in EVERY_ATTACK)} == early.ATTACKS | early.ATTACKS_OF_MEASURES
+    assert named == CERTIFICATES | early.CERTIFICATES_OF_MEASURES
+    assert {DEFAULT_ATTACK, *(attack.name for attack in EVERY_ATTACK)} == ATTACKS | early.ATTACKS_OF_MEASURES
     assert set(early.THREAT_KEYS) == set(KEYS)
     assert {*MOVES, *BALLS, "copies"} == early.THREAT_NAMES
     assert (MANIFEST, JSON_NAME) == early.RESULTS
