@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from attnrobust.status import Status
 from attnrobust.tokens import TokenMeasure
 from tests.layer_files import write_layer
 
-CHEAP = {"certificates": "displacement", "restarts": 1, "steps": 5}
+CHEAP: dict[str, Any] = {"certificates": "displacement", "restarts": 1, "steps": 5}
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_several_tokens_threats_goals_and_names(module: nn.Module) -> None:
         ({"tokens": np.eye(4), "goal": "many"}, "tolerance 'many'"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(module: nn.Module, options: dict[str, object], message: str) -> None:
+def test_what_cannot_be_read_is_one_line(module: nn.Module, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         evaluate(module, **options)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
@@ -92,7 +93,7 @@ def test_another_model_is_refused() -> None:
 # ---- what shows them -------------------------------------------------------------------------------------------------
 
 
-def row(name: str = "a", **values: object) -> Row:
+def row(name: str = "a", **values: Any) -> Row:
     return replace(Row(name, "layer.0", 3, "frobenius", "displacement 10%", status=Status.FOUND), **values)
 
 

@@ -26,7 +26,6 @@ CROSS_CUTTING = {
 
 # Modules without a file of their own, under the tests that cover them. Whoever writes the file deletes the line.
 UNMIRRORED = {
-    "runs/given.py",  # tests/test_evaluation.py
     # tests/models/interface/test_families.py, tests/models/test_listing.py
     "models/biases.py",
     "models/interface/adapter.py",
