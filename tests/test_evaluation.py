@@ -81,7 +81,7 @@ def test_several_tokens_threats_goals_and_names(module: nn.Module) -> None:
 )
 def test_what_cannot_be_read_is_one_line(module: nn.Module, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
-        evaluate(module, **options)  # type: ignore[arg-type]
+        evaluate(module, **options)
     assert "\n" not in str(raised.value)
 
 
