@@ -154,12 +154,12 @@ def _radius_tiles(rows: Sequence[Row]) -> list[tuple[str, str]]:
     gaps = [row.gap for row in rows if row.gap is not None]
     tiles: list[tuple[str, str]] = []
     if certified:
-        tiles += [("median certified radius", shown(statistics.median(certified), 3))]
+        tiles += [("median certified radius", safe(statistics.median(certified), up=False))]
         tiles += [("smallest certified radius", safe(min(certified), up=False))]
     if attacked:
-        tiles.append(("median attack radius", shown(statistics.median(attacked), 3)))
+        tiles.append(("median attack radius", safe(statistics.median(attacked), up=True)))
     if gaps:
-        tiles += [("median gap", shown(statistics.median(gaps), 3)), ("largest gap", shown(max(gaps), 3))]
+        tiles += [("median gap", safe(statistics.median(gaps), up=True)), ("largest gap", safe(max(gaps), up=True))]
     return tiles
 
 
