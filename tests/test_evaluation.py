@@ -30,7 +30,7 @@ def files(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def module() -> nn.Module:
+def module() -> nn.MultiheadAttention:
     return nn.MultiheadAttention(4, 2, batch_first=True).eval()
 
 
@@ -44,7 +44,7 @@ def test_the_numbers_are_those_of_the_command(files: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [np.asarray, torch.as_tensor, np.ndarray.tolist], ids=["array", "tensor", "list"])
-def test_tokens_in_every_form(module: nn.Module, form: Callable[[np.ndarray], object]) -> None:
+def test_tokens_in_every_form(module: nn.MultiheadAttention, form: Callable[[np.ndarray], object]) -> None:
     points = np.random.default_rng(1).normal(size=(3, 4))
     (row,) = evaluate(module, tokens=form(points), goal="5%", **CHEAP)
     measure = TokenMeasure(torch.as_tensor(points))
@@ -53,7 +53,7 @@ def test_tokens_in_every_form(module: nn.Module, form: Callable[[np.ndarray], ob
     assert row.problem == problem.digest
 
 
-def test_several_tokens_threats_goals_and_names(module: nn.Module) -> None:
+def test_several_tokens_threats_goals_and_names(module: nn.MultiheadAttention) -> None:
     many = np.random.default_rng(1).normal(size=(2, 3, 4))
     layer = from_torch(module)
     margin = Margin(torch.eye(2, 4))
@@ -79,7 +79,7 @@ def test_several_tokens_threats_goals_and_names(module: nn.Module) -> None:
         ({"tokens": np.eye(4), "goal": "many"}, "tolerance 'many'"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(module: nn.Module, options: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_read_is_one_line(module: nn.MultiheadAttention, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         evaluate(module, **options)
     assert "\n" not in str(raised.value)
@@ -136,7 +136,7 @@ def test_radii_of_several_threats_have_no_common_picture(tmp_path: Path) -> None
         both.select(threat="per-token").plot("pie")
 
 
-def test_a_data_frame_has_a_column_for_every_certificate(module: nn.Module) -> None:
+def test_a_data_frame_has_a_column_for_every_certificate(module: nn.MultiheadAttention) -> None:
     pandas = pytest.importorskip("pandas")
     found = evaluate(module, tokens=np.random.default_rng(1).normal(size=(2, 3, 4)), **CHEAP)
     frame = found.to_pandas()

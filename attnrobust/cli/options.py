@@ -191,6 +191,10 @@ ReportOut = Annotated[
 PrintConfig = Annotated[bool, typer.Option("--print", help="Print the effective configuration (the default).")]
 Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as CSV.")]
 Jsonl = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as JSON lines.")]
+LogTo = Annotated[
+    str | None,
+    typer.Option(metavar="TRACKER", help="Tell mlflow, wandb or tensorboard the configuration, figures and rows."),
+]
 MinCertified = Annotated[
     str | None,
     typer.Option(

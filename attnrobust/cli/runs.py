@@ -151,12 +151,20 @@ def export(
     directory: o.RunDirectory,
     csv: o.Csv = None,
     jsonl: o.Jsonl = None,
+    log_to: o.LogTo = None,
 ) -> int:
-    """Write the rows of a run as CSV or JSON lines."""
+    """Write the rows of a run as CSV or JSON lines, or tell an experiment tracker."""
     require_results(directory, run=True)
+    from attnrobust.runs.loggers import log_run, require_tracker
     from attnrobust.runs.storage.export import export_rows
 
-    export_rows(directory, csv=csv, jsonl=jsonl)
+    if log_to is not None:
+        require_tracker(log_to)
+    if log_to is None or csv is not None or jsonl is not None:
+        export_rows(directory, csv=csv, jsonl=jsonl)
+    if log_to is not None:
+        log_run(directory, log_to)
+        say(f"told {log_to} about {place(directory)}")
     return ExitCode.OK
 
 

@@ -30,7 +30,7 @@ def export_rows(directory: Path, *, csv: Path | None = None, jsonl: Path | None 
     """
     targets = {path: render for path, render in ((csv, csv_text), (jsonl, jsonl_text)) if path is not None}
     if not targets:
-        raise InputError("name a file by --csv FILE or --jsonl FILE")
+        raise InputError("name a file by --csv FILE or --jsonl FILE, or a tracker by --log-to")
     for path, option in ((csv, "--csv"), (jsonl, "--jsonl")):
         if path is not None:
             require_writable_file(path, option=option)
