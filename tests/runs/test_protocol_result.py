@@ -23,8 +23,8 @@ def row(number: int, *, certified: float, attack: float | None, status: Status =
 
 def test_rows_and_summary_by_hand() -> None:
     first = [row(1, certified=0.1, attack=0.4), row(2, certified=0.2, attack=None), row(3, certified=0.5, attack=0.8)]
-    second = [row(1, certified=0, attack=0.2), row(2, certified=0, attack=None), row(3, certified=0, attack=0.9)]
-    second[1] = row(2, certified=0, attack=None, status=Status.ERROR)
+    second = [row(1, certified=0.0, attack=0.2), row(2, certified=0.0, attack=None), row(3, certified=0.0, attack=0.9)]
+    second[1] = row(2, certified=0.0, attack=None, status=Status.ERROR)
     rows = joined_rows(["a", "b"], [first, second])
     assert [r["attack_radius"] for r in rows] == [0.2, None, 0.8]
     assert [r["attack"] for r in rows] == ["b", None, "a"]
@@ -39,7 +39,7 @@ def test_rows_and_summary_by_hand() -> None:
 
 
 def test_any_attack_inside_a_certified_radius_is_unsound() -> None:
-    rows = joined_rows(["a", "b"], [[row(1, certified=0.3, attack=0.4)], [row(1, certified=0, attack=0.2)]])
+    rows = joined_rows(["a", "b"], [[row(1, certified=0.3, attack=0.4)], [row(1, certified=0.0, attack=0.2)]])
     assert rows[0]["unsound"]
     assert summary(rows, [])[0]["unsound"] == 1
 
