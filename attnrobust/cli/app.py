@@ -8,7 +8,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from attnrobust import __version__
-from attnrobust.cli import bench, bounds, compare, curve, demo, fixed_point, listing, reproduce, runs, scan, smooth
+from attnrobust.cli import (
+    bench,
+    bounds,
+    compare,
+    curve,
+    demo,
+    fixed_point,
+    leaderboard,
+    listing,
+    reproduce,
+    runs,
+    scan,
+    smooth,
+)
 from attnrobust.cli.exits import guarded
 from attnrobust.cli.output import GIVEN, print_without_failing
 
@@ -45,7 +58,8 @@ def _common(
         logging.getLogger("attnrobust").setLevel(logging.DEBUG)
 
 
-for _module in (listing, compare, curve, demo, runs, scan, bench, smooth, bounds, fixed_point, reproduce):
+_MODULES = (listing, compare, curve, demo, runs, scan, bench, leaderboard, smooth, bounds, fixed_point, reproduce)
+for _module in _MODULES:
     app.registered_commands.extend(_module.commands.registered_commands)
 
 

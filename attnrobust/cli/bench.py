@@ -12,6 +12,7 @@ from attnrobust.cli.goals import one_goal
 from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
+from attnrobust.cli.protocol import bench_by_protocol
 from attnrobust.errors import InputError
 from attnrobust.runs.early import refuse_unknown_names, require_files
 from attnrobust.text import exactly, shown
@@ -31,7 +32,8 @@ MOST_INPUTS = 20
 @commands.command()
 def bench(
     model: o.ModelName,
-    attacks: o.Attacks,
+    attacks: o.Attacks = None,
+    protocol: o.ProtocolName = None,
     layer: o.Layers = None,
     at: o.Depths = None,
     texts: o.Texts = None,
@@ -55,13 +57,28 @@ def bench(
     budget: o.Budgets = None,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
-    out: o.BenchOut = BENCH_OUT,
+    out: o.BenchOut = None,
     workers: o.Workers = 0,
     timeout: o.Timeout = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> int:
     """Let attacks compete on the same inputs: success, smallest radii, local optimality, queries, seconds."""
+    if protocol is not None:
+        measured = {
+            "model": model, "layers": layer or None, "texts": texts, "images": images, "tokens": tokens,
+            "dataset": dataset, "column": column, "execution": {"workers": workers},
+        }  # fmt: skip
+        fixed = {
+            "--attacks": attacks, "--at": at or None, "--goal": goal, "--anchors": anchors, "--tolerance": tolerance,
+            "--readout": readout, "--pool": pool, "--label": label, "--row": row, "--threat": threat or None,
+            "--epsilons": epsilons, "--queries": queries, "--seconds": seconds, "--restarts": restarts,
+            "--steps": steps, "--budget": budget or None, "--seed": seed or None,
+            "--device": None if device == "cpu" else device, "--timeout": timeout,
+        }  # fmt: skip
+        return bench_by_protocol(protocol, measured, fixed, out=out, json=json, quiet=quiet)
+    if attacks is None:
+        raise InputError("name the attacks, as in --attacks token-moving,foolbox:DDN, or give --protocol standard")
     from attnrobust.runs.config import load_config
 
     counted = None if epsilons is None else parse_epsilons(epsilons)
@@ -71,7 +88,8 @@ def bench(
             "tokens": tokens, "dataset": dataset, "column": column, "threats": threat or None,
             "goals": [one_goal(goal, anchors, tolerance, readout, pool, label, row)],
             "attack": {"restarts": restarts, "steps": steps, "queries": queries, "seconds": seconds},
-            "seed": seed, "device": device, "output": out, "execution": {"workers": workers, "timeout": timeout},
+            "seed": seed, "device": device, "output": out or BENCH_OUT,
+            "execution": {"workers": workers, "timeout": timeout},
         }
     )  # fmt: skip
     require_files(config)

@@ -114,7 +114,15 @@ TokenRadii = Annotated[
     bool,
     typer.Option("--token-radii", help="Attack every token alone, too: its own radius, for the report's heat map."),
 ]
-Attacks = Annotated[str, typer.Option(metavar="A,B,C", help="The attacks; see attnrobust list attacks.")]
+Attacks = Annotated[str | None, typer.Option(metavar="A,B,C", help="The attacks; see attnrobust list attacks.")]
+ProtocolName = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol",
+        metavar="NAME",
+        help="standard: a fixed measurement without options; --out is then one .json file.",
+    ),
+]
 Epsilons = Annotated[
     str | None, typer.Option(metavar="R,R", help="Where success is counted; default around the best radii.")
 ]
@@ -184,7 +192,16 @@ RunOut = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Output directory; resumable. Default attnrobust-run.")
 ]
 ScanOut = Annotated[Path, typer.Option("--out", metavar="DIR", help="Rows, resumable; see run and report.")]
-BenchOut = Annotated[Path, typer.Option("--out", metavar="DIR", help="Rows, one run for each attack; resumable.")]
+BenchOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="Rows, one run for each attack; resumable. With --protocol the result's file."
+    ),
+]
+ResultsFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Results of bench --protocol, as .json files.")]
+PageOut = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write the tables as a page, .md or .html, too.")
+]
 ReportOut = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default beside the results.")
 ]
