@@ -1,4 +1,4 @@
-"""Hook of the documentation site: links to the README, the one file outside docs that pages link to, lead to its text."""
+"""Hook of the documentation site: the README, which lies outside docs, becomes a page that links lead to."""
 
 import re
 from pathlib import Path
