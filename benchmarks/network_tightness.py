@@ -151,8 +151,9 @@ def _attack(problem: ar.Problem, bound: DisplacementBound | MarginBound, *, step
 
 
 def _direction(preparation: Any) -> torch.Tensor:
-    record, move = preparation.record, torch.randn(preparation.moves.size, dtype=torch.float64)
-    readout = preparation.output
+    record, readout = preparation.record, preparation.output
+    start = torch.Generator().manual_seed(0)
+    move = torch.randn(preparation.moves.size, dtype=torch.float64, generator=start)
     for _ in range(12):
         image = record.push({record.wiring.source: preparation.moves.tokens(move)}, readout.states)
         back = record.pull(readout.cotangents(readout.flat(image)), (record.wiring.source,))

@@ -208,7 +208,7 @@ def _lines(rows: Iterable[R], total: int, silence: _Silence, *, places: bool) ->
         where = f"  {', '.join(map(printable, (row.layer, row.threat, row.goal)))} " if places else ""
         status = str(row.status).replace("_", " ")
         parts = [f"[{number}/{total}] {printable(row.input_id)} n={row.n}{where} {status}"]
-        if row.certified_radius is not None:
+        if row.certified_radius:  # 0 also stands for a row that no certificate speaks about
             parts.append(f"certified {shown_bound(row.certified_radius, up=False)}")
         if row.attack_radius is not None:
             parts.append(f"attack {shown_bound(row.attack_radius, up=True)}")

@@ -37,16 +37,18 @@ def safe(value: float, *, up: bool, digits: int = DIGITS) -> str:
 
 def both_shares(row: Row) -> str:
     """Certified and attack radius as shares: ``0.31% to 0.42%``; a dash for what is not there."""
-    sides = ((share(proved(row), row), False), (share(row.attack_radius, row), True))
-    told = ["-" if value is None else f"{safe(100 * value, up=up)}%" for value, up in sides]
-    return "-" if told == ["-", "-"] else " to ".join(told)
+    return _both(share, row)
 
 
 def both_in_tokens(row: Row) -> str:
     """Both radii as shares of the median token norm: ``0.9% to 1.2%``; a dash where that is the yardstick anyway."""
     if (measured := yardstick(row)) is None or measured[1] == TOKEN:
         return "-"
-    sides = ((in_tokens(proved(row), row), False), (in_tokens(row.attack_radius, row), True))
+    return _both(in_tokens, row)
+
+
+def _both(measure: Callable[[float | None, Row], float | None], row: Row) -> str:
+    sides = ((measure(proved(row), row), False), (measure(row.attack_radius, row), True))
     told = ["-" if value is None else f"{safe(100 * value, up=up)}%" for value, up in sides]
     return "-" if told == ["-", "-"] else " to ".join(told)
 

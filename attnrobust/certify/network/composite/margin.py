@@ -38,25 +38,26 @@ class ClassDrop:
     def at(self, recursion: Recursion, radius: float) -> float:
         """Bound of the drop at a Frobenius radius whose ports are known."""
         parts = recursion.at(self.norms)
-        rest = smallest((parts.rest_of_levels, parts.cross + self._beyond(recursion), self._lifted(recursion)))
+        thirds = {name: self._third(recursion, name) for name in self._clean_cotangents}
+        node_by_node = (parts.cross + self._beyond(recursion, thirds), self._lifted(recursion, thirds))
+        rest = smallest((parts.rest_of_levels, *node_by_node))
         return smallest((self._quadratic(radius) + rest, self.slope * radius + parts.whole))
 
-    def _beyond(self, recursion: Recursion) -> float:
+    def _beyond(self, recursion: Recursion, thirds: Mapping[str, float]) -> float:
         """``sum_m |<c_m, Beyond_m>|``: node by node the norm of its parts, or its third order read out (lemma 8)."""
         total = 0.0
         for name, cotangent in self._clean_cotangents.items():
             ball, node = recursion.balls[name], self.preparation.remainders[name]
-            found = [self._carried(name, _of(name, recursion.beyond)), math.inf]
+            found = [self._carried(name, recursion.of(name, recursion.beyond)), math.inf]
             if math.isfinite(ball.rho) and math.isfinite(ball.rest):
                 found[1] = node.third_readout(cotangent, ball) + self._carried(name, node.quadratic(ball))
-            apart = self._third(recursion, name) + self._carried(name, _of(name, recursion.drift))
+            apart = thirds[name] + self._carried(name, recursion.of(name, recursion.drift))
             total += smallest((*found, apart))
         return total * (1.0 + FORMULA)
 
-    def _lifted(self, recursion: Recursion) -> float:
+    def _lifted(self, recursion: Recursion, thirds: Mapping[str, float]) -> float:
         """The same and the cross terms, ``sum_m |<c_m, Rem_m(T D) - 1/2 f''[T D, T D] + Lift_m>|``."""
-        names = self._clean_cotangents
-        sizes = (self._third(recursion, n) + self._carried(n, _of(n, recursion.lift)) for n in names)
+        sizes = (third + self._carried(n, recursion.of(n, recursion.lift)) for n, third in thirds.items())
         return math.fsum(sizes) * (1.0 + FORMULA)
 
     def _third(self, recursion: Recursion, name: str) -> float:
@@ -64,7 +65,7 @@ class ClassDrop:
         read = self.preparation.remainders[name].third_readout(
             self._clean_cotangents[name], recursion.balls[name].still
         )
-        return smallest((read, self._carried(name, _of(name, recursion.third))))
+        return smallest((read, self._carried(name, recursion.of(name, recursion.third))))
 
     def _carried(self, name: str, sizes: Mapping[str, float]) -> float:
         tails = self.norms.tails
@@ -205,11 +206,6 @@ class MarginBound(PreparedBound):
         drops = [drop.at(recursion, reach) for drop in self.classes]
         used = used_share(drops, self.problem.resolved.budgets, share=FORMULA)
         return Upper(used, self.failure_probability if math.isfinite(used) else 0.0)
-
-
-def _of(name: str, sizes: Mapping[tuple[str, str], float]) -> dict[str, float]:
-    """The channels of one node."""
-    return {channel: size for (node, channel), size in sizes.items() if node == name}
 
 
 def _krylov(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[list[float], list[float]]:

@@ -88,6 +88,7 @@ class Recursion:
         owns: Mapping[str, TargetNorms],
     ) -> None:
         self._radius = radius
+        self._channels = {name: remainder.channels for name, remainder in remainders.items()}
         self.balls: dict[str, Ball] = {}
         self.parts: dict[str, Parts] = {}
         self.whole: Sizes = {}
@@ -123,6 +124,10 @@ class Recursion:
         self._put(self.whole, name, _smaller(node.whole(ball), _sum(node.whole(ball.still), lift)))
         self._put(self.beyond, name, _smaller(node.beyond(ball), _sum(third, drift)))
         self._put(self.further, name, _smaller(node.further(ball), _sum(node.further(ball.still), drift)))
+
+    def of(self, name: str, sizes: Sizes) -> dict[str, float]:
+        """The channels of one node."""
+        return {channel: sizes[name, channel] for channel in self._channels[name]}
 
     @staticmethod
     def _put(sizes: Sizes, name: str, found: Mapping[str, float]) -> None:
