@@ -23,7 +23,7 @@ CERTIFICATES = frozenset({
     "castin2024-reported", "castin2024-derived", "spread-lipschitz", "havens2024-local", "singla2020-curvature",
     "kim2021-l2", "cosine-lipschitz", "sigmoid-ball", "dasoulas2021-lipschitznorm", "rigorous-local", "displacement",
     "margin-one-token", "margin-majorant", "conic-margin", "network-lipschitz", "network-product", "network-chain",
-    "network-composite", "network-composite-large",
+    "network-composite", "network-composite-large", "pre-norm-scales", "pre-norm-margin",
 })  # fmt: skip
 """Those that speak about moved tokens."""
 ATTACKS = frozenset({DEFAULT_ATTACK, "token-moving"})
