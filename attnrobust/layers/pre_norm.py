@@ -65,7 +65,7 @@ class PreNormAttention(Specification):
 
     @property
     def features(self) -> frozenset[str]:
-        """Those of the attention, the kind of norm (layer_norm or rms_norm), and residual where the tokens are added."""
+        """Those of the attention, layer_norm or rms_norm, and residual where the tokens are added."""
         kind = "layer_norm" if isinstance(self.norm, LayerNorm) else "rms_norm"
         return self.attention.features | super().features | {kind}
 

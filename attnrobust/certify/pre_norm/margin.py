@@ -84,9 +84,8 @@ class PreNormMarginBound(PreparedBound):
     def first_guess(self) -> float | None:
         if not self.guess < math.inf:
             return None
-        size = START * self.ellipsoids.reach(
-            START * min(self.guess, float(self.front.lengths[self.front.movable].min()))
-        )
+        shortest = float(self.front.lengths[self.front.movable].min())
+        size = self.ellipsoids.reach(START * min(self.guess, shortest))
         guesses = [
             functional.choose_parameters(self.constants_at, budget, size) / self.front.steepest
             for budget, functional in zip(self.budgets, self.functionals, strict=True)
@@ -101,7 +100,7 @@ class PreNormMarginBound(PreparedBound):
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def usage(self, radius: float) -> Upper:
-        size = self.ellipsoids.reach(radius, free=layer_has_own(self))
+        size = self.ellipsoids.reach(radius, free=self.front.layer.residual)
         const = None if size == math.inf else self.constants_at(size)
         if const is None:
             return Upper(math.inf)
@@ -114,19 +113,10 @@ class PreNormMarginBound(PreparedBound):
         return Upper(worst, self.failure_probability)
 
 
-def layer_has_own(bound: PreNormMarginBound) -> bool:
-    """Whether the tokens are added to the output."""
-    return bound.front.layer.residual
-
-
 def _linear_radius(rows: FunctionalRows, own: OwnMoves, budget: float) -> float:
     """The radius that the first order alone would give, up to the part along each token."""
-    gradient = own.front.relative[:, None] * rows.gradient * own.front.steepest
-    slope = (
-        float(torch.linalg.vector_norm(gradient + own.tangential))
-        if own.front.layer.residual
-        else float(torch.linalg.vector_norm(gradient))
-    )
+    gradient = own.front.relative[:, None] * rows.gradient * own.front.steepest + own.tangential
+    slope = float(torch.linalg.vector_norm(gradient))
     return budget / slope if slope > 0.0 else math.inf
 
 
