@@ -18,6 +18,8 @@ DEFAULT_ATTACK = "default"
 NETWORK_GOALS = ("decision", "hidden", "pooled", "nearest")
 """Goals about a whole model: its own decision, its last hidden states, their mean, the nearest anchor sentence."""
 DEFAULT_DEPTH = "embeddings"
+LAYER_PLACES = ("normed", "residual", "residual-sum")
+"""Where the tokens of an attention layer move: behind or before its block's norm."""
 
 CERTIFICATES = frozenset({
     "castin2024-reported", "castin2024-derived", "spread-lipschitz", "havens2024-local", "singla2020-curvature",
