@@ -65,9 +65,8 @@ class PreNormAttention(Specification):
 
     @property
     def features(self) -> frozenset[str]:
-        """Those of the attention, layer_norm or rms_norm, and residual where the tokens are added."""
-        kind = "layer_norm" if isinstance(self.norm, LayerNorm) else "rms_norm"
-        return self.attention.features | super().features | {kind}
+        """Those of the attention and of the norm, and residual where the tokens are added."""
+        return self.attention.features | self.norm.features | super().features
 
     def __call__(
         self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None
