@@ -26,9 +26,22 @@ class MarginRows(SoftmaxRows):
 
     Args:
         movable: 1.0 where a token may move.
+        lengths: In place of 1.0 the largest length of a token's move as a share of the set's, at most 1, where they
+            differ; constants of the set use it, forms of moves do not.
     """
 
     movable: Float[Tensor, "n"] = field(kw_only=True)
+    lengths: Float[Tensor, "n"] | None = field(kw_only=True, default=None)
+
+    @property
+    def reach(self) -> Float[Tensor, "n"]:
+        """How far each token may move, as a share of the set's size; 0 where it may not."""
+        return self.movable if self.lengths is None else self.lengths * self.movable
+
+    @property
+    def own_reach(self) -> Float[Tensor, "q"]:
+        """That of the token of each row."""
+        return self.reach if self.at is None else self.reach[self.at]
 
     @cached_property
     def projection(self) -> Float[Tensor, "d p"]:
@@ -206,6 +219,9 @@ def own_gram(rows: MarginRows) -> Float[Tensor, "h q n n"]:
 
 def direction_gram(rows: MarginRows) -> Float[Tensor, "h q n n"]:
     """Gram matrix over (j, j') of the l_j restricted to the movable tokens, for every row (h, i)."""
+    if rows.lengths is not None:
+        own = own_gram(rows) * rows.own_reach.square()[:, None, None]
+        return _overlap(rows, (rows.reach * rows.pair_norm).square().expand_as(rows.weight)) + own
     if rows.layer.rotary is not None:
         return _overlap(rows, rows.movable * rows.pair_norm**2) + own_gram(rows)
     return _overlap(rows, rows.movable) * (rows.beta**2).sum(-1)[..., None, None] + own_gram(rows)

@@ -58,7 +58,10 @@ class PreNormMarginBound(PreparedBound):
         self.front = front_of(problem)
         at = None if bool((goal.weights != 0).all()) else goal.weights.nonzero().flatten()
         movable = self.front.movable.to(problem.clean.points)
-        self.rows = MarginRows(layer.folded, layer.unit(problem.clean.points), problem.mass, at, movable=movable)
+        self.rows = MarginRows(
+            layer.folded, layer.unit(problem.clean.points), problem.mass, at,
+            movable=movable, lengths=self.front.relative,
+        )  # fmt: skip
         self.geometry = row_geometry(self.rows, FrobeniusBall())
         self.budgets = goal.budgets.tolist()
         events = min(max(EVENTS[0], EVENTS_OF_A_CLASS * goal.functionals.shape[0]), EVENTS[1])

@@ -109,7 +109,7 @@ def majorant(functional: FunctionalRows, const: Constants, piece: Pieces, par: P
     eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
     square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
     rest = torch.where(positive, curve * (1.0 + 1.0 / eps), -curve * (1.0 / eps - 1.0))
-    energy = const.budget.frobenius**2 * _spread(rest, weight, rows.movable)
+    energy = const.budget.frobenius**2 * _spread(rest, weight, rows.reach)
     kept = weight - piece.shift
     s1 = par.query_value * functional.value_norm
     value = piece.slope / pair + (const.spread / s1)[..., None] * kept
@@ -236,7 +236,7 @@ def balanced(
     split = (0.5 * const.share * variance / (mass * (1.0 - ratio))).sqrt() / piece.unit
     reference = average / piece.unit + 2.0 * split * ratio
     curve = (curve + e * piece.slope).abs()
-    energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.movable, bisections=ROUGH)
+    energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.reach, bisections=ROUGH)
     eps = (energy * query / (curve * x2).sum(-1).clamp_min(SMALLEST_UNIT)).sqrt()[..., None].expand_as(x2)
     s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / functional.value_norm
     s2 = (mixed / query).sqrt()
