@@ -81,11 +81,6 @@ class MarginRows(SoftmaxRows):
         return own_share(self.weight, self.movable, self.at)
 
     @cached_property
-    def rest(self) -> Float[Tensor, "h q n"]:
-        """``||(e_j - w) on the movable tokens other than i||``."""
-        return rest_norm(self.weight, self.movable, self.at)
-
-    @cached_property
     def key_gram(self) -> Float[Tensor, "h k k"]:
         """``s^2 w_k^T w_k``: ``|A^T delta_i|^2 = query (s^2 w_k^T w_k) query`` with ``query = delta_i w_q``."""
         return self.layer.factor**2 * self.layer.w_k.mT @ self.layer.w_k
