@@ -37,7 +37,9 @@ def pre_norm_problem(seed: int, threat: MoveThreat, *, margin: bool, small: bool
     layer = pre_norm_layer(draw, seed=seed, n=n, d=d)
     points = draw.normal(n, d) * torch.tensor([10 ** draw.between(-0.5, 1.0) for _ in range(n)])[:, None]
     clean = TokenMeasure(points)
-    goal: Goal = Displacement(10 ** draw.between(-2.0, 0.0), relative=True, pool=(n - 1, "all", "mean")[draw.integer(0, 2)])
+    goal: Goal = Displacement(
+        10 ** draw.between(-2.0, 0.0), relative=True, pool=(n - 1, "all", "mean")[draw.integer(0, 2)]
+    )
     return Problem(layer, clean, threat, _margin(layer, points, draw) if margin else goal)
 
 
@@ -47,5 +49,3 @@ def _margin(layer: PreNormAttention, points: Tensor, draw: Draw) -> Margin:
     bias = -(readout @ out)
     bias[0] += draw.between(0.05, 1.0) * (0.1 + float(out.norm()))
     return Margin(weight=readout, bias=bias, pool=row, label=0)
-
-

@@ -11,7 +11,7 @@ _DEVICE = typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...", show_default=
 _LAYER = "Layer, or a suffix that only it has; see list-layers."
 _AT = (
     "In place of --layer: the whole model; its tokens move at this depth, embeddings or block:K (what enters block K). "
-    "With --layer: normed (default; what enters the attention), residual (the hidden states before its block's norm) or "
+    "With --layer: normed (default; what enters the attention), residual (hidden states before its block's norm) or "
     "residual-sum (the same, and the goal is about their sum with the attention's output)."
 )
 _GOAL = (

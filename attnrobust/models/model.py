@@ -339,7 +339,6 @@ class ModuleModel(Model):
             raise type(error)(f"input {line.id}, layer {names}: {error}") from error
         return tuple(_captured_input(line, strings, tokens) for tokens in found)
 
-
     def _captured_at(self, info: LayerInfo, model_inputs: Mapping[str, Any]) -> Tensor:
         """The tokens of one layer where they move."""
         if split_place(info.name)[1] == NORMED:

@@ -123,7 +123,7 @@ def linear_images(functional: FunctionalRows, delta: Float[Tensor, "*b n d"]) ->
     query, key = _projected(rows, delta)
     raw = _with_keys(rows, rows.queries, key) + query @ rows.keys.mT
     x = raw - (rows.weight * raw).sum(-1, keepdim=True)
-    t = (delta @ functional.gamma.T).mT
+    t = (rows.tokens_of(delta) @ functional.gamma.T).mT
     d = (functional.weighted_advantage * x).sum(-1) - (rows.weight @ t[..., None])[..., 0]
     return LinearImages(x=x, t=t, d=d, query=query, key=key)
 
@@ -134,19 +134,21 @@ def _projected(rows: MarginRows, delta: Float[Tensor, "*b n d"]) -> tuple[Tensor
     if rows.at is None:
         both = (delta @ rows.projection).unflatten(-1, (-1, 2 * k)).transpose(-3, -2)
         return layer.turned(both[..., :k]), layer.turned(both[..., k:])
-    key = layer.turned((delta @ rows.shared_keys).unflatten(-1, (-1, k)).transpose(-3, -2))
-    return layer.turned(project(delta[..., rows.at, :], layer.w_q), rows.at), key
+    key = layer.turned((rows.tokens_of(delta) @ rows.shared_keys).unflatten(-1, (-1, k)).transpose(-3, -2))
+    return layer.turned(project(rows.asked_of(delta), rows.asked_map), rows.at), key
 
 
-def _unprojected(rows: MarginRows, query: Float[Tensor, "*b h q k"], key: Float[Tensor, "*b g n k"]) -> Tensor:
-    """Adjoint of ``_projected``, (*b, n, d)."""
+def _unprojected(
+    rows: MarginRows, query: Float[Tensor, "*b h q k"], key: Float[Tensor, "*b g n k"], value: Float[Tensor, "*b n p"]
+) -> Tensor:
+    """Adjoint of ``_projected``, (*b, n, d), with ``value`` added to what the tokens get."""
     layer = rows.layer
     query, key = layer.turned_back(query, rows.at), layer.turned_back(key)
     if rows.at is None:
-        return torch.cat([query, key], dim=-1).transpose(-3, -2).flatten(-2) @ rows.projection.T
-    back = key.transpose(-3, -2).flatten(-2) @ rows.shared_keys.T
-    own = query.transpose(-3, -2).flatten(-2) @ layer.w_q.transpose(1, 2).flatten(0, 1)
-    return back.index_add_(-2, rows.at, own)
+        return torch.cat([query, key], dim=-1).transpose(-3, -2).flatten(-2) @ rows.projection.T + value
+    back = key.transpose(-3, -2).flatten(-2) @ rows.shared_keys.T + value
+    own = query.transpose(-3, -2).flatten(-2) @ rows.asked_map.transpose(1, 2).flatten(0, 1)
+    return rows.placed(back, own)
 
 
 def _with_keys(rows: MarginRows, left: Float[Tensor, "*a h q k"], key: Float[Tensor, "*b g n k"]) -> Tensor:
@@ -203,7 +205,7 @@ def spread_back(
         to_query = to_query + query
     if more is not None:
         to_key = to_key + more
-    return (_unprojected(rows, to_query, to_key) + t.mT @ functional.gamma) * rows.movable[:, None]
+    return _unprojected(rows, to_query, to_key, t.mT @ functional.gamma) * rows.movable[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +238,8 @@ class QuadraticMajorant:
     centre: Float[Tensor, "h q"]
     first: Float[Tensor, "h q"]
     bilinear: Float[Tensor, "h q"]
-    tokens: "Float[Tensor, 'n n'] | Float[Tensor, 'n'] | Across"
-    gradient: Float[Tensor, "n d"]
+    tokens: "Float[Tensor, 'm m'] | Float[Tensor, 'm'] | Across"
+    gradient: Float[Tensor, "m p"]
     constant: Float[Tensor, ""]
     keys: "Float[Tensor, 'h n n'] | Across | None" = None
 

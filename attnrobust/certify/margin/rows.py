@@ -60,6 +60,27 @@ class MarginRows(SoftmaxRows):
         """The different ones of the key maps side by side."""
         return self.layer.w_k[:: self.sharing].transpose(0, 1).flatten(1)
 
+    @property
+    def asked_map(self) -> Float[Tensor, "h d k"]:
+        """The query maps of ``asked_of``."""
+        return self.layer.w_q
+
+    def tokens_of(self, moves: Float[Tensor, "*b m p"]) -> Float[Tensor, "*b n p"]:
+        """What keys and values see of moves."""
+        return moves
+
+    def asked_of(self, moves: Float[Tensor, "*b m p"]) -> Float[Tensor, "*b q d"]:
+        """The moves of the tokens of the rows."""
+        return moves[..., self.asked, :]
+
+    def placed(self, tokens: Float[Tensor, "*b n p"], own: Float[Tensor, "*b q d"]) -> Float[Tensor, "*b m p"]:
+        """Adjoint of ``tokens_of`` and ``asked_of`` together."""
+        return tokens.index_add(-2, self.asked, own)
+
+    def on_asked(self, values: Float[Tensor, "q"]) -> Float[Tensor, "m"]:
+        """Coefficients of the squared lengths of the rows' own tokens, as those of the rows of a move."""
+        return torch.zeros_like(self.movable).index_add(0, self.asked, values)
+
     @cached_property
     def own_movable(self) -> Float[Tensor, "q"]:
         """1.0 where the token of the row itself may move."""

@@ -22,7 +22,9 @@ def test_the_products_are_the_derivatives(seed: int, pool: int | str) -> None:
     draw = Draw(seed)
     layer = pre_norm_layer(draw, seed=seed, n=N, d=D)
     goal = Displacement(0.1, pool=3 if pool == 3 else "all")
-    evaluator = Evaluator([Problem(layer, TokenMeasure(draw.normal(N, D)), FrobeniusBall(), goal)], memory_bytes=1 << 28)
+    evaluator = Evaluator(
+        [Problem(layer, TokenMeasure(draw.normal(N, D)), FrobeniusBall(), goal)], memory_bytes=1 << 28
+    )
     at = slice(None) if evaluator.at is None else evaluator.at
     assert isinstance(evaluator.prepared, PreparedPreNorm)
     x, v = draw.normal(1, 3, N, D), draw.normal(1, 3, N, D)

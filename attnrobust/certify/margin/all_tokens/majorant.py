@@ -151,8 +151,7 @@ def _query_coefficients(
         return pi * (spread + mean) * rows.own_movable, None
     share = par.gauge / (1.0 + par.gauge)
     steady = (pi * spread * (1.0 - share) * rows.form_norm[:, None].square()).sum(0) * rows.own_movable
-    steady = torch.zeros_like(rows.movable).index_add(0, rows.asked, steady)
-    return pi * (share * spread + mean) * rows.own_movable, steady
+    return pi * (share * spread + mean) * rows.own_movable, rows.on_asked(steady)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +184,7 @@ def references(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> Re
     """Evaluate reference moves."""
     found: LinearImages = linear_images(functional, points)
     query = (query_form(functional.rows, found.query) * found.query).sum(-1)
+    points = functional.rows.tokens_of(points)
     return References(found.x, found.t, query, points @ points.mT)
 
 
