@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.certify.margin.all_tokens.constants import Constants
@@ -162,22 +162,34 @@ class References:
         x: ``l_j.Delta``.
         t: ``gamma.delta_j``.
         query: ``|A^T delta_i|^2``, or N(delta_i).
-        gram: ``delta_i.delta_j``.
+        gram: ``delta_i.delta_j``, or of rows on their own the moves themselves (b, n, d).
     """
 
     x: Float[Tensor, "b h q n"]
     t: Float[Tensor, "b h n"]
     query: Float[Tensor, "b h q"]
-    gram: Float[Tensor, "b n n"]
+    gram: Float[Tensor, "b n _"]
+    alone: bool = False
 
     def scaled(self, size: float) -> "References":
         """Those of ``size * Delta``."""
-        return References(size * self.x, size * self.t, size**2 * self.query, size**2 * self.gram)
+        gram = (size if self.alone else size**2) * self.gram
+        return References(size * self.x, size * self.t, size**2 * self.query, gram, self.alone)
+
+    def mixed(self, weighted: Float[Tensor, "h q n"]) -> Float[Tensor, "b h q"]:
+        """``|sum_j weighted_j delta_j|^2``."""
+        sums = weighted @ self.gram[:, None]
+        squares = sums.square() if self.alone else sums * weighted
+        return squares.sum(-1).clamp_min(0.0)
+
+    def own(self, at: Int[Tensor, "q"]) -> Float[Tensor, "b q"]:
+        """``|delta_i|^2`` of the tokens of the rows."""
+        return self.gram[:, at].square().sum(-1) if self.alone else self.gram.diagonal(dim1=1, dim2=2)[:, at]
 
     def followed_by(self, other: "References", *, keep: int) -> "References":
         """The last ``keep`` moves of both."""
         pairs = ((self.x, other.x), (self.t, other.t), (self.query, other.query), (self.gram, other.gram))
-        return References(*(torch.cat([old, new])[-keep:] for old, new in pairs))
+        return References(*(torch.cat([old, new])[-keep:] for old, new in pairs), alone=self.alone)
 
 
 def references(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> References:
@@ -185,7 +197,8 @@ def references(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> Re
     found: LinearImages = linear_images(functional, points)
     query = (query_form(functional.rows, found.query) * found.query).sum(-1)
     points = functional.rows.tokens_of(points)
-    return References(found.x, found.t, query, points @ points.mT)
+    alone = functional.rows.at is not None
+    return References(found.x, found.t, query, points if alone else points @ points.mT, alone)
 
 
 def balanced(
@@ -224,9 +237,9 @@ def balanced(
     query = mean(found.query, (1,))
     gauge = par.gauge
     if rows.layer.rotary is not None:
-        steady = mean(rows.form_norm[:, None].square() * found.gram.diagonal(dim1=1, dim2=2)[:, None, rows.asked], (1,))
+        steady = mean(rows.form_norm[:, None].square() * found.own(rows.asked)[:, None], (1,))
         gauge, query = (steady / query).square(), torch.minimum(query, steady)
-    mixed = mean(((weighted @ found.gram[:, None]) * weighted).sum(-1).clamp_min(0.0), (1,))
+    mixed = mean(found.mixed(weighted), (1,))
     pair = (t2[:, None, :] / x2).sqrt() / functional.value_norm[..., None]
     e = par.pair * functional.value_norm[..., None]
     curve, effect = _mass_curve(functional, const, par, piece.unit)
