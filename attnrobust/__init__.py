@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from attnrobust.evaluation import Evaluation, evaluate, read_results
     from attnrobust.goals import Displacement, Goal, Margin
     from attnrobust.layers.attention import Attention
+    from attnrobust.layers.pre_norm import PreNormAttention
     from attnrobust.layers.spectral import cap_spectral_norms
     from attnrobust.layers.variants.cosine import CosineAttention
     from attnrobust.layers.variants.kernel import KernelAttention
@@ -72,6 +73,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     # the question
     "Attention",
+    "PreNormAttention",
     "TokenMap",
     "TokenMeasure",
     "PerturbedTokens",
@@ -171,6 +173,7 @@ _EXPORTS = {
     "attnrobust.evaluation": ("evaluate", "Evaluation", "read_results"),
     "attnrobust.goals": ("Goal", "Displacement", "Margin"),
     "attnrobust.layers.attention": ("Attention",),
+    "attnrobust.layers.pre_norm": ("PreNormAttention",),
     "attnrobust.layers.spectral": ("cap_spectral_norms",),
     "attnrobust.layers.variants.cosine": ("CosineAttention",),
     "attnrobust.layers.variants.kernel": ("KernelAttention",),

@@ -28,6 +28,9 @@ PLACED_FEATURES = ATTENTION_FEATURES | {"window", "head_bias"}
 MODERN_FEATURES = PLACED_FEATURES | {"rotary"}
 """Every feature of ``Attention`` today."""
 
+PRE_NORM_FEATURES = MODERN_FEATURES | {"residual"}
+"""Every feature of ``PreNormAttention`` today."""
+
 HEAD_FEATURES = frozenset({"bias", "out_projection"})
 """Every feature of the other attention layers."""
 

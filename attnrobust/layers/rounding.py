@@ -9,6 +9,7 @@ from torch import Tensor
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.layers.network import Network, Residual
+from attnrobust.layers.pre_norm import PreNormAttention
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.numerics.running_error import NotTrackedError, error_of, tracked, tracking
 
@@ -46,7 +47,8 @@ def output_rounding(
     estimate: Tensor = ESTIMATE * torch.linalg.vector_norm(output, dim=-1, keepdim=True).expand_as(output)
     if type(points) is not Tensor:  # a subclass cannot be followed
         return estimate
-    if type(network) is Attention and asked is not None and int((asked != 0).sum()) * FEWER <= len(points):
+    single = isinstance(network, Attention | PreNormAttention) and type(network) in (Attention, PreNormAttention)
+    if single and asked is not None and int((asked != 0).sum()) * FEWER <= len(points):
         return _of_rows(network, points, mass, output, asked.nonzero().flatten(), estimate)
     tokens, masses = tracked(points), None if mass is None else tracked(mass)
     try:
@@ -59,7 +61,12 @@ def output_rounding(
 
 
 def _of_rows(
-    layer: Attention, points: Tensor, mass: Tensor | None, output: Tensor, at: Int[Tensor, "q"], estimate: Tensor
+    layer: Attention | PreNormAttention,
+    points: Tensor,
+    mass: Tensor | None,
+    output: Tensor,
+    at: Int[Tensor, "q"],
+    estimate: Tensor,
 ) -> Tensor:
     """Bounds of the rows ``at``: these rows are computed again, so their distance from ``output`` is added."""
     try:
