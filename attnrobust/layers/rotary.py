@@ -94,15 +94,15 @@ class Rotary:
 
     def turn(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
         """Row i times ``R_i``, or ``R_at_i`` where ``at`` names the tokens whose rows these are."""
-        cosine, sine, partners = self._factors(heads.shape[-2], heads.shape[-1], at)
+        cosine, sine, partners = self.factors(heads.shape[-2], heads.shape[-1], at)
         return heads * cosine + heads[..., partners] * sine
 
     def turn_back(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
         """Row i times the transpose of ``R_i`` (or ``R_at_i``): the adjoint and the inverse of ``turn``."""
-        cosine, sine, partners = self._factors(heads.shape[-2], heads.shape[-1], at)
+        cosine, sine, partners = self.factors(heads.shape[-2], heads.shape[-1], at)
         return heads * cosine - heads[..., partners] * sine
 
-    def _factors(self, n: int, k: int, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, n: int, k: int, at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What a coordinate is multiplied by (n, k), its partner likewise, and the partner's place (k,)."""
         if at is not None:
             return self._turns(self._angles(at), k)
