@@ -86,9 +86,7 @@ def _longest(weight: Tensor, bias: Tensor | None, reach: float) -> Float[Tensor,
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
 
-def finite_bias(
-    layer: Attention, n: int, mass: Float[Tensor, "n"] | None, reach: float
-) -> Float[Tensor, "..."] | None:
+def finite_bias(layer: Attention, n: int, mass: Float[Tensor, "n"] | None, reach: float) -> Float[Tensor, "..."] | None:
     """What is added to the scores, with a finite number in place of every -inf.
 
     Verifiers compute with bounds, where infinities end as NaN. At tokens no longer than ``reach`` a score differs from
@@ -108,6 +106,6 @@ def finite_bias(
     spread = abs(layer.factor) * float(product.max()) + float(bias.masked_fill(hidden, 0.0).abs().max())
     if not spread <= LARGEST_SCORE:
         raise UnsupportedModelError(
-            f"hidden keys cannot be exported: scores are only bounded by {spread:.3g}, beyond the range of a finite mask"
+            f"hidden keys are not exported: the bound of the scores, {spread:.3g}, is beyond the range of a finite mask"
         )
     return bias.masked_fill(hidden, -(2.0 ** math.ceil(math.log2(2.0 * spread * (1.0 + 1e-9) + UNDERFLOW))))

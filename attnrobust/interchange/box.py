@@ -23,18 +23,6 @@ Precision = Literal["float32", "float64"]
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
-SAYS: Mapping[str, Mapping[str, str]] = {
-    "inscribed": {
-        "sat": "the point is a move within the radius that breaks the goal of the exported network",
-        "unsat": "no move within the box breaks it; the rest of the threat's set is not looked at",
-    },
-    "enclosing": {
-        "sat": "some move within the box breaks it; the point may lie outside of the threat's set",
-        "unsat": "no move within the radius breaks the goal of the exported network",
-    },
-}
-"""What a verifier's answer says about the threat's set."""
-
 TWO_BOXES = (
     "VNN-LIB states linear constraints: export the largest box inside (box inscribed), of which 'sat' is a violation "
     "within the radius, or the smallest box around (box enclosing), of which 'unsat' is a certificate"
@@ -58,6 +46,29 @@ class Box:
     side: Side
     half_width: float
     exact: bool
+
+    @property
+    def place(self) -> str:
+        """Where it lies, in words."""
+        if self.exact:
+            return f"is the threat's set, its bounds rounded {'inward' if self.side == 'inscribed' else 'outward'}"
+        return "lies in the threat's set" if self.side == "inscribed" else "holds the threat's set"
+
+    @property
+    def sat(self) -> str:
+        """What the answer "sat" says about the threat's set."""
+        if self.side == "inscribed":
+            return "the point is a move within the radius that breaks the goal of the exported network"
+        beyond = "by the rounding of the bounds alone" if self.exact else "and then says nothing about it"
+        return f"some move within the box breaks it; the point may lie outside of the threat's set, {beyond}"
+
+    @property
+    def unsat(self) -> str:
+        """What the answer "unsat" says about the threat's set."""
+        if self.side == "enclosing":
+            return "no move within the radius breaks the goal of the exported network"
+        beyond = "the rounding of the bounds" if self.exact else "the rest of the threat's set"
+        return f"no move within the box breaks it; {beyond} is not covered"
 
 
 def box_of(

@@ -73,7 +73,11 @@ def _node(helper: Any, operation: Operation) -> Any:
 
 def _array(value: Tensor, precision: Precision) -> np.ndarray[Any, Any]:
     value = value.detach().cpu()
-    return (value.to(DTYPES[precision]) if value.is_floating_point() else value).contiguous().numpy()
+    if value.is_floating_point():
+        value = value.to(DTYPES[precision])
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"a weight is beyond the range of {precision}; take the precision float64")
+    return np.asarray(value.contiguous().numpy())
 
 
 def _onnx() -> Any:

@@ -3,7 +3,6 @@
 Every writer also bounds the length of the tokens that it gives (``Value.reach``): masks need it, see ``attention``.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, cast
@@ -220,9 +219,10 @@ def _graph(program: Program, graph: NetworkGraph, inputs: tuple[Value, ...], mas
     return values[graph.output]
 
 
-_ATTENTION = (
-    "w_q w_k w_v b_q b_k b_v w_o b_o scale mask causal rotary head_bias window_left window_right kv_heads".split()
-)
+_ATTENTION = [
+    *("w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "w_o", "b_o", "scale", "mask", "causal", "rotary", "head_bias"),
+    *("window_left", "window_right", "kv_heads"),
+]
 
 WRITERS: Mapping[type, tuple[Writer, frozenset[str]]] = {
     kind: (writer, frozenset(names))
