@@ -184,7 +184,7 @@ BoxSide = Annotated[
     typer.Option(
         "--box",
         metavar="SIDE",
-        help="Where the threat is no box: inscribed (in it: sat is a violation) or enclosing (around it: unsat certifies).",
+        help="Where the threat is no box: inscribed (in it; sat is a violation) or enclosing (it; unsat certifies).",
     ),
 ]
 FilePrecision = Annotated[

@@ -104,7 +104,7 @@ def box_of(
         )
     chosen: Side = side or "enclosing"
     half = radius if exact or chosen == "enclosing" else inward(radius * inside, UNIT)
-    lower, upper = _bounds(clean, movable[:, None] * half, chosen, DTYPES[precision])
+    lower, upper = _bounds(clean, half * movable.to(clean)[:, None], chosen, DTYPES[precision])
     _require_numbers(lower, upper, half, precision)
     return Box(lower, upper, chosen, half, exact)
 
