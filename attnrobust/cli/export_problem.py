@@ -62,18 +62,22 @@ def export_problem(
         certificates=(), attack={"method": DEFAULT_ATTACK},
     )  # fmt: skip
     require_files(config)
+    from attnrobust.interchange.box import PRECISIONS, SIDES, named
     from attnrobust.interchange.export import export_problem as write
     from attnrobust.interchange.export import require_free
     from attnrobust.interchange.onnx_file import onnx_version
+    from attnrobust.interchange.vnnlib import VERSIONS
     from attnrobust.problem import Problem
     from attnrobust.runs.work import Workbench
 
+    side, exact = named("box", box, (None, *SIDES)), named("precision", precision, PRECISIONS)
+    version = named("VNN-LIB version", vnnlib, VERSIONS)
     require_free(out, overwrite=overwrite)
     onnx_version()
     task = _task(Workbench(config), number)
     problem = Problem(task.network, task.clean, task.threat, task.goal)
     written = write(
-        problem, out, epsilon=epsilon, box=box, precision=precision, vnnlib_version=vnnlib,  # type: ignore[arg-type]
+        problem, out, epsilon=epsilon, box=side, precision=exact, vnnlib_version=version,
         overwrite=overwrite, about=_about(model, task),
     )  # fmt: skip
     if json:

@@ -1,9 +1,9 @@
 """Boxes inside and around the sets of threats on moved tokens, with bounds that are numbers of the file's precision."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,16 @@ from attnrobust.threats.base import Threat
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall
 from attnrobust.tokens import as_positive
 
+Name = TypeVar("Name")
+
 Side = Literal["inscribed", "enclosing"]
 """Where a box lies: inside of the threat's set, or around it."""
 
 Precision = Literal["float32", "float64"]
 """Of the exported network and of its inputs."""
 
+SIDES: tuple[Side, ...] = get_args(Side)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 
 TWO_BOXES = (
@@ -91,8 +95,8 @@ def box_of(
         UnsupportedThreatError: A threat without such a box, or one that is none while no side is named.
         InputError: No number of the file's precision between the bounds of an entry, or bounds beyond its range.
     """
-    require_name("box", side, (None, *get_args(Side)))
-    require_name("precision", precision, get_args(Precision))
+    named("box", side, (None, *SIDES))
+    named("precision", precision, PRECISIONS)
     radius, movable = as_positive("epsilon", epsilon), threat.movable(int(clean.shape[0])).to(clean.device)
     inside, exact = _inside(threat, int(movable.sum()), int(clean.shape[1]))
     if side is None and not exact:
@@ -109,10 +113,16 @@ def box_of(
     return Box(lower, upper, chosen, half, exact)
 
 
-def require_name(kind: str, name: object, known: tuple[object, ...]) -> None:
-    """Refuse a name that is none of a few."""
-    if name not in known:
-        raise UnknownNameError(kind, str(name), [str(one) for one in known if one is not None])
+def named(kind: str, name: object, known: Sequence[Name]) -> Name:
+    """One of a few names.
+
+    Raises:
+        UnknownNameError: Another one.
+    """
+    for one in known:
+        if name == one:
+            return one
+    raise UnknownNameError(kind, str(name), [str(one) for one in known if one is not None])
 
 
 def _inside(threat: Threat, tokens: int, width: int) -> tuple[float, bool]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,11 +14,11 @@ from torch import Tensor
 from attnrobust import __version__
 from attnrobust.errors import InputError, UnsupportedThreatError
 from attnrobust.goals import Margin
-from attnrobust.interchange.box import DTYPES, Box, Precision, Side, box_of, require_name
+from attnrobust.interchange.box import DTYPES, Box, Precision, Side, box_of, named
 from attnrobust.interchange.onnx_file import OPSET, onnx_bytes, onnx_version, run_onnx
 from attnrobust.interchange.program import Program, Value
 from attnrobust.interchange.translate import affine, longest, mean_row, weighted_rows, write_map
-from attnrobust.interchange.vnnlib import Version, vnnlib_text
+from attnrobust.interchange.vnnlib import VERSIONS, Version, vnnlib_text
 from attnrobust.notebook import Shown
 from attnrobust.problem import Problem, require_problem
 
@@ -131,7 +131,7 @@ def export_problem(
             in which the clean tokens have another class.
     """
     require_problem(problem)
-    require_name("VNN-LIB version", vnnlib_version, get_args(Version))
+    named("VNN-LIB version", vnnlib_version, VERSIONS)
     place = Path(directory)
     require_free(place, overwrite=overwrite)
     goal = _margin(problem)

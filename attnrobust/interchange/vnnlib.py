@@ -3,12 +3,15 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, get_args
 
 from attnrobust.interchange.box import Box, Precision
 
 Version = Literal["1.0", "2.0"]
 """1.0: flat variables X_i and Y_j, as in the verification competitions up to 2025; 2.0: typed tensors X and Y."""
+
+
+VERSIONS: tuple[Version, ...] = get_args(Version)
 
 
 @dataclass(frozen=True)
