@@ -79,7 +79,7 @@ def _head_reach(layer: Attention, reach: float) -> float:
 
 def _longest(weight: Tensor, bias: Tensor | None, reach: float) -> Float[Tensor, "h"]:
     """Upper bound of the length of a query, key or value of every head."""
-    lengths = torch.linalg.vector_norm(weight, dim=(-2, -1)) * reach
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=(-2, -1)) * reach
     return lengths if bias is None else lengths + torch.linalg.vector_norm(bias, dim=-1)
 
 

@@ -16,7 +16,7 @@ import attnrobust as ar
 from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError, UnsupportedThreatError
 from attnrobust.interchange.box import Precision, Side
 from attnrobust.interchange.export import ExportedProblem, export_problem
-from attnrobust.interchange.vnnlib import Version, decimal
+from attnrobust.interchange.vnnlib import VERSIONS, Version, decimal
 from tests.assertions import shapes_unchecked
 from tests.interchange.specifications import assertions, box, declared, read, satisfied
 
@@ -28,13 +28,14 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-LAYER = ar.Attention(*(draw(2, 4, 3, seed=s) for s in range(3)), w_o=draw(2, 3, 5, seed=3), causal=True)
+WEIGHTS: dict[str, Any] = {name: draw(2, 4, 3, seed=seed) for seed, name in enumerate(("w_q", "w_k", "w_v"))}
+LAYER = ar.Attention(**WEIGHTS, w_o=draw(2, 3, 5, seed=3), causal=True)
 GOAL = ar.Margin(draw(3, 5, seed=4), draw(3, seed=5), pool="mean")
 CLEAN = ar.TokenMeasure(draw(4, 4, seed=6))
 
 
 def problem(threat: str = "per-token-linf", **changes: Any) -> ar.Problem:
-    given = {"network": LAYER, "clean": CLEAN, "threat": ar.parse_threat(threat), "goal": GOAL}
+    given: dict[str, Any] = {"network": LAYER, "clean": CLEAN, "threat": ar.parse_threat(threat), "goal": GOAL}
     return ar.Problem(**(given | changes))
 
 
@@ -105,10 +106,10 @@ def test_the_sides(tmp_path: Path, side: Side, holds: bool) -> None:
 def test_the_parser_of_the_standard_reads_the_same_question(tmp_path: Path, precision: Precision, threat: str) -> None:
     vnnlib = pytest.importorskip("vnnlib", reason="vnnlib, the parser of VNN-LIB 2.0, is not installed")
     texts: dict[Version, str] = {}
-    for version in ("1.0", "2.0"):
+    for version in VERSIONS:
         options: dict[str, Any] = {"epsilon": 0.1, "precision": precision, "vnnlib_version": version}
         told = export_problem(problem(threat), tmp_path / version, **options)
-        texts[version] = read(told.paths[1])  # type: ignore[index]
+        texts[version] = read(told.paths[1])
     compat = pytest.importorskip("vnnlib.compat")
     query = vnnlib.parse_query_string(texts["2.0"])
     (network,) = query.networks

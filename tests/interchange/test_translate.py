@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,6 @@ from attnrobust.interchange.program import Program, Value
 from attnrobust.interchange.translate import WRITERS, write_map
 from attnrobust.layers import graph as g
 from attnrobust.layers.attention import Attention
-from attnrobust.layers.graph.activation_functions import FUNCTIONS
 from attnrobust.layers.head_bias import HeadBias
 from attnrobust.layers.mlp import Mlp
 from attnrobust.layers.network import Network, Residual
@@ -40,7 +39,7 @@ def content(layer: Any, x: Tensor, mass: Tensor | None, precision: Precision, re
     """The file of a map from tokens (1, n, d) to all entries of its output in one row."""
     program = Program()
     length = float(torch.linalg.vector_norm(x, dim=-1).max()) if reach is None else reach
-    out = write_map(program, layer, Value("X", *map(int, x.shape), length), mass=mass)
+    out = write_map(program, layer, Value("X", int(x.shape[0]), int(x.shape[1]), length), mass=mass)
     program.apply("Reshape", out.name, (1, out.rows * out.width), to="Y")
     return onnx_bytes(program, shape=(1, *x.shape), classes=out.rows * out.width, precision=precision)
 
@@ -62,8 +61,14 @@ def test_attention(case: Case) -> None:
     same(case.attention, case.tokens.points, None if case.tokens.uniform else case.tokens.mass)
 
 
-W = {name: draw(2, 6, 4) + shift for name, shift in (("w_q", 0.0), ("w_k", 0.1), ("w_v", 0.2))}
-B = {"b_q": draw(2, 4), "b_k": draw(2, 4) + 0.5, "b_v": draw(2, 4) - 0.5, "w_o": draw(2, 4, 6), "b_o": draw(6)}
+W: dict[str, Any] = {name: draw(2, 6, 4) + shift for name, shift in (("w_q", 0.0), ("w_k", 0.1), ("w_v", 0.2))}
+B: dict[str, Any] = {
+    "b_q": draw(2, 4),
+    "b_k": draw(2, 4) + 0.5,
+    "b_v": draw(2, 4) - 0.5,
+    "w_o": draw(2, 4, 6),
+    "b_o": draw(6),
+}
 PLACED = {
     "rotary": Attention(**W, **B, rotary=Rotary(frequencies=draw(2)), causal=True),
     "rotary interleaved": Attention(**W, **B, rotary=Rotary(frequencies=draw(1), layout="interleaved", offset=3)),
@@ -102,7 +107,8 @@ def every_node() -> g.NetworkGraph:
     build.add("norm", g.Normalise(norm(LayerNorm)))
     build.add("attend", g.Attend(Attention(**W, **B)))
     read = build.add("sum", g.Sum(), "positions", "attend")
-    for function in FUNCTIONS:
+    functions: tuple[g.Activation, ...] = get_args(g.Activation)
+    for function in functions:
         build.add(function, g.Activate(function))
     build.add("gate", g.Product(), read, "identity")
     build.add("scale", g.Scale(draw(6)))
@@ -193,7 +199,7 @@ def test_a_subclass_is_refused() -> None:
 
 
 def test_a_field_that_no_writer_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WRITERS, LayerNorm, (WRITERS[LayerNorm][0], frozenset({"weight", "bias"})))  # type: ignore[arg-type]
+    monkeypatch.setitem(WRITERS, LayerNorm, (WRITERS[LayerNorm][0], frozenset({"weight", "bias"})))
     with pytest.raises(UnsupportedModelError, match=r"LayerNorm\.eps is not exported"):
         write_map(Program(), LayerNorm(torch.ones(6)), Value("X", 4, 6, 1.0))
     for kind, (_, known) in WRITERS.items():
