@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     )
     from attnrobust.evaluation import Evaluation, evaluate, read_results
     from attnrobust.goals import Displacement, Goal, Margin
+    from attnrobust.interchange.export import ExportedProblem, export_problem
     from attnrobust.layers.attention import Attention
     from attnrobust.layers.pre_norm import PreNormAttention
     from attnrobust.layers.spectral import cap_spectral_norms
@@ -139,6 +140,8 @@ __all__ = [
     "smooth",
     "Smoothing",
     "SmoothedComparison",
+    "export_problem",
+    "ExportedProblem",
     # what can go wrong
     "AttnRobustError",
     "InputError",
@@ -172,6 +175,7 @@ _EXPORTS = {
     ),
     "attnrobust.evaluation": ("evaluate", "Evaluation", "read_results"),
     "attnrobust.goals": ("Goal", "Displacement", "Margin"),
+    "attnrobust.interchange.export": ("export_problem", "ExportedProblem"),
     "attnrobust.layers.attention": ("Attention",),
     "attnrobust.layers.pre_norm": ("PreNormAttention",),
     "attnrobust.layers.spectral": ("cap_spectral_norms",),

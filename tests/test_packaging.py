@@ -20,7 +20,7 @@ import attnrobust
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-HEAVY = ("transformers", "foolbox", "cvxpy", "matplotlib", "pyarrow", "ot", "flint", "ray", "jinja2")
+HEAVY = ("transformers", "foolbox", "cvxpy", "matplotlib", "pyarrow", "ot", "flint", "ray", "jinja2", "onnx")
 
 
 def python(*arguments: str, **environment: str) -> str:
@@ -170,7 +170,7 @@ def pins() -> dict[str, str]:
 
 def test_every_requirement_is_pinned_to_a_version_that_it_admits() -> None:
     pinned = pins()
-    for requirement in requirements("demo", "rigorous", "test"):
+    for requirement in requirements("demo", "onnx", "rigorous", "test"):
         version = pinned[requirement.name.lower().replace("_", "-")]
         assert requirement.specifier.contains(version, prereleases=True), requirement
 
@@ -185,7 +185,7 @@ def test_the_tests_run_with_the_pinned_versions() -> None:
     if not (ROOT / ".venv").exists() or not Path(sys.executable).is_relative_to(ROOT / ".venv"):
         pytest.skip("not in the environment that make test creates")
     pinned = pins()
-    for requirement in requirements("demo", "rigorous", "test"):
+    for requirement in requirements("demo", "onnx", "rigorous", "test"):
         installed = importlib.metadata.version(requirement.name).partition("+")[0]
         assert installed == pinned[requirement.name.lower().replace("_", "-")], requirement.name
 

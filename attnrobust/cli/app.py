@@ -14,6 +14,7 @@ from attnrobust.cli import (
     compare,
     curve,
     demo,
+    export_problem,
     fixed_point,
     leaderboard,
     listing,
@@ -58,7 +59,21 @@ def _common(
         logging.getLogger("attnrobust").setLevel(logging.DEBUG)
 
 
-_MODULES = (listing, compare, curve, demo, runs, scan, bench, leaderboard, smooth, bounds, fixed_point, reproduce)
+_MODULES = (
+    listing,
+    compare,
+    curve,
+    demo,
+    runs,
+    scan,
+    bench,
+    leaderboard,
+    smooth,
+    bounds,
+    export_problem,
+    fixed_point,
+    reproduce,
+)
 for _module in _MODULES:
     app.registered_commands.extend(_module.commands.registered_commands)
 

@@ -169,6 +169,35 @@ SearchSteps = Annotated[
     typer.Option("--search", metavar="N", help="Steps of ascent for lower bounds; default 40 if small, else 0."),
 ]
 
+# ---- problems for other verifiers ------------------------------------------------------------------------------------
+
+ExportRadius = Annotated[
+    float, typer.Option("--epsilon", metavar="R", help="The radius that is asked about, in the threat's distance.")
+]
+ExportOut = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Write problem.onnx, problem.vnnlib and problem.json there.")
+]
+InputNumber = Annotated[
+    int | None,
+    typer.Option("--input", metavar="I", help="Which input of the file, from 1; needed where it has several."),
+]
+BoxSide = Annotated[
+    str | None,
+    typer.Option(
+        "--box",
+        metavar="SIDE",
+        help="Where the threat is no box: inscribed (in it; sat is a violation) or enclosing (it; unsat certifies).",
+    ),
+]
+FilePrecision = Annotated[
+    str,
+    typer.Option("--precision", metavar="P", help="Of weights and inputs: float32, or float64, which rounds nothing."),
+]
+VnnlibVersion = Annotated[
+    str, typer.Option("--vnnlib-version", metavar="V", help="1.0, which most verifiers read, or 2.0.")
+]
+OverwriteFiles = Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier export.")]
+
 # ---- how it is run ---------------------------------------------------------------------------------------------------
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML or JSON; flags go over it.")]
