@@ -180,21 +180,23 @@ class AttendRemainder(NodeRemainder):
         terms = Terms(self._clean, self._all(ball))
         return {"heads": min(_stack(terms.whole), self._jointly(terms.whole_factors, ball)), "out": 0.0}
 
-    def beyond(self, ball: Ball) -> Mapping[str, float]:
-        terms = Terms(self._clean, self._all(ball))
-        return self._with_quadratic(self._third(terms, ball), ball)
+    def third(self, ball: Ball) -> Mapping[str, float]:
+        return {"heads": self._third(Terms(self._clean, self._all(ball)), ball), "out": 0.0}
 
-    def further(self, ball: Ball) -> Mapping[str, float]:
+    def fourth(self, ball: Ball) -> Mapping[str, float]:
         """Fourth order and ``C3(e) - C3(T D)``, a difference of polynomials; or nothing taken off."""
         terms, first = Terms(self._clean, self._all(ball)), Terms(self._clean, self._first(ball))
         change = (terms.cubic - first.cubic + CANCELLATION * terms.cubic).clamp_min(0.0)
         apart = _stack(torch.minimum(terms.fourth + change, terms.third + first.cubic))
         fourth = self._jointly(terms.fourth_factors, ball, change)
         cubic = min(_stack(first.cubic), self._jointly(first.cubic_factors, Ball(ball.radius, 0.0, 0.0)))
-        return self._with_quadratic(min(apart, fourth, self._third(terms, ball) + cubic), ball)
+        return {"heads": min(apart, fourth, self._third(terms, ball) + cubic), "out": 0.0}
 
     def quadratic(self, ball: Ball) -> Mapping[str, float]:
-        return self._with_quadratic(0.0, ball)
+        """By the norm of the form at the output, or row by row."""
+        apart = _stack(Terms(self._clean, self._rest(ball)).second)
+        form = math.inf if self.kappa is None else outward(0.5 * self.kappa * ball.rho**2, FORMULA)
+        return {"heads": 0.0, "out": form} if form < apart else {"heads": apart, "out": 0.0}
 
     def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
         """``sum_g |c_g| third_g`` with the parts c_g of the cotangent before the output projection."""
@@ -224,12 +226,6 @@ class AttendRemainder(NodeRemainder):
         reach = replace(self._shapes[name], joint=self.joints.get(name))
         first = reach.stacked(factor, Ball(ball.radius, 0.0, 0.0))
         return outward(first + _stack(factor * reach.rest(ball)), FORMULA)
-
-    def _with_quadratic(self, together: float, ball: Ball) -> Mapping[str, float]:
-        """With ``1/2 f''[R, R]``: by the norm of the form at the output, or row by row."""
-        apart = _stack(Terms(self._clean, self._rest(ball)).second)
-        form = math.inf if self.kappa is None else outward(0.5 * self.kappa * ball.rho**2, FORMULA)
-        return {"heads": together, "out": form} if form < apart else {"heads": together + apart, "out": 0.0}
 
 
 def _weights(factor: Tensor) -> Tensor:
