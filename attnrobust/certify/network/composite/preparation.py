@@ -11,7 +11,7 @@ from torch import Tensor
 from attnrobust.certify.network.composite.metrics import sampled_metrics
 from attnrobust.certify.network.composite.nodes.base import Channel, Form, NodeRemainder
 from attnrobust.certify.network.composite.nodes.registry import remainder_of
-from attnrobust.certify.network.composite.quadratic import QuadraticForms
+from attnrobust.certify.network.composite.quadratic import QuadraticForms, token_basis, token_wise
 from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms
 from attnrobust.certify.network.composite.second_order import Moves, SecondOrder
 from attnrobust.certify.network.composite.sketch import (
@@ -87,7 +87,7 @@ class Preparation:
         self._sketched, self._bent = 0, 0.0
         self._chance = Chance(
             stream(settings.seed, "starts"), "composite", (1.0 - SKETCH_SHARE - BEND_SHARE) * settings.failure,
-            expected=8 * count + count * (count + 1) + (2 * count + 3) * settings.readouts,
+            expected=8 * count + 2 * count * (count + 1) + (2 * count + 3) * settings.readouts,
         )  # fmt: skip
 
     # ---- what the certificates ask ---------------------------------------------------------------------------------
@@ -196,6 +196,18 @@ class Preparation:
 
     def _quadratics(self, target: Target, sources: Sequence[Port]) -> dict[str, float]:
         """``kappa_m`` of every node that reads a remainder, from there to the target (lemma 11)."""
+        alone = [port for port in sources if token_wise(self.record, port, target)]
+        found = {port.name: self._token_quadratic(target, port) for port in alone}
+        mixed = [port for port in sources if port.name not in found]
+        return found | (self._mixed_quadratics(target, mixed) if mixed else {})
+
+    def _token_quadratic(self, target: Target, port: Port) -> float:
+        """Exactly, where tokens stay apart."""
+        form = QuadraticForms(self.record, target, [port], token_basis(port, self._device)).weighed([1.0])
+        return top_singular_value(form, self._chance, device=self._device, tolerance=ROUGHLY / 2.0)
+
+    def _mixed_quadratics(self, target: Target, sources: Sequence[Port]) -> dict[str, float]:
+        """All of them in one eigenvalue."""
         size, seed = sum(port.size for port in sources), stream(self.settings.seed, "insertions", *target.states)
         pilot = gaussian(size, PILOT, failure=0.5, seed=stream(seed, "pilot"), device=self._device)
         start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(self._device)

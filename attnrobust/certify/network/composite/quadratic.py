@@ -14,11 +14,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.network.composite.targets import Port, Target
+from attnrobust.certify.network.composite.targets import Port, Readout, Target
 from attnrobust.certify.network.composite.top_eigenvalue import Operator
+from attnrobust.layers.graph.affine import Affine, Scale, Sum
+from attnrobust.layers.graph.elementwise import Activate, Product
 from attnrobust.layers.graph.linearisation import Linearisation
+from attnrobust.layers.graph.node import Node
+from attnrobust.layers.graph.normalise import Normalise
+from attnrobust.layers.graph.rows import AddPositions
 from attnrobust.numerics.rounding import SMALLEST
 
+APART: tuple[type[Node], ...] = (Affine, Scale, Sum, AddPositions, Normalise, Activate, Product)
+"""Nodes that act on every token by itself and keep its place."""
 ROUNDS = 3  # of power iteration, for guesses of the norms; any positive guesses are sound
 
 
@@ -79,3 +86,21 @@ class QuadraticForms:
         ])  # fmt: skip
         rows = max(int(value.numel()) for value in self.record.clean.values())
         return Operator(lambda v: root * self.product(root * v), sum(self.sizes), 4 * rows * self.along.shape[0])
+
+
+def token_wise(record: Linearisation, port: Port, target: Target) -> bool:
+    """Whether what a node does to one token stays in this token up to the target."""
+    if isinstance(target, Readout) and target.weights is not None:
+        return False
+    places = {step.name: place for place, step in enumerate(record.wiring.steps)}
+    last = max(places.get(name, -1) for name in target.states)
+    between = record.wiring.steps[places[port.name] : last + 1]
+    return all(type(step.node) in APART for step in between)
+
+
+def token_basis(port: Port, device: torch.device) -> Float[Tensor, "s N"]:
+    """Every coordinate of a token, in all tokens at once: a basis where tokens stay apart (lemma 11)."""
+    widths = [scale.shape[-1] for scale in port.scales]
+    unit = torch.eye(sum(widths), dtype=torch.float64, device=device)
+    parts = zip(unit.split(widths, dim=1), port.scales, strict=True)
+    return torch.cat([part[:, None].expand(-1, scale.shape[0], -1).flatten(1) for part, scale in parts], dim=1)

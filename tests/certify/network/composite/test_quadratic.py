@@ -5,7 +5,7 @@ from torch import Tensor
 
 from attnrobust.certify.network.composite.margin import ClassDrop
 from attnrobust.certify.network.composite.preparation import Preparation
-from attnrobust.certify.network.composite.quadratic import QuadraticForms
+from attnrobust.certify.network.composite.quadratic import QuadraticForms, token_basis, token_wise
 from attnrobust.certify.network.composite.targets import Port, Readout, Target
 from tests.assertions import assert_close
 from tests.certify.network.composite.ascent import supremum
@@ -39,6 +39,25 @@ def test_the_product_is_the_unfolding_port_by_port() -> None:
     weights = [0.5 + index for index in range(len(ports))]
     weighed = torch.block_diag(*(part / weight**2 for part, weight in zip(squares, weights, strict=True)))
     assert_close(forms.weighed(weights).product(stacked), weighed, rtol=1e-11)
+
+
+def test_tokens_that_stay_apart_share_a_basis() -> None:
+    """Between a normalisation and an activation they do, behind an attention or a pool they do not."""
+    found = Case(network("post", 2, "gelu", gated=True), random(2, D)).prepared()
+    ports = {port.name: port for port in found.metrics.ports}
+    block = {name.rsplit(".", 1)[-1]: port for name, port in ports.items() if name.startswith("block0")}
+    pairs = [(port, target) for port in block.values() for target in ports.values() if target.name != port.name]
+    apart = [(port, target) for port, target in pairs if token_wise(found.record, port, target)]
+    assert 0 < len(apart) < len(pairs)
+    for port, target in apart:
+        if port not in found.upstream(target):
+            continue
+        tensor = form(found, target, port)
+        forms = QuadraticForms(found.record, target, [port], token_basis(port, torch.device("cpu")))
+        unit = torch.eye(port.size, dtype=torch.float64)
+        assert_close(forms.product(unit), torch.einsum("avk,awk->vw", tensor, tensor), rtol=1e-11)
+    pooled = Readout(found.output.state, found.output.shape, torch.tensor([0.5, 0.5]).double())
+    assert not token_wise(found.record, found.metrics.ports[-1], pooled)
 
 
 def test_quadratic_terms_stay_below_their_norms() -> None:

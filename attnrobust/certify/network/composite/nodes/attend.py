@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.displacement.base import ValueRows
+from attnrobust.certify.network.composite.nodes.attend_cumulants import Bounded, Cumulants, Stacked
 from attnrobust.certify.network.composite.nodes.attend_terms import Factors, Sizes, Terms
 from attnrobust.certify.network.composite.nodes.base import (
     Ball,
@@ -37,6 +38,7 @@ from attnrobust.numerics.rounding import (
 )
 
 TYPICAL = 0.5  # change of a large logit at which the factors of the third order are compared; any is sound
+STACK_LIMIT = 1024  # numbers of one head's keys or values up to which their norm is decomposed
 GRAM_LIMIT = 64  # tokens up to which the (h, n, n, n) inner products of the logits are kept
 
 
@@ -64,6 +66,11 @@ class AttendRemainder(NodeRemainder):
         }
         self._squares = {name: zeros(heads, n) for name in self._grams} | {"logits": zeros(heads, n, n)}
         self._logit_gram = zeros(heads, n, n, n) if n <= GRAM_LIMIT else None
+        self._stacks = {
+            name: zeros(heads, n * width, n * width)
+            for name, width in (("keys", left.shape[-1]), ("values", size))
+            if n * width <= STACK_LIMIT
+        }
         self._shapes: dict[str, Reach] = {}
 
     def curved(self) -> Channel:
@@ -96,6 +103,9 @@ class AttendRemainder(NodeRemainder):
         for name, part in parts.items():
             by_row = part.permute(1, 2, 0, 3)
             self._grams[name] += by_row.mT @ by_row
+        for name, stack in self._stacks.items():
+            by_head = parts[name].flatten(2).transpose(0, 1)
+            stack += by_head.mT @ by_head
 
     def observe_second(self, edges: Edges) -> None:
         logits, parts = self._features(edges)
@@ -116,8 +126,16 @@ class AttendRemainder(NodeRemainder):
         self._tangent = Sizes(logits=outward(self._logits.sqrt(), FORMULA), **norms)
         self._bend = Sizes(**{name: outward(square.sqrt(), FORMULA) for name, square in self._squares.items()})
         self._raw = self._raw_sizes()
+        self._stacked = Stacked(self._logit_gram, self._stack_norm("keys"), self._stack_norm("values"))
+        self._stacks = {}
         if self._logit_gram is not None:
             self._shapes = self._reaches(self._logit_gram)
+
+    def _stack_norm(self, name: str) -> Tensor:
+        """Of a feature of all tokens together, per head."""
+        if name in self._stacks:
+            return largest_eigenvalues(self._stacks[name]).sqrt()
+        return outward(torch.linalg.vector_norm(getattr(self._tangent, name), dim=-1), FORMULA)
 
     def _reaches(self, gram: Tensor) -> dict[str, Reach]:
         """``(E l^2)^{1/2}`` and ``|left^T e_i|`` of every row; weights by what the third order makes of them."""
@@ -176,9 +194,14 @@ class AttendRemainder(NodeRemainder):
     def _all(self, ball: Ball) -> Sizes:
         return self._first(ball).joined(self._rest(ball), torch.add)
 
+    def _cumulants(self, ball: Ball) -> Cumulants:
+        return Cumulants(self._clean, ball.radius, self._first(ball), self._rest(ball), self._stacked)
+
     def whole(self, ball: Ball) -> Mapping[str, float]:
-        terms = Terms(self._clean, self._all(ball))
-        return {"heads": min(_stack(terms.whole), self._jointly(terms.whole_factors, ball)), "out": 0.0}
+        terms, bounded = Terms(self._clean, self._all(ball)), self._cumulants(ball).whole()
+        apart = _stack(torch.minimum(terms.whole, nan_is_infinite(bounded.rows)))
+        jointly = [self._jointly(factors, ball) for factors in (terms.whole_factors, bounded.factors)]
+        return {"heads": min(apart, *jointly), "out": 0.0}
 
     def third(self, ball: Ball) -> Mapping[str, float]:
         return {"heads": self._third(Terms(self._clean, self._all(ball)), ball), "out": 0.0}
@@ -187,8 +210,10 @@ class AttendRemainder(NodeRemainder):
         """Fourth order and ``C3(e) - C3(T D)``, a difference of polynomials; or nothing taken off."""
         terms, first = Terms(self._clean, self._all(ball)), Terms(self._clean, self._first(ball))
         change = (terms.cubic - first.cubic + CANCELLATION * terms.cubic).clamp_min(0.0)
-        apart = _stack(torch.minimum(terms.fourth + change, terms.third + first.cubic))
-        fourth = self._jointly(terms.fourth_factors, ball, change)
+        bounded = self._cumulants(ball).fourth()
+        rows = torch.minimum(terms.fourth, nan_is_infinite(bounded.rows))
+        apart = _stack(torch.minimum(rows + change, terms.third + first.cubic))
+        fourth = min(self._jointly(factors, ball, change) for factors in (terms.fourth_factors, bounded.factors))
         cubic = min(_stack(first.cubic), self._jointly(first.cubic_factors, Ball(ball.radius, 0.0, 0.0)))
         return {"heads": min(apart, fourth, self._third(terms, ball) + cubic), "out": 0.0}
 
@@ -209,9 +234,11 @@ class AttendRemainder(NodeRemainder):
         return outward(square + linear + float((importance * factors.rest).sum()), FORMULA)
 
     def _third(self, terms: Terms, ball: Ball) -> float:
-        apart = _stack(torch.minimum(terms.third, terms.whole + terms.second))
+        bounded: Bounded = self._cumulants(ball).third()
+        rows = torch.minimum(terms.third, nan_is_infinite(bounded.rows))
+        apart = _stack(torch.minimum(rows, terms.whole + terms.second))
         joint = self._jointly(terms.whole_factors, ball) + _stack(terms.second)
-        return min(apart, joint, self._jointly(terms.third_factors, ball))
+        return min(apart, joint, *(self._jointly(f, ball) for f in (terms.third_factors, bounded.factors)))
 
     def _jointly(self, factors: Factors, ball: Ball, more: Tensor | None = None) -> float:
         """The stack of a part of the remainder by the joint sizes of its factors: they cannot all be large at once."""
