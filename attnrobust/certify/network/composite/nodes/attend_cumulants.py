@@ -293,7 +293,7 @@ class _Point:
     @property
     def fourth(self) -> _Coefficients:
         """Four times."""
-        score, crossed, spread = self._score, self._crossed, self._spread
+        score, spread = self._score, self._spread
         squared = torch.minimum(self._deviation(self._spreads).square(), spread * self._farthest * score)
         cubed = torch.minimum(self._deviation(self._scores).square(), self._farthest * score.square())
         bent = (self._spreads * self._scores.square()).amax(-1)
