@@ -71,7 +71,7 @@ class AttendRemainder(NodeRemainder):
             for name, width in (("keys", left.shape[-1]), ("values", size))
             if n * width <= STACK_LIMIT
         }
-        self._shapes: dict[str, Reach] = {}
+        self._shapes: dict[tuple[str, str], Reach] = {}
 
     def curved(self) -> Channel:
         return self.channels["out"]
@@ -137,21 +137,22 @@ class AttendRemainder(NodeRemainder):
             return largest_eigenvalues(self._stacks[name]).sqrt()
         return outward(torch.linalg.vector_norm(getattr(self._tangent, name), dim=-1), FORMULA)
 
-    def _reaches(self, gram: Tensor) -> dict[str, Reach]:
-        """``(E l^2)^{1/2}`` and ``|left^T e_i|`` of every row; weights by what the third order makes of them."""
+    def _reaches(self, gram: Tensor) -> dict[tuple[str, str], Reach]:
+        """``(E l^2)^{1/2}`` and ``|left^T e_i|`` of every row; weights by what third and fourth order make of them."""
         w, typical = self._clean.weight, TYPICAL / float(nonzero(self._tangent.logits.quantile(0.9)))
-        factors = Terms(self._clean, self._first(Ball(typical, 0.0, 0.0))).third_factors
+        cumulants = self._cumulants(Ball(typical, 0.0, 0.0))
         bend, raw = ((w * part.logits.square()).sum(-1).sqrt() for part in (self._bend, self._raw))
         logits = (largest_eigenvalues(gram).sqrt(), outward(bend, ENTRY), outward(raw, ENTRY))
         queries = (self._tangent.queries, self._bend.queries, self._raw.queries)
-        return {
-            "logits": Reach(*logits, _weights(factors.logits)),
-            "queries": Reach(*queries, _weights(factors.queries)),
-        }
+        found = {}
+        for order, bounded in (("third", cumulants.third()), ("fourth", cumulants.fourth())):
+            found["logits", order] = Reach(*logits, _weights(bounded.factors.logits))
+            found["queries", order] = Reach(*queries, _weights(bounded.factors.queries))
+        return found
 
     @property
     def forms(self) -> Mapping[str, Form]:
-        return {name: self._form(name, reach.weights) for name, reach in self._shapes.items()}
+        return {" ".join(key): self._form(key[0], reach.weights) for key, reach in self._shapes.items()}
 
     def _form(self, name: str, weights: Tensor) -> Form:
         if name == "queries":
@@ -249,10 +250,12 @@ class AttendRemainder(NodeRemainder):
         return outward(total, FORMULA)
 
     def _joint_size(self, name: str, factor: Tensor, ball: Ball) -> float:
-        """``(sum_g factor_g^2 feature_g^2)^{1/2}``: of T D by lemma 5, of R row by row."""
-        reach = replace(self._shapes[name], joint=self.joints.get(name))
-        first = reach.stacked(factor, Ball(ball.radius, 0.0, 0.0))
-        return outward(first + _stack(factor * reach.rest(ball)), FORMULA)
+        """``(sum_g factor_g^2 feature_g^2)^{1/2}``: of T D by lemma 5 with the best form, of R row by row."""
+        reaches = {" ".join(key): reach for key, reach in self._shapes.items() if key[0] == name}
+        still = ball.still
+        first = [replace(reach, joint=self.joints.get(key)).stacked(factor, still) for key, reach in reaches.items()]
+        rest = next(iter(reaches.values())).rest(ball)
+        return outward(min(first) + _stack(factor * rest), FORMULA)
 
 
 def _weights(factor: Tensor) -> Tensor:
