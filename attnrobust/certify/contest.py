@@ -11,7 +11,10 @@ from attnrobust.results import Certificate, CertificationReport, NotApplicable
 LEADERS = ("displacement", "margin-one-token", "margin-majorant")
 """Run first: on the measured problems of a layer one of them, or ``singla2020-curvature``, has the largest radius."""
 
-NEVER_ABOVE = {"castin2024-derived": ("spread-lipschitz",), "castin2024-reported": ("spread-lipschitz", "castin2024-derived")}
+NEVER_ABOVE = {
+    "castin2024-derived": ("spread-lipschitz",),
+    "castin2024-reported": ("spread-lipschitz", "castin2024-derived"),
+}
 """By theorem (docs/certificates-literature.md, sections 2 and 3): its radius is at most those of the ones named here."""
 
 BEHIND = frozenset({"castin2024-reported", "castin2024-derived", "spread-lipschitz", "havens2024-local"})

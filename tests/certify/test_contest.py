@@ -112,4 +112,6 @@ def agrees(problem: Problem) -> None:
 
 
 def test_the_names_exist() -> None:
-    assert {*LEADERS, *BEHIND, *ON_REQUEST, *NEVER_ABOVE, *chain(*NEVER_ABOVE.values())} <= {method.name for method in METHODS}
+    assert {*LEADERS, *BEHIND, *ON_REQUEST, *NEVER_ABOVE, *chain(*NEVER_ABOVE.values())} <= {
+        method.name for method in METHODS
+    }
