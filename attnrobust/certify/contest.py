@@ -61,15 +61,15 @@ def certify_what_can_win(
 
     No certified radius of a right certificate exceeds the attack radius: it is the ceiling of every search, and nothing
     more is run once the best is within 1 % of it. By theorem ("dominated") those are left out that are never above one
-    that ran. "Skipped by default" are those that the measurements show behind a leader: the literature's bounds where its
-    gap is at most ``NEAR``, and ``rigorous-local`` wherever it certifies anything. That is a record and no theorem.
+    that ran. "Skipped by default" are those that the measurements show behind a leader: the literature's bounds where
+    its gap is at most ``NEAR``, and ``rigorous-local`` wherever it certifies anything: a record and no theorem.
 
     An unsound certificate still shows: a search that ends near the attack radius has looked right above it.
 
     Args:
         problem: The question.
         methods: Candidates.
-        attack_radius: Verified radius of a violation, an upper bound of the robust radius; infinite where none is known.
+        attack_radius: Verified radius of a violation, an upper bound of the robust radius; infinite where there is none.
         seed: As in ``certify``.
         watch: Is told the name of each certificate that begins.
 

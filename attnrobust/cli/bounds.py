@@ -110,7 +110,7 @@ def _upper(table: "BoundsTable") -> "Table":
         kind = str(row.kind) if row.failure_probability == 0 else f"{row.kind} {row.failure_probability:.0e}"
         ratio = "-" if row.ratio is None else shown(row.ratio)
         lines.append((f"  {row.name}", shown(row.value), ratio, kind, row.region))
-    title = "Lipschitz bounds, the smallest first; above those of each quantity the largest value that is reached"
+    title = "Lipschitz bounds, the smallest first; above those of each quantity the largest value reached"
     return lay_out(columns, lines, title=title, new_section=[isinstance(line[0], Text) for line in lines])
 
 
