@@ -15,7 +15,7 @@ NEVER_ABOVE = {
     "castin2024-derived": ("spread-lipschitz",),
     "castin2024-reported": ("spread-lipschitz", "castin2024-derived"),
 }
-"""By theorem (docs/certificates-literature.md, sections 2 and 3): its radius is at most those of the ones named here."""
+"""By theorem (docs/certificates-literature.md, sections 2 and 3): its radius is at most those of the ones named."""
 
 BEHIND = frozenset({"castin2024-reported", "castin2024-derived", "spread-lipschitz", "havens2024-local"})
 """Well behind a leader that is within ``NEAR`` of the attack in the medians of docs/tightness.md."""
@@ -69,7 +69,7 @@ def certify_what_can_win(
     Args:
         problem: The question.
         methods: Candidates.
-        attack_radius: Verified radius of a violation, an upper bound of the robust radius; infinite where there is none.
+        attack_radius: Verified radius of a violation, an upper bound of the robust one; infinite where there is none.
         seed: As in ``certify``.
         watch: Is told the name of each certificate that begins.
 
