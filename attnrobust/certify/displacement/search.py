@@ -22,6 +22,9 @@ AIM = 0.9965  # used share that is aimed at: the proof's eigenvalue is a little 
 ROUNDS = 5  # radii whose coefficients are computed
 DIRECTIONS = 5  # new maximisers at each of them
 SETTLED = 1.5e-3  # relative change of the radius, and excess of an eigenvalue over what the directions say
+ROUGH = 0.1  # of a long step: so much less its end is settled
+GROWTH = 1.5  # the used share grows like a power between 1 and 2 of the radius, or a little more
+BRACKET = 0.5  # logarithm of a ratio of radii beyond which nothing is interpolated between them
 NEAR = 0.06  # logarithm of a step so short that the coefficients between two radii hold at its end
 LONGEST = 4.0  # factor of one step
 FIRST_STEPS, STEPS = 24, 10  # products of one eigenvalue: the first one, and the others from the last maximiser
@@ -52,8 +55,9 @@ class RadiusSearch:
                 if not forms.finite:
                     reach /= LONGEST
                     continue
-                self.known = [*self.known[-1:], (math.log(reach), forms)]
-                found = self._at_these_forms(reach)
+                near = [one for one in self.known[-1:] if abs(one[0] - math.log(reach)) < BRACKET]
+                self.known = [*near, (math.log(reach), forms)]
+                found = self._in_rounds(reach) if self.per_token else self._at_these_forms(reach)
                 step = abs(math.log(found / reach))
                 if step < SETTLED or (len(self.known) > 1 and step < NEAR):
                     return found
@@ -76,17 +80,30 @@ class RadiusSearch:
 
     def _at_these_forms(self, reach: float) -> float:
         """The radius where the estimate meets the aim, without new coefficients."""
+        start, found, excess = reach, reach, 0.0
         for _ in range(DIRECTIONS):
             rows = self._rows()
             found = self._root(rows, reach)
             scales = self.trial.scales(found)
             shares, least = balanced_shares(self._parts(rows, found) * scales.square())
-            value = self._new_direction(found, scales, shares)
-            settled = abs(math.log(found / reach)) < SETTLED
-            reach = found
-            if value <= least * (1.0 + SETTLED) and settled and not self.per_token:
-                return found
-        return self._root(self._rows(), reach)
+            excess = self._new_direction(found, scales, shares) / least - 1.0
+            moved, reach = abs(math.log(found / reach)), found
+            # the coefficients themselves are wrong by a share of the step from where they were computed
+            if max(excess, moved) <= max(SETTLED, ROUGH * abs(math.log(found / start))):
+                break
+        return found * (1.0 + max(excess, 0.0)) ** (-1.0 / GROWTH)
+
+    def _in_rounds(self, reach: float) -> float:
+        """The same where token scales adapt: the best of some rounds at this radius, whose scales are kept."""
+        best, forms, scales = math.inf, self.known[-1][1], self.trial.scales(reach)
+        kept = self.trial.token_scales
+        for _ in range(DIRECTIONS):
+            used = self.trial.token_scales
+            shares, _ = balanced_shares(self.trial.values(forms) * scales.square())
+            value = self._new_direction(reach, scales, shares)
+            best, kept = min((best, kept), (value, used), key=lambda pair: pair[0])
+        self.trial.rescale(kept)
+        return reach * (AIM * self.budget / (reach * best)) ** (1.0 / GROWTH)
 
     def _rows(self) -> list[Float[Tensor, "s 5"]]:
         """The five forms at the directions seen, with the coefficients of every known radius."""
@@ -114,7 +131,7 @@ class RadiusSearch:
             if abs(value) < 0.1 * SETTLED:
                 break
             low, high = (x, high) if value < 0 else (low, x)
-            step = x - value / 1.5  # the used share grows like a power between 1 and 2, or a little more
+            step = x - value / GROWTH
             x = step if low < step < high else 0.5 * (low + high)
             value = excess(x)
         return math.exp(x)

@@ -12,7 +12,7 @@ from attnrobust.certify.displacement.joint_form import JointProduct
 from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajorant
 from attnrobust.numerics.lanczos import Matvec
 
-REMEMBERED = 4  # directions that choose the shares
+REMEMBERED = 6  # directions that choose the shares
 KEPT_VALUES = 3 * REMEMBERED  # of them at the coefficients of two or three radii
 
 
@@ -94,7 +94,11 @@ class Trial:
         vector = self.embedded(flat)
         self.seen, self.warm = [vector, *self.seen[: REMEMBERED - 1]], True
         if adapt:
-            self.token_scales, self._values = self._rescaled(vector), []
+            self.rescale(self._rescaled(vector))
+
+    def rescale(self, token_scales: Float[Tensor, "n 1"]) -> None:
+        """Take other token scales; what was measured with the present ones is forgotten."""
+        self.token_scales, self._values = token_scales, []
 
     def _rescaled(self, vector: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
         """Token scales that move the maximiser towards equal token moves, normalised (eq. 20)."""
