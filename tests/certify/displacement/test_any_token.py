@@ -8,8 +8,8 @@ import torch
 
 from attnrobust.certify.displacement import any_token as displacement_token
 from attnrobust.certify.displacement.any_token import AnyTokenBound
-from attnrobust.certify.displacement.shares import FLOOR, balanced_shares
 from attnrobust.certify.displacement.method import DisplacementBound, DisplacementCertificate
+from attnrobust.certify.displacement.shares import FLOOR, balanced_shares
 from attnrobust.goals import Displacement
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat
