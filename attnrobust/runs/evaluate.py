@@ -158,8 +158,10 @@ def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str
     if certification is not None:
         values["gap"] = _finite(join(problem, result, certification).gap)
     if task.confirm is not None and result.status is Status.FOUND:
+        begin("confirmation by the model itself")
         values |= _confirmed(task.confirm, result, values.get("message"))
     if config.attack.token_radii and isinstance(task.threat, MoveThreat):
+        begin("attack of every token alone")
         values["token_radii"] = _token_radii(problem, task.threat, config)
 
 
