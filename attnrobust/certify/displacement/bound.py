@@ -1,6 +1,7 @@
 """Displacement certificate: the bound at one problem, first order exact, one joint eigenvalue bound."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +32,7 @@ EVENTS = 64  # eigenvalue bounds that a radius is likely to need
 DENSE_LIMIT = 300  # n d up to which every eigenvalue is computed without randomness
 POWER_STEPS = 8  # of the first guess
 JUST_BELOW = 0.994  # share of the limit above which a smaller bound is not looked for
+ENOUGH = 1.0 - 1e-8  # of the eigenvalue that meets the limit: it is still rounded outward
 ROUNDS = 4  # rebalancing rounds of the joint bound
 TOKEN_ROUNDS = 5  # the same where token scales adapt too
 SETTLED = 2e-3  # relative distance to the least that any shares can give on the directions seen
@@ -131,26 +133,42 @@ class DisplacementBound(PreparedBound):
     def _joint(self, forms: LogitForms, scales: Float[Tensor, "5"], limit: float) -> float:
         """Upper bound of ``sup over |D| = 1 of sum_k scales_k X_k(D)^{1/2}``: Cauchy-Schwarz with shares (eq. 19).
 
-        Stops early once the bound is seen to stay above ``limit`` whatever the shares, or is just below it.
+        Where token scales adapt, the best ones are kept for the next radius.
+        """
+        best, kept = math.inf, self.token_scales
+        for value, used in self._rounds(forms, scales, limit):
+            best, kept = (value, used) if value < best else (best, kept)
+            if JUST_BELOW * limit <= best <= limit:
+                break
+        if self._per_token:
+            self._trial.rescale(kept)
+        return best
+
+    def _rounds(
+        self, forms: LogitForms, scales: Float[Tensor, "5"], limit: float
+    ) -> Iterator[tuple[float, Float[Tensor, "n 1"]]]:
+        """Upper bounds with ever other shares, and the token scales of each.
+
+        They end early once the bound is seen to stay above ``limit`` whatever the shares, or cannot become much smaller.
         """
         best = math.inf
         for number in range(TOKEN_ROUNDS if self._per_token else ROUNDS):
-            parts = self._trial.values(forms) * scales.square()
+            parts, used = self._trial.values(forms) * scales.square(), self.token_scales
             if not bool(torch.isfinite(parts).all()):  # a product left float64: this radius is not covered
-                return best
+                return
             shares, least = balanced_shares(parts)
             if number and (least > limit or best <= least * (1.0 + SETTLED)) and not self._per_token:
-                break
+                return
+            enough = ENOUGH * limit**2 / float(shares.sum())
             try:
-                bounds = self._bounded(forms, scales.square() / shares, limit**2 / float(shares.sum()))
+                bounds = self._bounded(forms, scales.square() / shares, enough)
             except InputError:  # a product left float64 in another direction
-                return best
+                return
             self._chance.spend(bounds.upper.failure_probability)
-            best = min(best, math.sqrt(max(bounds.upper.value, 0.0) * float(shares.sum())))
+            value = math.sqrt(max(bounds.upper.value, 0.0) * float(shares.sum()))
+            best = min(best, value)
             self._trial.remember(bounds.vector, adapt=self._per_token)
-            if JUST_BELOW * limit <= best <= limit:
-                break
-        return best
+            yield value, used
 
     def _bounded(self, forms: LogitForms, factors: Float[Tensor, "5"], enough: float) -> EigenvalueBounds:
         """The largest eigenvalue of the joint form with these factors."""

@@ -21,6 +21,7 @@ from attnrobust.numerics.lanczos import rough_largest_eigenvalue
 AIM = 0.9965  # used share that is aimed at: the proof's eigenvalue is a little larger than the estimate
 ROUNDS = 5  # radii whose coefficients are computed
 DIRECTIONS = 5  # new maximisers at each of them
+TOKEN_DIRECTIONS = 12  # where token scales adapt, and by leaps: the best of them counts
 SETTLED = 1.5e-3  # relative change of the radius, and excess of an eigenvalue over what the directions say
 ROUGH = 0.1  # of a long step: so much less its end is settled
 GROWTH = 1.5  # the used share grows like a power between 1 and 2 of the radius, or a little more
@@ -97,7 +98,7 @@ class RadiusSearch:
         """The same where token scales adapt: the best of some rounds at this radius, whose scales are kept."""
         best, forms, scales = math.inf, self.known[-1][1], self.trial.scales(reach)
         kept = self.trial.token_scales
-        for _ in range(DIRECTIONS):
+        for _ in range(TOKEN_DIRECTIONS):
             used = self.trial.token_scales
             shares, _ = balanced_shares(self.trial.values(forms) * scales.square())
             value = self._new_direction(reach, scales, shares)
