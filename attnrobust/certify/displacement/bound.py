@@ -149,7 +149,7 @@ class DisplacementBound(PreparedBound):
     ) -> Iterator[tuple[float, Float[Tensor, "n 1"]]]:
         """Upper bounds with ever other shares, and the token scales of each.
 
-        They end early once the bound is seen to stay above ``limit`` whatever the shares, or cannot become much smaller.
+        They end early once the bound is seen to stay above ``limit`` whatever the shares, or cannot fall much further.
         """
         best = math.inf
         for number in range(TOKEN_ROUNDS if self._per_token else ROUNDS):

@@ -31,7 +31,7 @@ def problem_of(name: str, threat: MoveThreat, tolerance: float) -> Problem:
         ("biases", FrobeniusBall(), 3),
         ("causal-masses", FrobeniusBall(tokens=(0,)), 2),
         ("saturated-concatenated-masses", FrobeniusBall(), 3),
-        ("causal-masses", PerTokenBall(), 4),
+        ("causal-masses", PerTokenBall(), 8),
     ],
 )
 def test_the_predicted_radius_is_proved_and_is_that_of_a_long_search(
