@@ -88,6 +88,7 @@ UNMIRRORED = {
     "certify/conic/solver.py",
     # test_method.py of the same folder
     "certify/displacement/bound.py",
+    "certify/displacement/trial.py",
     "certify/displacement/pair_rows.py",  # tests/certify/shared/test_pair_forms.py
     # test_method.py of the same folder
     "certify/margin/one_token/descent.py",

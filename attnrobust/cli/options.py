@@ -105,7 +105,11 @@ Methods = Annotated[
     ),
 ]  # fmt: skip
 AllCertificates = Annotated[
-    bool, typer.Option("--all-certificates", help="Every certificate that applies, also those that cannot win.")
+    bool,
+    typer.Option(
+        "--all-certificates",
+        help="Every certificate that applies, also those that cannot win or are skipped by default.",
+    ),
 ]
 Method = Annotated[str, _METHOD]
 MethodChange = Annotated[str | None, _METHOD]
