@@ -83,6 +83,10 @@ class DisplacementBound(PreparedBound):
         """The token scales of eq. 20."""
         return self._trial.token_scales
 
+    def rescale(self, token_scales: Float[Tensor, "n 1"]) -> None:
+        """Measure moves in other token scales from here on: the bound is about ``D = t v`` with ``|v| <= r``."""
+        self._trial.rescale(token_scales)
+
     def _first_order(self) -> tuple[float, Float[Tensor, "n d"]]:
         """A rough norm of J for the first guess (any value is sound) and the direction where it is reached."""
         generator, points = torch.Generator().manual_seed(stream(self.seed, "estimate")), self.problem.clean.points

@@ -92,7 +92,7 @@ class RadiusSearch:
             # the coefficients themselves are wrong by a share of the step from where they were computed
             if max(excess, moved) <= max(SETTLED, ROUGH * abs(math.log(found / start))):
                 break
-        return found * (1.0 + max(excess, 0.0)) ** (-1.0 / GROWTH)
+        return found * math.pow(1.0 + max(excess, 0.0), -1.0 / GROWTH)
 
     def _in_rounds(self, reach: float) -> float:
         """The same where token scales adapt: the best of some rounds at this radius, whose scales are kept."""
@@ -104,7 +104,7 @@ class RadiusSearch:
             value = self._new_direction(reach, scales, shares)
             best, kept = min((best, kept), (value, used), key=lambda pair: pair[0])
         self.trial.rescale(kept)
-        return reach * (AIM * self.budget / (reach * best)) ** (1.0 / GROWTH)
+        return reach * math.pow(AIM * self.budget / (reach * best), 1.0 / GROWTH)
 
     def _rows(self) -> list[Float[Tensor, "s 5"]]:
         """The five forms at the directions seen, with the coefficients of every known radius."""

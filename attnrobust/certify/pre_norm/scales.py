@@ -50,7 +50,7 @@ class ScalesBound(PreparedBound):
         self.inner = _bound_of(normalised(problem), seed=seed)
         self.own = float((own_slopes(problem) / problem.resolved.budgets).max())
         if isinstance(self.inner, DisplacementBound) and isinstance(problem.threat, FrobeniusBall):
-            self.inner.token_scales = self.front.relative[:, None]
+            self.inner.rescale(self.front.relative[:, None])
 
     @property
     def failure_probability(self) -> float:

@@ -134,8 +134,10 @@ class AttendRemainder(NodeRemainder):
     def _stack_norm(self, name: str) -> Tensor:
         """Of a feature of all tokens together, per head."""
         if name in self._stacks:
-            return largest_eigenvalues(self._stacks[name]).sqrt()
-        return outward(torch.linalg.vector_norm(getattr(self._tangent, name), dim=-1), FORMULA)
+            norm: Tensor = largest_eigenvalues(self._stacks[name]).sqrt()
+            return norm
+        sizes: Tensor = getattr(self._tangent, name)
+        return outward(torch.linalg.vector_norm(sizes, dim=-1), FORMULA)
 
     def _reaches(self, gram: Tensor) -> dict[tuple[str, str], Reach]:
         """``(E l^2)^{1/2}`` and ``|left^T e_i|`` of every row; weights by what third and fourth order make of them."""
