@@ -136,8 +136,8 @@ class AttendRemainder(NodeRemainder):
         if name in self._stacks:
             norm: Tensor = largest_eigenvalues(self._stacks[name]).sqrt()
             return norm
-        sizes: Tensor = getattr(self._tangent, name)
-        return outward(torch.linalg.vector_norm(sizes, dim=-1), FORMULA)
+        whole: Tensor = torch.linalg.vector_norm(getattr(self._tangent, name), dim=-1)
+        return outward(whole, FORMULA)
 
     def _reaches(self, gram: Tensor) -> dict[tuple[str, str], Reach]:
         """``(E l^2)^{1/2}`` and ``|left^T e_i|`` of every row; weights by what third and fourth order make of them."""
