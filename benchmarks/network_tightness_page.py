@@ -24,7 +24,7 @@ and [SEP]; all tokens at the first block's input move within one Frobenius ball.
   nearest to the mean of the output.
 * linear: the share of the budget that the exact first order uses at the certified radius.
 * metrics: `one-metric` measures a remainder in the metric of its port only, `own-metrics` in that of the node as well
-  ([section 2](network-composite.md)). A star: before lemmas 9 and 10.
+  ([section 2](network-composite.md)). A star: before lemmas 9 and 10; two stars: before lemmas 11 and 12.
 * Seconds are wall time on a shared machine with two cores and several jobs at once: a rough size, no more.
 
 Made from stored rows; each is one line of `benchmarks/network_tightness.py` with its blocks, tokens and directions:

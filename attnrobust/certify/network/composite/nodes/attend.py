@@ -33,10 +33,10 @@ from attnrobust.numerics.rounding import (
     FORMULA,
     SMALLEST,
     nan_is_infinite,
-    nonzero,
     outward,
 )
 
+VANISHING = 1e-8  # change of a large logit per unit of the move, below which any radius is as typical
 TYPICAL = 0.5  # change of a large logit at which the factors of the third order are compared; any is sound
 STACK_LIMIT = 1024  # numbers of one head's keys or values up to which their norm is decomposed
 GRAM_LIMIT = 64  # tokens up to which the (h, n, n, n) inner products of the logits are kept
@@ -141,8 +141,8 @@ class AttendRemainder(NodeRemainder):
 
     def _reaches(self, gram: Tensor) -> dict[tuple[str, str], Reach]:
         """``(E l^2)^{1/2}`` and ``|left^T e_i|`` of every row; weights by what third and fourth order make of them."""
-        w, typical = self._clean.weight, TYPICAL / float(nonzero(self._tangent.logits.quantile(0.9)))
-        cumulants = self._cumulants(Ball(typical, 0.0, 0.0))
+        w, large = self._clean.weight, float(self._tangent.logits.quantile(0.9))
+        cumulants = self._cumulants(Ball(TYPICAL / large if large > VANISHING else 1.0, 0.0, 0.0))
         bend, raw = ((w * part.logits.square()).sum(-1).sqrt() for part in (self._bend, self._raw))
         logits = (largest_eigenvalues(gram).sqrt(), outward(bend, ENTRY), outward(raw, ENTRY))
         queries = (self._tangent.queries, self._bend.queries, self._raw.queries)

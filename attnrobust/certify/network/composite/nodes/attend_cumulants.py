@@ -168,8 +168,8 @@ class _Point:
         apart = _root(coefficient * self.given.first.logits.square())
         if gram is None:
             return apart + moved
-        factor = torch.where(self._near, (self._growth.exp() * by).sqrt(), 0.0)
-        together = largest_eigenvalues(factor[..., :, None] * gram * factor[..., None, :]).sqrt() * radius
+        factor, known = _finite(torch.where(self._near, (self._growth.exp() * by).sqrt(), 0.0))
+        together = largest_eigenvalues(factor[..., :, None] * gram * factor[..., None, :]).sqrt() * radius + known
         far = _root(torch.where(self._near, 0.0, coefficient * self.given.first.logits.square()))
         return torch.minimum(apart, together + far) + moved
 
@@ -184,7 +184,8 @@ class _Point:
         """``(sum_j W_j by_j |right^T (e_j - mean)|^2)^{1/2}``: all tokens together, or by suprema."""
         coefficient, given = self._weight * by, self.given
         centred = torch.eye(given.clean.n, dtype=by.dtype, device=by.device) - given.clean.weight[..., None, :]
-        spread = torch.linalg.matrix_norm(coefficient.sqrt()[..., None] * centred, 2) * (1.0 + FORMULA)
+        root, known = _finite(coefficient.sqrt())
+        spread = torch.linalg.matrix_norm(root[..., None] * centred, 2) * (1.0 + FORMULA) + known
         together = spread * given.stacked.keys[:, None] * given.radius
         moved = centred_sizes(given.clean.weight, given.rest.keys)
         apart = _root(coefficient * self._keys.square())
@@ -310,6 +311,12 @@ class _Point:
         lower = 4.0 * spread * cubed + 6.0 * squared * score
         size = queries * self._queries + (4.0 * carried + lower) * score + fourth
         return _Coefficients(size, 4.0 * carried + lower + bent * score, queries)
+
+
+def _finite(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of every row, 0 where one of them overflowed, and 0 or infinity for the row."""
+    known = torch.isfinite(factor).all(-1)
+    return torch.where(known[..., None], factor, 0.0), torch.where(known, 0.0, torch.inf).to(factor)
 
 
 def _root(squares: Tensor) -> Tensor:
