@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def test_the_record_is_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -2.5, 1e-45, 0.1, -1e-300, 3.4028234663852886e38])
 def test_decimals_are_exact_and_have_no_exponent(value: float) -> None:
     text = decimal(value)
-    assert float(text) == value
+    assert Fraction(text) == Fraction(value)
     assert set(text) <= set("-0123456789.")
     assert "." in text
     assert text != "-0.0"
