@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from attnrobust.goals import Displacement, Goal, Margin
     from attnrobust.interchange.export import ExportedProblem, export_problem
     from attnrobust.layers.attention import Attention
+    from attnrobust.layers.pre_norm import PreNormAttention
     from attnrobust.layers.spectral import cap_spectral_norms
     from attnrobust.layers.variants.cosine import CosineAttention
     from attnrobust.layers.variants.kernel import KernelAttention
@@ -73,6 +74,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     # the question
     "Attention",
+    "PreNormAttention",
     "TokenMap",
     "TokenMeasure",
     "PerturbedTokens",
@@ -175,6 +177,7 @@ _EXPORTS = {
     "attnrobust.goals": ("Goal", "Displacement", "Margin"),
     "attnrobust.interchange.export": ("export_problem", "ExportedProblem"),
     "attnrobust.layers.attention": ("Attention",),
+    "attnrobust.layers.pre_norm": ("PreNormAttention",),
     "attnrobust.layers.spectral": ("cap_spectral_norms",),
     "attnrobust.layers.variants.cosine": ("CosineAttention",),
     "attnrobust.layers.variants.kernel": ("KernelAttention",),

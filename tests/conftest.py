@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 # Before torch and transformers are imported: they read these once.
@@ -73,8 +74,10 @@ def tally() -> Iterator[Tally]:
     print(f"\n{tally}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marker slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run."""
+    """Skip what this machine cannot run, and leave most of a long parametrisation to the slow run."""
+    _leave_to_the_slow_run(items)
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device",
         "chromium": None if any(map(shutil.which, CHROMIUM)) else "no Chromium",
@@ -83,6 +86,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if reason is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _leave_to_the_slow_run(items: list[pytest.Item]) -> None:
+    """``one_in(k)``: of every k parameter sets of a test one runs by default, another one in every k, the rest is slow.
+
+    The offset changes from k to k, so that crossed parameters all have their turn.
+    """
+    seen: Counter[str] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("one_in")
+        if marker is not None:
+            (k,) = marker.args
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % k != seen[test] // k % k:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 def pytest_runtest_setup() -> None:

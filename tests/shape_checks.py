@@ -12,8 +12,8 @@ from typing import Any
 import jaxtyping
 from beartype import beartype
 
-CALLS = 4000
-"""Checked in every test; nearly all tests make fewer."""
+CALLS = 1000
+"""Checked in every test: every function of a search has been called with its shapes by then; the rest repeats them."""
 
 
 class _Calls:

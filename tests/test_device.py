@@ -75,6 +75,7 @@ each_method = pytest.mark.parametrize(
 
 @each_method
 @each_problem
+@pytest.mark.one_in(2)
 def test_certificates(method: CertificateMethod, problem: Problem) -> None:
     refused = method.refuses(problem)
     expected = None if refused else method.certify(problem, seed=0)

@@ -4,19 +4,30 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from attnrobust.certify.radius import EXACT
 from attnrobust.problem import Problem
 from attnrobust.results import Certificate, CertificationReport, NotApplicable
 
 LEADERS = ("displacement", "margin-one-token", "margin-majorant")
 """Run first: on the measured problems of a layer one of them, or ``singla2020-curvature``, has the largest radius."""
 
-BEHIND = frozenset({
-    "castin2024-reported", "castin2024-derived", "spread-lipschitz", "havens2024-local", "rigorous-local",
-})  # fmt: skip
+NEVER_ABOVE = {
+    "castin2024-derived": ("spread-lipschitz",),
+    "castin2024-reported": ("spread-lipschitz", "castin2024-derived"),
+}
+"""By theorem (docs/certificates-literature.md, sections 2 and 3): its radius is at most those of the ones named."""
+
+BEHIND = frozenset({"castin2024-reported", "castin2024-derived", "spread-lipschitz", "havens2024-local"})
 """Well behind a leader that is within ``NEAR`` of the attack in the medians of docs/tightness.md."""
 
-NEAR, EXACT = 3.0, 1.01
-"""Gaps: up to the first a leader is not overtaken by those behind, up to the second by nothing worth its time."""
+ON_REQUEST = frozenset({"rigorous-local"})
+"""Seconds a row in ball arithmetic, and behind a leader of any positive radius in the medians of docs/tightness.md."""
+
+NEAR = 3.0
+"""Gap up to which a leader was not overtaken by those behind."""
+
+RULES = 2
+"""Raised whenever the rules change: a run that began under others is not gone on with."""
 
 ALL = "--all-certificates runs it"
 
@@ -34,7 +45,7 @@ class Contestant(Protocol):
     def undeclared(self, problem: Problem) -> str | None:
         """What of the problem it does not speak about."""
 
-    def attempt(self, problem: Problem, *, seed: int, named: bool) -> Certificate | NotApplicable:
+    def attempt(self, problem: Problem, *, seed: int, named: bool, ceiling: float) -> Certificate | NotApplicable:
         """Its certificate, or why there is none."""
 
 
@@ -48,15 +59,17 @@ def certify_what_can_win(
 ) -> CertificationReport:
     """Certificates whose radius may be the largest one; the others are in ``skipped`` with the reason.
 
-    No certified radius of a right certificate exceeds the attack radius. So nothing more is run once the best is within
-    1 % of it. Behind a leader at a gap of at most ``NEAR`` those are left out that the measurements show behind;
-    this is a record of measurements and no theorem, which is why they run where the gap is larger. Each radius is
-    searched as always: the attack never bounds a search, so an unsound certificate still shows.
+    No certified radius of a right certificate exceeds the attack radius: it is the ceiling of every search, and nothing
+    more is run once the best is within 1 % of it. By theorem ("dominated") those are left out that are never above one
+    that ran. "Skipped by default" are those that the measurements show behind a leader: the literature's bounds where
+    its gap is at most ``NEAR``, and ``rigorous-local`` wherever it certifies anything: a record and no theorem.
+
+    An unsound certificate still shows: a search that ends near the attack radius has looked right above it.
 
     Args:
         problem: The question.
         methods: Candidates.
-        attack_radius: Verified radius of a violation, an upper bound of the robust radius.
+        attack_radius: Verified radius of a violation, an upper bound of the robust one; infinite where there is none.
         seed: As in ``certify``.
         watch: Is told the name of each certificate that begins.
 
@@ -73,15 +86,16 @@ def certify_what_can_win(
             continue
         if watch is not None:
             watch(method.name)
-        answer = method.attempt(problem, seed=seed, named=False)
+        answer = method.attempt(problem, seed=seed, named=False, ceiling=attack_radius)
         done += [answer] if isinstance(answer, Certificate) else []
         skipped += [answer] if isinstance(answer, NotApplicable) else []
     return CertificationReport(problem.digest, tuple(done), tuple(skipped), time.perf_counter() - start)
 
 
-def _place(method: Contestant) -> int:
-    """Leaders in their order, then the others as they come."""
-    return LEADERS.index(method.name) if method.name in LEADERS else len(LEADERS)
+def _place(method: Contestant) -> tuple[int, int]:
+    """Leaders in their order, then the others as they come, each after those that it is never above."""
+    first = LEADERS.index(method.name) if method.name in LEADERS else len(LEADERS)
+    return first, len(NEVER_ABOVE.get(method.name, ()))
 
 
 def _cannot_win(name: str, done: Sequence[Certificate], attack_radius: float) -> str | None:
@@ -90,6 +104,10 @@ def _cannot_win(name: str, done: Sequence[Certificate], attack_radius: float) ->
         return None
     if attack_radius <= EXACT * best.radius:
         return f"{best.method} is within 1% of the attack radius"
-    if name in BEHIND and best.method in LEADERS and attack_radius <= NEAR * best.radius:
-        return f"dominated by {best.method}"
+    above = next((one.method for one in done if one.method in NEVER_ABOVE.get(name, ())), None)
+    if above is not None:
+        return f"dominated by {above}"
+    near = name in BEHIND and attack_radius <= NEAR * best.radius
+    if best.method in LEADERS and (near or name in ON_REQUEST):
+        return f"skipped by default behind {best.method}"
     return None

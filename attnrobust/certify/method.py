@@ -1,5 +1,6 @@
 """The one template of all certificates: what is declared is answered, a bound becomes a radius and a record."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ PLACED_FEATURES = ATTENTION_FEATURES | {"window", "head_bias"}
 
 MODERN_FEATURES = PLACED_FEATURES | {"rotary"}
 """Every feature of ``Attention`` today."""
+
+PRE_NORM_FEATURES = MODERN_FEATURES | {"residual"}
+"""Every feature of ``PreNormAttention`` today."""
 
 HEAD_FEATURES = frozenset({"bias", "out_projection"})
 """Every feature of the other attention layers."""
@@ -122,7 +126,7 @@ class CertificateMethod(ABC):
             raise UnsupportedThreatError(f"certificate {self.name!r}: {reason}")
         return self._searched(problem, seed=seed)
 
-    def _searched(self, problem: Problem, *, seed: int) -> Certificate:
+    def _searched(self, problem: Problem, *, seed: int, ceiling: float = math.inf) -> Certificate:
         start = time.perf_counter()
         bound = self.prepare(problem, seed=stream(seed, self.name, problem.digest))
         # Ball arithmetic encloses the budgets itself; the others divide by the computed ones.
@@ -131,6 +135,7 @@ class CertificateMethod(ABC):
             lambda r: bound.usage(r).value * outward,
             first_guess=bound.first_guess,
             relative_tolerance=self.relative_tolerance,
+            ceiling=ceiling,
         )
         failure = bound.failure_probability
         return Certificate(
@@ -145,8 +150,17 @@ class CertificateMethod(ABC):
             evaluations=evaluations,
         )
 
-    def attempt(self, problem: Problem, *, seed: int, named: bool = True) -> Certificate | NotApplicable:
-        """The certificate, or why there is none: a refusal, a failure, or minutes of work that nobody named."""
+    def attempt(
+        self, problem: Problem, *, seed: int, named: bool = True, ceiling: float = math.inf
+    ) -> Certificate | NotApplicable:
+        """The certificate, or why there is none: a refusal, a failure, or minutes of work that nobody named.
+
+        Args:
+            problem: The question.
+            seed: As in ``certify``.
+            named: Whether somebody asked for this certificate by its name.
+            ceiling: A radius that no right certificate exceeds; see ``largest_radius``.
+        """
         reason = _undeclared(self, problem)
         if reason is not None:
             return NotApplicable(method=self.name, reason=reason, declared=False)
@@ -154,7 +168,7 @@ class CertificateMethod(ABC):
             reason = self.refuses(problem) or (None if named else self.too_long(problem))
             if reason is not None:
                 return NotApplicable(method=self.name, reason=reason)
-            return self._searched(problem, seed=seed)
+            return self._searched(problem, seed=seed, ceiling=ceiling)
         except SoundnessError:
             raise
         except (UnsupportedThreatError, UnsupportedModelError) as refusal:

@@ -9,10 +9,17 @@ from attnrobust.errors import InputError
 SMALLEST, LARGEST = 1e-12, 1e12  # radii outside are reported as 0 / LARGEST; token norms are far inside
 MAX_EVALUATIONS = 200
 GROWTH_RANGE = (0.5, 30.0)  # exponents p of a local fit usage ~ r^p that a step may trust
+EXACT = 1.01  # a radius within this factor of one that is known to be out of reach is not worth a finer search
+NARROW = 0.05  # logarithm of a used share that misses 1 by so little that the next radius is aimed at, not cut
+BELOW = 0.9  # of that radius: where a first guess beyond it is put
 
 
 def largest_radius(
-    usage: Callable[[float], float], *, first_guess: float | None = None, relative_tolerance: float = 1e-3
+    usage: Callable[[float], float],
+    *,
+    first_guess: float | None = None,
+    relative_tolerance: float = 1e-3,
+    ceiling: float = math.inf,
 ) -> tuple[float, int]:
     """Search the largest r with ``usage(r) <= 1``; the returned r was itself evaluated and passed.
 
@@ -21,21 +28,29 @@ def largest_radius(
     bracket is narrow, or when the passed point already uses all but the tolerance of the budget (then a bound that
     grows at least in proportion to r leaves no more than the tolerance). No monotonicity is assumed for soundness.
 
+    A ceiling saves evaluations that a right bound must fail. Right above it one radius is still tried before the search
+    ends near it; where that passes, the bound contradicts what set the ceiling, and the search goes on without it, so
+    that the contradiction shows.
+
     Args:
         usage: Upper bound of the used budget share on the set of radius r; infinity allowed, NaN is an error.
         first_guess: Where to start; default 1.
         relative_tolerance: How much of the radius may be given away.
+        ceiling: A radius that no right bound certifies, as that of a verified attack; within 1 % of it the search ends.
 
     Returns:
         (radius, evaluations); radius 0.0 when nothing >= 1e-12 passes.
 
     Raises:
-        InputError: The bound returned NaN, or a tolerance that is not in (0, 1).
+        InputError: The bound returned NaN, a tolerance that is not in (0, 1), or a ceiling that is negative or NaN.
     """
     if not 0.0 < relative_tolerance < 1.0:
         raise InputError(f"relative_tolerance must be in (0, 1); got {relative_tolerance}")
-    search = _Search(relative_tolerance)
+    if not ceiling >= 0.0:
+        raise InputError(f"the ceiling must be >= 0; got {ceiling}")
+    search = _Search(relative_tolerance, ceiling)
     radius = first_guess if first_guess is not None and SMALLEST < first_guess < LARGEST else 1.0
+    radius = max(min(radius, BELOW * ceiling), SMALLEST)
     for evaluations in range(1, MAX_EVALUATIONS + 1):
         value = usage(radius)
         if math.isnan(value):
@@ -43,7 +58,7 @@ def largest_radius(
         search.record(radius, value)
         if search.finished:
             return search.passed, evaluations
-        radius = search.next_radius()
+        radius = search.within(search.next_radius())
     return search.passed, MAX_EVALUATIONS
 
 
@@ -52,6 +67,7 @@ class _Search:
     """The bracket (largest passed, smallest failed above it) and the finite points seen so far."""
 
     tolerance: float
+    ceiling: float = math.inf
     passed: float = 0.0
     failed: float = math.inf
     passed_usage: float = 0.0
@@ -74,14 +90,32 @@ class _Search:
     def finished(self) -> bool:
         if self.passed >= LARGEST or (self.passed == 0.0 and self.failed <= SMALLEST):
             return True
+        if self.near_ceiling and self.failed <= self.above_ceiling:
+            return True
         return self.passed > 0 and (
             self.failed <= self.passed * (1 + self.tolerance) or self.passed_usage >= 1.0 / (1 + self.tolerance)
         )
 
+    @property
+    def above_ceiling(self) -> float:
+        """The only radius beyond the ceiling that is tried while no larger one passed."""
+        return max(self.ceiling * (1 + self.tolerance), SMALLEST)
+
+    @property
+    def near_ceiling(self) -> bool:
+        return self.passed <= self.ceiling <= EXACT * self.passed
+
+    def within(self, radius: float) -> float:
+        """The next radius, as far as the ceiling lets it."""
+        if self.passed > self.ceiling:
+            return radius
+        return self.above_ceiling if self.near_ceiling else min(radius, self.above_ceiling)
+
     def next_radius(self) -> float:
         aim = self._fitted()
         if self.passed == 0.0:  # only failures so far
-            high = self.failed * 0.9
+            narrow = any(0.0 < log_u < NARROW and log_r <= math.log(self.failed) + 1e-9 for log_r, log_u in self.points)
+            high = self.failed / (1 + self.tolerance / 2) if narrow else self.failed * 0.9
             return max(min(aim if aim is not None else self.failed * 1e-2, high), self.failed * 1e-3, SMALLEST / 2)
         if self.failed == math.inf:  # only successes so far
             self.rising_steps += 1  # ever longer steps, for a bound that stays below 1 for ever

@@ -22,6 +22,8 @@ from attnrobust.certify.network.chain import NetworkChain
 from attnrobust.certify.network.composite.method import NetworkComposite, NetworkCompositeLarge
 from attnrobust.certify.network.literature import NetworkLipschitz
 from attnrobust.certify.network.product import NetworkProduct
+from attnrobust.certify.pre_norm.margin import PreNormMargin
+from attnrobust.certify.pre_norm.scales import PreNormScales
 from attnrobust.certify.rigorous.local import RigorousLocal
 from attnrobust.errors import UnknownNameError
 
@@ -39,6 +41,8 @@ METHODS: tuple[CertificateMethod, ...] = (
     DisplacementCertificate(),
     MarginTokenCertificate(),
     MarginCertificate(),
+    PreNormScales(),
+    PreNormMargin(),
     NetworkLipschitz(),
     NetworkProduct(),
     NetworkChain(),

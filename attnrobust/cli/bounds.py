@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 
-WIDEST_REGION, WIDEST_REASON = 28, 64
-"""Characters, so that no table has more than a hundred columns."""
+WIDEST_BOUND, WIDEST_KIND, WIDEST_REGION, WIDEST_REASON = 30, 13, 20, 62
+"""Characters, so that no table has a hundred columns."""
 
 
 @commands.command()
@@ -80,7 +80,8 @@ def _moved(measure: "TokenMeasure", device: str) -> "TokenMeasure":
 def _print(table: "BoundsTable", title: str, threat: str) -> None:
     stdout = console()
     size = "" if table.epsilon is None else f"; finite moves of {shown(table.epsilon)} ({threat})"
-    stdout.print(f"{title}: {table.n} tokens of width {table.width}, R = {shown(table.radius)}{size}")
+    stdout.print(title)
+    stdout.print(f"{table.n} tokens of width {table.width}, R = {shown(table.radius)}{size}")
     for part in (_upper(table), _lower(table), _conditions(table), _skipped(table)):
         if part is not None:
             stdout.print(part)
@@ -93,9 +94,9 @@ def _upper(table: "BoundsTable") -> "Table":
     from attnrobust.reports.layout import Column, lay_out, numbers
 
     columns = [
-        Column("bound"),
+        Column("bound", widest=WIDEST_BOUND),
         *numbers("value", "ratio"),
-        Column("kind", widest=19),
+        Column("kind", widest=WIDEST_KIND),
         Column("holds for", widest=WIDEST_REGION),
     ]
     lines: list[tuple[str | Text, ...]] = []
@@ -109,7 +110,7 @@ def _upper(table: "BoundsTable") -> "Table":
         kind = str(row.kind) if row.failure_probability == 0 else f"{row.kind} {row.failure_probability:.0e}"
         ratio = "-" if row.ratio is None else shown(row.ratio)
         lines.append((f"  {row.name}", shown(row.value), ratio, kind, row.region))
-    title = "Lipschitz bounds, the smallest first; above those of each quantity the largest value that is reached"
+    title = "Lipschitz bounds, the smallest first; above those of each quantity the largest value reached"
     return lay_out(columns, lines, title=title, new_section=[isinstance(line[0], Text) for line in lines])
 
 
@@ -117,7 +118,12 @@ def _lower(table: "BoundsTable") -> "Table | None":
     from attnrobust.reports.layout import Column, lay_out, numbers, words
 
     lows = [(str(row.quantity), row.name, shown(row.value), row.where) for row in table.lower_bounds]
-    columns = [*words("quantity", "by"), *numbers("value"), Column("where", widest=WIDEST_REGION)]
+    columns = [
+        Column("quantity", widest=WIDEST_BOUND),
+        *words("by"),
+        *numbers("value"),
+        Column("where", widest=WIDEST_REGION),
+    ]
     title = "lower bounds: values that are reached"
     return lay_out(columns, lows, title=title, sections=True) if lows else None
 

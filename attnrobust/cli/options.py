@@ -10,7 +10,9 @@ _SEED = typer.Option(help="Seed of everything random.", min=-LARGEST_SEED - 1, m
 _DEVICE = typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...", show_default="cpu")
 _LAYER = "Layer, or a suffix that only it has; see list-layers."
 _AT = (
-    "In place of --layer: the whole model; its tokens move at this depth, embeddings or block:K (what enters block K)."
+    "In place of --layer: the whole model; its tokens move at this depth, embeddings or block:K (what enters block K). "
+    "With --layer: normed (default; what enters the attention), residual (hidden states before its block's norm) or "
+    "residual-sum (the same, and the goal is about their sum with the attention's output)."
 )
 _GOAL = (
     "Of the whole model: decision (its own class or next token stays), nearest (the nearest of the --anchors does), "
@@ -103,7 +105,11 @@ Methods = Annotated[
     ),
 ]  # fmt: skip
 AllCertificates = Annotated[
-    bool, typer.Option("--all-certificates", help="Every certificate that applies, also those that cannot win.")
+    bool,
+    typer.Option(
+        "--all-certificates",
+        help="Every certificate that applies, also those that cannot win or are skipped by default.",
+    ),
 ]
 Method = Annotated[str, _METHOD]
 MethodChange = Annotated[str | None, _METHOD]

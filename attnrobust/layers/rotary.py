@@ -95,12 +95,17 @@ class Rotary:
     def turn(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
         """Row i times ``R_i``, or ``R_at_i`` where ``at`` names the tokens whose rows these are."""
         cosine, sine, partners = self.factors(heads.shape[-2], heads.shape[-1], at)
-        return heads * cosine + heads[..., partners] * sine
+        return heads * cosine + self._swapped(heads, partners) * sine
 
     def turn_back(self, heads: Float[Tensor, "*b n k"], at: Int[Tensor, "n"] | None = None) -> Float[Tensor, "*b n k"]:
         """Row i times the transpose of ``R_i`` (or ``R_at_i``): the adjoint and the inverse of ``turn``."""
         cosine, sine, partners = self.factors(heads.shape[-2], heads.shape[-1], at)
-        return heads * cosine - heads[..., partners] * sine
+        return heads * cosine - self._swapped(heads, partners) * sine
+
+    def _swapped(self, heads: Float[Tensor, "*b n k"], partners: Int[Tensor, "k"]) -> Float[Tensor, "*b n k"]:
+        """Every coordinate's partner; two halves change places several times faster than coordinates one by one."""
+        k = heads.shape[-1]
+        return heads.roll(k // 2, -1) if self.layout == "half" and 2 * self.planes == k else heads[..., partners]
 
     def factors(self, n: int, k: int, at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What a coordinate is multiplied by (n, k), its partner likewise, and the partner's place (k,)."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.layers.network import Network, Residual
+from attnrobust.layers.pre_norm import PreNormAttention
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.numerics.running_error import NotTrackedError, error_of, tracked, tracking
 
@@ -46,8 +47,11 @@ def output_rounding(
     estimate: Tensor = ESTIMATE * torch.linalg.vector_norm(output, dim=-1, keepdim=True).expand_as(output)
     if type(points) is not Tensor:  # a subclass cannot be followed
         return estimate
-    if type(network) is Attention and asked is not None and int((asked != 0).sum()) * FEWER <= len(points):
-        return _of_rows(network, points, mass, output, asked.nonzero().flatten(), estimate)
+    rows = None if asked is None else asked.nonzero().flatten()
+    known = type(network) in (Attention, PreNormAttention)  # a subclass may be another function
+    few = rows is not None and len(rows) * FEWER <= len(points)
+    if known and few and rows is not None and isinstance(network, Attention | PreNormAttention):
+        return _of_rows(network, points, mass, output, rows, estimate)
     tokens, masses = tracked(points), None if mass is None else tracked(mass)
     try:
         with torch.no_grad(), tracking():
@@ -59,7 +63,12 @@ def output_rounding(
 
 
 def _of_rows(
-    layer: Attention, points: Tensor, mass: Tensor | None, output: Tensor, at: Int[Tensor, "q"], estimate: Tensor
+    layer: Attention | PreNormAttention,
+    points: Tensor,
+    mass: Tensor | None,
+    output: Tensor,
+    at: Int[Tensor, "q"],
+    estimate: Tensor,
 ) -> Tensor:
     """Bounds of the rows ``at``: these rows are computed again, so their distance from ``output`` is added."""
     try:

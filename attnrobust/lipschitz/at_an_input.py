@@ -16,7 +16,7 @@ from attnrobust.lipschitz.derivative_map import attention_jacobian, derivative_m
 from attnrobust.numerics.linear_map import largest_singular_value_upper
 from attnrobust.numerics.sides import Upper, round_up
 from attnrobust.numerics.softmax import derivative_norm_upper
-from attnrobust.numerics.triangle import triangle
+from attnrobust.numerics.triangle import product_norm, triangle
 
 AT_X = "the input X alone"
 CANCELLATION = 1e-14  # error of E[v k] - E[v] E[k] in units of the second moments: sums of up to 1e4 terms stay inside
@@ -68,8 +68,8 @@ def softmax_norm_upper(jacobian: AttentionJacobian) -> Upper:
     scores = torch.linalg.matrix_norm(parts.queries, 2) + torch.linalg.matrix_norm(parts.keys, 2)
 
     def heads(w_o: Tensor | None) -> Tensor:
-        w_v, moved = (jacobian.attention.w_v, values) if w_o is None else (jacobian.attention.w_v @ w_o, values @ w_o)
-        fixed = torch.linalg.matrix_norm(jacobian.weights, 2) * torch.linalg.matrix_norm(w_v, 2)
+        moved = values if w_o is None else values @ w_o
+        fixed = torch.linalg.matrix_norm(jacobian.weights, 2) * _value_norms(jacobian.attention.w_v, w_o)
         total: Tensor = fixed + sharp * torch.linalg.matrix_norm(moved, 2) * scores
         return total
 
@@ -98,10 +98,8 @@ def diameter_norm_upper(jacobian: AttentionJacobian) -> Upper:
     slope = (1.5 * (torch.maximum(*lengths).square() * distances.max().square() * (n + 1) + n)).sqrt()
 
     def heads(w_o: Tensor | None) -> Tensor:
-        norms: Tensor = torch.linalg.matrix_norm(
-            jacobian.attention.w_v if w_o is None else jacobian.attention.w_v @ w_o, 2
-        )
-        return slope * norms
+        norms: Tensor = slope * _value_norms(jacobian.attention.w_v, w_o)
+        return norms
 
     return _combined(jacobian, heads)
 
@@ -111,6 +109,14 @@ class _ScoreParts:
     queries: Tensor  # centred gradients of the scores in the query token, (h, n, d)
     uncentred: Tensor
     keys: Tensor  # gradients in the key token, (h, n, d)
+
+
+def _value_norms(w_v: Float[Tensor, "h d v"], w_o: Float[Tensor, "h v e"] | None) -> Float[Tensor, "h"]:
+    """``||w_v w_o||_2`` per head, or ``||w_v||_2``."""
+    if w_o is not None:
+        return product_norm(w_v, w_o.mT)
+    norms: Tensor = torch.linalg.matrix_norm(w_v, 2)
+    return norms
 
 
 def _score_parts(jacobian: AttentionJacobian) -> _ScoreParts:
@@ -138,13 +144,12 @@ def _head_bounds(jacobian: AttentionJacobian, w_o: Tensor | None, mass: Tensor |
     """Each head's bound (h,), after its output projection if one is given."""
     layer, weights = jacobian.attention, jacobian.weights
     centred = jacobian.values - jacobian.averages.mean(dim=-2, keepdim=True)  # covariances do not see a common shift
-    w_v = layer.w_v if w_o is None else layer.w_v @ w_o
     if mass is not None:
         weights_in = mass.sqrt()[:, None] * weights / mass.sqrt()
         columns = mass[:, None] * weights / mass
     else:
         weights_in, columns = weights, weights
-    value = torch.linalg.matrix_norm(weights_in, 2) * torch.linalg.matrix_norm(w_v, 2)
+    value = torch.linalg.matrix_norm(weights_in, 2) * _value_norms(layer.w_v, w_o)
     query = _query_blocks(jacobian, centred, w_o).amax(dim=-1)
     spread = _largest_variance(weights, centred, w_o)
     directions = jacobian.queries @ layer.w_k.transpose(-1, -2)

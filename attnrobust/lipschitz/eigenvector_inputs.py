@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.jacobian import AttentionJacobian
 from attnrobust.lipschitz.derivative_map import derivative_map, mass_weighted
 from attnrobust.numerics.linear_map import largest_singular_value_lower
 from attnrobust.numerics.rounding import SMALLEST
@@ -16,9 +17,9 @@ from attnrobust.numerics.sides import Lower
 from attnrobust.tokens import TokenMeasure
 
 REAL = 1e-9  # imaginary part, relative to the largest eigenvalue, up to which an eigenvalue counts as real
-COARSE = 1e-2  # accuracy at which the finalists are told apart
 FINALISTS = 6
-POWER_STEPS = 3  # the many inputs are ranked by so few, a tenth of what the coarse accuracy takes
+POWER_STEPS, MORE_STEPS = 3, 12  # of power iteration: the many inputs are ranked by few, the finalists by more
+TOGETHER = 2**21  # numbers of weights and tokens in a batch of inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,19 +142,45 @@ def _real_eigenvectors(attention: Attention) -> list[tuple[float, Float[Tensor, 
 
 def _best(attention: Attention, inputs: list[TokenMeasure], *, seed: int) -> Witness:
     """The input with the largest norm: told apart ever less coarsely; each value is a lower bound."""
-    finalists = sorted(inputs, key=lambda tokens: _rough_norm(attention, tokens, seed=seed), reverse=True)[:FINALISTS]
-    best = max(finalists, key=lambda tokens: _norm(attention, tokens, seed=seed, tol=COARSE).value)
-    return Witness(_norm(attention, best, seed=seed, tol=1e-9), best)
+    for steps, kept in ((POWER_STEPS, FINALISTS), (MORE_STEPS, 1)):
+        norms = _rough_norms(attention, inputs, steps=steps, seed=seed)
+        inputs = [inputs[k] for k in sorted(range(len(inputs)), key=lambda k: -norms[k])[:kept]]
+    return Witness(_norm(attention, inputs[0], seed=seed, tol=1e-9), inputs[0])
 
 
-def _rough_norm(attention: Attention, tokens: TokenMeasure, *, seed: int) -> float:
-    """``||A v||`` after a few power steps from a random v: enough to rank by."""
-    linear = mass_weighted(derivative_map(attention, tokens), tokens.mass)
+def _rough_norms(attention: Attention, inputs: list[TokenMeasure], *, steps: int, seed: int) -> list[float]:
+    """``||A v||`` of every input after a few power steps from one random v: enough to rank by."""
+    by_length: dict[int, list[int]] = {}
+    for index, tokens in enumerate(inputs):
+        by_length.setdefault(tokens.n, []).append(index)
+    norms = [0.0] * len(inputs)
+    for n, indices in by_length.items():
+        most = max(1, TOGETHER // (attention.heads * n**2 + n * attention.width))
+        for some in (indices[start : start + most] for start in range(0, len(indices), most)):
+            found = _power_norms(attention, [inputs[index] for index in some], steps=steps, seed=seed)
+            for index, norm in zip(some, found.tolist(), strict=True):
+                norms[index] = norm
+    return norms
+
+
+def _power_norms(attention: Attention, inputs: list[TokenMeasure], *, steps: int, seed: int) -> Float[Tensor, "b"]:
+    """The same for inputs of one length, all at once."""
+    jacobian = AttentionJacobian(
+        attention, torch.stack([tokens.points for tokens in inputs]), torch.stack([tokens.mass for tokens in inputs])
+    )
+    root = torch.stack([tokens.mass for tokens in inputs]).sqrt()[..., None]  # equal masses cancel
+
+    def normed(v: Tensor) -> Tensor:
+        unit: Tensor = v / torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True).clamp_min(SMALLEST)
+        return unit
+
     generator = torch.Generator().manual_seed(seed % 2**63)
-    v = torch.randn(linear.in_shape, generator=generator, dtype=torch.float64).to(attention.device)
-    for _ in range(POWER_STEPS):
-        v = linear.rmatvec(linear.matvec(v / torch.linalg.vector_norm(v).clamp_min(SMALLEST)))
-    return float(torch.linalg.vector_norm(linear.matvec(v / torch.linalg.vector_norm(v).clamp_min(SMALLEST))))
+    start = torch.randn(jacobian.points.shape[1:], generator=generator, dtype=torch.float64).to(attention.device)
+    v = normed(start.expand_as(jacobian.points))
+    for _ in range(steps):
+        v = normed(jacobian.rmatvec(jacobian.matvec(v / root) * root.square()) / root)
+    norms: Tensor = torch.linalg.vector_norm(jacobian.matvec(v / root) * root, dim=(-2, -1))
+    return norms.nan_to_num(0.0)
 
 
 def _norm(attention: Attention, tokens: TokenMeasure, *, seed: int, tol: float) -> Lower:

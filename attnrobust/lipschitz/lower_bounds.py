@@ -1,7 +1,7 @@
 """What is known of Lipschitz constants from below: derivatives at chosen inputs, and an attack of fixed size."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +44,10 @@ class _Candidate:
     tokens: TokenMeasure
 
 
-def lower_bounds(question: Question) -> Iterator[LowerRow]:
-    """Every lower bound, in no order."""
+def lower_bounds(question: Question, asked: Collection[Quantity]) -> Iterator[LowerRow]:
+    """Every lower bound of the quantities that are asked for, in no order; of others there may be some, too."""
     for candidate in _candidates(question):
-        yield from _at(question, candidate)
+        yield from _at(question, candidate, asked)
         if candidate.name == TWO_ATOMS and candidate.tokens.n == 2:
             yield _light_atom(question.network, candidate.tokens)
     if question.clean is not None:
@@ -111,7 +111,7 @@ def _searched(question: Question) -> Iterator[_Candidate]:
 # ---- what one derivative shows -------------------------------------------------------------------------------------
 
 
-def _at(question: Question, candidate: _Candidate) -> Iterator[LowerRow]:
+def _at(question: Question, candidate: _Candidate, asked: Collection[Quantity]) -> Iterator[LowerRow]:
     tokens, seed = candidate.tokens, question.seed
     linear = derivative_map(question.network, tokens)
 
@@ -130,7 +130,8 @@ def _at(question: Question, candidate: _Candidate) -> Iterator[LowerRow]:
     if same_length and (tokens.uniform or tokens is question.clean):
         yield row(Quantity.BALL, norm)
         yield row(Quantity.MEAN, largest_singular_value_lower(pool_rows(linear, tokens.mass), seed=seed)[0].value)
-        yield row(Quantity.ENTRY, largest_entry_lower(linear).value)
+        if Quantity.ENTRY in asked:  # many rows of the derivative, for the bounds of one kind of layer
+            yield row(Quantity.ENTRY, largest_entry_lower(linear).value)
     largest = largest_row_lower(linear).value
     if same_length:
         yield row(Quantity.TOKEN, largest)

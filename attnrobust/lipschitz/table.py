@@ -2,13 +2,14 @@
 
 import math
 
-from attnrobust.certify.closed_form.claims import Quantity
+from attnrobust.certify.closed_form.claims import Claim, Quantity
 from attnrobust.errors import InputError
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.lipschitz.lower_bounds import lower_bounds
 from attnrobust.lipschitz.question import checked
 from attnrobust.lipschitz.records import BoundRow, BoundsTable, LowerRow
 from attnrobust.lipschitz.upper_bounds import claims
+from attnrobust.numerics.sides import Upper
 from attnrobust.results import Kind, NotApplicable
 from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 from attnrobust.tokens import TokenMeasure
@@ -60,32 +61,18 @@ def bounds_table(
         [('castin2024-derived', 3.828), ('castin2024-reported', 5.745)]
     """
     question = checked(network, clean, n, radius, epsilon, FrobeniusBall() if threat is None else threat, seed, search)
-    lowers = sorted(lower_bounds(question), key=lambda row: (list(Quantity).index(row.quantity), -row.value))
+    values, skipped = [], []
+    for claim in claims(question):
+        try:
+            values.append((claim, claim.upper(question)))
+        except InputError as error:
+            skipped.append(NotApplicable(method=claim.name, reason=str(error)))
+    asked = {claim.quantity for claim, _ in values}
+    lowers = sorted(lower_bounds(question, asked), key=lambda row: (list(Quantity).index(row.quantity), -row.value))
     best: dict[Quantity, float] = {}
     for row in lowers:
         best.setdefault(row.quantity, row.value)
-    found, skipped = [], []
-    for claim in claims(question):
-        try:
-            upper = claim.upper(question)
-        except InputError as error:
-            skipped.append(NotApplicable(method=claim.name, reason=str(error)))
-            continue
-        lower = best.get(claim.quantity, 0.0)
-        found.append(
-            BoundRow(
-                name=claim.name,
-                quantity=claim.quantity,
-                region=claim.region,
-                conditions=claim.conditions,
-                reference=claim.reference,
-                kind=Kind.PROBABILISTIC if upper.failure_probability > 0 else claim.kind,
-                failure_probability=upper.failure_probability,
-                value=upper.value,
-                ratio=upper.value / lower if lower > 0 and math.isfinite(upper.value) else None,
-            )
-        )
-    asked = {row.quantity for row in found}
+    found = [_row(claim, upper, best.get(claim.quantity, 0.0)) for claim, upper in values]
     return BoundsTable(
         layer=type(network).__name__,
         n=question.n,
@@ -95,4 +82,18 @@ def bounds_table(
         bounds=tuple(sorted(found, key=lambda row: (list(Quantity).index(row.quantity), row.value))),
         lower_bounds=tuple(row for row in lowers if row.quantity in asked),
         skipped=tuple(dict.fromkeys(skipped)),
+    )
+
+
+def _row(claim: Claim, upper: Upper, lower: float) -> BoundRow:
+    return BoundRow(
+        name=claim.name,
+        quantity=claim.quantity,
+        region=claim.region,
+        conditions=claim.conditions,
+        reference=claim.reference,
+        kind=Kind.PROBABILISTIC if upper.failure_probability > 0 else claim.kind,
+        failure_probability=upper.failure_probability,
+        value=upper.value,
+        ratio=upper.value / lower if lower > 0 and math.isfinite(upper.value) else None,
     )

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnrobust.errors import InputError, UnknownNameError, first_line
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.pre_norm import PreNormAttention
 from attnrobust.models.arrays import SUFFIXES
 from attnrobust.models.capture import CapturedInput, Tap, TextLine, capture_taps, text_line
 from attnrobust.models.checks.forward_inputs import Given, forward_arguments
@@ -22,6 +24,7 @@ from attnrobust.models.networks.plan import EMBEDDINGS, Head, HeadName, Plan, Wa
 from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, readable_classes, refuse_unread
 from attnrobust.models.own_attention import exact_positions
 from attnrobust.models.pictures import ImageEncoder
+from attnrobust.models.pre_norm import NORMED, NormTap, capture_hidden, norm_tap, split_place, with_place
 from attnrobust.models.pretrained import (
     Pretrained,
     TextEncoder,
@@ -56,6 +59,13 @@ class Model(ABC):
     def layer(self, name: str | None = None) -> Attention:
         """The specification of a layer; ``name`` as in ``resolve``."""
 
+    def specification(self, name: str | None = None) -> Attention | PreNormAttention:
+        """The same, also of a layer whose tokens are the hidden states before its block's norm."""
+        base, place = split_place(name)
+        if place != NORMED:
+            raise InputError(f"{self.name} has no norm in front of its layer; its tokens can move at {NORMED} only")
+        return self.layer(base)
+
     @abstractmethod
     def capture(self, layer: str | None, texts: Sequence[TextLine | str]) -> tuple[CapturedInput, ...]:
         """The layer's input tokens for each text, from the model's own forward pass."""
@@ -84,16 +94,20 @@ class Model(ABC):
     def resolve(self, name: str | None = None) -> LayerInfo:
         """The supported layer that a full name or a unique suffix means (None: the only one).
 
-        A layer that its model calls several times is named with the number of a call: ``encoder.attention#3``.
+        A layer that its model calls several times is named with the number of a call: ``encoder.attention#3``. With
+        ``@residual`` its tokens are the hidden states before its block's norm, with ``@residual-sum`` also added to its
+        output.
 
         Raises:
             UnknownNameError: No such layer; names the nearest.
             InputError: An ambiguous suffix; lists the candidates.
             UnsupportedModelError: The layer has no exact specification; gives the reason.
         """
-        base, call = split_call(name)
+        whole, place = split_place(name)
+        base, call = split_call(whole)
         found = find_layer(self.layers(), base)
-        return found if call is None else replace(found, name=f"{found.name}#{call}")
+        named = found.name if call is None else f"{found.name}#{call}"
+        return replace(found, name=with_place(named, place))
 
 
 class WeightsFile(Model):
@@ -139,6 +153,7 @@ class ModuleModel(Model):
         self.module = _exact(own.to(torch.float64).eval().requires_grad_(False))
         self._pretrained = pretrained
         self._taps: dict[str, Tap] = {}  # the module does not change, so neither do its specifications
+        self._norm_taps: dict[str, NormTap] = {}
         self._plans: dict[Wanted, Plan] = {}
 
     def layers(self) -> tuple[LayerInfo, ...]:
@@ -169,9 +184,20 @@ class ModuleModel(Model):
     def layer(self, name: str | None = None) -> Attention:
         return self._tap(self.resolve(name)).spec
 
+    def specification(self, name: str | None = None) -> Attention | PreNormAttention:
+        info = self.resolve(name)
+        return self._tap(info).spec if split_place(info.name)[1] == NORMED else self._norm_tap(info).layer
+
+    def _norm_tap(self, info: LayerInfo) -> NormTap:
+        if info.name not in self._norm_taps:
+            base, place = split_place(info.name)
+            name = split_call(base)[0] or ""
+            self._norm_taps[info.name] = norm_tap(self.module, name, self._tap(info), place)
+        return self._norm_taps[info.name]
+
     def _tap(self, info: LayerInfo) -> Tap:
         if info.name not in self._taps:
-            name, call = split_call(info.name)
+            name, call = split_call(split_place(info.name)[0])
             module = self.module.get_submodule(name or "")
             adapter = adapter_for(module, self.module)
             assert adapter is not None  # noqa: S101 - resolve returns supported layers only
@@ -304,11 +330,20 @@ class ModuleModel(Model):
         taps = [self._tap(info) for info in infos]
         try:
             moved = forward_arguments(model_inputs, taps[0].spec.device)
-            found = capture_taps(self.module, taps, moved)
+            if all(split_place(info.name)[1] == NORMED for info in infos):
+                found = capture_taps(self.module, taps, moved)
+            else:  # one pass for each: every norm is compared with what its own attention takes
+                found = tuple(self._captured_at(info, moved) for info in infos)
         except InputError as error:
             names = ", ".join(info.name for info in infos)
             raise type(error)(f"input {line.id}, layer {names}: {error}") from error
         return tuple(_captured_input(line, strings, tokens) for tokens in found)
+
+    def _captured_at(self, info: LayerInfo, model_inputs: Mapping[str, Any]) -> Tensor:
+        """The tokens of one layer where they move."""
+        if split_place(info.name)[1] == NORMED:
+            return capture_taps(self.module, [self._tap(info)], model_inputs)[0]
+        return capture_hidden(self.module, self._norm_tap(info), model_inputs)
 
 
 def _captured_input(line: TextLine, strings: tuple[str, ...] | None, tokens: Tensor) -> CapturedInput:

@@ -16,13 +16,15 @@ BACKWARD_ERROR = 1e-12  # of a decomposition, in units of the Frobenius norm
 def spread_eigenvalue(
     coefficient: Float[Tensor, "*b n"],
     weight: Float[Tensor, "*b n"],
-    movable: Float[Tensor, "n"],
+    movable: Float[Tensor, "*#b n"],
     *,
     bisections: int = BISECTIONS,
 ) -> Float[Tensor, "*b"]:
     """Upper bound of the largest eigenvalue of ``Z = sum_j a_j (e_j - w)_T (e_j - w)_T^T``, a >= 0, sum of w = 1.
 
     Then ``sum_j a_j |delta_j - dbar|^2 <= lambda ||Delta||_F^2`` for Delta supported on T, dbar = sum_l w_l delta_l.
+    With lengths B_l in place of 0 and 1, T where they are positive, it is that of ``diag(B) Z diag(B)``: the same with
+    ``delta_l = B_l d_l`` and the norm of d.
     Z = diag(a_T) - a_T w_T^T - w_T a_T^T + S w_T w_T^T (S = sum of all a) is a diagonal plus rank two, so the signs of
     three sums decide whether ``x I - Z`` is positive definite, above the largest entry of a_T and between the two
     largest ones, where lambda lies at rows with one weight near 1. Bisection in log x keeps the upper end, from the
@@ -31,7 +33,7 @@ def spread_eigenvalue(
     Args:
         coefficient: a, any leading dimensions; infinite entries give infinity.
         weight: w, same shape.
-        movable: 1 where the token may move, else 0.
+        movable: 1 where the token may move, else 0; or lengths B >= 0.
         bisections: Steps towards the eigenvalue; every number of them gives an upper bound.
 
     References:
@@ -39,21 +41,23 @@ def spread_eigenvalue(
     """
     finite = torch.isfinite(coefficient).all(-1)
     whole = torch.where(finite[..., None], coefficient, 0.0)
-    a, w = whole * movable, weight * movable
-    total, fixed = whole.sum(-1), (whole * (1.0 - movable)).sum(-1)
+    moves, square = (movable > 0.0).to(weight), movable.square()
+    a, w = whole * moves, weight * moves
+    total, fixed = whole.sum(-1), (whole * (1.0 - moves)).sum(-1)
     missing = 1.0 - w.sum(-1)
     others = (total[..., None] - a).clamp_min(0.0)
-    trace = ((a * (1.0 - w) ** 2 + others * w**2) * movable).sum(-1)
-    triangle = (a.amax(-1).sqrt() + total.sqrt() * torch.linalg.vector_norm(w, dim=-1)) ** 2
+    trace = ((a * (1.0 - w) ** 2 + others * w**2) * square).sum(-1)
+    largest = a * square
+    triangle = (largest.amax(-1).sqrt() + total.sqrt() * torch.linalg.vector_norm(w * movable, dim=-1)) ** 2
     # Each e_j - w is known up to ROUNDING only, which counts where 1 - w is that small and a is not.
-    pad = ROUNDING * total.sqrt()
+    pad = ROUNDING * total.sqrt() * movable.amax(-1).clamp_min(1.0)
     high = (outward(torch.minimum(trace, triangle).sqrt(), FORMULA) + pad) ** 2
-    low = trace / movable.sum().clamp_min(1.0)
+    low = trace / moves.sum(-1).clamp_min(1.0)
     if a.shape[-1] > 1:
-        low = torch.maximum(low, a.topk(2, dim=-1).values[..., 1])
+        low = torch.maximum(low, largest.topk(2, dim=-1).values[..., 1])
     for _ in range(bisections):
         middle = low.sqrt() * high.sqrt()
-        above = _definite(middle, a=a, w=w, fixed=fixed, missing=missing)
+        above = _definite(middle, a=a, w=w, square=square, fixed=fixed, missing=missing)
         high, low = torch.where(above, middle, high), torch.where(above, low, middle)
     value = outward((high.sqrt() + pad) ** 2, FORMULA)
     return torch.where(finite & torch.isfinite(value), value, torch.inf)
@@ -62,35 +66,47 @@ def spread_eigenvalue(
 def spread_slope(
     coefficient: Float[Tensor, "*b n"],
     weight: Float[Tensor, "*b n"],
-    movable: Float[Tensor, "n"],
+    movable: Float[Tensor, "*#b n"],
     value: Float[Tensor, "*b"],
 ) -> Float[Tensor, "*b n"]:
     """Approximate derivative of ``spread_eigenvalue`` in a: ``((e_j - w)_T.y)^2`` of its eigenvector y (no bound).
 
-    With x the eigenvalue, y_j ~ ``(w_j (1 + sum w a / (x - a)) / (sum w^2 / (x - a)) - a_j) / (x - a_j)``.
+    With x the eigenvalue, y_j ~ ``(w_j (1 + sum w a / (x - a)) / (sum w^2 / (x - a)) - a_j) / (x - a_j)``; with lengths
+    B the sums and the differences have a B^2 and w^2 B^2, y_j one more B_j, and the slope has y B in place of y.
     """
-    a, w = coefficient * movable, weight * movable
-    inverse = 1.0 / (value[..., None] - a)
-    cross, second = (w * a * inverse).sum(-1, keepdim=True), (w * w * inverse).sum(-1, keepdim=True)
+    square = movable.square()
+    a, w = coefficient * (movable > 0.0), weight * (movable > 0.0)
+    inverse = 1.0 / (value[..., None] - a * square)
+    cross = (w * a * square * inverse).sum(-1, keepdim=True)
+    second = (w * w * square * inverse).sum(-1, keepdim=True)
     y = (w * (1.0 + cross) / second - a) * inverse * movable
-    y = (y / torch.linalg.vector_norm(y, dim=-1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)
+    y = (y / torch.linalg.vector_norm(y, dim=-1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0) * movable
     slope: Tensor = (y - (w * y).sum(-1, keepdim=True)).square()
     return slope
 
 
-def _definite(x: Tensor, *, a: Tensor, w: Tensor, fixed: Tensor, missing: Tensor) -> Tensor:
-    """Whether ``x I - Z`` is surely positive definite (lemma 7), with room for the rounding of every sum.
+def _definite(x: Tensor, *, a: Tensor, w: Tensor, square: Tensor, fixed: Tensor, missing: Tensor) -> Tensor:
+    """Whether ``x I - B Z B`` is surely positive definite (lemma 7), with room for the rounding of every sum.
 
-    ``S + a R a = fixed + x sum a / gap`` and ``1 + a R w = missing + x sum w / gap`` cancel less than the left sides.
+    ``S + aB R aB = fixed + x sum a / gap`` and ``1 + aB R wB = missing + x sum w / gap`` cancel less than the left
+    sides.
+
+    Args:
+        x: Candidates.
+        a: Coefficients of the tokens that move.
+        w: Weights likewise.
+        square: B^2.
+        fixed: Sum of the other coefficients.
+        missing: Sum of the other weights.
     """
-    gap = x[..., None] - a
+    gap = x[..., None] - a * square
     inverse = 1.0 / gap
-    first, second, cross = (a * inverse).sum(-1), (w * w * inverse).sum(-1), (w * inverse).sum(-1)
+    first, second, cross = (a * inverse).sum(-1), (w * w * square * inverse).sum(-1), (w * inverse).sum(-1)
     first, cross = fixed + x * first, missing + x * cross
     size = inverse.abs()
     first_size, cross_size = fixed + x * (a * size).sum(-1), 1.0 + x * (w * size).sum(-1)
     determinant = first * second - cross**2
-    room = SLACK * (first_size * (w * w * size).sum(-1) + cross_size**2)
+    room = SLACK * (first_size * (w * w * square * size).sum(-1) + cross_size**2)
     below = (gap < 0.0).sum(-1)
     above = (below == 0) & (determinant < -room)
     between = (below == 1) & (determinant > room) & (first < -SLACK * first_size)

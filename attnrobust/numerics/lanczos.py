@@ -50,6 +50,7 @@ def largest_eigenvalue_upper(
     tol: float = 1e-3,
     max_steps: int = 200,
     dense_limit: int = DENSE_LIMIT,
+    enough: float = -math.inf,
     device: torch.device | str = "cpu",
 ) -> EigenvalueBounds:
     """Upper bound of the largest eigenvalue of any symmetric operator (indefinite allowed).
@@ -67,6 +68,7 @@ def largest_eigenvalue_upper(
         tol: Stop once upper - lower <= tol times the largest absolute Ritz value.
         max_steps: Stop anyway; the bound is valid then too, only wider.
         dense_limit: Up to this size the matrix is built and decomposed (deterministic).
+        enough: Stop, however wide the gap, once the upper bound is at most this: the caller needs no smaller one.
         device: Device of the vectors.
 
     Returns:
@@ -94,13 +96,41 @@ def largest_eigenvalue_upper(
         ritz, scale = chain.top_ritz_value(), chain.scale()
         best = min(best, _largest_root(chain, ritz, scale, log_start))
         gaps.append(best - ritz)
-        if finished or gaps[-1] <= tol * scale or _stalled(gaps, 10.0 * tol * scale):
+        if finished or best <= enough or gaps[-1] <= tol * scale or _stalled(gaps, 10.0 * tol * scale):
             break
     margin = ROUNDING * scale
     return EigenvalueBounds(
         upper=Upper(best + margin, failure_probability), lower=Lower(ritz - margin), vector=chain.top_ritz_vector(),
         steps=chain.steps,
     )  # fmt: skip
+
+
+def rough_largest_eigenvalue(
+    matvec: Matvec, start: Float[Tensor, "N"], *, tol: float = 5e-4, max_steps: int = 24
+) -> tuple[float, Float[Tensor, "N"]]:
+    """An estimate of the largest eigenvalue, and a unit vector; nothing is claimed about either.
+
+    Args:
+        matvec: Product with one vector (N,), symmetric.
+        start: Where the iteration starts, not zero; near a leading vector it takes few steps.
+        tol: Stop once two steps raise the estimate by less than this share.
+        max_steps: Stop anyway.
+
+    Raises:
+        InputError: A product that is not finite.
+    """
+    chain = _Chain(matvec, start / torch.linalg.vector_norm(start), capacity=min(max_steps, start.numel()))
+    before = -math.inf
+    while True:
+        chain.step()
+        if chain.closed or chain.steps >= max_steps:
+            break
+        if chain.steps % 2 == 0:
+            value = chain.top_ritz_value()
+            if value - before <= tol * abs(value):
+                break
+            before = value
+    return chain.top_ritz_value(), chain.top_ritz_vector()
 
 
 def _stalled(gaps: list[float], near: float) -> bool:

@@ -299,7 +299,7 @@ _PLAIN = {
 """Operations whose results are exact: shapes, comparisons, constants."""
 _VIEWS = {
     "transpose", "flatten", "__getitem__", "unsqueeze", "squeeze", "expand", "view", "reshape", "T", "mT", "detach",
-    "contiguous", "clone", "permute", "unflatten", "expand_as", "triu", "tril",
+    "contiguous", "clone", "permute", "roll", "unflatten", "expand_as", "triu", "tril",
 }  # fmt: skip
 """Operations that move entries and do nothing else to them."""
 _RULES: dict[str, Rule] = {

@@ -18,6 +18,7 @@ from attnrobust.runs.reading import (
     DEFAULT_ATTACK,
     DEFAULT_DEPTH,
     DEFAULT_TOLERANCE,
+    LAYER_PLACES,
     NETWORK_GOALS,
     is_known_move,
     read_anchors,
@@ -162,6 +163,7 @@ class RunConfig(_Section):
     model: str
     layers: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = ("*",)
     at: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
+    moving: Literal["normed", "residual", "residual-sum"] = "normed"
     texts: Path | None = None
     tokens: Path | None = None
     images: Path | None = None
@@ -183,6 +185,7 @@ class RunConfig(_Section):
         """A goal about the whole model has a depth, and no layers; without one it is at the embeddings."""
         if not isinstance(values, dict):
             return values
+        values = _moving_layers(values)
         whole = values.get("at") is not None or _any_network_goal(values.get("goals"))
         if whole and values.get("layers") is not None:
             raise ValueError(
@@ -191,6 +194,11 @@ class RunConfig(_Section):
             )
         if not whole:
             return values
+        if values.get("moving", "normed") != "normed":
+            raise ValueError(
+                "a goal (--goal) is about the whole model; its tokens move at embeddings or block:K (--at), and at "
+                f"{values['moving']} only those of a layer (--layer)"
+            )
         return values | {"layers": None, "at": DEFAULT_DEPTH if values.get("at") is None else values["at"]}
 
     @model_validator(mode="after")
@@ -254,6 +262,16 @@ class RunConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _moving_layers(values: dict[str, Any]) -> dict[str, Any]:
+    """``at: residual`` is about layers: where their own tokens move."""
+    given = _listed(values.get("at"))
+    if not given or not set(given) & set(LAYER_PLACES):
+        return values
+    if len(given) > 1:
+        raise ValueError(f"at is {', '.join(given)}; tokens move at one of {', '.join(LAYER_PLACES)}, or at depths")
+    return {key: value for key, value in values.items() if key != "at"} | {"moving": given[0]}
+
+
 def _any_network_goal(goals: Any) -> bool:
     found = _goals(goals) or ()
     return any((goal.get("goal") if isinstance(goal, Mapping) else goal.goal) is not None for goal in found)
@@ -273,8 +291,8 @@ def load_config(path: Path | None = None, *, changes: Mapping[str, Any] | None =
         InputError: No such file, not YAML, unknown keys (names the nearest), values out of range.
     """
     values = _anchored({"output": DEFAULT_OUTPUT}, Path())
-    values |= {} if path is None else _anchored(_read(path), path.parent)
-    given = _anchored(_pruned(changes or {}), Path())
+    values |= {} if path is None else _moving_layers(_anchored(_read(path), path.parent))
+    given = _moving_layers(_anchored(_pruned(changes or {}), Path()))
     for kinds in (INPUTS, ("layers", "at")):
         if any(kind in given for kind in kinds):  # a flag replaces the other kinds of input or place in the file
             values = {key: value for key, value in values.items() if key not in kinds or key in given}

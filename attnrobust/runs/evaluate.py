@@ -158,8 +158,10 @@ def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str
     if certification is not None:
         values["gap"] = _finite(join(problem, result, certification).gap)
     if task.confirm is not None and result.status is Status.FOUND:
+        begin("confirmation by the model itself")
         values |= _confirmed(task.confirm, result, values.get("message"))
     if config.attack.token_radii and isinstance(task.threat, MoveThreat):
+        begin("attack of every token alone")
         values["token_radii"] = _token_radii(problem, task.threat, config)
 
 
@@ -188,7 +190,7 @@ def _attacked(
 def certify_row(
     problem: Problem, config: RunConfig, attacked: AttackResult | Exception | None, begin: Callable[[str], None]
 ) -> CertificationReport:
-    """The certificates that are named; else those that can win where a violation is known, and all where none is."""
+    """The certificates that are named; else those that can win where an attack is asked for, and all where none is."""
     named, seed = config.named_certificates, config.seed
 
     def watch(name: str) -> None:
@@ -196,11 +198,15 @@ def certify_row(
 
     if named is not None:
         return certify_with(problem, [method_named(name) for name in named], seed=seed, watch=watch)
-    found = isinstance(attacked, AttackResult) and attacked.status is Status.FOUND and attacked.epsilon is None
-    if not found or config.certificates is not None:
+    if config.certificates is not None or config.attack.method is None:
         return certify_with(problem, METHODS, seed=seed, named=False, watch=watch)
-    assert isinstance(attacked, AttackResult)  # noqa: S101 - found says so; narrows the type
-    return certify_what_can_win(problem, METHODS, attack_radius=attacked.radius, seed=seed, watch=watch)
+    return certify_what_can_win(problem, METHODS, attack_radius=_ceiling(attacked), seed=seed, watch=watch)
+
+
+def _ceiling(attacked: AttackResult | Exception | None) -> float:
+    """A radius that no right certificate exceeds: that of a violation."""
+    found = isinstance(attacked, AttackResult) and attacked.status is Status.FOUND and attacked.epsilon is None
+    return attacked.radius if found and isinstance(attacked, AttackResult) else math.inf
 
 
 def _problem_values(problem: Problem) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from attnrobust.certify import METHODS
+from attnrobust.certify.contest import RULES
 from attnrobust.errors import InputError
 from attnrobust.runs.sources import inputs_digest
 from attnrobust.runs.storage.files import versions
@@ -91,7 +92,7 @@ def meaning(bench: Workbench) -> dict[str, Any]:
     named = config.named_certificates
     certificates = [method.name for method in METHODS] if named is None else list(named)
     if config.certificates is None:
-        certificates = [*certificates, "those that can win"]
+        certificates = [*certificates, f"those that can win, by rules {RULES}"]
     attack = config.attack.model_dump(mode="json")
     if config.attack.epsilon is None:
         del attack["epsilon"]  # younger than the runs that are on disk

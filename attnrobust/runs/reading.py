@@ -18,12 +18,14 @@ DEFAULT_ATTACK = "default"
 NETWORK_GOALS = ("decision", "hidden", "pooled", "nearest")
 """Goals about a whole model: its own decision, its last hidden states, their mean, the nearest anchor sentence."""
 DEFAULT_DEPTH = "embeddings"
+LAYER_PLACES = ("normed", "residual", "residual-sum")
+"""Where the tokens of an attention layer move: behind or before its block's norm."""
 
 CERTIFICATES = frozenset({
     "castin2024-reported", "castin2024-derived", "spread-lipschitz", "havens2024-local", "singla2020-curvature",
     "kim2021-l2", "cosine-lipschitz", "sigmoid-ball", "dasoulas2021-lipschitznorm", "rigorous-local", "displacement",
     "margin-one-token", "margin-majorant", "conic-margin", "network-lipschitz", "network-product", "network-chain",
-    "network-composite", "network-composite-large",
+    "network-composite", "network-composite-large", "pre-norm-scales", "pre-norm-margin",
 })  # fmt: skip
 """Those that speak about moved tokens."""
 ATTACKS = frozenset({DEFAULT_ATTACK, "token-moving"})

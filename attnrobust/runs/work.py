@@ -5,7 +5,7 @@ import hashlib
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from torch import Tensor
 from attnrobust.errors import AttnRobustError, InputError, UnknownNameError
 from attnrobust.goals import Goal
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.pre_norm import PreNormAttention
 from attnrobust.models.capture import CapturedInput, TextLine, read_texts, read_tokens
 from attnrobust.models.listing import LayerInfo
 from attnrobust.models.model import Model, ModuleModel, load_model
+from attnrobust.models.pre_norm import NORMED, with_place
 from attnrobust.runs.config import RunConfig
 from attnrobust.runs.datasets import read_dataset
 from attnrobust.runs.evaluate import RowTask, evaluate_row, goal_scope
@@ -64,7 +66,7 @@ class Workbench:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self._specs: dict[str, Attention] = {}
+        self._specs: dict[str, Attention | PreNormAttention] = {}
         self._words: dict[int, float | None] = {}
         self._captured: OrderedDict[tuple[int, str], CapturedInput] = OrderedDict()
 
@@ -109,13 +111,15 @@ class Workbench:
     @cached_property
     def layers(self) -> tuple[LayerInfo, ...]:
         """The layers that the configuration names; a glob takes the supported ones, None the only one."""
-        if self.config.layers is None:
-            return (self.model.resolve(None),)
         chosen: dict[str, LayerInfo] = {}
-        for pattern in self.config.layers:
-            for layer in matching_layers(self.model, pattern):
+        for pattern in self.config.layers or (None,):
+            found = (self.model.resolve(None),) if pattern is None else matching_layers(self.model, pattern)
+            for layer in found:
                 chosen[layer.name] = layer
-        return tuple(chosen.values())
+        if self.config.moving == NORMED:
+            return tuple(chosen.values())
+        moved = (replace(layer, name=with_place(layer.name, self.config.moving)) for layer in chosen.values())
+        return tuple({layer.name: layer for layer in moved}.values())
 
     @cached_property
     def networks(self) -> Networks | None:
@@ -235,10 +239,10 @@ class Workbench:
             status=status, message=message, text=source.text, row_id=item.row_id,
         )  # fmt: skip
 
-    def spec(self, layer: str) -> Attention:
+    def spec(self, layer: str) -> Attention | PreNormAttention:
         """The specification of a layer."""
         if layer not in self._specs:
-            self._specs[layer] = self.model.layer(layer)
+            self._specs[layer] = self.model.specification(layer)
         return self._specs[layer]
 
     def _tokens_of(self, index: int) -> int:

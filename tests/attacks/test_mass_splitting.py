@@ -93,6 +93,7 @@ def test_own_query_blocks_are_those_of_a_probe_without_mass(name: str) -> None:
 
 @pytest.mark.parametrize("threat", [CouplingBall(2), WassersteinBall(1), CouplingBall(math.inf)], ids=lambda t: t.key)
 @pytest.mark.parametrize("name", ["masses", "causal"])
+@pytest.mark.one_in(2)
 def test_results_are_verified_and_never_worse_than_moving(name: str, threat: MeasureThreat) -> None:
     case = case_named(name)
     domain = 1.5 * float(torch.linalg.vector_norm(case.tokens.points, dim=1).max())

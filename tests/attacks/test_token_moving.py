@@ -66,6 +66,7 @@ def check_verified(problem: Problem, result: AttackResult) -> None:
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("goal", CONVEX_GOALS, ids=lambda goal: goal.key)
 @pytest.mark.parametrize("threat", [FrobeniusBall(), FrobeniusBall(tokens=(0,)), AnyToken()], ids=lambda t: t.key)
+@pytest.mark.one_in(3)
 def test_linear_layer_displacement_is_the_singular_value(name: str, goal: Goal, threat: MoveThreat) -> None:
     case = case_named(name)
     problem = Problem(case.attention, case.tokens, threat, goal)
@@ -131,6 +132,7 @@ def test_nothing_nearer_along_the_ray() -> None:
 
 
 @pytest.mark.parametrize("name", ["plain-h4-n16-d8", "causal-masses", "biases"])
+@pytest.mark.one_in(2)
 def test_restarts_and_steps_only_help_a_little(name: str) -> None:
     case = case_named(name)
     for problem in problems(case):

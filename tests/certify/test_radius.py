@@ -65,6 +65,33 @@ def test_only_a_radius_that_passed_is_returned(answers: list[float], guess: floa
     assert radius == 0.0 or bound.said[radius] <= 1.0
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@given(true=TRUE, guess=GUESS, over=st.floats(min_value=1.0, max_value=100.0))
+def test_a_ceiling_costs_one_percent_and_no_evaluation(
+    shape: str, true: float, guess: float | None, over: float
+) -> None:
+    bound = Recorded(lambda r: SHAPES[shape](r, true))
+    radius, _ = largest_radius(bound, first_guess=guess, ceiling=over * true)
+    assert bound.said[radius] <= 1.0
+    assert true / (1.01 + 1e-12) <= radius
+    assert max(bound.said) <= over * true * (1 + 1e-3) * (1 + 1e-12), "what a right bound must fail is not tried"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@given(true=TRUE, guess=GUESS, over=st.floats(min_value=1.01, max_value=100.0))
+def test_a_bound_that_passes_beyond_the_ceiling_shows(
+    shape: str, true: float, guess: float | None, over: float
+) -> None:
+    radius, _ = largest_radius(lambda r: SHAPES[shape](r, true), first_guess=guess, ceiling=true / over)
+    assert true / (1 + 1e-3) <= radius * (1 + 1e-12)
+
+
+def test_nothing_is_certified_under_a_ceiling_of_zero() -> None:
+    assert largest_radius(lambda r: 1.0 + r, ceiling=0.0)[0] == 0.0
+    with pytest.raises(InputError, match="the ceiling must be >= 0; got nan"):
+        largest_radius(lambda r: r, ceiling=math.nan)
+
+
 def test_nothing_certified_is_zero() -> None:
     assert largest_radius(lambda _: math.inf)[0] == 0.0
     assert largest_radius(lambda _: 1.0 + 1e-15)[0] == 0.0

@@ -38,7 +38,17 @@ def test_the_table_names_every_bound(files: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     for words in ("castin2024-reported", "reached", "do not apply", "kim2021-l2", "float64", "R = 1", "every mask"):
         assert words in out
-    assert max(len(line) for line in out.splitlines() if not line.startswith("/")) <= 100
+    assert max(len(line) for line in out.splitlines() if not line.startswith("/")) < 100
+
+
+def test_the_table_of_an_input_has_less_than_a_hundred_columns(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["bounds", str(files / "layer.npz"), "--tokens", str(files / "x.npz"), "--search", "0"]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert any("change per size around X" in line for line in lines)
+    assert max(len(line) for line in lines if not line.startswith("/")) < 100
 
 
 @pytest.mark.parametrize(

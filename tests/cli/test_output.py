@@ -114,6 +114,7 @@ def test_tokens_and_layers_of_a_scan_are_shown_as_they_are(capsys: pytest.Captur
 @pytest.mark.parametrize(
     "environment", [{"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )
+@pytest.mark.one_in(2)
 def test_a_stdout_that_is_not_utf8_loses_no_row(files: Path, environment: dict[str, str]) -> None:
     asked = ("certify", files / "layer.npz", "--tokens", files / "emoji.npz", *FAST)
     done = process(*asked, "--out", files / "tables", environment=environment)
@@ -126,6 +127,7 @@ def test_a_stdout_that_is_not_utf8_loses_no_row(files: Path, environment: dict[s
 
 
 @pytest.mark.parametrize("extra", [(), ("--json",)])
+@pytest.mark.one_in(2)
 def test_files_are_written_although_the_reader_went_away(files: Path, extra: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)

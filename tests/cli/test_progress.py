@@ -1,5 +1,7 @@
 """Progress: the start is told at once, what is computed inside a row after some silence, and rows pass unchanged."""
 
+import io
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -66,3 +68,28 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress.tracked(slow_rows(), 1, quiet=True)) == [FULL]
     assert capsys.readouterr().err == ""
     assert not activity._listeners
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal, and keeps what was drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("width", ["60", "160"])
+def test_on_a_terminal_the_bar_says_what_is_inside_the_row(monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for name, value in (("COLUMNS", width), ("TERM", "xterm"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    rows = progress.tracked(slow_rows(), 1)
+    assert next(rows) == FULL
+    deadline = time.monotonic() + 20.0
+    while "displacement" not in terminal.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.02)  # drawn ten times a second, by a thread
+    assert "displacement" in terminal.getvalue()
+    assert list(rows) == []
+    drawn = terminal.getvalue()
+    assert drawn.index("0/1") < drawn.index("displacement"), "the bar is there before the first row"
+    assert "\x1b[2K" in drawn, "nothing of it is left behind"

@@ -15,6 +15,7 @@ from attnrobust.layers.graph import FeedForward, GraphBuilder, NetworkGraph
 from attnrobust.layers.heads import Specification
 from attnrobust.layers.mlp import Mlp
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
+from attnrobust.layers.pre_norm import PreNormAttention
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.layers.variants.cosine import CosineAttention
 from attnrobust.layers.variants.kernel import KernelAttention
@@ -53,6 +54,7 @@ LAYERS: dict[type, Callable[[], TokenMap]] = {
     Mlp: lambda: Mlp(draw(D, 4), draw(4, D, seed=1)),
     LayerNorm: lambda: LayerNorm(torch.ones(D)),
     RMSNorm: lambda: RMSNorm(torch.ones(D)),
+    PreNormAttention: lambda: PreNormAttention(RMSNorm(torch.ones(D), eps=0.1), attention()),
 }
 
 

@@ -37,6 +37,7 @@ def test_products_agree_with_autograd(case: Case) -> None:
     torch.testing.assert_close(transpose(linear).dense().T, truth, rtol=0, atol=1e-10 * size)
 
 
+@pytest.mark.one_in(4)
 def test_singular_values_agree_with_the_dense_matrix(every_case: Case) -> None:
     truth = float(torch.linalg.matrix_norm(_autograd(every_case), 2))
     linear = _jacobian(every_case).linear_map()

@@ -27,6 +27,7 @@ def _jacobian(case: Case) -> AttentionJacobian:
     return AttentionJacobian(case.attention, case.tokens.points, None if case.tokens.uniform else case.tokens.mass)
 
 
+@pytest.mark.one_in(3)
 def test_never_below_the_norm(every_case: Case) -> None:
     jacobian = _jacobian(every_case)
     for bound in BOUNDS:

@@ -10,6 +10,7 @@ from attnrobust.certify.closed_form.castin2024_mean_field import mean_field_cons
 from attnrobust.certify.closed_form.castin2024_smooth import ball_constant
 from attnrobust.errors import InputError
 from attnrobust.layers.attention import Attention
+from attnrobust.lipschitz import eigenvector_inputs
 from attnrobust.lipschitz.eigenvector_inputs import finite_lower, mean_field_lower
 from tests.cases import cases
 from tests.eigenvector_lower import eigenvector_lower
@@ -33,6 +34,7 @@ def _autograd_norm(layer: Attention, points: Tensor) -> float:
 
 @pytest.mark.parametrize("n", [1, 2, 9])
 @pytest.mark.parametrize("radius", [0.0, 0.5, 2.0])
+@pytest.mark.one_in(2)
 def test_finite_bound_is_attained_by_its_input(n: int, radius: float) -> None:
     for seed in range(5):
         layer = _gaussian(seed)
@@ -85,3 +87,11 @@ def test_refusals() -> None:
         mean_field_lower(_scalar(1.0, causal=True), 1.0)
     with pytest.raises(InputError, match="radius >= 0"):
         finite_lower(_scalar(1.0), 3, -1.0)
+
+
+def test_inputs_ranked_together_or_one_by_one_end_in_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = _gaussian(0)
+    together = finite_lower(layer, 4, 2.0), mean_field_lower(layer, 2.0)
+    monkeypatch.setattr(eigenvector_inputs, "TOGETHER", 1)
+    for one, other in zip(together, (finite_lower(layer, 4, 2.0), mean_field_lower(layer, 2.0)), strict=True):
+        assert one.lower.value == pytest.approx(other.lower.value, rel=1e-9)

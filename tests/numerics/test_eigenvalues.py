@@ -23,10 +23,12 @@ def test_spread_eigenvalue_against_the_dense_matrix(seed: int, sharpness: float)
         w = torch.softmax(sharpness * draw.normal(n), 0)
         movable = (torch.rand(n, generator=draw.generator) < 0.7).double()
         movable[0] = 1.0
-        vectors = (torch.eye(n, dtype=torch.float64) - w) * movable
-        exact = float(torch.linalg.eigvalsh((vectors * a[:, None]).T @ vectors)[-1])
-        found = float(spread_eigenvalue(a, w, movable))
-        assert exact * (1.0 - 1e-12) - 1e-15 * float(a.sum()) <= found <= exact * 1.01 + 1e-12
+        for lengths in (movable, movable * 10 ** (0.5 * draw.normal(n))):
+            vectors = (torch.eye(n, dtype=torch.float64) - w) * lengths
+            exact = float(torch.linalg.eigvalsh((vectors * a[:, None]).T @ vectors)[-1])
+            found = float(spread_eigenvalue(a, w, lengths))
+            rounding = 1e-15 * float(a.sum() * lengths.max() ** 2)
+            assert exact * (1.0 - 1e-12) - rounding <= found <= exact * 1.01 + 1e-12 + 1e3 * rounding
 
 
 def test_spread_eigenvalue_covers_the_rounding_of_saturated_weights() -> None:

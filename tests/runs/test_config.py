@@ -188,3 +188,12 @@ def test_configurations_are_frozen() -> None:
     config = RunConfig(**BASE)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3
+
+
+def test_a_place_of_a_layers_tokens_is_no_depth() -> None:
+    config = make_config({"model": "x.npz", "tokens": "x.npz", "layers": ["a"], "at": "residual"})
+    assert (config.at, config.moving, config.layers) == (None, "residual", ("a",))
+    with pytest.raises(InputError, match="about the whole model"):
+        make_config({"model": "x.npz", "texts": "x.txt", "at": "residual", "goals": ["decision"], "layers": None})
+    with pytest.raises(InputError, match="tokens move at one of"):
+        make_config({"model": "x.npz", "texts": "x.txt", "at": ["residual", "block:1"]})

@@ -27,7 +27,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "window": {"window_left": 1, "window_right": 0},
 }
 QUICK = AttackBudget(restarts=4, steps=20, rounds=1)
-TURNS = {"margin-majorant", "margin-one-token", "displacement"}
+TURNS = {"margin-majorant", "margin-one-token", "displacement", "pre-norm-scales", "pre-norm-margin"}
 """The certificates whose proofs cover rotary positions."""
 WEIGHTS = TURNS | {"havens2024-local", "spread-lipschitz", "singla2020-curvature", "conic-margin", "rigorous-local"}
 """Those that read biases of positions and windows from the clean weights."""

@@ -80,7 +80,7 @@ def expand_layer(layer: TokenMap, parent: Int[Tensor, "m"], n: int, *, order: Ca
         return _expand_attention(layer, parent, n, order)
     if isinstance(layer, NetworkGraph):
         return expand_graph(layer, parent, n, order=order, attention=_expand_attention_of_graph)
-    inner = {"layers", "inner"} & ({f.name for f in fields(layer)} if is_dataclass(layer) else set())
+    inner = {"layers", "inner", "attention"} & ({f.name for f in fields(layer)} if is_dataclass(layer) else set())
     if inner:
         changed: dict[str, Any] = {name: _expand_parts(getattr(layer, name), parent, n, order) for name in inner}
         return cast("TokenMap", replace(cast("Any", layer), **changed))

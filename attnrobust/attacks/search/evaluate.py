@@ -9,11 +9,12 @@ from torch import Tensor
 
 from attnrobust.attacks.search.graph_input import GraphInput
 from attnrobust.attacks.search.memory import bytes_of_a_row
-from attnrobust.attacks.search.pullback import AttentionTape, PreparedAttention, covers
+from attnrobust.attacks.search.norm_pullback import PreNormTape, PreparedPreNorm
+from attnrobust.attacks.search.pullback import AttentionTape, PreparedAttention, attention_inside
 from attnrobust.attacks.search.row_pullback import PreparedRows, RowTape, asked_rows
 from attnrobust.attacks.search.stacked_goal import ScaledGoal, StackedGoal
-from attnrobust.layers.attention import Attention
 from attnrobust.layers.graph.network_graph import NetworkGraph
+from attnrobust.layers.pre_norm import PreNormAttention
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 
@@ -76,13 +77,15 @@ class Evaluator:
         return self.points.device
 
     @cached_property
-    def prepared(self) -> PreparedAttention | PreparedRows | None:
+    def prepared(self) -> PreparedAttention | PreparedRows | PreparedPreNorm | None:
         """Fused weights of an attention layer that they cover; None for any other network (then autograd is used)."""
-        if not covers(self.network):
+        attention, n = attention_inside(self.network), self.points.shape[-2]
+        if attention is None:
             return None
-        if self.at is not None:
-            return PreparedRows(self.network, self.points.shape[-2], self.at)
-        return PreparedAttention(self.network, self.points.shape[-2], self.mass)
+        inner: PreparedAttention | PreparedRows = (
+            PreparedAttention(attention, n, self.mass) if self.at is None else PreparedRows(attention, n, self.at)
+        )
+        return PreparedPreNorm(self.network, inner, self.at) if isinstance(self.network, PreNormAttention) else inner
 
     def take(self, index: Int[Tensor, "q"]) -> "Evaluator":
         """The evaluator of some of the problems; it counts into the same record."""
@@ -233,7 +236,7 @@ class Evaluator:
         return torch.stack([self._plain_normal_product(i, v) for i, v in enumerate(vectors)]) / scale
 
     @cached_property
-    def _clean_tape(self) -> AttentionTape | RowTape:
+    def _clean_tape(self) -> AttentionTape | RowTape | PreNormTape:
         assert self.prepared is not None  # noqa: S101 - only called for attention layers; narrows the type
         return self.prepared.forward(self.points[:, None])
 
@@ -255,11 +258,12 @@ class Evaluator:
     def bytes_of_a_row(self) -> int:
         """Bytes that one evaluation with its gradient needs at once, for one row of one problem."""
         n = self.points.shape[-2]
-        if isinstance(self.network, Attention):
-            width = self.points.shape[-1] + self.network.out_width
+        attention = attention_inside(self.network)
+        if attention is not None:
+            width = self.points.shape[-1] + attention.out_width
             if self.at is not None:
-                return int(8 * WORKING_COPIES * n * (self.network.heads * len(self.at) + width))
-            return int(8 * WORKING_COPIES * n * (self.network.heads * n + width))
+                return int(8 * WORKING_COPIES * n * (attention.heads * len(self.at) + width))
+            return int(8 * WORKING_COPIES * n * (attention.heads * n + width))
         if self._row_bytes is None:
             self._row_bytes = bytes_of_a_row(lambda x: self.output(0, x), self.points[0])
         return self._row_bytes

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.features import features_of
+from attnrobust.layers.pre_norm import PreNormAttention
 from attnrobust.layers.token_map import TokenMap
 
 FEATURES = frozenset({"bias", "out_projection", "scale", "mask", "causal", "window", "rotary", "head_bias"})
@@ -18,6 +19,12 @@ FEATURES = frozenset({"bias", "out_projection", "scale", "mask", "causal", "wind
 def covers(layer: TokenMap) -> TypeGuard[Attention]:
     """Whether the closed forms are the layer: exactly ``Attention``, without a feature that they do not know."""
     return type(layer) is Attention and features_of(layer) <= FEATURES
+
+
+def attention_inside(layer: TokenMap) -> Attention | None:
+    """The attention of a layer that is one, behind its block's norm or not, where the closed forms are it."""
+    inner = layer.attention if type(layer) is PreNormAttention else layer
+    return inner if covers(inner) else None
 
 
 class PreparedAttention:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnrobust.attacks.search.pullback import columns, covers, product
+from attnrobust.attacks.search.pullback import attention_inside, columns, product
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 
@@ -21,7 +21,7 @@ FEWER = 4
 def asked_rows(problem: Problem) -> tuple[int, ...] | None:
     """The rows of the output that the goal looks at, where few do and the closed forms of this file are the layer."""
     weights = problem.resolved.weights
-    if weights is None or problem.mass is not None or not covers(problem.network):
+    if weights is None or problem.mass is not None or attention_inside(problem.network) is None:
         return None
     rows: list[int] = weights.nonzero().flatten().tolist()
     return tuple(rows) if 0 < len(rows) * FEWER <= weights.numel() else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnrobust.certify.closed_form.castin2024_smooth import REFERENCE
 from attnrobust.certify.closed_form.claims import MEASURES_REGION, PAGE, Claim, Quantity
 from attnrobust.certify.method import ATTENTION_FEATURES
-from attnrobust.certify.shared.head_sizes import bilinear_norm, spectral_norm
+from attnrobust.certify.shared.head_sizes import bilinear_norm, output_norms, spectral_norm
 from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.features import features_of
@@ -146,7 +146,7 @@ def slopes(attention: Attention, radius: float) -> tuple[Float[Tensor, "h"], Flo
 def _over_heads(attention: Attention, heads: Float[Tensor, "h"], order: float) -> Upper:
     """Heads added up; for p >= 2 also stacked (Minkowski in L^{p/2} needs p >= 2)."""
     plain = spectral_norm(attention.w_v) * heads
-    added = float((spectral_norm(attention.value_output) * heads).sum())
+    added = float((output_norms(attention) * heads).sum())
     if order < 2.0:
         return Upper(round_up(added, relative=FORMULA))
     stack = 1.0 if attention.w_o is None else float(spectral_norm(attention.w_o.flatten(0, 1)))

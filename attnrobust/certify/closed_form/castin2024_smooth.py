@@ -11,7 +11,7 @@ from torch import Tensor
 from attnrobust.certify.closed_form.claims import BALL_REGION, PAGE, Asked, Claim, Quantity, input_of, refuted
 from attnrobust.certify.method import ATTENTION_FEATURES, CertificateMethod
 from attnrobust.certify.shared.change import Change, ChangeBound, smallest
-from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, spectral_norm, value_views
+from attnrobust.certify.shared.head_sizes import HeadSizes, ValueView, output_norms, value_views
 from attnrobust.certify.shared.reach import Reach, RowSums, attention_of, visible_tokens
 from attnrobust.errors import InputError
 from attnrobust.goals import Displacement
@@ -169,7 +169,7 @@ def large_radius_limit(attention: Attention, points: Float[Tensor, "n d"]) -> Up
         raise InputError("two keys tie for a query; the limit is for tokens in general position")
     chosen = torch.nn.functional.one_hot(scores.argmax(dim=-1), scores.shape[-1])
     heads = chosen.sum(dim=-2).amax(dim=-1).to(points.dtype).sqrt()
-    return Upper(round_up(float((spectral_norm(attention.value_output) * heads).sum()), relative=FORMULA))
+    return Upper(round_up(float((output_norms(attention) * heads).sum()), relative=FORMULA))
 
 
 def _ball(quantity: Quantity, form: str, reference: str, condition: str = "") -> Claim:

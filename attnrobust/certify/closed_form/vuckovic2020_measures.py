@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnrobust.certify.closed_form.castin2024_mean_field import hoelder_factor, slopes
 from attnrobust.certify.closed_form.claims import MEASURES_REGION, PAGE, Asked, Claim, Quantity
-from attnrobust.certify.shared.head_sizes import spectral_norm
+from attnrobust.certify.shared.head_sizes import output_norms, spectral_norm
 from attnrobust.errors import InputError, UnsupportedModelError
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.token_map import TokenMap
@@ -160,7 +160,7 @@ def _kernel(layer: TokenMap, radius: float) -> _Kernel:
         raise UnsupportedModelError("a masked layer is no map of token measures; leave the mask out")
     if type(layer) is Attention:
         query, key = slopes(layer, as_positive("radius", radius))
-        return _Kernel(spectral_norm(layer.value_output), query, key, 2.0 * key)
+        return _Kernel(output_norms(layer), query, key, 2.0 * key)
     if type(layer) is L2Attention:
         return _l2(layer, as_positive("radius", radius))
     if type(layer) is KernelAttention:

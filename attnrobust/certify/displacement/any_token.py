@@ -85,7 +85,7 @@ class AnyTokenBound(PreparedBound):
 
     def _by_first_order(self) -> list[int]:
         """Tokens, the one with the largest first order first."""
-        guesses = [self.bound_of(index).first_guess or 0.0 for index in range(len(self._tokens))]
+        guesses = [self.bound_of(index).first_order_guess for index in range(len(self._tokens))]
         return sorted(range(len(guesses)), key=guesses.__getitem__)
 
     def bound_of(self, index: int) -> DisplacementBound:

@@ -28,6 +28,8 @@ class DisplacementCertificate(CertificateMethod):
     layers = (Attention,)
     features = MODERN_FEATURES
     goals = (Displacement,)
+    relative_tolerance: ClassVar[float] = 5e-3
+    """The predicted radius is this accurate; a second proof would cost as much as everything before it."""
 
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
         if isinstance(problem.threat, AnyToken) and problem.clean.n <= TOKEN_LIMIT:

@@ -9,13 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.displacement.base import GRAM_LIMIT, MovingRows
-from attnrobust.certify.displacement.cumulant import cumulant_modulus, psd_root
+from attnrobust.certify.displacement.cumulant import cumulant_modulus
 from attnrobust.numerics.eigenvalues import power_eigenvalue
 from attnrobust.numerics.exponential import log_phi, log_psi, phi_negative
 from attnrobust.numerics.rounding import CANCELLATION, ENTRY, FORMULA, SMALLEST, SMALLEST_UNIT, inward, nonzero, outward
 from attnrobust.numerics.suprema import growing_weight, saturating_weight
 
 UNDERFLOW_LOG = 600.0  # minus the log of weights whose products may underflow
+TOGETHER = 2**18  # numbers of the (n, n, n) arrays of some heads that are made at once
 SINE_COSINE = 2.0 / (3.0 * math.sqrt(3.0))  # sup of sin(x) cos(x)^2 and of sin(x)^2 cos(x)
 
 
@@ -71,25 +72,29 @@ class RemainderMajorant:
         token = self._single
         return slice(None) if token is None else slice(token, token + 1)
 
-    @cached_property
+    @property
     def modulus(self) -> Float[Tensor, "h n n n"]:
-        """N_g: half the modulus of the third cumulant, head by head to bound the memory."""
-        rows = self.rows
-        parts = [
-            0.5 * cumulant_modulus(w, values[None] - average[:, None])
-            for w, values, average in zip(rows.clean.weight, rows.clean.values, rows.clean.averages, strict=True)
-        ]
-        return torch.stack(parts)
+        """N_g: half the modulus of the third cumulant."""
+        return self._moduli[0]
+
+    @cached_property
+    def _moduli(self) -> tuple[Float[Tensor, "h n n n"], Float[Tensor, "h m"]]:
+        """N_g, and of the rows with a Gram matrix ``sup l^T N_g l``; head by head to bound the memory."""
+        rows, moduli, reaches = self.rows, [], []
+        clean = zip(rows.clean.weight, rows.clean.values, rows.clean.averages, self.gram, strict=True)
+        for w, values, average, gram in clean:
+            modulus, root = cumulant_modulus(w, values[None] - average[:, None])
+            own = root[self._own_only]
+            largest = torch.linalg.eigvalsh(0.5 * (own @ gram @ own))[..., -1].clamp_min(0.0)
+            moduli.append(0.5 * modulus)
+            reaches.append(outward(largest, FORMULA))
+        return torch.stack(moduli), torch.stack(reaches)
 
     @cached_property
     def modulus_reach(self) -> Float[Tensor, "h n"]:
         """``sup l^T N_g l`` over moves of norm 1; where one other token moves, of the cumulant (13b)."""
-        parts, chosen = [], self._own_only
-        for modulus, gram in zip(self.modulus[:, chosen], self.gram, strict=True):
-            root = psd_root(modulus)
-            parts.append(outward(torch.linalg.eigvalsh(root @ gram @ root)[..., -1].clamp_min(0.0), FORMULA))
         w, spread = self.rows.clean.weight, self.rows.clean.spread
-        return self._with_single(torch.stack(parts), 0.5 * w * (1.0 - 2.0 * w).abs() * spread)
+        return self._with_single(self._moduli[1], 0.5 * w * (1.0 - 2.0 * w).abs() * spread)
 
     @cached_property
     def gram(self) -> Float[Tensor, "h m n n"]:
@@ -110,8 +115,7 @@ class RemainderMajorant:
         """Upper bound of ``sup sum_j coefficient_j l_j^2`` over moves of norm 1 (eq. 13)."""
         rows = self.rows
         if self.small:
-            root = coefficient[:, self._own_only].sqrt()
-            reach = power_eigenvalue(root[..., :, None] * self.gram * root[..., None, :], squarings=2)
+            reach = torch.cat([self._gram_reach(coefficient, heads) for heads in self._together])
             if self._single is None:
                 return reach
             norm = rows.clean.pair_norm.expand_as(coefficient)[..., self._single]
@@ -120,6 +124,17 @@ class RemainderMajorant:
             return other
         query = (coefficient * self._query_distance.square()).sum(dim=-1).sqrt() * rows.moves
         return outward((self._key_spread(coefficient) + query).square(), FORMULA)
+
+    def _gram_reach(self, coefficient: Float[Tensor, "h n n"], heads: slice) -> Float[Tensor, "c m"]:
+        """``diagonal_reach`` of the rows with a Gram matrix, of some heads."""
+        root = coefficient[heads, self._own_only].sqrt()
+        return power_eigenvalue(root[..., :, None] * self.gram[heads] * root[..., None, :], squarings=2)
+
+    @property
+    def _together(self) -> list[slice]:
+        """Heads whose (n, n, n) arrays are made at once: they stay in the cache, and memory does not grow with h."""
+        count = max(1, TOGETHER // self.rows.n**3)
+        return [slice(start, start + count) for start in range(0, self.rows.clean.layer.heads, count)]
 
     @property
     def _query_distance(self) -> Float[Tensor, "h n n"]:
@@ -232,18 +247,18 @@ class RemainderMajorant:
             second = (extra * rows.moves * other).amax(dim=-1).sqrt() + extra.sum(dim=-1).sqrt() * energy
             return first, second
         firsts, seconds = [], []
-        for head in range(rows.clean.layer.heads):  # head by head to bound the memory
-            matrix = exact[head, :, None, None] * self.modulus[head] + torch.diag_embed(extra[head])
-            matrix, rounding = self._centred(matrix, head)
-            own = torch.diagonal(torch.diagonal(matrix, dim1=-2, dim2=-1))
+        for heads in self._together:
+            matrix = exact[heads, :, None, None] * self.modulus[heads] + torch.diag_embed(extra[heads])
+            matrix, rounding = self._centred(matrix, heads)
+            own = torch.diagonal(torch.diagonal(matrix, dim1=-2, dim2=-1), dim1=-2, dim2=-1)
             firsts.append((own.clamp_min(0.0) + rounding).sqrt())
             rest = matrix * other[:, :, None] * other[:, None, :]
             seconds.append((power_eigenvalue(rest, squarings=2) + rounding).sqrt())
-        return torch.stack(firsts), torch.stack(seconds)
+        return torch.cat(firsts), torch.cat(seconds)
 
-    def _centred(self, matrix: Float[Tensor, "n n n"], head: int) -> tuple[Tensor, Tensor]:
+    def _centred(self, matrix: Float[Tensor, "c n n n"], heads: slice) -> tuple[Tensor, Tensor]:
         """``C^T M C`` over the movable tokens with ``C = I - 1 w^T`` for every row, and a bound of its rounding."""
-        w, moves = self.rows.clean.weight[head], self.rows.moves
+        w, moves = self.rows.clean.weight[heads], self.rows.moves
         sums = matrix.sum(dim=-1)
         mixed = sums[..., :, None] * w[..., None, :]
         inner = matrix - mixed - mixed.transpose(-1, -2)
@@ -256,10 +271,10 @@ class RemainderMajorant:
         rows = self.rows
         if self.small:
             parts = []
-            for head, weights in enumerate(paired):
-                matrix, rounding = self._centred(torch.diag_embed(weights.square()), head)
+            for heads in self._together:
+                matrix, rounding = self._centred(torch.diag_embed(paired[heads].square()), heads)
                 parts.append((power_eigenvalue(matrix, squarings=2) + rounding).sqrt())
-            return torch.stack(parts)
+            return torch.cat(parts)
         shift = torch.linalg.vector_norm(paired, dim=-1) * rows.weight_energy[..., 0].sqrt()
         reach: Tensor = (paired * rows.moves).amax(dim=-1) + shift
         return reach

@@ -34,6 +34,11 @@ class FunctionalRows:
     advantage: Float[Tensor, "h q n"]
 
     @cached_property
+    def directions(self) -> Float[Tensor, "d gk"]:
+        """Key maps and gamma of rows on their own side by side: one product with every token."""
+        return torch.cat([self.rows.shared_keys, self.gamma.T], dim=1)
+
+    @cached_property
     def weighted_advantage(self) -> Float[Tensor, "h q n"]:
         """``w_j v_j``."""
         return self.rows.weight * self.advantage
@@ -120,33 +125,38 @@ class LinearImages:
 def linear_images(functional: FunctionalRows, delta: Float[Tensor, "*b n d"]) -> LinearImages:
     """Evaluate the linear pieces; delta must vanish on tokens that may not move."""
     rows = functional.rows
-    query, key = _projected(rows, delta)
+    query, key, t = _projected(functional, delta)
     raw = _with_keys(rows, rows.queries, key) + query @ rows.keys.mT
     x = raw - (rows.weight * raw).sum(-1, keepdim=True)
-    t = (delta @ functional.gamma.T).mT
     d = (functional.weighted_advantage * x).sum(-1) - (rows.weight @ t[..., None])[..., 0]
     return LinearImages(x=x, t=t, d=d, query=query, key=key)
 
 
-def _projected(rows: MarginRows, delta: Float[Tensor, "*b n d"]) -> tuple[Tensor, Tensor]:
-    """Moves of the queries of the rows and of all keys, turned by rotary positions."""
+def _projected(functional: FunctionalRows, delta: Float[Tensor, "*b n d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Moves of the queries of the rows and of all keys, turned by rotary positions, and of the values."""
+    rows = functional.rows
     layer, k = rows.layer, rows.layer.key_width
     if rows.at is None:
         both = (delta @ rows.projection).unflatten(-1, (-1, 2 * k)).transpose(-3, -2)
-        return layer.turned(both[..., :k]), layer.turned(both[..., k:])
-    key = layer.turned((delta @ rows.shared_keys).unflatten(-1, (-1, k)).transpose(-3, -2))
-    return layer.turned(project(delta[..., rows.at, :], layer.w_q), rows.at), key
+        return layer.turned(both[..., :k]), layer.turned(both[..., k:]), (delta @ functional.gamma.T).mT
+    key, value = (rows.tokens_of(delta) @ functional.directions).split((rows.shared_keys.shape[1], layer.heads), dim=-1)
+    key = layer.turned(key.unflatten(-1, (-1, k)).transpose(-3, -2))
+    return layer.turned(project(rows.asked_of(delta), rows.asked_map), rows.at), key, value.mT
 
 
-def _unprojected(rows: MarginRows, query: Float[Tensor, "*b h q k"], key: Float[Tensor, "*b g n k"]) -> Tensor:
+def _unprojected(
+    functional: FunctionalRows, query: Float[Tensor, "*b h q k"], key: Float[Tensor, "*b g n k"], t: Tensor
+) -> Tensor:
     """Adjoint of ``_projected``, (*b, n, d)."""
+    rows = functional.rows
     layer = rows.layer
     query, key = layer.turned_back(query, rows.at), layer.turned_back(key)
     if rows.at is None:
-        return torch.cat([query, key], dim=-1).transpose(-3, -2).flatten(-2) @ rows.projection.T
-    back = key.transpose(-3, -2).flatten(-2) @ rows.shared_keys.T
-    own = query.transpose(-3, -2).flatten(-2) @ layer.w_q.transpose(1, 2).flatten(0, 1)
-    return back.index_add_(-2, rows.at, own)
+        back = torch.cat([query, key], dim=-1).transpose(-3, -2).flatten(-2) @ rows.projection.T
+        return back + t.mT @ functional.gamma
+    back = torch.cat([key.transpose(-3, -2).flatten(-2), t.mT], dim=-1) @ functional.directions.T
+    own = query.transpose(-3, -2).flatten(-2) @ rows.asked_map.transpose(1, 2).flatten(0, 1)
+    return rows.placed(back, own)
 
 
 def _with_keys(rows: MarginRows, left: Float[Tensor, "*a h q k"], key: Float[Tensor, "*b g n k"]) -> Tensor:
@@ -203,7 +213,7 @@ def spread_back(
         to_query = to_query + query
     if more is not None:
         to_key = to_key + more
-    return (_unprojected(rows, to_query, to_key) + t.mT @ functional.gamma) * rows.movable[:, None]
+    return _unprojected(functional, to_query, to_key, t) * rows.movable[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +246,8 @@ class QuadraticMajorant:
     centre: Float[Tensor, "h q"]
     first: Float[Tensor, "h q"]
     bilinear: Float[Tensor, "h q"]
-    tokens: "Float[Tensor, 'n n'] | Float[Tensor, 'n'] | Across"
-    gradient: Float[Tensor, "n d"]
+    tokens: "Float[Tensor, 'm m'] | Float[Tensor, 'm'] | Across"
+    gradient: Float[Tensor, "m p"]
     constant: Float[Tensor, ""]
     keys: "Float[Tensor, 'h n n'] | Across | None" = None
 

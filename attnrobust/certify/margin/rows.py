@@ -26,9 +26,22 @@ class MarginRows(SoftmaxRows):
 
     Args:
         movable: 1.0 where a token may move.
+        lengths: In place of 1.0 the largest length of a token's move as a share of the set's, at most 1, where they
+            differ; constants of the set use it, forms of moves do not.
     """
 
     movable: Float[Tensor, "n"] = field(kw_only=True)
+    lengths: Float[Tensor, "n"] | None = field(kw_only=True, default=None)
+
+    @property
+    def reach(self) -> Float[Tensor, "n"]:
+        """How far each token may move, as a share of the set's size; 0 where it may not."""
+        return self.movable if self.lengths is None else self.lengths * self.movable
+
+    @property
+    def own_reach(self) -> Float[Tensor, "q"]:
+        """That of the token of each row."""
+        return self.reach if self.at is None else self.reach[self.at]
 
     @cached_property
     def projection(self) -> Float[Tensor, "d p"]:
@@ -46,6 +59,27 @@ class MarginRows(SoftmaxRows):
     def shared_keys(self) -> Float[Tensor, "d gk"]:
         """The different ones of the key maps side by side."""
         return self.layer.w_k[:: self.sharing].transpose(0, 1).flatten(1)
+
+    @property
+    def asked_map(self) -> Float[Tensor, "h d k"]:
+        """The query maps of ``asked_of``."""
+        return self.layer.w_q
+
+    def tokens_of(self, moves: Float[Tensor, "*b m p"]) -> Float[Tensor, "*b n p"]:
+        """What keys and values see of moves."""
+        return moves
+
+    def asked_of(self, moves: Float[Tensor, "*b m p"]) -> Float[Tensor, "*b q d"]:
+        """The moves of the tokens of the rows."""
+        return moves[..., self.asked, :]
+
+    def placed(self, tokens: Float[Tensor, "*b n p"], own: Float[Tensor, "*b q d"]) -> Float[Tensor, "*b m p"]:
+        """Adjoint of ``tokens_of`` and ``asked_of`` together."""
+        return tokens.index_add(-2, self.asked, own)
+
+    def on_asked(self, values: Float[Tensor, "q"]) -> Float[Tensor, "m"]:
+        """Coefficients of the squared lengths of the rows' own tokens, as those of the rows of a move."""
+        return torch.zeros_like(self.movable).index_add(0, self.asked, values)
 
     @cached_property
     def own_movable(self) -> Float[Tensor, "q"]:
@@ -66,11 +100,6 @@ class MarginRows(SoftmaxRows):
     def own(self) -> Float[Tensor, "h q n"]:
         """delta_i-coordinate of ``e_j - w``."""
         return own_share(self.weight, self.movable, self.at)
-
-    @cached_property
-    def rest(self) -> Float[Tensor, "h q n"]:
-        """``||(e_j - w) on the movable tokens other than i||``."""
-        return rest_norm(self.weight, self.movable, self.at)
 
     @cached_property
     def key_gram(self) -> Float[Tensor, "h k k"]:
@@ -206,6 +235,9 @@ def own_gram(rows: MarginRows) -> Float[Tensor, "h q n n"]:
 
 def direction_gram(rows: MarginRows) -> Float[Tensor, "h q n n"]:
     """Gram matrix over (j, j') of the l_j restricted to the movable tokens, for every row (h, i)."""
+    if rows.lengths is not None:
+        own = own_gram(rows) * rows.own_reach.square()[:, None, None]
+        return _overlap(rows, (rows.reach * rows.pair_norm).square().expand_as(rows.weight)) + own
     if rows.layer.rotary is not None:
         return _overlap(rows, rows.movable * rows.pair_norm**2) + own_gram(rows)
     return _overlap(rows, rows.movable) * (rows.beta**2).sum(-1)[..., None, None] + own_gram(rows)

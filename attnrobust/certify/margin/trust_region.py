@@ -66,34 +66,66 @@ def approximate(
         settled: Relative growth of the value by one product that ends the search.
     """
     size = problem.gradient.numel()
-    found = torch.linalg.qr(torch.cat([problem.gradient[None], starts]).T[:, :size]).Q
-    images = fresh = problem.product(found.T).T
-    width, (values, vectors, value) = found.shape[1], _projected(found, images, problem, radius)
-    for _ in range(min(steps, size // width) - 1):
+    first = torch.linalg.qr(torch.cat([problem.gradient[None], starts]).T[:, :size]).Q.T.contiguous()
+    width = first.shape[0]
+    rounds = max(1, min(steps, size // width))
+    space = _Space(problem, radius, capacity=rounds * width)
+    fresh = space.add(first)
+    for _ in range(rounds - 1):
         scale = float(torch.linalg.vector_norm(fresh)) + SMALLEST
-        fresh = fresh - found @ (found.T @ fresh)
-        fresh = fresh - found @ (found.T @ fresh)
+        for _ in range(2):
+            fresh = fresh - (fresh @ space.basis.T) @ space.basis
         if float(torch.linalg.vector_norm(fresh)) <= 1e-10 * scale:
             break
-        fresh = torch.linalg.qr(fresh).Q
-        found = torch.cat([found, fresh], dim=1)
-        fresh = problem.product(fresh.T).T
-        images = torch.cat([images, fresh], dim=1)
-        last = value
-        values, vectors, value = _projected(found, images, problem, radius)
-        if value <= (1.0 + settled) * last:
+        last = space.value
+        fresh = space.add(torch.linalg.qr(fresh.T).Q.T.contiguous())
+        if space.value <= (1.0 + settled) * last:
             break
-    return _small_solution(values, found @ vectors, problem, radius)
+    return _small_solution(space.values, space.basis.T @ space.vectors, problem, radius)
 
 
-def _projected(found: Tensor, images: Tensor, problem: Quadratic, radius: float) -> tuple[Tensor, Tensor, float]:
-    """Eigenvalues and eigenvectors of the form in a subspace, and the largest value there without the constant."""
-    small = found.T @ images
-    values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
-    g = vectors.T @ (found.T @ problem.gradient)
-    multiplier = _multiplier(values, g, radius)
-    value = 0.5 * float(g @ (g / (multiplier - values).clamp_min(SMALLEST))) + 0.5 * multiplier * radius**2
-    return values, vectors, value
+class _Space:
+    """The form in a growing subspace: images are not kept, and each new vector is met once by all others.
+
+    Args:
+        problem: The quadratic.
+        radius: Of the ball.
+        capacity: Most vectors.
+    """
+
+    def __init__(self, problem: Quadratic, radius: float, *, capacity: int) -> None:
+        self.problem, self.radius, self.count = problem, radius, 0
+        self._rows = problem.gradient.new_empty(capacity, problem.gradient.numel())
+        self._small = problem.gradient.new_zeros(capacity, capacity)
+        self._gradient = problem.gradient.new_zeros(capacity)
+        self.values = self.vectors = self._gradient
+        self.value = 0.0
+
+    @property
+    def basis(self) -> Float[Tensor, "k N"]:
+        """Orthonormal rows."""
+        return self._rows[: self.count]
+
+    def add(self, fresh: Float[Tensor, "w N"]) -> Float[Tensor, "w N"]:
+        """Add orthonormal rows; their images."""
+        old, new = self.count, self.count + fresh.shape[0]
+        self.count = new
+        self._rows[old:new] = fresh
+        images = self.problem.product(fresh)
+        block = self.basis @ images.T
+        self._small[:new, old:new], self._small[old:new, :old] = block, block[:old].T
+        self._gradient[old:new] = fresh @ self.problem.gradient
+        self._solve()
+        return images
+
+    def _solve(self) -> None:
+        """Eigenvalues and eigenvectors in the subspace, and the largest value there without the constant."""
+        small = self._small[: self.count, : self.count]
+        self.values, self.vectors = torch.linalg.eigh(0.5 * (small + small.T))
+        g = self.vectors.T @ self._gradient[: self.count]
+        multiplier = _multiplier(self.values, g, self.radius)
+        shares = g / (multiplier - self.values).clamp_min(SMALLEST)
+        self.value = 0.5 * float(g @ shares) + 0.5 * multiplier * self.radius**2
 
 
 def _small_solution(values: Tensor, vectors: Tensor, problem: Quadratic, radius: float) -> Maximiser:

@@ -101,7 +101,7 @@ def _prepare(problem: Problem) -> _Bound:
     pool = pool_weights(problem.goal.pool, problem.clean.mass)  # type: ignore[attr-defined]
     functionals, budgets = _goal(problem, clean, pool)
     heads = tuple(
-        tuple(_head(layer, h, problem, clean.weights[h], functional, pool) for h in range(layer.heads))
+        tuple(_head(layer, h, problem, clean, functional, pool) for h in range(layer.heads))
         for functional in functionals
     )
     orthogonal = layer.w_o is None and functionals[0] is None
@@ -112,29 +112,48 @@ def _prepare(problem: Problem) -> _Bound:
 
 
 @dataclass(frozen=True, eq=False)
+class _Maps:
+    """The weights of one head as balls."""
+
+    query: BallMatrix
+    key: BallMatrix
+    value: BallMatrix
+    out: BallMatrix
+
+    @classmethod
+    def of(cls, layer: Attention, h: int) -> "_Maps":
+        parts = (layer.w_q[h], layer.w_k[h], layer.w_v[h], _head_output(layer, h))
+        return cls(*map(rigorous.ball_matrix, parts))
+
+
+@dataclass(frozen=True, eq=False)
 class _Clean:
     weights: tuple[BallMatrix, ...]  # per head, (n, n)
+    queries: tuple[BallMatrix, ...]  # per head, (n, k), times the score factor
+    maps: tuple["_Maps", ...]
     output: BallMatrix  # (n, e)
 
 
 def _clean(layer: Attention, problem: Problem) -> _Clean:
     x, visible = rigorous.ball_matrix(problem.clean.points), visible_keys(layer, problem.clean.n)
-    weights, output = [], None
-    for h in range(layer.heads):
-        queries = _affine(x, layer.w_q[h], None if layer.b_q is None else layer.b_q[h])
-        keys = _affine(x, layer.w_k[h], None if layer.b_k is None else layer.b_k[h])
-        scores = queries * keys.transpose() * rigorous.ball(layer.factor)
+    weights, scaled, output = [], [], None
+    maps = tuple(_Maps.of(layer, h) for h in range(layer.heads))
+    for h, head in enumerate(maps):
+        queries = _affine(x, head.query, None if layer.b_q is None else layer.b_q[h]) * rigorous.ball(layer.factor)
+        keys = _affine(x, head.key, None if layer.b_k is None else layer.b_k[h])
+        scores = queries * keys.transpose()
+        scaled.append(queries)
         weights.append(rigorous.softmax_rows(_with_bias(scores, layer, h, problem, visible), visible))
-        values = _affine(x, layer.w_v[h], None if layer.b_v is None else layer.b_v[h])
-        part = weights[h] * values * rigorous.ball_matrix(_head_output(layer, h))
+        values = _affine(x, head.value, None if layer.b_v is None else layer.b_v[h])
+        part = weights[h] * values * head.out
         output = part if output is None else output + part
     if layer.b_o is not None:
         output = output + rigorous.ball_matrix(layer.b_o.expand(problem.clean.n, -1))
-    return _Clean(tuple(weights), output)
+    return _Clean(tuple(weights), tuple(scaled), maps, output)
 
 
-def _affine(x: BallMatrix, weight: Tensor, bias: Tensor | None) -> BallMatrix:
-    out = x * rigorous.ball_matrix(weight)
+def _affine(x: BallMatrix, weight: BallMatrix, bias: Tensor | None) -> BallMatrix:
+    out = x * weight
     return out if bias is None else out + rigorous.ball_matrix(bias.expand(x.nrows(), -1))
 
 
@@ -203,7 +222,7 @@ def _squared_factor(threat: MoveThreat, n: int, d: int) -> int:
 
 
 def _head(
-    layer: Attention, h: int, problem: Problem, weights: BallMatrix, functional: BallMatrix | None, pool: Tensor | None
+    layer: Attention, h: int, problem: Problem, clean: _Clean, functional: BallMatrix | None, pool: Tensor | None
 ) -> _Head:
     """Left out: rows that the pooling ignores, keys that no counted row sees, scores of rows that see one key."""
     n = problem.clean.n
@@ -212,11 +231,10 @@ def _head(
     seen = visible[counted].any(dim=0)
     choosing = counted & (visible.sum(dim=1) > 1)  # a row with one visible key has the weight 1 whatever its score
     x = rigorous.ball_matrix(problem.clean.points)
-    w_q, w_k = rigorous.ball_matrix(layer.w_q[h]) * rigorous.ball(layer.factor), rigorous.ball_matrix(layer.w_k[h])
-    w_v, out = rigorous.ball_matrix(layer.w_v[h]), rigorous.ball_matrix(_head_output(layer, h))
-    out = (out if functional is None else out * functional).transpose()
+    weights, queries, maps = clean.weights[h], clean.queries[h], clean.maps[h]
+    w_q, w_k, w_v = maps.query * rigorous.ball(layer.factor), maps.key, maps.value
+    out = (maps.out if functional is None else maps.out * functional).transpose()
     centred = _centred(_rows(x, seen))
-    queries = _affine(x, layer.w_q[h], None if layer.b_q is None else layer.b_q[h]) * rigorous.ball(layer.factor)
     bilinear, key_norm = rigorous.spectral_of_product(w_q, w_k), rigorous.spectral_of_product(centred * w_k, w_q)
     growth, spread = rigorous.spectral_of_product(w_v, out), rigorous.spectral_of_product(centred * w_v, out)
     rows = torch.ones(n, dtype=torch.float64) if pool is None else pool.cpu()

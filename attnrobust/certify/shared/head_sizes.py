@@ -142,6 +142,11 @@ def bilinear_norm(layer: Attention) -> Float[Tensor, "h"]:
     return abs(layer.factor) * product_norm(layer.w_q, layer.w_k)
 
 
+def output_norms(layer: Attention) -> Float[Tensor, "h"]:
+    """``||w_v w_o||_2`` of every head from its narrow factors; ``||w_v||_2`` where the heads are concatenated."""
+    return spectral_norm(layer.w_v) if layer.w_o is None else product_norm(layer.w_v, layer.w_o.mT)
+
+
 def spectral_norm(matrices: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
     """Spectral norms by full decompositions."""
     norms: Tensor = torch.linalg.matrix_norm(matrices, ord=2)

@@ -99,6 +99,7 @@ def check_attack(name: str, threat: MoveThreat, goal: Goal | None) -> None:
 
 
 @pytest.mark.parametrize("name", foolbox_names())
+@pytest.mark.one_in(2)
 def test_every_supported_attack_gives_verified_rows(name: str) -> None:
     index = foolbox_names().index(name)
     check_attack(name, EVERY_NORM[index // 2 % 3], Displacement(0.3) if index % 2 else None)

@@ -140,6 +140,7 @@ THREATS: tuple[MoveThreat, ...] = (
 
 @pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.key)
 @pytest.mark.parametrize("tolerance", [0.1, 1e-6], ids=["float32", "float64"])
+@pytest.mark.one_in(2)
 def test_every_threat_on_moves(threat: MoveThreat, tolerance: float) -> None:
     """What is found in float32 is verified in float64, and as near as a search in float64 finds it."""
     torch.manual_seed(1)

@@ -74,6 +74,7 @@ def _largest_local(a: float, radius: float, order: float, *, offset: float = 0.0
         (math.inf, -1.0, 2.0, 1.0, 1.6),
     ],
 )
+@pytest.mark.one_in(2)
 def test_derived_constant_against_ascent(order: float, a: float, size: float, least: float, most: float) -> None:
     radius = math.sqrt(size)
     found = _largest_local(a, radius, order)

@@ -15,6 +15,7 @@ from tests.cases import Case, case_named, cases
 
 @pytest.mark.parametrize("form", ["derived", "reported"])
 @pytest.mark.parametrize("strength", [0.1, 1.0, 4.0])
+@pytest.mark.one_in(2)
 def test_ball_constant_against_jacobian_norms(form: str, strength: float) -> None:
     """Gradient ascent of the exact Jacobian norm over the ball stays below the constant and comes close to it."""
     ratios = []
@@ -47,6 +48,7 @@ def _largest_norm(layer: Attention, radius: float, *, n: int, generator: torch.G
 
 
 @pytest.mark.parametrize("case", cases(max_n=8), ids=lambda case: case.name)
+@pytest.mark.one_in(4)
 def test_ball_constant_in_other_norms(case: Case) -> None:
     """One token and the mean: sampled difference quotients on the ball, masses and masks of the case included."""
     radius = 1.5

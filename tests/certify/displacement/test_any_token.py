@@ -1,6 +1,5 @@
 """Displacement under "any one token": the worst known token, and what its bounds share."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 from attnrobust.certify.displacement import any_token as displacement_token
 from attnrobust.certify.displacement.any_token import AnyTokenBound
-from attnrobust.certify.displacement.bound import FLOOR, balanced_shares
 from attnrobust.certify.displacement.method import DisplacementBound, DisplacementCertificate
 from attnrobust.goals import Displacement
 from attnrobust.problem import Problem
@@ -90,19 +88,3 @@ def test_clean_rows_of_another_input_are_refused() -> None:
     problem = Problem(case.attention, case.tokens, FrobeniusBall(tokens=(0,)), Displacement(0.1))
     with pytest.raises(ValueError, match="another layer"):
         DisplacementBound(problem, 0, clean=clean_rows("causal-masses").clean)
-
-
-def test_balanced_shares_reach_the_least_worst_case() -> None:
-    one = torch.tensor([[4.0, 1.0, 0.0]], dtype=torch.float64)
-    shares, least = balanced_shares(one)
-    assert least == pytest.approx(3.0)
-    assert shares.tolist() == pytest.approx([2 / 3, 1 / 3, FLOOR], rel=1e-9)
-    for seed in range(8):
-        generator = torch.Generator().manual_seed(seed)
-        parts = torch.rand(3, 2, generator=generator, dtype=torch.float64) ** 4
-        shares, least = balanced_shares(parts)
-        grid = torch.linspace(1e-3, 1.0 - 1e-3, 5000, dtype=torch.float64)
-        worst = (parts[:, :1] / grid + parts[:, 1:] / (1.0 - grid)).amax(dim=0)
-        assert least <= math.sqrt(float(worst.min())) * (1 + 1e-9), "the lower bound is one"
-        found = float(((parts / shares).sum(dim=1)).max() * shares.sum())
-        assert found <= 1.05 * float(worst.min())

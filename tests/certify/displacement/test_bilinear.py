@@ -18,6 +18,7 @@ from tests.displacement_tools import (
 
 @selected
 @pytest.mark.parametrize("pool", ["all", "mean"])
+@pytest.mark.one_in(3)
 def test_bilinear_parts_are_inside_their_forms(name: str, tokens: tuple[int, ...] | None, pool: str | int) -> None:
     """Equations 17 and 18."""
     rows = clean_rows(name, tokens=tokens, pool=pool)

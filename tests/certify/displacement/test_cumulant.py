@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnrobust.certify.displacement.cumulant import cumulant_modulus, psd_root
+from attnrobust.certify.displacement.cumulant import cumulant_modulus, psd_roots
 from tests.assertions import assert_close
 
 
@@ -14,7 +14,8 @@ def test_cumulant_modulus_dominates_every_direction(seed: int) -> None:
     weights = torch.softmax(3.0 * torch.randn(n, generator=generator, dtype=torch.float64), dim=0)
     values = torch.randn(n, v, generator=generator, dtype=torch.float64)
     spread = values - weights @ values
-    modulus = cumulant_modulus(weights, spread)
+    modulus, root = cumulant_modulus(weights, spread)
+    assert_close(root @ root, modulus, rtol=1e-12, what="the root of the modulus")
     centre = torch.eye(n, dtype=torch.float64) - weights[None, :]
     for _ in range(50):
         direction = torch.nn.functional.normalize(torch.randn(v, generator=generator, dtype=torch.float64), dim=0)
@@ -23,5 +24,5 @@ def test_cumulant_modulus_dominates_every_direction(seed: int) -> None:
             lowest = torch.linalg.eigvalsh(modulus + sign * cumulant)[0]
             assert float(lowest) >= -1e-12 * float(modulus.abs().max())
     if v == 1:  # one output direction: the modulus of the matrix itself, nothing larger
-        exact = psd_root(cumulant @ cumulant)
+        exact = psd_roots(cumulant @ cumulant)[0]
         assert_close(modulus, exact, rtol=1e-7, what="modulus of one direction")

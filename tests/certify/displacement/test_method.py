@@ -50,6 +50,7 @@ def _ascend(problem: Problem, radius: float, *, steps: int = 40, count: int = 12
 
 @pytest.mark.parametrize("name", with_marks((name,) for name in SMALL_CASES))
 @pytest.mark.parametrize("pool", ["all", 0])
+@pytest.mark.one_in(2)
 def test_displacement_stays_below_the_bound(name: str, pool: Pool) -> None:
     problem = _problem(name, FrobeniusBall(), Displacement(1.0, pool=pool))
     bound = DisplacementBound(problem, 0)
@@ -65,6 +66,7 @@ def test_displacement_stays_below_the_bound(name: str, pool: Pool) -> None:
 
 @pytest.mark.parametrize("name", ["plain-h2-n3-d4", "biases", "saturated", "concatenated", "narrow-width-1"])
 @pytest.mark.parametrize("pool", ["all", "mean"])
+@pytest.mark.one_in(2)
 def test_the_bound_covers_the_sum_of_its_five_parts(name: str, pool: Pool) -> None:
     """Equation 19 against ascent on the sum itself; were one part forgotten, the sum would pass the bound."""
     rows = clean_rows(name, pool=pool)
@@ -83,6 +85,7 @@ def test_the_bound_covers_the_sum_of_its_five_parts(name: str, pool: Pool) -> No
 
 @pytest.mark.parametrize("index", range(len(THREATS)))
 @pytest.mark.parametrize("name", ["plain-h2-n3-d4", "causal-masses", "padding", "saturated"])
+@pytest.mark.one_in(4)
 def test_no_attack_inside_the_certified_radius(name: str, index: int) -> None:
     goals = (Displacement(0.3), Displacement(0.1, pool="mean"), Displacement(0.1, pool=0))
     problem = _problem(name, THREATS[index], goals[(index + len(name)) % 3])

@@ -29,6 +29,7 @@ from tests.displacement_tools import (
 
 
 @selected
+@pytest.mark.one_in(2)
 def test_reach_of_logits_and_partition(name: str, tokens: tuple[int, ...] | None) -> None:
     rows = clean_rows(name, tokens=tokens)
     majorant = RemainderMajorant(rows)
@@ -52,6 +53,7 @@ def test_reach_of_logits_and_partition(name: str, tokens: tuple[int, ...] | None
 
 @selected
 @pytest.mark.parametrize("limit", [0, 128])
+@pytest.mark.one_in(2)
 def test_diagonal_reach(name: str, tokens: tuple[int, ...] | None, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both branches: through the Gram matrices, and in closed form for many tokens."""
     monkeypatch.setattr(displacement_majorant, "GRAM_LIMIT", limit)
@@ -70,6 +72,7 @@ def test_diagonal_reach(name: str, tokens: tuple[int, ...] | None, limit: int, m
     ("name", "tokens", "limit", "pool"),
     taking_turns(((0, "all"), (128, "mean")), ((128, "all"), (0, "mean"))),
 )
+@pytest.mark.one_in(3)
 def test_curved_part_is_inside_its_form(
     name: str, tokens: tuple[int, ...] | None, limit: int, pool: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +104,7 @@ def test_curved_part_is_inside_its_form(
 
 @selected
 @pytest.mark.parametrize("limit", [0, 128])
+@pytest.mark.one_in(2)
 def test_values_weighted_by_grown_weights(
     name: str, tokens: tuple[int, ...] | None, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +131,7 @@ def test_values_weighted_by_grown_weights(
 
 
 @two_pools
+@pytest.mark.one_in(2)
 def test_query_form(name: str, tokens: tuple[int, ...] | None, pool: str | int) -> None:
     """Equations 15 and 16, each part by itself: quartic sums and E[q gamma] against ``|A^T delta_i|``."""
     rows = clean_rows(name, tokens=tokens, pool=pool)

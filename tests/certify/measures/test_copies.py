@@ -43,6 +43,7 @@ def test_one_copy_has_a_closed_form() -> None:
 
 @pytest.mark.parametrize("name", ["masses", "finite-mask", "causal-masses", "plain-h2-n3-d4", "single-token"])
 @pytest.mark.parametrize("pool", ["all", "mean", 0])
+@pytest.mark.one_in(2)
 def test_worst_copies_is_what_inserted_tokens_do(name: str, pool: Pool) -> None:
     """Tokens written several times with their masses, through the attack's own expansion."""
     case = case_named(name)

@@ -108,6 +108,7 @@ def test_precision_ends_with_the_block() -> None:
 
 
 @pytest.mark.parametrize("case", cases(max_n=6), ids=lambda case: case.name)
+@pytest.mark.one_in(4)
 def test_no_attack_inside_the_certified_radius(case: Case) -> None:
     for index, problem in enumerate(problems(case)):
         if (index + case.n) % 3:
@@ -121,6 +122,7 @@ def test_no_attack_inside_the_certified_radius(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", cases(max_n=8), ids=lambda case: case.name)
+@pytest.mark.one_in(4)
 def test_bound_holds_at_sampled_moves_of_every_size(case: Case) -> None:
     draw = torch.Generator().manual_seed(11)
     for problem in problems(case):

@@ -40,15 +40,17 @@ class RowGeometry:
 
 def row_geometry(rows: MarginRows, threat: MoveThreat) -> RowGeometry:
     """Norms of the l_j for one threat."""
-    norm = rows.norm[:, None, None] * rows.own_movable[:, None]
+    own = rows.own_reach[:, None]
+    norm = rows.norm[:, None, None] * own
     dual = dual_mixed = None
     if isinstance(threat, PerTokenBall):
         order, token_sum = DUAL_ORDER[threat.norm], _token_sum(rows)
         dual = own_block(rows, order) + _key_duals(rows, order, token_sum)
         dual_mixed = norm * token_sum
     norms = LogitNorms(
-        own=own_block(rows, 2.0), other=_key_blocks(rows),
-        diagonal=rows.numerical[:, None, None] * rows.own.abs(), mixed=norm * rows.rest,
+        own=own_block(rows, 2.0) * own, other=_key_blocks(rows),
+        diagonal=rows.numerical[:, None, None] * rows.own.abs() * own.square(),
+        mixed=norm * rest_norm(rows.weight, rows.reach.square(), rows.at),
         dual=dual, dual_mixed=dual_mixed,
     )  # fmt: skip
     return RowGeometry(norms, direction_gram(rows) if rows.n <= GRAM_LIMIT else None)
@@ -57,9 +59,10 @@ def row_geometry(rows: MarginRows, threat: MoveThreat) -> RowGeometry:
 def _key_blocks(rows: MarginRows) -> Float[Tensor, "h q n"]:
     """Norm of the blocks ``(e_j - w)_l beta_il`` of the movable tokens l other than i together."""
     if rows.layer.rotary is None:
-        plain: Tensor = rows.rest * torch.linalg.vector_norm(rows.beta, dim=-1)[..., None]
+        rest = rest_norm(rows.weight, rows.reach.square(), rows.at)
+        plain: Tensor = rest * torch.linalg.vector_norm(rows.beta, dim=-1)[..., None]
         return plain
-    return rest_norm(rows.weight, rows.movable * rows.pair_norm**2, rows.at)
+    return rest_norm(rows.weight, (rows.reach * rows.pair_norm).square(), rows.at)
 
 
 def _key_duals(rows: MarginRows, order: float, token_sum: Tensor) -> Float[Tensor, "h q n"]:
@@ -112,9 +115,11 @@ def largest_quadratic(rows: MarginRows, geo: RowGeometry, coefficient: Tensor) -
     """Upper bound of ``lambda_max(sum_j c_j l_j l_j^T)`` per row."""
     if geo.gram is not None:
         return gram_eigenvalue(geo.gram, coefficient)
-    steepest = (rows.beta**2).sum(-1) if rows.layer.rotary is None else rows.pair_norm.square().amax(-1)
-    key = spread_eigenvalue(coefficient, rows.weight, rows.movable) * steepest
-    query = _query_eigenvalue(rows, coefficient)
+    if rows.layer.rotary is None:
+        key = spread_eigenvalue(coefficient, rows.weight, rows.reach) * (rows.beta**2).sum(-1)
+    else:
+        key = spread_eigenvalue(coefficient, rows.weight, rows.reach * rows.pair_norm)
+    query = _query_eigenvalue(rows, coefficient) * rows.own_reach.square()
     return outward((key.sqrt() + query.sqrt()) ** 2, FORMULA)
 
 
@@ -147,19 +152,19 @@ def _second_moment(c: Tensor, keys: Tensor) -> Tensor:
 
 def constants(rows: MarginRows, geo: RowGeometry, budget: MoveBudget) -> Constants:
     """All radius-dependent constants; see the attributes of ``Constants`` and lemmas 2 to 6 of the documentation."""
-    r, rho, norm = budget.frobenius, budget.token, rows.norm[:, None]
+    r, rho, norm = budget.frobenius, budget.token, rows.norm[:, None] * rows.own_reach
     limit = logit_range(geo.norms, budget).masked_fill(torch.isneginf(rows.log_weight), 0.0)
     saturating = saturating_weight(rows.log_weight, limit)
 
     def quadratic(coefficient: Tensor) -> Tensor:
         linear = largest_quadratic(rows, geo, coefficient)
-        spread = spread_eigenvalue(coefficient, rows.weight, rows.movable)
+        spread = spread_eigenvalue(coefficient, rows.weight, rows.reach)
         spread = torch.where(rows.own_movable > 0, spread, 0.0)
         return 0.5 * r * r * (linear.sqrt() + rho * norm * spread.sqrt()) ** 2
 
     remainder, share = remainder_mass(rows.log_weight, limit, saturating, quadratic)
-    spread = spread_eigenvalue(rows.weight, rows.weight, rows.movable)
-    heaviest = (rows.weight * rows.movable).amax(-1) * r * r
+    spread = spread_eigenvalue(rows.weight, rows.weight, rows.reach)
+    heaviest = (rows.weight * rows.reach.square()).amax(-1) * r * r
     energy = torch.minimum(spread * r * r, torch.minimum(heaviest, heaviest.new_tensor(rho**2)))
     return Constants(
         budget=budget, limit=limit, saturating=saturating, slope=pair_slope(rows.log_weight, limit),

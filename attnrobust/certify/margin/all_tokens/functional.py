@@ -282,7 +282,9 @@ class FunctionalBound:
 
     def _remember(self, moves: Tensor) -> References:
         new = references(self.rows, moves)
-        keep = min(MEMORY, max(4, MEMORY_NUMBERS // self.rows.advantage.numel()))  # each costs (h, n, n) numbers
+        keep = min(
+            MEMORY, max(4, MEMORY_NUMBERS // max(self.rows.advantage.numel(), new.gram[0].numel()))
+        )  # numbers of each
         self.memory = new if self.memory is None else self.memory.followed_by(new, keep=keep)
         return self.memory
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.certify.margin.all_tokens.constants import Constants
@@ -109,7 +109,7 @@ def majorant(functional: FunctionalRows, const: Constants, piece: Pieces, par: P
     eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
     square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
     rest = torch.where(positive, curve * (1.0 + 1.0 / eps), -curve * (1.0 / eps - 1.0))
-    energy = const.budget.frobenius**2 * _spread(rest, weight, rows.movable)
+    energy = const.budget.frobenius**2 * _spread(rest, weight, rows.reach)
     kept = weight - piece.shift
     s1 = par.query_value * functional.value_norm
     value = piece.slope / pair + (const.spread / s1)[..., None] * kept
@@ -151,8 +151,7 @@ def _query_coefficients(
         return pi * (spread + mean) * rows.own_movable, None
     share = par.gauge / (1.0 + par.gauge)
     steady = (pi * spread * (1.0 - share) * rows.form_norm[:, None].square()).sum(0) * rows.own_movable
-    steady = torch.zeros_like(rows.movable).index_add(0, rows.asked, steady)
-    return pi * (share * spread + mean) * rows.own_movable, steady
+    return pi * (share * spread + mean) * rows.own_movable, rows.on_asked(steady)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,29 +162,44 @@ class References:
         x: ``l_j.Delta``.
         t: ``gamma.delta_j``.
         query: ``|A^T delta_i|^2``, or N(delta_i).
-        gram: ``delta_i.delta_j``.
+        gram: ``delta_i.delta_j``, or of rows on their own the moves themselves (b, n, d).
     """
 
     x: Float[Tensor, "b h q n"]
     t: Float[Tensor, "b h n"]
     query: Float[Tensor, "b h q"]
-    gram: Float[Tensor, "b n n"]
+    gram: Float[Tensor, "b n _"]
+    alone: bool = False
 
     def scaled(self, size: float) -> "References":
         """Those of ``size * Delta``."""
-        return References(size * self.x, size * self.t, size**2 * self.query, size**2 * self.gram)
+        gram = (size if self.alone else size**2) * self.gram
+        return References(size * self.x, size * self.t, size**2 * self.query, gram, self.alone)
+
+    def mixed(self, weighted: Float[Tensor, "h q n"]) -> Float[Tensor, "b h q"]:
+        """``|sum_j weighted_j delta_j|^2``."""
+        sums = weighted @ self.gram[:, None]
+        squares = sums.square() if self.alone else sums * weighted
+        return squares.sum(-1).clamp_min(0.0)
+
+    def own(self, at: Int[Tensor, "q"]) -> Float[Tensor, "b q"]:
+        """``|delta_i|^2`` of the tokens of the rows."""
+        return self.gram[:, at].square().sum(-1) if self.alone else self.gram.diagonal(dim1=1, dim2=2)[:, at]
 
     def followed_by(self, other: "References", *, keep: int) -> "References":
         """The last ``keep`` moves of both."""
         pairs = ((self.x, other.x), (self.t, other.t), (self.query, other.query), (self.gram, other.gram))
-        return References(*(torch.cat([old, new])[-keep:] for old, new in pairs))
+        x, t, query, gram = (torch.cat([old, new])[-keep:] for old, new in pairs)
+        return References(x, t, query, gram, alone=self.alone)
 
 
 def references(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> References:
     """Evaluate reference moves."""
     found: LinearImages = linear_images(functional, points)
     query = (query_form(functional.rows, found.query) * found.query).sum(-1)
-    return References(found.x, found.t, query, points @ points.mT)
+    points = functional.rows.tokens_of(points)
+    alone = functional.rows.at is not None
+    return References(found.x, found.t, query, points if alone else points @ points.mT, alone)
 
 
 def balanced(
@@ -224,9 +238,9 @@ def balanced(
     query = mean(found.query, (1,))
     gauge = par.gauge
     if rows.layer.rotary is not None:
-        steady = mean(rows.form_norm[:, None].square() * found.gram.diagonal(dim1=1, dim2=2)[:, None, rows.asked], (1,))
+        steady = mean(rows.form_norm[:, None].square() * found.own(rows.asked)[:, None], (1,))
         gauge, query = (steady / query).square(), torch.minimum(query, steady)
-    mixed = mean(((weighted @ found.gram[:, None]) * weighted).sum(-1).clamp_min(0.0), (1,))
+    mixed = mean(found.mixed(weighted), (1,))
     pair = (t2[:, None, :] / x2).sqrt() / functional.value_norm[..., None]
     e = par.pair * functional.value_norm[..., None]
     curve, effect = _mass_curve(functional, const, par, piece.unit)
@@ -236,7 +250,7 @@ def balanced(
     split = (0.5 * const.share * variance / (mass * (1.0 - ratio))).sqrt() / piece.unit
     reference = average / piece.unit + 2.0 * split * ratio
     curve = (curve + e * piece.slope).abs()
-    energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.movable, bisections=ROUGH)
+    energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.reach, bisections=ROUGH)
     eps = (energy * query / (curve * x2).sum(-1).clamp_min(SMALLEST_UNIT)).sqrt()[..., None].expand_as(x2)
     s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / functional.value_norm
     s2 = (mixed / query).sqrt()

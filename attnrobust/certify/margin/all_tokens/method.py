@@ -3,10 +3,12 @@
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from attnrobust.certify.margin.all_tokens.constants import Constants, constants, row_geometry
 from attnrobust.certify.margin.all_tokens.functional import FunctionalBound
 from attnrobust.certify.margin.quadratic_form import functional_rows
+from attnrobust.certify.margin.reduced_rows import reduced
 from attnrobust.certify.margin.rows import margin_rows
 from attnrobust.certify.method import MODERN_FEATURES, CertificateMethod, PreparedBound
 from attnrobust.certify.shared.constants import MoveBudget
@@ -61,10 +63,10 @@ class MarginBound(PreparedBound):
         weights = goal.weights[self.rows.asked].clone()  # made in inference mode, they could not enter a slope
         events = min(max(EVENTS[0], EVENTS_OF_A_CLASS * goal.functionals.shape[0]), EVENTS[1])
         self.chance = Chance(seed, "margin", MAIN_FAILURE, events)
-        self.functionals = [
-            FunctionalBound(functional_rows(self.rows, weights, f), problem.moves, chance=self.chance)
-            for f in goal.functionals
-        ]
+        found = [functional_rows(self.rows, weights, f) for f in goal.functionals]
+        if isinstance(problem.threat, FrobeniusBall):
+            found = reduced(found)
+        self.functionals = [FunctionalBound(one, problem.moves, chance=self.chance) for one in found]
 
     @property
     def failure_probability(self) -> float:
@@ -76,10 +78,15 @@ class MarginBound(PreparedBound):
     def first_guess(self) -> float | None:
         guesses = []
         for budget, functional in zip(self.budgets, self.functionals, strict=True):
-            slope = float(self.problem.moves.dual_norm(functional.rows.gradient))
+            slope = float(self._slope(functional.rows.gradient))
             if slope > 0.0:
                 guesses.append(functional.choose_parameters(self.constants_at, budget, START * budget / slope))
         return min(guesses, default=None)
+
+    def _slope(self, gradient: Tensor) -> Tensor:
+        """Largest linear change per unit of the threat; the length where moves are in a basis of their own."""
+        reduced_moves = gradient.shape != self.rows.points.shape
+        return torch.linalg.vector_norm(gradient) if reduced_moves else self.problem.moves.dual_norm(gradient)
 
     def constants_at(self, radius: float) -> Constants | None:
         """Constants of the threat's set of this radius; None where they overflow."""

@@ -104,15 +104,15 @@ class TokenFunctionalBound:
         m = 2 * self.functional.rows.layer.key_width + 1
         return max(1, CHUNK_NUMBERS // max(2 * PROOF_NODES * h * n, h * n * m, h * d * m, 4 * d * d))
 
-    def bound(self, radius: float) -> float:
+    def bound(self, radius: float, *, floor: float = 0.0) -> float:
         """Upper bound of the drop over all moves of length at most the radius of one candidate token.
 
         Tokens come in the order of their bounds with the parameters at hand; once those are below the best bound
-        found, the rest cannot matter.
+        found, or below a drop that does not matter beside another class (``floor``), the rest is not refined.
         """
         left, known = self.tokens, self._at_hand(radius, self.tokens)
         worst, size = 0.0, max(1, min(self.chunk, 1 + left.numel() // 8))
-        while left.numel() and float(known.amax()) > worst:
+        while left.numel() and float(known.amax()) > max(worst, floor):
             order = known.argsort(descending=True)
             left, known = left[order], known[order]
             found = _bounded(torch.minimum(self.refined(radius, left[:size]), known[:size]))
@@ -120,7 +120,7 @@ class TokenFunctionalBound:
             left, known = left[size:], known[size:]
             if bool((self.seen[left] == 0).any()):  # they start from better parameters now
                 known = torch.minimum(known, self._at_hand(radius, left))
-        return worst
+        return max(worst, float(known.amax())) if left.numel() else worst
 
     def _at_hand(self, radius: float, tokens: Tensor) -> Tensor:
         """Bounds with the parameters at hand."""

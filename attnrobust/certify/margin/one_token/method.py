@@ -61,6 +61,7 @@ class TokenBound(PreparedBound):
         self.functionals = [
             TokenFunctionalBound(functional_rows(self.rows, goal.weights, f), tokens) for f in goal.functionals
         ]
+        self.shares = [0.0] * len(self.budgets)  # of every class at the last radius
 
     @property
     def first_guess(self) -> float | None:
@@ -74,6 +75,9 @@ class TokenBound(PreparedBound):
         if length * self.longest > EXPONENT_CAP:
             return Upper(torch.inf)
         worst = 0.0
-        for budget, functional in zip(self.budgets, self.functionals, strict=True):
-            worst = max(worst, used_share(functional.bound(length), budget))
+        # The class that was worst comes first: one whose bound is below that with the parameters at hand cannot matter.
+        for k in sorted(range(len(self.shares)), key=self.shares.__getitem__, reverse=True):
+            bound = self.functionals[k].bound(length, floor=worst * self.budgets[k])
+            self.shares[k] = used_share(bound, self.budgets[k])
+            worst = max(worst, self.shares[k])
         return Upper(worst)

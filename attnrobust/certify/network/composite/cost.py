@@ -42,7 +42,7 @@ def estimated(network: NetworkGraph, tokens: int, moving: int, *, sketch: int, r
     rate = FLOPS_PER_SECOND * min(1.0, network.width / FULL_WIDTH)
     pairs = moving * (moving + 1) / 2 if moving <= PAIR_LIMIT else sketch
     products = max(PRODUCTS, float(moving)) if moving <= DENSE_LIMIT else PRODUCTS  # small matrices are built
-    second = 2.0 * products * directions  # curvature and cross terms, two passes over half the depth
+    second = 2.6 * products * directions  # curvature, cross terms and insertions, two passes over half the depth
     third = THIRD_PASSES * products * pairs
     tails = 0.5 * PRODUCTS * curved * (curved + 1)
     own = third + 6.0 * products  # of one functional: third order, Hessian, cross terms, gradient

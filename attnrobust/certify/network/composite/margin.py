@@ -48,11 +48,14 @@ class ClassDrop:
         total = 0.0
         for name, cotangent in self._clean_cotangents.items():
             ball, node = recursion.balls[name], self.preparation.remainders[name]
-            found = [self._carried(name, recursion.of(name, recursion.beyond)), math.inf]
+            bent = recursion.bent(self.norms, name)
+            found = [self._carried(name, recursion.of(name, recursion.beyond))]
+            found.append(self._carried(name, recursion.of(name, recursion.cubic)) + bent)
+            found.append(thirds[name] + self._carried(name, recursion.of(name, recursion.drift)))
+            found.append(thirds[name] + self._carried(name, recursion.of(name, recursion.cubic_drift)) + bent)
             if math.isfinite(ball.rho) and math.isfinite(ball.rest):
-                found[1] = node.third_readout(cotangent, ball) + self._carried(name, node.quadratic(ball))
-            apart = thirds[name] + self._carried(name, recursion.of(name, recursion.drift))
-            total += smallest((*found, apart))
+                found.append(node.third_readout(cotangent, ball) + bent)
+            total += smallest(tuple(found))
         return total * (1.0 + FORMULA)
 
     def _lifted(self, recursion: Recursion, thirds: Mapping[str, float]) -> float:
@@ -102,7 +105,17 @@ class ClassDrop:
             cross=self._cross(sources),
             sources=tuple(port.name for port in sources),
             tails=preparation.tails(self.readout),
+            quadratics={port.name: self._quadratic_norm(port) for port in sources},
         )
+
+    def _quadratic_norm(self, port: Port) -> float:
+        """Norm of the symmetric form ``<c_m, f_m''[R, R]>`` in the metric of the port."""
+        node, cotangent = self.preparation.record.nodes[port.name], self._clean_cotangents[port.name]
+
+        def form(v: Tensor) -> Tensor:
+            return port.flat_cotangent(node.bilinear_adjoint(node.features(port.edges(v)), cotangent))
+
+        return self.preparation.norm(form, form, port.size, port.size)
 
     @cached_property
     def _cotangent(self) -> Tensor:

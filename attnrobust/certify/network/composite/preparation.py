@@ -11,6 +11,7 @@ from torch import Tensor
 from attnrobust.certify.network.composite.metrics import sampled_metrics
 from attnrobust.certify.network.composite.nodes.base import Channel, Form, NodeRemainder
 from attnrobust.certify.network.composite.nodes.registry import remainder_of
+from attnrobust.certify.network.composite.quadratic import QuadraticForms, token_basis, token_wise
 from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms
 from attnrobust.certify.network.composite.second_order import Moves, SecondOrder
 from attnrobust.certify.network.composite.sketch import (
@@ -32,7 +33,7 @@ from attnrobust.certify.network.composite.top_eigenvalue import (
 )
 from attnrobust.layers.graph.linearisation import Linearisation
 from attnrobust.numerics.chance import MAIN_FAILURE, Chance, stream
-from attnrobust.numerics.rounding import SMALLEST
+from attnrobust.numerics.rounding import FORMULA, SMALLEST
 
 BASIS_LIMIT = 320
 """Numbers that move, up to which sums over all directions are taken over a basis."""
@@ -81,12 +82,12 @@ class Preparation:
         self.record, self.moves, self.output, self.settings = record, moves, output, settings
         self.metrics = sampled_metrics(record, moves, output, seed=stream(settings.seed, "metrics"))
         count = len(self.metrics.ports) * (2 if settings.own_metrics else 1)
-        events = 4 * count + 4 + settings.readouts
+        events = 5 * count + 5 + settings.readouts
         self._per_sketch = SKETCH_SHARE * settings.failure / events
         self._sketched, self._bent = 0, 0.0
         self._chance = Chance(
             stream(settings.seed, "starts"), "composite", (1.0 - SKETCH_SHARE - BEND_SHARE) * settings.failure,
-            expected=7 * count + count * (count + 1) + (count + 3) * settings.readouts,
+            expected=8 * count + 2 * count * (count + 1) + (2 * count + 3) * settings.readouts,
         )  # fmt: skip
 
     # ---- what the certificates ask ---------------------------------------------------------------------------------
@@ -190,7 +191,31 @@ class Preparation:
             cross=self._sketched_norm(self._second.cross(target, sources)) if sources else 0.0,
             sources=tuple(port.name for port in sources),
             tails=self.tails(target),
+            quadratics=self._quadratics(target, sources) if sources else {},
         )
+
+    def _quadratics(self, target: Target, sources: Sequence[Port]) -> dict[str, float]:
+        """``kappa_m`` of every node that reads a remainder, from there to the target (lemma 11)."""
+        alone = [port for port in sources if token_wise(self.record, port, target)]
+        found = {port.name: self._token_quadratic(target, port) for port in alone}
+        mixed = [port for port in sources if port.name not in found]
+        return found | (self._mixed_quadratics(target, mixed) if mixed else {})
+
+    def _token_quadratic(self, target: Target, port: Port) -> float:
+        """Exactly, where tokens stay apart."""
+        form = QuadraticForms(self.record, target, [port], token_basis(port, self._device)).weighed([1.0])
+        return top_singular_value(form, self._chance, device=self._device, tolerance=ROUGHLY / 2.0)
+
+    def _mixed_quadratics(self, target: Target, sources: Sequence[Port]) -> dict[str, float]:
+        """All of them in one eigenvalue."""
+        size, seed = sum(port.size for port in sources), stream(self.settings.seed, "insertions", *target.states)
+        pilot = gaussian(size, PILOT, failure=0.5, seed=stream(seed, "pilot"), device=self._device)
+        start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(self._device)
+        guesses = QuadraticForms(self.record, target, sources, pilot.directions).guesses(start)
+        sketch = self._directions(size, f"insertions to {target.states}")
+        form = QuadraticForms(self.record, target, sources, sketch.directions).weighed(guesses)
+        top = self._use(sketch) * top_singular_value(form, self._chance, device=self._device, tolerance=ROUGHLY)
+        return {port.name: guess * top * (1.0 + FORMULA) for port, guess in zip(sources, guesses, strict=True)}
 
     def upstream(self, target: Target) -> list[Port]:
         """The curved nodes before a target."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from attnrobust.certify.network.composite.nodes.base import Ball, NodeRemainder
+from attnrobust.certify.network.composite.nodes.base import Ball, NodeRemainder, added_sizes
 from attnrobust.numerics.rounding import FORMULA, outward
 
 Sizes = dict[tuple[str, str], float]
@@ -21,13 +21,15 @@ class TargetNorms:
         cross: ``C``: ``|cross[D, R]| <= r C (sum rho_m^2)^{1/2}``.
         sources: The ports that the cross term stacks.
         tails: Norm of ``Y_{m->l} emit`` by node and channel.
+        quadratics: ``kappa``: ``|Y_{m->l} 1/2 f_m''[R, R]| <= kappa rho_m^2 / 2`` by node.
     """
 
     curvature: float
     third: float
     cross: float
     sources: tuple[str, ...]
-    tails: Mapping[tuple[str, str], float]
+    tails: Sizes
+    quadratics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ class Recursion:
         self.third: Sizes = {}
         self.lift: Sizes = {}
         self.drift: Sizes = {}
+        self.cubic_drift: Sizes = {}
+        self.quadratic: Sizes = {}
+        self.cubic: Sizes = {}
+        self.quartic: Sizes = {}
         for name, remainder in remainders.items():
             self.balls[name] = Ball(radius, 0.0, 0.0)
             if name in ports:
@@ -112,18 +118,27 @@ class Recursion:
         ball = self.balls[name]
         if not (math.isfinite(ball.rho) and math.isfinite(ball.rest)):
             nothing = dict.fromkeys(node.channels, math.inf)
-            for sizes in (self.whole, self.beyond, self.further, self.lifted, self.lift, self.drift):
+            for sizes in (
+                self.whole, self.beyond, self.further, self.lifted, self.lift, self.drift, self.cubic_drift,
+                self.quadratic, self.cubic, self.quartic,
+            ):  # fmt: skip
                 self._put(sizes, name, nothing)
-            self._put(self.third, name, node.beyond(ball.still))
+            self._put(self.third, name, node.third(ball.still))
             return
-        third, lift, drift = node.beyond(ball.still), node.lift(ball), node.drift(ball)
+        third, fourth = node.third(ball.still), node.fourth(ball.still)
+        lift, drift, cubic_drift = node.lift(ball), node.drift(ball), node.cubic_drift(ball)
+        moved_third, moved_fourth, quadratic = node.third(ball), node.fourth(ball), node.quadratic(ball)
         self._put(self.third, name, third)
         self._put(self.lift, name, lift)
         self._put(self.drift, name, drift)
-        self._put(self.lifted, name, _sum(third, lift))
-        self._put(self.whole, name, _smaller(node.whole(ball), _sum(node.whole(ball.still), lift)))
-        self._put(self.beyond, name, _smaller(node.beyond(ball), _sum(third, drift)))
-        self._put(self.further, name, _smaller(node.further(ball), _sum(node.further(ball.still), drift)))
+        self._put(self.cubic_drift, name, cubic_drift)
+        self._put(self.quadratic, name, quadratic)
+        self._put(self.lifted, name, added_sizes(third, lift))
+        self._put(self.whole, name, _smaller(node.whole(ball), added_sizes(node.whole(ball.still), lift)))
+        self._put(self.beyond, name, _smaller(added_sizes(moved_third, quadratic), added_sizes(third, drift)))
+        self._put(self.further, name, _smaller(added_sizes(moved_fourth, quadratic), added_sizes(fourth, drift)))
+        self._put(self.cubic, name, _smaller(moved_third, added_sizes(third, cubic_drift)))
+        self._put(self.quartic, name, _smaller(moved_fourth, added_sizes(fourth, cubic_drift)))
 
     def of(self, name: str, sizes: Sizes) -> dict[str, float]:
         """The channels of one node."""
@@ -140,17 +155,30 @@ class Recursion:
         return Parts(
             second=0.5 * norms.curvature * radius**2,
             cross=_times(norms.cross * radius, stacked),
-            beyond=_carried(norms.tails, self.beyond),
+            beyond=self._levelled(norms, self.beyond, self.cubic),
             third=norms.third * radius**3 / 6.0,
             cross_third=_times(norms.cross * radius, rest),
-            further=_carried(norms.tails, self.further),
+            further=self._levelled(norms, self.further, self.quartic),
             whole=_carried(norms.tails, self.whole),
             lifted=_carried(norms.tails, self.lifted),
         )
 
+    def bent(self, norms: TargetNorms, name: str) -> float:
+        """``|Y 1/2 f''[R, R]|`` of one node at a target: by its norm to there, or carried from the node."""
+        carried = _carried_from(name, norms.tails, self.of(name, self.quadratic))
+        rho = self.balls[name].rho
+        known = norms.quadratics.get(name, math.inf)
+        return smallest((carried, math.inf if math.isinf(rho) else outward(0.5 * _times(known, rho * rho), FORMULA)))
 
-def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    return {channel: size + other[channel] for channel, size in one.items()}
+    def _levelled(self, norms: TargetNorms, together: Sizes, apart: Sizes) -> float:
+        """A level's node remainders: with the quadratic terms of R inside, or those by their norms to the target."""
+        return math.fsum(
+            smallest((
+                _carried_from(name, norms.tails, self.of(name, together)),
+                _carried_from(name, norms.tails, self.of(name, apart)) + self.bent(norms, name),
+            ))
+            for name in dict.fromkeys(node for node, _ in norms.tails)
+        )  # fmt: skip
 
 
 def _smaller(one: Mapping[str, float], other: Mapping[str, float]) -> Mapping[str, float]:
@@ -168,8 +196,13 @@ def _times(factor: float, size: float) -> float:
     return 0.0 if 0.0 in (factor, size) else factor * size
 
 
-def _carried(tails: Mapping[tuple[str, str], float], sizes: Mapping[tuple[str, str], float]) -> float:
+def _carried(tails: Sizes, sizes: Sizes) -> float:
     return math.fsum(_times(tail, sizes[key]) for key, tail in tails.items())
+
+
+def _carried_from(name: str, tails: Sizes, sizes: Mapping[str, float]) -> float:
+    """The same of one node."""
+    return math.fsum(_times(tails[name, channel], size) for channel, size in sizes.items())
 
 
 def smallest(values: tuple[float, ...]) -> float:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from attnrobust.certify.displacement.base import MovingRows, ValueRows
 from attnrobust.certify.displacement.bilinear import QueryKeyForm, ValueLogitForm, value_logit_form
-from attnrobust.certify.displacement.bound import balanced_shares
 from attnrobust.certify.displacement.joint_form import JointProduct
 from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajorant
+from attnrobust.certify.displacement.shares import balanced_shares
 from attnrobust.numerics.chance import Chance
 from attnrobust.numerics.lanczos import largest_eigenvalue_upper
 from attnrobust.numerics.rounding import FORMULA, nan_is_infinite, outward

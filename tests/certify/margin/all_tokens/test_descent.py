@@ -111,6 +111,7 @@ def test_a_start_where_constants_overflow_still_finds_a_radius() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.one_in(2)
 def test_radius_does_not_depend_on_the_gradient_mode_of_the_caller(mode: type) -> None:
     expected = MarginCertificate().certify(small_problem(0), seed=0).radius
     with mode():

@@ -106,6 +106,7 @@ THREATS: dict[str, MoveThreat | None] = {
 
 @pytest.mark.parametrize("name", THREATS)
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.one_in(3)
 def test_majorant_holds_pointwise(name: str, seed: int) -> None:
     problem = random_problem(100 * list(THREATS).index(name) + seed, THREATS[name])
     scale = float(problem.clean.points.norm()) / problem.clean.n**0.5
@@ -207,6 +208,7 @@ class Steps:
 
 @pytest.mark.parametrize("name", THREATS)
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.one_in(2)
 def test_every_step_holds_and_the_form_is_their_sum(name: str, seed: int) -> None:
     """Each inequality by itself at random moves and parameters; the form has every term with its sign."""
     problem = random_problem(2000 + 100 * list(THREATS).index(name) + seed, THREATS[name])
@@ -275,6 +277,7 @@ def test_majorant_touches_the_drop_where_the_values_become_equal(seed: int) -> N
 
 @pytest.mark.parametrize("tokens", [(0,), (0, 1)])
 @pytest.mark.parametrize("key", [0.0, 1.0])
+@pytest.mark.one_in(4)
 def test_a_huge_token_that_the_row_does_not_see_enlarges_nothing(tokens: tuple[int, ...], key: float) -> None:
     """Values and keys are shifted by one of their own size; a mean would round the small ones away."""
     into = torch.eye(3, dtype=torch.float64)[:, None, :, None]  # query, key and value read one coordinate each

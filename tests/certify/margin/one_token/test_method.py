@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from attnrobust.certify.margin.all_tokens.method import MarginCertificate
+from attnrobust.certify.margin.one_token import functional
 from attnrobust.certify.margin.one_token.descent import named
 from attnrobust.certify.margin.one_token.functional import TokenFunctionalBound
 from attnrobust.certify.margin.one_token.method import MarginTokenCertificate, TokenBound
 from attnrobust.layers.attention import Attention
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall, PerTokenBall, TokenNorm
+from tests.cases import case_named, problems
 from tests.margin_problems import any_token, evaluation_rounding, perturbed, random_problem
 from tests.stress import Draw
 
@@ -71,6 +73,7 @@ def worst_excess(problem: Problem, radius: float, seed: int, *, steps: int) -> f
 
 
 @pytest.mark.parametrize("seed", range(10))
+@pytest.mark.one_in(3)
 def test_bound_holds_pointwise(seed: int) -> None:
     problem = any_token(seed)
     scale = float(problem.clean.points.norm()) / problem.clean.n**0.5
@@ -125,6 +128,28 @@ def test_layers_that_require_gradients() -> None:
     trained = replace(layer, w_q=layer.w_q.clone().requires_grad_(True), w_v=layer.w_v.clone().requires_grad_(True))
     again = Problem(trained, problem.clean, problem.threat, problem.goal)
     assert TokenBound(again).usage(0.1).value == pytest.approx(expected, rel=1e-12)
+
+
+def test_classes_that_cannot_matter_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst class is what it is with every class refined; the others keep proved bounds below it."""
+    monkeypatch.setattr(functional, "STEPS", 6)  # any parameters are sound: few steps tell as much here
+    monkeypatch.setattr(functional, "AGAIN_STEPS", 3)
+    problem = next(p for p in problems(case_named("equal-tokens")) if not MarginTokenCertificate().refuses(p))
+    radius, bound, every = 0.6, TokenBound(problem), TokenBound(problem)
+    assert len(bound.budgets) == 3
+    for share in (1.0, 0.97):
+        usage = bound.usage(share * radius).value
+        whole = [f.bound(share * radius) / b for f, b in zip(every.functionals, every.budgets, strict=True)]
+        assert usage == pytest.approx(max(whole), rel=1e-9)
+        assert max(bound.shares) == pytest.approx(usage, rel=1e-12)
+        assert all(kept >= one * (1 - 0.02) for kept, one in zip(bound.shares, whole, strict=True))
+
+
+def test_a_bound_under_a_floor_stays_a_bound() -> None:
+    problem = any_token(8)
+    radius = 0.3 * float(problem.clean.points.norm()) / problem.clean.n**0.5
+    rough, fine = TokenBound(problem).functionals[0], TokenBound(problem).functionals[0]
+    assert math.inf > rough.bound(radius, floor=math.inf) >= fine.bound(radius) > 0.0
 
 
 def test_both_margin_methods_refuse_each_others_threats() -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.displacement.base import ValueRows
+from attnrobust.certify.network.composite.nodes.attend_cumulants import Bounded, Cumulants, Stacked
 from attnrobust.certify.network.composite.nodes.attend_terms import Factors, Sizes, Terms
 from attnrobust.certify.network.composite.nodes.base import (
     Ball,
@@ -37,6 +38,7 @@ from attnrobust.numerics.rounding import (
 )
 
 TYPICAL = 0.5  # change of a large logit at which the factors of the third order are compared; any is sound
+STACK_LIMIT = 1024  # numbers of one head's keys or values up to which their norm is decomposed
 GRAM_LIMIT = 64  # tokens up to which the (h, n, n, n) inner products of the logits are kept
 
 
@@ -64,7 +66,12 @@ class AttendRemainder(NodeRemainder):
         }
         self._squares = {name: zeros(heads, n) for name in self._grams} | {"logits": zeros(heads, n, n)}
         self._logit_gram = zeros(heads, n, n, n) if n <= GRAM_LIMIT else None
-        self._shapes: dict[str, Reach] = {}
+        self._stacks = {
+            name: zeros(heads, n * width, n * width)
+            for name, width in (("keys", left.shape[-1]), ("values", size))
+            if n * width <= STACK_LIMIT
+        }
+        self._shapes: dict[tuple[str, str], Reach] = {}
 
     def curved(self) -> Channel:
         return self.channels["out"]
@@ -96,6 +103,9 @@ class AttendRemainder(NodeRemainder):
         for name, part in parts.items():
             by_row = part.permute(1, 2, 0, 3)
             self._grams[name] += by_row.mT @ by_row
+        for name, stack in self._stacks.items():
+            by_head = parts[name].flatten(2).transpose(0, 1)
+            stack += by_head.mT @ by_head
 
     def observe_second(self, edges: Edges) -> None:
         logits, parts = self._features(edges)
@@ -116,24 +126,35 @@ class AttendRemainder(NodeRemainder):
         self._tangent = Sizes(logits=outward(self._logits.sqrt(), FORMULA), **norms)
         self._bend = Sizes(**{name: outward(square.sqrt(), FORMULA) for name, square in self._squares.items()})
         self._raw = self._raw_sizes()
+        self._stacked = Stacked(self._logit_gram, self._stack_norm("keys"), self._stack_norm("values"))
+        self._stacks = {}
         if self._logit_gram is not None:
             self._shapes = self._reaches(self._logit_gram)
 
-    def _reaches(self, gram: Tensor) -> dict[str, Reach]:
-        """``(E l^2)^{1/2}`` and ``|left^T e_i|`` of every row; weights by what the third order makes of them."""
+    def _stack_norm(self, name: str) -> Tensor:
+        """Of a feature of all tokens together, per head."""
+        if name in self._stacks:
+            norm: Tensor = largest_eigenvalues(self._stacks[name]).sqrt()
+            return norm
+        whole: Tensor = torch.linalg.vector_norm(getattr(self._tangent, name), dim=-1)
+        return outward(whole, FORMULA)
+
+    def _reaches(self, gram: Tensor) -> dict[tuple[str, str], Reach]:
+        """``(E l^2)^{1/2}`` and ``|left^T e_i|`` of every row; weights by what third and fourth order make of them."""
         w, typical = self._clean.weight, TYPICAL / float(nonzero(self._tangent.logits.quantile(0.9)))
-        factors = Terms(self._clean, self._first(Ball(typical, 0.0, 0.0))).third_factors
+        cumulants = self._cumulants(Ball(typical, 0.0, 0.0))
         bend, raw = ((w * part.logits.square()).sum(-1).sqrt() for part in (self._bend, self._raw))
         logits = (largest_eigenvalues(gram).sqrt(), outward(bend, ENTRY), outward(raw, ENTRY))
         queries = (self._tangent.queries, self._bend.queries, self._raw.queries)
-        return {
-            "logits": Reach(*logits, _weights(factors.logits)),
-            "queries": Reach(*queries, _weights(factors.queries)),
-        }
+        found = {}
+        for order, bounded in (("third", cumulants.third()), ("fourth", cumulants.fourth())):
+            found["logits", order] = Reach(*logits, _weights(bounded.factors.logits))
+            found["queries", order] = Reach(*queries, _weights(bounded.factors.queries))
+        return found
 
     @property
     def forms(self) -> Mapping[str, Form]:
-        return {name: self._form(name, reach.weights) for name, reach in self._shapes.items()}
+        return {" ".join(key): self._form(key[0], reach.weights) for key, reach in self._shapes.items()}
 
     def _form(self, name: str, weights: Tensor) -> Form:
         if name == "queries":
@@ -176,25 +197,34 @@ class AttendRemainder(NodeRemainder):
     def _all(self, ball: Ball) -> Sizes:
         return self._first(ball).joined(self._rest(ball), torch.add)
 
+    def _cumulants(self, ball: Ball) -> Cumulants:
+        return Cumulants(self._clean, ball.radius, self._first(ball), self._rest(ball), self._stacked)
+
     def whole(self, ball: Ball) -> Mapping[str, float]:
-        terms = Terms(self._clean, self._all(ball))
-        return {"heads": min(_stack(terms.whole), self._jointly(terms.whole_factors, ball)), "out": 0.0}
+        terms, bounded = Terms(self._clean, self._all(ball)), self._cumulants(ball).whole()
+        apart = _stack(torch.minimum(terms.whole, nan_is_infinite(bounded.rows)))
+        jointly = [self._jointly(factors, ball) for factors in (terms.whole_factors, bounded.factors)]
+        return {"heads": min(apart, *jointly), "out": 0.0}
 
-    def beyond(self, ball: Ball) -> Mapping[str, float]:
-        terms = Terms(self._clean, self._all(ball))
-        return self._with_quadratic(self._third(terms, ball), ball)
+    def third(self, ball: Ball) -> Mapping[str, float]:
+        return {"heads": self._third(Terms(self._clean, self._all(ball)), ball), "out": 0.0}
 
-    def further(self, ball: Ball) -> Mapping[str, float]:
+    def fourth(self, ball: Ball) -> Mapping[str, float]:
         """Fourth order and ``C3(e) - C3(T D)``, a difference of polynomials; or nothing taken off."""
         terms, first = Terms(self._clean, self._all(ball)), Terms(self._clean, self._first(ball))
         change = (terms.cubic - first.cubic + CANCELLATION * terms.cubic).clamp_min(0.0)
-        apart = _stack(torch.minimum(terms.fourth + change, terms.third + first.cubic))
-        fourth = self._jointly(terms.fourth_factors, ball, change)
+        bounded = self._cumulants(ball).fourth()
+        rows = torch.minimum(terms.fourth, nan_is_infinite(bounded.rows))
+        apart = _stack(torch.minimum(rows + change, terms.third + first.cubic))
+        fourth = min(self._jointly(factors, ball, change) for factors in (terms.fourth_factors, bounded.factors))
         cubic = min(_stack(first.cubic), self._jointly(first.cubic_factors, Ball(ball.radius, 0.0, 0.0)))
-        return self._with_quadratic(min(apart, fourth, self._third(terms, ball) + cubic), ball)
+        return {"heads": min(apart, fourth, self._third(terms, ball) + cubic), "out": 0.0}
 
     def quadratic(self, ball: Ball) -> Mapping[str, float]:
-        return self._with_quadratic(0.0, ball)
+        """By the norm of the form at the output, or row by row."""
+        apart = _stack(Terms(self._clean, self._rest(ball)).second)
+        form = math.inf if self.kappa is None else outward(0.5 * self.kappa * ball.rho**2, FORMULA)
+        return {"heads": 0.0, "out": form} if form < apart else {"heads": apart, "out": 0.0}
 
     def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
         """``sum_g |c_g| third_g`` with the parts c_g of the cotangent before the output projection."""
@@ -207,9 +237,11 @@ class AttendRemainder(NodeRemainder):
         return outward(square + linear + float((importance * factors.rest).sum()), FORMULA)
 
     def _third(self, terms: Terms, ball: Ball) -> float:
-        apart = _stack(torch.minimum(terms.third, terms.whole + terms.second))
+        bounded: Bounded = self._cumulants(ball).third()
+        rows = torch.minimum(terms.third, nan_is_infinite(bounded.rows))
+        apart = _stack(torch.minimum(rows, terms.whole + terms.second))
         joint = self._jointly(terms.whole_factors, ball) + _stack(terms.second)
-        return min(apart, joint, self._jointly(terms.third_factors, ball))
+        return min(apart, joint, *(self._jointly(f, ball) for f in (terms.third_factors, bounded.factors)))
 
     def _jointly(self, factors: Factors, ball: Ball, more: Tensor | None = None) -> float:
         """The stack of a part of the remainder by the joint sizes of its factors: they cannot all be large at once."""
@@ -220,16 +252,12 @@ class AttendRemainder(NodeRemainder):
         return outward(total, FORMULA)
 
     def _joint_size(self, name: str, factor: Tensor, ball: Ball) -> float:
-        """``(sum_g factor_g^2 feature_g^2)^{1/2}``: of T D by lemma 5, of R row by row."""
-        reach = replace(self._shapes[name], joint=self.joints.get(name))
-        first = reach.stacked(factor, Ball(ball.radius, 0.0, 0.0))
-        return outward(first + _stack(factor * reach.rest(ball)), FORMULA)
-
-    def _with_quadratic(self, together: float, ball: Ball) -> Mapping[str, float]:
-        """With ``1/2 f''[R, R]``: by the norm of the form at the output, or row by row."""
-        apart = _stack(Terms(self._clean, self._rest(ball)).second)
-        form = math.inf if self.kappa is None else outward(0.5 * self.kappa * ball.rho**2, FORMULA)
-        return {"heads": together, "out": form} if form < apart else {"heads": together + apart, "out": 0.0}
+        """``(sum_g factor_g^2 feature_g^2)^{1/2}``: of T D by lemma 5 with the best form, of R row by row."""
+        reaches = {" ".join(key): reach for key, reach in self._shapes.items() if key[0] == name}
+        still = ball.still
+        first = [replace(reach, joint=self.joints.get(key)).stacked(factor, still) for key, reach in reaches.items()]
+        rest = next(iter(reaches.values())).rest(ball)
+        return outward(min(first) + _stack(factor * rest), FORMULA)
 
 
 def _weights(factor: Tensor) -> Tensor:

@@ -56,15 +56,19 @@ class Factors:
         return all(bool(torch.isfinite(part).all()) for part in (self.logits, self.queries, self.rest))
 
 
+def centred_sizes(w: Tensor, keys: Tensor) -> Tensor:
+    """``|y_j - sum w y| <= (1 - w_j) |y_j| + sum of the others``, (h, n, n)."""
+    around, own = (w @ keys[..., None])[..., 0], keys[:, None, :]
+    found = (1.0 - 2.0 * w) * own + around[..., None]
+    return (found + CANCELLATION * (own + around[..., None])).clamp_min(0.0)
+
+
 class Terms:
     """The parts of the remainder per row-head on one ball, (h, n)."""
 
     def __init__(self, clean: ValueRows, sizes: Sizes) -> None:
         self._w, self._spread, self._s = clean.weight, clean.spread, sizes
-        around = (self._w @ sizes.keys[..., None])[..., 0]
-        own = sizes.keys[:, None, :]  # |y_j - sum w y| <= (1 - w_j) |y_j| + sum of the others
-        keys = (1.0 - 2.0 * self._w) * own + around[..., None]
-        self._keys = (keys + CANCELLATION * (own + around[..., None])).clamp_min(0.0)
+        self._keys = centred_sizes(self._w, sizes.keys)
         self._bilinear = sizes.queries[..., None] * self._keys
         self._logit = sizes.logits + self._bilinear
         self._upper = saturating_weight(clean.log_weight, self._logit)

@@ -3,7 +3,8 @@
 At a node with port e = T D + R, ||D|| <= r, and R = R2 + R' with the exact second order R2 of the network, write
 ``Rem(e) = f(x + e) - f(x) - f'[e]``, ``C3(e) = 1/6 f'''[e, e, e]``,
 ``Beyond = 1/2 f''[R, R] + Rem(e) - 1/2 f''[e, e]`` and ``Further = Beyond - C3(T D)``. What R adds to the remainder of
-the first-order move is ``Lift = Rem(T D + R) - Rem(T D)`` and ``Drift = Lift - f''[T D, R]``. They are sums of channels
+the first-order move is ``Lift = Rem(T D + R) - Rem(T D)``, ``Drift = Lift - f''[T D, R]`` and, of third order,
+``Drift - 1/2 f''[R, R]``. They are sums of channels
 ``emit(t)`` with a bound of |t|, because a remainder is sharper where it arises (per neuron, before an output
 projection) than as a whole output.
 """
@@ -139,13 +140,21 @@ class NodeRemainder(ABC):
     def whole(self, ball: Ball) -> Mapping[str, float]:
         """Per channel a bound of |t| of ``Rem``."""
 
-    @abstractmethod
     def beyond(self, ball: Ball) -> Mapping[str, float]:
         """Per channel a bound of |t| of ``Beyond``."""
+        return added_sizes(self.third(ball), self.quadratic(ball))
 
-    @abstractmethod
     def further(self, ball: Ball) -> Mapping[str, float]:
         """Per channel a bound of |t| of ``Further``."""
+        return added_sizes(self.fourth(ball), self.quadratic(ball))
+
+    @abstractmethod
+    def third(self, ball: Ball) -> Mapping[str, float]:
+        """Per channel a bound of |t| of ``Rem(e) - 1/2 f''[e, e]``."""
+
+    @abstractmethod
+    def fourth(self, ball: Ball) -> Mapping[str, float]:
+        """Per channel a bound of |t| of ``Rem(e) - 1/2 f''[e, e] - C3(T D)``."""
 
     @abstractmethod
     def quadratic(self, ball: Ball) -> Mapping[str, float]:
@@ -158,6 +167,10 @@ class NodeRemainder(ABC):
     def drift(self, ball: Ball) -> Mapping[str, float]:
         """Per channel a bound of |t| of ``Drift``."""
         return self.lift(ball) if ball.rho == 0.0 else dict.fromkeys(self.channels, math.inf)
+
+    def cubic_drift(self, ball: Ball) -> Mapping[str, float]:
+        """Per channel a bound of |t| of ``Drift - 1/2 f''[R, R]``."""
+        return dict.fromkeys(self.channels, 0.0 if ball.rho == 0.0 else math.inf)
 
     @abstractmethod
     def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
@@ -254,10 +267,16 @@ def _split(square: Tensor, size: Tensor, weights: Tensor, joint: float) -> float
     """Root of ``sum_k square_k |x_k|^2`` at most, from ``sum_k weights_k |x_k|^2 <= joint^2``: any share is sound."""
     best = float((square * size.square()).sum())
     ratio = (square / weights).flatten()
-    for share in (*(float(torch.quantile(ratio, q)) for q in QUANTILES), float(ratio.max())):
+    shares = torch.quantile(ratio, ratio.new_tensor((*QUANTILES, 1.0)))
+    for share in shares.tolist():
         rest = (square - share * weights).clamp_min(0.0) * size.square()
         best = min(best, share * joint**2 + float(rest.sum()))
     return math.sqrt(best)
+
+
+def added_sizes(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Channel by channel the sum of two bounds."""
+    return {channel: size + other[channel] for channel, size in one.items()}
 
 
 def remainder_size(bend: Tensor, raw: Tensor, ball: Ball) -> Tensor:

@@ -123,10 +123,18 @@ class ActivateRemainder(NodeRemainder):
     def drift(self, ball: Ball) -> Mapping[str, float]:
         """Per neuron times R: ``sup |f'''| (a^2 + a b + b^2/3) / 2 + |f''| b / 2``, or in two parts."""
         size, first, rest = self._reach.sizes(ball), self._reach.first(ball), self._reach.rest(ball)
-        steepest = (self._third + self._suprema.fourth * size).clamp_max(self._suprema.third)
-        near = 0.5 * (steepest * mean_square(first, rest) + self._second * rest)
+        near = self._cubic_turn(ball) + 0.5 * self._second * rest
         turn = torch.minimum(near, self._turn(size) + self._second * first)
         return {"own": self._reach.stacked_rest(self._importance * turn, ball)}
+
+    def cubic_drift(self, ball: Ball) -> Mapping[str, float]:
+        """The first part of ``drift``, per neuron times R."""
+        return {"own": self._reach.stacked_rest(self._importance * self._cubic_turn(ball), ball)}
+
+    def _cubic_turn(self, ball: Ball) -> Tensor:
+        size, first, rest = self._reach.sizes(ball), self._reach.first(ball), self._reach.rest(ball)
+        steepest = (self._third + self._suprema.fourth * size).clamp_max(self._suprema.third)
+        return 0.5 * steepest * mean_square(first, rest)
 
     def _fourth_order(self, size: Tensor) -> Tensor:
         """B with ``|Rem - 1/2 f'' e^2 - C3(e)| <= B |e|^2``."""
@@ -137,10 +145,9 @@ class ActivateRemainder(NodeRemainder):
         size = self._reach.sizes(ball)
         return {"own": self._reach.stacked(self._importance * 0.5 * self._least(size) * size, ball)}
 
-    def beyond(self, ball: Ball) -> Mapping[str, float]:
+    def third(self, ball: Ball) -> Mapping[str, float]:
         size = self._reach.sizes(ball)
-        third = self._reach.stacked(self._importance * self._third_order(size) * size, ball)
-        return {"own": third + self._quadratic(ball)}
+        return {"own": self._reach.stacked(self._importance * self._third_order(size) * size, ball)}
 
     def quadratic(self, ball: Ball) -> Mapping[str, float]:
         return {"own": self._quadratic(ball)}
@@ -150,14 +157,14 @@ class ActivateRemainder(NodeRemainder):
         factor = (cotangent.abs() * self._third_order(self._reach.sizes(ball))).sqrt()
         return outward(self._reach.stacked(factor, ball) ** 2, FORMULA)
 
-    def further(self, ball: Ball) -> Mapping[str, float]:
+    def fourth(self, ball: Ball) -> Mapping[str, float]:
         """Fourth order, and ``C3(e) - C3(T D) = f'''/6 R (3 (T D)^2 + 3 (T D) R + R^2)``."""
         reach = self._reach
         size, first, rest = reach.sizes(ball), reach.first(ball), reach.rest(ball)
         fourth = reach.stacked(self._importance * self._fourth_order(size) * size, ball)
         change = self._third / 6.0 * (3.0 * first.square() + 3.0 * first * rest + rest.square())
         changed = reach.stacked_rest(self._importance * change, ball)
-        return {"own": fourth + changed + self._quadratic(ball)}
+        return {"own": fourth + changed}
 
     def _quadratic(self, ball: Ball) -> float:
         """``|1/2 f''[R, R]|``: by the norm of the form, neuron by neuron, or R2 by neurons and R' by the form."""
@@ -226,17 +233,18 @@ class ProductRemainder(NodeRemainder):
         one, two = (t * ball.radius + rest for t, rest in zip(self._tangents, self._rests(ball), strict=True))
         return {"own": float(outward((self._importance * one * two).square().sum().sqrt(), FORMULA))}
 
-    def beyond(self, ball: Ball) -> Mapping[str, float]:
+    def third(self, ball: Ball) -> Mapping[str, float]:
+        """A product has no third order."""
+        return {"own": 0.0}
+
+    def fourth(self, ball: Ball) -> Mapping[str, float]:
+        return {"own": 0.0}
+
+    def quadratic(self, ball: Ball) -> Mapping[str, float]:
         """``R_1 R_2``: entry by entry, or ``rho^2 / 2`` times the largest raw_1 J_2 or J_1 raw_2, J the joint norms."""
         one, two = self._rests(ball)
         apart = float((self._importance * one * two).square().sum().sqrt())
         return {"own": outward(min(0.5 * self._largest * ball.rho**2, apart), FORMULA)}
-
-    def further(self, ball: Ball) -> Mapping[str, float]:
-        return self.beyond(ball)
-
-    def quadratic(self, ball: Ball) -> Mapping[str, float]:
-        return self.beyond(ball)
 
     def third_readout(self, cotangent: Tensor, ball: Ball) -> float:
         """A product has no third order."""

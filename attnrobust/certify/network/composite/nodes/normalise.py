@@ -185,11 +185,11 @@ class NormaliseRemainder(NodeRemainder):
     def whole(self, ball: Ball) -> Mapping[str, float]:
         return {"own": self._remainder(ball)}
 
-    def beyond(self, ball: Ball) -> Mapping[str, float]:
-        return {"own": self._third(ball) + self._quadratic(ball)}
+    def third(self, ball: Ball) -> Mapping[str, float]:
+        return {"own": self._third(ball)}
 
-    def further(self, ball: Ball) -> Mapping[str, float]:
-        return {"own": min(self._fourth(ball), self._third(ball) + self._cubic(ball)) + self._quadratic(ball)}
+    def fourth(self, ball: Ball) -> Mapping[str, float]:
+        return {"own": min(self._fourth(ball), self._third(ball) + self._cubic(ball))}
 
     def quadratic(self, ball: Ball) -> Mapping[str, float]:
         return {"own": self._quadratic(ball)}
@@ -211,9 +211,16 @@ class NormaliseRemainder(NodeRemainder):
     def drift(self, ball: Ball) -> Mapping[str, float]:
         """Per token times R: ``mean 3/2 t^2/(1 - t) + BENT b / 2``, or lift and ``N''(z)[T D, R]`` apart (lemma 10)."""
         first, rest = self._lengths(ball)
-        near = _path_mean(lambda t: 1.5 * t.square() / (1.0 - t), first, rest) + 0.5 * BENT * rest
+        near = self._cubic_turn(ball) + 0.5 * BENT * rest
         turn = torch.minimum(outward(near, ENTRY), self._turn(ball) + outward(BENT * first, ENTRY))
         return {"own": self._reach.stacked_rest(turn, ball)}
+
+    def cubic_drift(self, ball: Ball) -> Mapping[str, float]:
+        """The first part of ``drift``, per token times R."""
+        return {"own": self._reach.stacked_rest(outward(self._cubic_turn(ball), ENTRY), ball)}
+
+    def _cubic_turn(self, ball: Ball) -> Tensor:
+        return _path_mean(lambda t: 1.5 * t.square() / (1.0 - t), *self._lengths(ball))
 
     def _lengths(self, ball: Ball) -> tuple[Tensor, Tensor]:
         """``|(T D)'|`` and ``|R'|`` per token in shares of the sphere's radius ``d^{1/2}``."""

@@ -195,6 +195,7 @@ def token_scales(n: int) -> Tensor:
 @pytest.mark.parametrize("strength", [0.3, 3.0, 100.0])
 @pytest.mark.parametrize(("n", "causal", "with_mass"), [(3, False, False), (3, True, True), (1, False, False)])
 @pytest.mark.parametrize("curved", [False, True])
+@pytest.mark.one_in(3)
 def test_attend(strength: float, n: int, causal: bool, with_mass: bool, curved: bool) -> None:
     layer = attention(width=D, strength=strength, causal=causal)
     check_attention(layer, random(n, D), masses(n) if with_mass else None, curved)

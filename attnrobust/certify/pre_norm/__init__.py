@@ -1,0 +1,1 @@
+"""Certificates of attention whose tokens move before the normalisation of its block."""
