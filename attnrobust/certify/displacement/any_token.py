@@ -30,11 +30,13 @@ class AnyTokenBound(PreparedBound):
         problem: The question; its threat is ``AnyToken``.
         seed: Seed of random start vectors.
         tolerance: Relative accuracy of the radius of the worst token.
+        sharp: The share itself is asked, not only whether it passes: a token is looked at again at every radius.
     """
 
     problem: Problem
     seed: int
     tolerance: float
+    sharp: bool = False
     _passed: dict[int, tuple[float, float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ class AnyTokenBound(PreparedBound):
 
     def _usage(self, index: int, radius: float) -> float:
         known = self._passed.get(index)
-        if known is not None and radius <= known[0]:
+        if known is not None and (radius == known[0] or (radius < known[0] and not self.sharp)):
             return known[1]
         value = self.bound_of(index).usage(radius).value
         if value <= 1.0:

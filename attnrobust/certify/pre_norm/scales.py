@@ -74,7 +74,7 @@ def _bound_of(problem: Problem, *, seed: int) -> PreparedBound:
     n = problem.clean.n
     if problem.resolved.functionals is None:
         if isinstance(problem.threat, AnyToken) and n <= TOKEN_LIMIT:
-            return AnyTokenBound(problem, seed, PreNormScales.relative_tolerance)
+            return AnyTokenBound(problem, seed, PreNormScales.relative_tolerance, sharp=True)
         return DisplacementBound(problem, seed)
     if isinstance(problem.threat, AnyToken) or int(problem.moves.movable(n).sum()) == 1:
         return TokenBound(problem)
