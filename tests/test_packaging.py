@@ -10,6 +10,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -50,6 +51,36 @@ def test_the_source_is_the_syntax_of_the_oldest_python() -> None:
     assert PROJECT["project"]["requires-python"] == ">=3.11"
     for path in SOURCES:
         ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 11))
+
+
+COMPILES = """
+import pathlib, sys, warnings
+warnings.simplefilter("error")
+for path in map(pathlib.Path, sys.argv[1:]):
+    compile(path.read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True)
+"""
+
+
+def interpreter(version: str) -> str:
+    """A Python of that version: on the path, or kept beside the one that runs (pyenv, uv)."""
+    beside = sorted(Path(sys.base_prefix).parent.glob(f"*{version}*/bin/python{version}"))
+    for candidate in (f"python{version}", *map(str, beside)):
+        if which(candidate) and subprocess.run([candidate, "-V"], capture_output=True, check=False).returncode == 0:
+            return candidate
+    pytest.skip(f"python{version} is not installed")
+
+
+def test_the_classifiers_name_the_versions_that_are_checked() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    named = [name for name in PROJECT["project"]["classifiers"] if name.startswith(prefix)]
+    assert named == [f"{prefix}{minor}" for minor in (11, 12, 13)]
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_later_pythons_compile_the_source_without_a_warning(version: str) -> None:
+    command = [interpreter(version), "-c", COMPILES, *map(str, SOURCES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_module_needs_a_posix_system_to_be_imported() -> None:

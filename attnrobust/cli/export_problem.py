@@ -90,6 +90,9 @@ def export_problem(
 
 def _task(bench: "Workbench", number: int | None) -> "RowTask":
     """The input that is asked for."""
+    if len(bench.places) > 1:
+        raise InputError(f"one problem is about one place, not {len(bench.places)}: {', '.join(bench.places)}")
+    bench.refuse_hopeless()
     items = bench.items()
     if number is None and len(items) > 1:
         raise InputError(f"the file has {len(items)} inputs and one problem is about one; name it by --input 1, 2, ...")

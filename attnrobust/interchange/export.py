@@ -195,7 +195,7 @@ def _difference(problem: Problem, goal: Margin, found: Float[Tensor, "c"], preci
 
 
 def _comments(told: ExportedProblem, box: Box) -> list[str]:
-    """What the file says about itself, one line each."""
+    """What the file says about itself, one line each, in ASCII for any reader."""
     same = "exactly those of the problem"
     if told.rounded_weights:
         same = f"{told.rounded_weights} of {told.weights} rounded, by at most {told.largest_rounding:.2g} of themselves"
@@ -209,7 +209,7 @@ def _comments(told: ExportedProblem, box: Box) -> list[str]:
         f"network: {ONNX_NAME}, {told.precision}, weights {same}",
         f"problem: {told.problem}",
     ]
-    return [" ".join(line.split()) for line in lines]
+    return [" ".join(line.split()).encode("ascii", "backslashreplace").decode() for line in lines]
 
 
 def _versions() -> dict[str, str]:

@@ -33,6 +33,7 @@ from attnrobust.layers.graph import (
 from attnrobust.layers.mlp import Mlp
 from attnrobust.layers.network import Network, Residual
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
+from attnrobust.layers.pre_norm import PreNormAttention
 
 Mass = Float[Tensor, "n"] | None
 Writer = Callable[[Program, Any, tuple[Value, ...], Mass], Value]
@@ -55,7 +56,8 @@ def write_map(program: Program, layer: object, *inputs: Value, mass: Mass = None
     """
     kind = type(layer)
     if kind not in WRITERS:
-        names = ", ".join(sorted(one.__name__ for one in (Attention, LayerNorm, RMSNorm, Mlp, Network, NetworkGraph)))
+        stated = (Attention, PreNormAttention, LayerNorm, RMSNorm, Mlp, Network, NetworkGraph)
+        names = ", ".join(sorted(one.__name__ for one in stated))
         raise UnsupportedModelError(f"{kind.__name__} is not exported to ONNX; what is: {names} and the nodes of one")
     writer, known = WRITERS[kind]
     for field in fields(cast(Any, layer)):
@@ -207,7 +209,13 @@ def _network(program: Program, network: Network, inputs: tuple[Value, ...], mass
 def _residual(program: Program, residual: Residual, inputs: tuple[Value, ...], mass: Mass) -> Value:
     (x,) = inputs
     inner = write_map(program, residual.inner, x, mass=mass)
-    return Value(program.apply("Add", x.name, inner.name), x.rows, x.width, x.reach + inner.reach)
+    return _sum(program, Sum(), (x, inner), mass)
+
+
+def _pre_norm(program: Program, layer: PreNormAttention, inputs: tuple[Value, ...], mass: Mass) -> Value:
+    (x,) = inputs
+    inner = write_map(program, layer.attention, write_map(program, layer.norm, x, mass=mass), mass=mass)
+    return _sum(program, Sum(), (x, inner), mass) if layer.residual else inner
 
 
 def _graph(program: Program, graph: NetworkGraph, inputs: tuple[Value, ...], mass: Mass) -> Value:
@@ -233,6 +241,7 @@ WRITERS: Mapping[type, tuple[Writer, frozenset[str]]] = {
         (RMSNorm, _rms_norm, ["weight", "bias", "eps"]),
         (Network, _network, ["layers"]),
         (Residual, _residual, ["inner"]),
+        (PreNormAttention, _pre_norm, ["norm", "attention", "residual"]),
         (NetworkGraph, _graph, ["width", "steps", "depth_names", "source"]),
         (Affine, _affine, ["weight", "bias"]),
         (Scale, _scale, ["factor"]),

@@ -51,6 +51,10 @@ def test_decisions_and_nearest_anchors_of_whole_models(
     assert (decision["classes"], decision["about"]["text"]) == (3, "w3 w5 w7")
     nearest = cli("export-problem", encoder, "--goal", "nearest", "--anchors", anchors, *asked, tmp_path / "b").rows
     assert nearest[0]["classes"] == 2
+    several = ("--at", "*", "--goal", "decision", "--texts", texts, *ASKED, tmp_path / "c")
+    assert "one problem is about one place, not 2" in cli("export-problem", classifier, *several).refusal()
+    headless = ("--goal", "decision", "--texts", texts, "--input", 1, *ASKED, tmp_path / "c")
+    assert "BertModel has no head of its own" in cli("export-problem", encoder, *headless).refusal()
 
 
 @pytest.mark.parametrize(

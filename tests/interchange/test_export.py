@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,19 @@ def test_two_classes_and_one_row(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(told, CLEAN.points)[0], goal.logits(LAYER(CLEAN.points)[2]), rtol=1e-5, atol=1e-5)
 
 
+SIMPLE = r"\(assert \((<=|>=) [XY]_\d+ (-?\d+\.\d+|Y_\d+)\)\)"
+CLAUSES = r"\(assert \(or( \(and \(>= Y_\d+ Y_\d+\)\))+\)\)"
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_every_line_is_one_that_the_simple_readers_of_the_competitions_take(tmp_path: Path, classes: int) -> None:
+    """They match lines: declarations, one comparison of a variable, or a disjunction of conjunctions."""
+    told = export_problem(problem(goal=ar.Margin(GOAL.weight[:classes])), tmp_path, epsilon=0.1)
+    lines = [line for line in read(told.paths[1]).splitlines() if not line.startswith(";")]
+    assert all(re.fullmatch(rf"\(declare-const [XY]_\d+ Real\)|{SIMPLE}|{CLAUSES}", line) for line in lines)
+    assert len(lines) == 16 + classes + 2 * 16 + 1
+
+
 def test_masses_are_part_of_the_network(tmp_path: Path) -> None:
     clean = ar.TokenMeasure(CLEAN.points, torch.tensor([0.1, 0.2, 0.3, 0.4]))
     told = export_problem(problem(clean=clean), tmp_path, epsilon=0.1, precision="float64")
@@ -157,20 +172,20 @@ def test_what_is_said_about_rounding(tmp_path: Path) -> None:
 
 
 def test_the_record_is_on_disk(tmp_path: Path) -> None:
-    told = export_problem(problem(), tmp_path / "new" / "place", epsilon=0.1, about={"text": "two\n lines"})
+    told = export_problem(problem(), tmp_path / "new" / "place", epsilon=0.1, about={"text": "two\n línes; (x"})
     assert json.loads(read(told.paths[2])) == told.to_dict()
     for path in told.paths[:2]:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == told.sha256[path.name]
     assert told.problem == problem().digest
-    assert "; text: two lines\n" in read(told.paths[1])
-    again = export_problem(problem(), tmp_path / "again", epsilon=0.1, about={"text": "two\n lines"})
+    assert "; text: two l\\xednes; (x\n" in read(told.paths[1])
+    again = export_problem(problem(), tmp_path / "again", epsilon=0.1, about={"text": "two\n línes; (x"})
     assert again.sha256 == told.sha256
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -2.5, 1e-45, 0.1, -1e-300, 3.4028234663852886e38])
 def test_decimals_are_exact_and_have_no_exponent(value: float) -> None:
     text = decimal(value)
-    assert float(text) == value
+    assert Fraction(text) == Fraction(value)
     assert set(text) <= set("-0123456789.")
     assert "." in text
     assert text != "-0.0"

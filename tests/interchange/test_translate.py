@@ -21,6 +21,7 @@ from attnrobust.layers.head_bias import HeadBias
 from attnrobust.layers.mlp import Mlp
 from attnrobust.layers.network import Network, Residual
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
+from attnrobust.layers.pre_norm import PreNormAttention
 from attnrobust.layers.rotary import Rotary
 from attnrobust.models.read_network import read_network
 from tests import layer_variants
@@ -90,6 +91,8 @@ MAPS: Mapping[str, Any] = {
     **{name: Mlp(draw(6, 5), draw(5, 4), draw(5), draw(4), activation=name) for name in ("relu", "gelu", "sigmoid")},
     "layer norm": norm(LayerNorm),
     "rms norm": norm(RMSNorm, bias=False),
+    "pre-norm": PreNormAttention(norm(RMSNorm), Attention(**W, **B, causal=True)),
+    "pre-norm residual": PreNormAttention(norm(LayerNorm), Attention(**W, **B), residual=True),
     "network": Network((norm(RMSNorm), Residual(norm(LayerNorm)), Mlp(draw(6, 3), draw(3, 2)))),
 }
 
@@ -124,16 +127,8 @@ def test_every_node(mass: Tensor | None) -> None:
         (first, *rest) = graph.steps
         graph = g.NetworkGraph(6, (g.Step(first.name, g.ConcatTokens(draw(1, 6)), first.reads), *rest))
     same(graph, draw(3, 6), mass)
-    used = {type(step.node) for step in graph.steps} | {
-        g.PoolRow,
-        Attention,
-        LayerNorm,
-        RMSNorm,
-        Mlp,
-        Network,
-        Residual,
-    }
-    assert set(WRITERS) == used | {g.NetworkGraph}
+    used = {type(step.node) for step in graph.steps} | {type(layer) for layer in MAPS.values()}
+    assert set(WRITERS) == used | {Attention, Residual, g.NetworkGraph, g.PoolRow}
 
 
 @pytest.mark.parametrize("name", ["bert sequence", "vit image", "gpt2 sequence", "mistral next word"])
