@@ -47,9 +47,10 @@ def output_rounding(
     estimate: Tensor = ESTIMATE * torch.linalg.vector_norm(output, dim=-1, keepdim=True).expand_as(output)
     if type(points) is not Tensor:  # a subclass cannot be followed
         return estimate
-    single = isinstance(network, Attention | PreNormAttention) and type(network) in (Attention, PreNormAttention)
-    if single and asked is not None and int((asked != 0).sum()) * FEWER <= len(points):
-        return _of_rows(network, points, mass, output, asked.nonzero().flatten(), estimate)
+    single = network if isinstance(network, Attention | PreNormAttention) else None
+    known = type(single) in (Attention, PreNormAttention)
+    if single is not None and known and asked is not None and int((asked != 0).sum()) * FEWER <= len(points):
+        return _of_rows(single, points, mass, output, asked.nonzero().flatten(), estimate)
     tokens, masses = tracked(points), None if mass is None else tracked(mass)
     try:
         with torch.no_grad(), tracking():

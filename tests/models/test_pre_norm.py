@@ -41,12 +41,12 @@ def test_blocks_with_the_norm_behind_are_refused() -> None:
 def test_a_norm_that_the_attention_does_not_take_is_refused() -> None:
     """The names propose, the forward pass decides."""
     module = HEADS["llama next word"]()
-    block = module.model.layers[1]  # type: ignore[union-attr,index]
+    block = module.model.layers[1]
     block.input_layernorm, block.post_attention_layernorm = block.post_attention_layernorm, block.input_layernorm
     name = "model.layers.1.self_attn@residual"
     model = ModuleModel(module)
     assert model.capture_inputs(name, inputs_of("llama")).measure.n > 1  # the same block with other weights
-    own = model.module.model.layers[1]  # type: ignore[union-attr,index]
+    own = model.module.model.layers[1]
     own.input_layernorm.register_forward_hook(lambda _, __, output: 1.5 * output)
     with pytest.raises(UnsupportedModelError, match="is not what"):
         model.capture_inputs(name, inputs_of("llama"))

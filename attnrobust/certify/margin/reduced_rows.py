@@ -43,7 +43,7 @@ class ReducedRows(MarginRows):
         return self.movable[: self.tokens]
 
     @property
-    def shared_keys(self) -> Float[Tensor, "p gk"]:  # type: ignore[override]
+    def shared_keys(self) -> Float[Tensor, "p gk"]:
         return self._reduced["keys"]
 
     @property

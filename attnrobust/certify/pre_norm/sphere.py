@@ -54,7 +54,8 @@ class NormFront:
     def direction(self) -> Float[Tensor, "n d"]:
         """``z / |z|``; 0 where z is 0."""
         centred = self.layer.centred(self.points)
-        return centred / torch.linalg.vector_norm(centred, dim=-1, keepdim=True).clamp_min(SMALLEST)
+        unit: Tensor = centred / torch.linalg.vector_norm(centred, dim=-1, keepdim=True).clamp_min(SMALLEST)
+        return unit
 
     @cached_property
     def flatness(self) -> Float[Tensor, "n"]:

@@ -189,7 +189,8 @@ class References:
     def followed_by(self, other: "References", *, keep: int) -> "References":
         """The last ``keep`` moves of both."""
         pairs = ((self.x, other.x), (self.t, other.t), (self.query, other.query), (self.gram, other.gram))
-        return References(*(torch.cat([old, new])[-keep:] for old, new in pairs), alone=self.alone)
+        x, t, query, gram = (torch.cat([old, new])[-keep:] for old, new in pairs)
+        return References(x, t, query, gram, self.alone)
 
 
 def references(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> References:
