@@ -67,7 +67,8 @@ class Decoder:
         with torch.no_grad():
             logits = module(input_ids=ids).logits[0, -1]
         first, second = logits.topk(2).indices.tolist()
-        return (table[first] - table[second]) * module.model.norm.weight
+        difference: Tensor = (table[first] - table[second]) * module.model.norm.weight
+        return difference
 
     def problem(self, layer: int, place: str, n: int, kind: str, share: float) -> Problem:
         """One question."""

@@ -1,6 +1,10 @@
 """Many random problems, every certificate that applies, many points inside each radius; no violation may occur.
 
     python -m benchmarks.soundness_volume --seeds 0:500 --out results/soundness.jsonl    # goes on where it stopped
+    python -m benchmarks.soundness_volume --layers modern --out results/modern.jsonl     # or pre-norm
+
+``modern`` layers have rotary positions, position biases, windows and shared keys; ``pre-norm`` ones are such layers
+behind a norm, their tokens hidden states, in half of the cases added to the output.
 
 A check is one point inside one certified radius: random directions on and below its boundary, and steps of projected
 ascent from some of them. One line of JSON per seed; the last line printed is the summary (checks, violations, largest
@@ -14,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ from attnrobust.certify.radius import LARGEST
 from attnrobust.errors import AlreadyViolatedError, InputError
 from attnrobust.goals import Displacement, Goal, Margin
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.pre_norm import PreNormAttention
 from attnrobust.layers.token_map import TokenMap
 from attnrobust.layers.variants.cosine import CosineAttention
 from attnrobust.layers.variants.l2 import L2Attention
@@ -33,6 +39,9 @@ from attnrobust.layers.variants.sigmoid import SigmoidAttention
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
+from tests.modern_layers import modern
+from tests.pre_norm_layers import random_norm
+from tests.stress import Draw as StressDraw
 
 DIRECTIONS = 96
 SHARES = (1.0, 0.6)
@@ -92,6 +101,11 @@ def random_layer(draw: Draw, n: int, width: int) -> TokenMap:
     )  # fmt: skip
 
 
+def behind_a_norm(layer: Attention, draw: StressDraw) -> PreNormAttention:
+    """The layer behind a random norm."""
+    return PreNormAttention(random_norm(draw, layer.width), layer, residual=layer.out_width == layer.width)
+
+
 def random_tokens(draw: Draw, n: int, width: int, *, masses: bool) -> TokenMeasure:
     """Plain, equal, nearly equal, or with one outlier; some with masses."""
     points = draw.normal(n, width)
@@ -128,11 +142,14 @@ def random_goal(draw: Draw, layer: TokenMap, n: int) -> Goal:
     return Margin(weight, bias=bias, pool=draw.choose("mean", row))
 
 
-def random_problem(seed: int) -> Problem:
+def random_problem(seed: int, kind: str = "plain") -> Problem:
     """The problem of a seed; raises InputError where the package refuses it."""
     draw = Draw(seed)
     n, width = draw.choose(1, 2, 3, 4, 6), draw.integer(1, 4)
     layer = random_layer(draw, n, width)
+    if kind != "plain" and isinstance(layer, Attention):
+        layer = modern(layer, StressDraw(seed), n)
+        layer = behind_a_norm(layer, StressDraw(seed + 1)) if kind == "pre-norm" else layer
     masses = not isinstance(layer, LipschitzNormAttention)
     return Problem(
         layer, random_tokens(draw, n, width, masses=masses), random_threat(draw, n), random_goal(draw, layer, n)
@@ -186,10 +203,10 @@ def largest_share(problem: Problem, radius: float, draw: Draw) -> tuple[int, flo
     return int(usage.numel()), used
 
 
-def check(seed: int) -> dict[str, Any]:
+def check(seed: int, kind: str = "plain") -> dict[str, Any]:
     """All checks of one seed."""
     try:
-        problem = random_problem(seed)
+        problem = random_problem(seed, kind)
         report = certify(problem, seed=seed)
     except AlreadyViolatedError:
         return {"seed": seed, "outcome": "violated at the clean input"}
@@ -256,10 +273,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="0:200", help="first:last (exclusive)")
     parser.add_argument("--out", type=Path, default=Path("results/soundness.jsonl"))
     parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--layers", default="plain", choices=("plain", "modern", "pre-norm"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     first, last = map(int, options.seeds.split(":"))
-    run(range(first, last), options.out, seconds=options.seconds)
+    run(range(first, last), options.out, seconds=options.seconds, check_seed=partial(check, kind=options.layers))
     print(json.dumps(summary(read(options.out)), indent=1))
 
 

@@ -47,11 +47,10 @@ def output_rounding(
     estimate: Tensor = ESTIMATE * torch.linalg.vector_norm(output, dim=-1, keepdim=True).expand_as(output)
     if type(points) is not Tensor:  # a subclass cannot be followed
         return estimate
-    rows = None if asked is None else asked.nonzero().flatten()
-    known = type(network) in (Attention, PreNormAttention)  # a subclass may be another function
-    few = rows is not None and len(rows) * FEWER <= len(points)
-    if known and few and rows is not None and isinstance(network, Attention | PreNormAttention):
-        return _of_rows(network, points, mass, output, rows, estimate)
+    single = network if isinstance(network, Attention | PreNormAttention) else None
+    known = type(single) in (Attention, PreNormAttention)
+    if single is not None and known and asked is not None and int((asked != 0).sum()) * FEWER <= len(points):
+        return _of_rows(single, points, mass, output, asked.nonzero().flatten(), estimate)
     tokens, masses = tracked(points), None if mass is None else tracked(mass)
     try:
         with torch.no_grad(), tracking():

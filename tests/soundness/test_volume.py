@@ -1,6 +1,7 @@
 """The volume run: a few seeds by default, and a check that it sees a certificate that is too large."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ def test_no_violation_on_the_first_seeds(tmp_path: Path) -> None:
     assert found["violations"] == []
     assert found["errors"] == []
     assert found["checks"] > 300
+
+
+@pytest.mark.parametrize("kind", ["modern", "pre-norm"])
+@pytest.mark.parametrize("count", [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_no_violation_on_newer_layers(tmp_path: Path, kind: str, count: int) -> None:
+    volume.run(range(3, 3 + count), tmp_path / "rows.jsonl", check_seed=partial(volume.check, kind=kind))
+    found = volume.summary(volume.read(tmp_path / "rows.jsonl"))
+    assert found["violations"] == []
+    assert found["errors"] == []
 
 
 @pytest.mark.slow

@@ -74,5 +74,5 @@ class PreNormTape:
     def _tangential(self, vectors: Tensor) -> Tensor:
         """``(v - u (u.v)) / length``, symmetric."""
         along = torch.linalg.vecdot(self.unit, vectors)[..., None]
-        across: Tensor = (vectors - self.unit * along) / self.length
-        return across
+        moved: Tensor = (vectors - self.unit * along) / self.length
+        return moved

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnrobust.attacks import attack
+from attnrobust.attacks import AttackBudget, attack
 from attnrobust.certify.pre_norm.margin import PreNormMargin, PreNormMarginBound
 from attnrobust.certify.pre_norm.scales import PreNormScales
 from attnrobust.goals import Margin
@@ -14,6 +14,7 @@ from tests.pre_norm_layers import pre_norm_problem
 from tests.stress import Draw
 
 ASCENT_STEPS = 40
+FEW = AttackBudget(restarts=4, steps=30, rounds=1)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -34,13 +35,12 @@ def test_no_move_uses_more_than_the_bound(seed: int) -> None:
 
 def test_it_is_nearly_exact_for_small_margins() -> None:
     """Where second orders do not matter, nothing is lost: neither the parts along tokens, nor the tokens' own moves."""
-    for seed in (2, 3):
-        problem = pre_norm_problem(seed, FrobeniusBall(), margin=True, small=True)
-        goal = problem.goal
-        assert isinstance(goal, Margin)
-        assert isinstance(goal.bias, torch.Tensor)
-        near = goal.bias - torch.tensor([0.999 * float(problem.resolved.budgets[0]), 0.0])
-        problem = replace(problem, goal=Margin(weight=goal.weight, bias=near, pool=goal.pool, label=0))
-        certified, found = PreNormMargin().certify(problem).radius, attack(problem).radius
-        assert 0.98 * found <= certified <= found
-        assert PreNormScales().certify(problem).radius < certified
+    problem = pre_norm_problem(2, FrobeniusBall(), margin=True, small=True)
+    goal = problem.goal
+    assert isinstance(goal, Margin)
+    assert isinstance(goal.bias, torch.Tensor)
+    near = goal.bias - torch.tensor([0.999 * float(problem.resolved.budgets[0]), 0.0])
+    problem = replace(problem, goal=Margin(weight=goal.weight, bias=near, pool=goal.pool, label=0))
+    certified, found = PreNormMargin().certify(problem).radius, attack(problem, budget=FEW).radius
+    assert 0.98 * found <= certified <= found
+    assert PreNormScales().certify(problem).radius < certified

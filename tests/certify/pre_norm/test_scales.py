@@ -14,7 +14,7 @@ FEW: Any = AttackBudget(restarts=4, steps=30, rounds=1)
 THREATS = (FrobeniusBall(), PerTokenBall(), AnyToken(), FrobeniusBall(tokens=(1,)))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [3, 5, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2, 4, 6, 7))])
 def test_scales_stay_below_the_attack(seed: int) -> None:
     problem = pre_norm_problem(seed, THREATS[seed % 4], margin=seed % 3 > 0, small=True)
     certified = PreNormScales().certify(problem)

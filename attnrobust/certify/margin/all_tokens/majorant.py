@@ -190,7 +190,7 @@ class References:
         """The last ``keep`` moves of both."""
         pairs = ((self.x, other.x), (self.t, other.t), (self.query, other.query), (self.gram, other.gram))
         x, t, query, gram = (torch.cat([old, new])[-keep:] for old, new in pairs)
-        return References(x, t, query, gram, alone=self.alone)
+        return References(x, t, query, gram, self.alone)
 
 
 def references(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> References:
