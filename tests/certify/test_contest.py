@@ -1,16 +1,24 @@
 """Only what can win: the largest radius is that of all certificates, and what is left out says why."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import pytest
 
 from attnrobust.attacks import AttackBudget, attack
 from attnrobust.certify import METHODS, certify
-from attnrobust.certify.contest import BEHIND, LEADERS, NEVER_ABOVE, ON_REQUEST, certify_what_can_win
+from attnrobust.certify.contest import (
+    BEHIND,
+    BEHIND_BUT_PER_TOKEN,
+    LEADERS,
+    NEVER_ABOVE,
+    ON_REQUEST,
+    certify_what_can_win,
+)
 from attnrobust.problem import Problem
 from attnrobust.results import Certificate, Kind, NotApplicable, Status
+from attnrobust.threats.moves import PerTokenBall
 from tests.cases import Case, problems, telling_cases, telling_first
 
 
@@ -43,9 +51,15 @@ USUAL = ("plain-h1-n5-d4", "concatenated-biases-one-head", "causal-masses", "fin
 
 
 def test_behind_a_near_leader_the_others_are_left_out_and_named() -> None:
-    reasons = left_out(ONE, 1.0, havens2024_local=0.1, displacement=0.5, singla2020_curvature=0.4)
+    reasons = left_out(ONE, 1.0, havens2024_local=0.1, displacement=0.5, other=0.4)
     assert list(reasons) == ["havens2024-local"]
     assert reasons["havens2024-local"] == "not run: skipped by default behind displacement; --all-certificates runs it"
+
+
+def test_curvature_is_left_out_unless_every_token_has_a_ball_of_its_own() -> None:
+    per_token = replace(ONE, threat=PerTokenBall())
+    assert list(left_out(ONE, 1.0, displacement=0.5, singla2020_curvature=0.4)) == ["singla2020-curvature"]
+    assert left_out(per_token, 1.0, displacement=0.5, singla2020_curvature=0.4) == {}
 
 
 def test_far_from_the_attack_and_without_a_leader_everything_runs() -> None:
@@ -112,6 +126,6 @@ def agrees(problem: Problem) -> None:
 
 
 def test_the_names_exist() -> None:
-    assert {*LEADERS, *BEHIND, *ON_REQUEST, *NEVER_ABOVE, *chain(*NEVER_ABOVE.values())} <= {
+    assert {*LEADERS, *BEHIND, *BEHIND_BUT_PER_TOKEN, *ON_REQUEST, *NEVER_ABOVE, *chain(*NEVER_ABOVE.values())} <= {
         method.name for method in METHODS
     }

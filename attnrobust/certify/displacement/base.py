@@ -18,6 +18,7 @@ from attnrobust.certify.shared.softmax_rows import SoftmaxRows, own_share
 from attnrobust.numerics.rounding import CANCELLATION, SMALLEST_UNIT, nonzero, outward
 from attnrobust.numerics.triangle import triangle
 
+TOGETHER = 2**18  # numbers of the (n, n, n) arrays of some heads that are made at once
 GRAM_LIMIT = 128  # up to this n the (h, n, n, n) arrays are built: 12 heads at 128 tokens are 200 MB
 
 
@@ -251,28 +252,32 @@ class MovingRows:
         return self.gram_of(slice(None))
 
     def gram_of(self, chosen: slice) -> Float[Tensor, "h m n n"]:
-        """``gram`` of some rows."""
-        clean, energy = self.clean, self.weight_energy
-        weighted, base = clean.weight[:, chosen] * self.moves, self.moves
-        slope = clean.beta_norm[:, chosen, None, None].square()
+        """``gram`` of some rows; without rotary positions some heads at a time, which stay in the cache."""
+        heads = self.clean.layer.heads
+        count = heads if self.clean.layer.rotary is not None else max(1, TOGETHER // self.n**3)
+        return torch.cat([self._gram(slice(k, k + count), chosen) for k in range(0, heads, count)])
+
+    def _gram(self, heads: slice, chosen: slice) -> Float[Tensor, "c m n n"]:
+        clean, energy = self.clean, self.weight_energy[heads]
+        weighted, base = clean.weight[heads, chosen] * self.moves, self.moves
+        slope = clean.beta_norm[heads, chosen, None, None].square()
         if clean.layer.rotary is not None:
             base = self.moves * clean.pair_norm[:, chosen].square()
             weighted, slope, energy = clean.weight[:, chosen] * base, torch.ones_like(slope), self.pair_energy
-        overlap = torch.diag_embed(base.expand_as(weighted)) + energy[:, chosen, :, None]
-        overlap = overlap - weighted[..., :, None] - weighted[..., None, :]
-        centred = self._query_parts(chosen)
-        crossed = self.own_contrast[:, chosen, :, None] * clean.cross[:, chosen, None, :]
-        out = slope * overlap + centred @ centred.transpose(-1, -2)
-        return out + crossed + crossed.transpose(-1, -2)
+        out = torch.diag_embed(base.expand_as(weighted)).add_(energy[:, chosen, :, None])
+        out = out.sub_(weighted[..., :, None]).sub_(weighted[..., None, :]).mul_(slope)
+        centred = self._query_parts(heads, chosen)
+        crossed = self.own_contrast[heads, chosen, :, None] * clean.cross[heads, chosen, None, :]
+        return out.add_(centred @ centred.mT).add_(crossed).add_(crossed.mT)
 
-    def _query_parts(self, chosen: slice) -> Float[Tensor, "h m n r"]:
-        """Coefficients of delta_i in l_j, up to an isometry, for some rows i."""
+    def _query_parts(self, heads: slice, chosen: slice) -> Float[Tensor, "c m n r"]:
+        """Coefficients of delta_i in l_j, up to an isometry, for some heads and rows i; rotary: all heads."""
         clean = self.clean
         if clean.layer.rotary is not None:
             index = range(self.n)[chosen]
             return torch.stack([pulled_keys(clean, clean.query_factor, i) * self.moves[i] for i in index], dim=1)
         rotated, mean = clean.centred_keys
-        centred: Tensor = (rotated[:, None] - mean[:, chosen, None]) * self.moves[chosen, None, None]
+        centred: Tensor = (rotated[heads, None] - mean[heads, chosen, None]) * self.moves[chosen, None, None]
         return centred
 
     @cached_property

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.displacement.base import GRAM_LIMIT, MovingRows
+from attnrobust.certify.displacement.base import GRAM_LIMIT, TOGETHER, MovingRows
 from attnrobust.certify.displacement.cumulant import cumulant_modulus
 from attnrobust.numerics.eigenvalues import power_eigenvalue
 from attnrobust.numerics.exponential import log_phi, log_psi, phi_negative
@@ -16,7 +16,6 @@ from attnrobust.numerics.rounding import CANCELLATION, ENTRY, FORMULA, SMALLEST,
 from attnrobust.numerics.suprema import growing_weight, saturating_weight
 
 UNDERFLOW_LOG = 600.0  # minus the log of weights whose products may underflow
-TOGETHER = 2**18  # numbers of the (n, n, n) arrays of some heads that are made at once
 SINE_COSINE = 2.0 / (3.0 * math.sqrt(3.0))  # sup of sin(x) cos(x)^2 and of sin(x)^2 cos(x)
 
 
