@@ -171,7 +171,8 @@ def _power_norms(attention: Attention, inputs: list[TokenMeasure], *, steps: int
     root = torch.stack([tokens.mass for tokens in inputs]).sqrt()[..., None]  # equal masses cancel
 
     def normed(v: Tensor) -> Tensor:
-        return v / torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True).clamp_min(SMALLEST)
+        length: Tensor = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
+        return v / length.clamp_min(SMALLEST)
 
     generator = torch.Generator().manual_seed(seed % 2**63)
     start = torch.randn(jacobian.points.shape[1:], generator=generator, dtype=torch.float64).to(attention.device)
