@@ -13,7 +13,7 @@ from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajor
 from attnrobust.numerics.lanczos import Matvec
 
 REMEMBERED = 6  # directions that choose the shares
-KEPT_VALUES = 3 * REMEMBERED  # of them at the coefficients of two or three radii
+KEPT_VALUES = 2 * REMEMBERED  # of them at the coefficients of two radii
 
 
 @dataclass(eq=False)
@@ -65,7 +65,9 @@ class Trial:
                 return values
         ones = self.rows.clean.points.new_ones(5)
         found = self._at(forms).apply(self.token_scales * vector, forms, ones)[1].clamp_min(0.0)
-        self._values = [(forms, vector, found), *self._values[: KEPT_VALUES - 1]]
+        others = [one[0] for one in self._values if one[0] is not forms]
+        kept = [one for one in self._values if one[0] is forms or one[0] is others[0]]  # coefficients take memory
+        self._values = [(forms, vector, found), *kept[: KEPT_VALUES - 1]]
         return found
 
     def product(self, forms: LogitForms, factors: Float[Tensor, "5"]) -> Matvec:
