@@ -127,7 +127,9 @@ class Recursion:
             return
         third, fourth = node.third(ball.still), node.fourth(ball.still)
         lift, drift, cubic_drift = node.lift(ball), node.drift(ball), node.cubic_drift(ball)
-        moved_third, moved_fourth, quadratic = node.third(ball), node.fourth(ball), node.quadratic(ball)
+        moved_third, moved_fourth, quadratic = third, fourth, node.quadratic(ball)
+        if ball.rho > 0.0:
+            moved_third, moved_fourth = node.third(ball), node.fourth(ball)
         self._put(self.third, name, third)
         self._put(self.lift, name, lift)
         self._put(self.drift, name, drift)

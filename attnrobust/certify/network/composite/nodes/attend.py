@@ -72,6 +72,7 @@ class AttendRemainder(NodeRemainder):
             if n * width <= STACK_LIMIT
         }
         self._shapes: dict[tuple[str, str], Reach] = {}
+        self._seen: dict[Ball, Cumulants] = {}
 
     def curved(self) -> Channel:
         return self.channels["out"]
@@ -198,7 +199,11 @@ class AttendRemainder(NodeRemainder):
         return self._first(ball).joined(self._rest(ball), torch.add)
 
     def _cumulants(self, ball: Ball) -> Cumulants:
-        return Cumulants(self._clean, ball.radius, self._first(ball), self._rest(ball), self._stacked)
+        """Kept for the two balls of a radius: all orders share their moments."""
+        if ball not in self._seen:
+            made = Cumulants(self._clean, ball.radius, self._first(ball), self._rest(ball), self._stacked)
+            self._seen = dict([*self._seen.items()][-1:]) | {ball: made}
+        return self._seen[ball]
 
     def whole(self, ball: Ball) -> Mapping[str, float]:
         terms, bounded = Terms(self._clean, self._all(ball)), self._cumulants(ball).whole()

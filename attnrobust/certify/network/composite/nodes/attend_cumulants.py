@@ -83,13 +83,18 @@ class Cumulants:
         """
         return self._along(4, lambda at: at.fourth)
 
+    @cached_property
+    def _points(self) -> "list[_Point]":
+        """The end of every cell, for all orders."""
+        return [_Point(self, (cell + 1) / CELLS) for cell in range(CELLS)]
+
     def _along(self, order: int, derivative: "Callable[[_Point], _Coefficients]") -> Bounded:
         """Cells of the path with the largest derivative of each."""
         rows = logits = queries = rest = torch.zeros_like(self.first.queries)
         for cell in range(CELLS):
             low, high = cell / CELLS, (cell + 1) / CELLS
             mass = ((1.0 - low) ** order - (1.0 - high) ** order) / math.factorial(order) * (1.0 + FORMULA)
-            at = _Point(self, high)
+            at = self._points[cell]
             found = derivative(at)
             rows = rows + mass * found.size
             logits = logits + mass * found.logits * at.kept[0]
