@@ -20,7 +20,7 @@ def test_no_violation_on_the_first_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["modern", "pre-norm"])
-@pytest.mark.parametrize("count", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, pytest.param(60, marks=pytest.mark.slow)])
 def test_no_violation_on_newer_layers(tmp_path: Path, kind: str, count: int) -> None:
     volume.run(range(3, 3 + count), tmp_path / "rows.jsonl", check_seed=partial(volume.check, kind=kind))
     found = volume.summary(volume.read(tmp_path / "rows.jsonl"))

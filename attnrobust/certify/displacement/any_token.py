@@ -96,7 +96,7 @@ class AnyTokenBound(PreparedBound):
                 self._bounds.clear()
             one = replace(self.problem, threat=self._tokens[index])
             bound = DisplacementBound(
-                one, stream(self.seed, self._tokens[index].key), clean=self._clean, chance=self._chance
+                one, stream(self.seed, self._tokens[index].key), self._clean, self._chance, sharp=self.sharp
             )
             self._clean = bound.rows.clean
             self._bounds[index] = bound

@@ -1,8 +1,8 @@
 """Displacement certificate: the bound at one problem, first order exact, one joint eigenvalue bound."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,7 +15,7 @@ from attnrobust.certify.displacement.joint_form import JointProduct
 from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajorant
 from attnrobust.certify.displacement.search import RadiusSearch
 from attnrobust.certify.displacement.shares import balanced_shares
-from attnrobust.certify.displacement.trial import Trial
+from attnrobust.certify.displacement.trial import JointForm, Trial
 from attnrobust.certify.method import PreparedBound
 from attnrobust.certify.radius import LARGEST
 from attnrobust.errors import InputError
@@ -47,12 +47,14 @@ class DisplacementBound(PreparedBound):
         seed: Seed of random start vectors.
         clean: Clean rows of the same layer and input, whose work is shared; None computes them.
         chance: Failure probability to share with the bounds of other tokens; None means one of its own.
+        sharp: The share itself is asked, not only whether it passes: no bound ends early because it suffices.
     """
 
     problem: Problem
     seed: int
     clean: ValueRows | None = None
     chance: Chance | None = None
+    sharp: bool = False
 
     def __post_init__(self) -> None:
         layer, clean = self.problem.network, self.problem.clean
@@ -83,9 +85,9 @@ class DisplacementBound(PreparedBound):
         """The token scales of eq. 20."""
         return self._trial.token_scales
 
-    def rescale(self, token_scales: Float[Tensor, "n 1"]) -> None:
-        """Measure moves in other token scales from here on: the bound is about ``D = t v`` with ``|v| <= r``."""
-        self._trial.rescale(token_scales)
+    def change_form(self, change: Callable[[JointForm], JointForm]) -> None:
+        """Put another joint form in the place of the present one, whose first order or coordinates differ."""
+        self._trial = replace(self._trial, joint=change(self._trial.joint), _joint=None, _values=[])
 
     def _first_order(self) -> tuple[float, Float[Tensor, "n d"]]:
         """A rough norm of J for the first guess (any value is sound) and the direction where it is reached."""
@@ -142,7 +144,7 @@ class DisplacementBound(PreparedBound):
         best, kept = math.inf, self.token_scales
         for value, used in self._rounds(forms, scales, limit):
             best, kept = (value, used) if value < best else (best, kept)
-            if JUST_BELOW * limit <= best <= limit:
+            if JUST_BELOW * limit <= best <= limit and not self.sharp:
                 break
         if self._per_token:
             self._trial.rescale(kept)
@@ -161,9 +163,13 @@ class DisplacementBound(PreparedBound):
             if not bool(torch.isfinite(parts).all()):  # a product left float64: this radius is not covered
                 return
             shares, least = balanced_shares(parts)
-            if number and (least > limit or best <= least * (1.0 + SETTLED)) and not self._per_token:
+            if (
+                number
+                and ((least > limit and not self.sharp) or best <= least * (1.0 + SETTLED))
+                and not self._per_token
+            ):
                 return
-            enough = ENOUGH * limit**2 / float(shares.sum())
+            enough = 0.0 if self.sharp else ENOUGH * limit**2 / float(shares.sum())
             try:
                 bounds = self._bounded(forms, scales.square() / shares, enough)
             except InputError:  # a product left float64 in another direction

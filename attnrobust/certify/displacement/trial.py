@@ -1,6 +1,7 @@
 """Displacement certificate: forms, products and directions of one question, shared by search and proof."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -8,12 +9,30 @@ from torch import Tensor
 
 from attnrobust.certify.displacement.base import MovingRows
 from attnrobust.certify.displacement.bilinear import ValueLogitForm
-from attnrobust.certify.displacement.joint_form import JointProduct
 from attnrobust.certify.displacement.remainder import LogitForms, RemainderMajorant
 from attnrobust.numerics.lanczos import Matvec
 
 REMEMBERED = 6  # directions that choose the shares
 KEPT_VALUES = 2 * REMEMBERED  # of them at the coefficients of two radii
+
+
+class JointForm(Protocol):
+    """What is asked of a joint form: ``JointProduct``, or one in other coordinates."""
+
+    @property
+    def value_form(self) -> ValueLogitForm:
+        """Of the value-logit part."""
+        ...
+
+    def with_values(self, form: ValueLogitForm) -> "JointForm":
+        """The same with another value-logit part."""
+        ...
+
+    def apply(
+        self, moves: Float[Tensor, "n d"], forms: LogitForms, factors: Float[Tensor, "5"]
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "5"]]:
+        """Half the gradient of the weighted sum of the five forms, and the five."""
+        ...
 
 
 @dataclass(eq=False)
@@ -30,12 +49,12 @@ class Trial:
 
     rows: MovingRows
     majorant: RemainderMajorant
-    joint: JointProduct
+    joint: JointForm
     seen: list[Float[Tensor, "n d"]]
     token_scales: Float[Tensor, "n 1"]
     warm: bool = False
     _last: tuple[float, LogitForms] | None = field(default=None, repr=False)
-    _joint: tuple[LogitForms, JointProduct] | None = field(default=None, repr=False)
+    _joint: tuple[LogitForms, JointForm] | None = field(default=None, repr=False)
     _values: list[tuple[LogitForms, Tensor, Float[Tensor, "5"]]] = field(default_factory=list, repr=False)
 
     def forms(self, reach: float) -> LogitForms:
@@ -49,7 +68,7 @@ class Trial:
         mixing = self.rows.clean.mixing
         return self.rows.clean.points.new_tensor([1.0, mixing * reach, mixing * reach, mixing * reach, mixing])
 
-    def _at(self, forms: LogitForms) -> JointProduct:
+    def _at(self, forms: LogitForms) -> JointForm:
         if self._joint is None or self._joint[0] is not forms:
             clean: ValueLogitForm = self.joint.value_form
             self._joint = (forms, self.joint.with_values(clean.grown(forms.paired)))

@@ -8,6 +8,7 @@ from attnrobust.certify.displacement.bound import DisplacementBound
 from attnrobust.certify.margin.all_tokens.method import MarginBound
 from attnrobust.certify.margin.one_token.method import TokenBound
 from attnrobust.certify.method import PRE_NORM_FEATURES, CertificateMethod, PreparedBound
+from attnrobust.certify.pre_norm.displacement import PreNormDisplacementBound
 from attnrobust.certify.pre_norm.question import front_of, normalised, own_slopes
 from attnrobust.layers.pre_norm import PreNormAttention
 from attnrobust.numerics.rounding import ENTRY, outward
@@ -39,6 +40,8 @@ class PreNormScales(CertificateMethod):
         return None
 
     def prepare(self, problem: Problem, *, seed: int) -> PreparedBound:
+        if isinstance(problem.threat, FrobeniusBall) and problem.resolved.functionals is None:
+            return PreNormDisplacementBound(problem, seed=seed)
         return ScalesBound(problem, seed=seed)
 
 
@@ -49,8 +52,6 @@ class ScalesBound(PreparedBound):
         self.front = front_of(problem)
         self.inner = _bound_of(normalised(problem), seed=seed)
         self.own = float((own_slopes(problem) / problem.resolved.budgets).max())
-        if isinstance(self.inner, DisplacementBound) and isinstance(problem.threat, FrobeniusBall):
-            self.inner.rescale(self.front.relative[:, None])
 
     @property
     def failure_probability(self) -> float:
@@ -75,7 +76,7 @@ def _bound_of(problem: Problem, *, seed: int) -> PreparedBound:
     if problem.resolved.functionals is None:
         if isinstance(problem.threat, AnyToken) and n <= TOKEN_LIMIT:
             return AnyTokenBound(problem, seed, PreNormScales.relative_tolerance, sharp=True)
-        return DisplacementBound(problem, seed)
+        return DisplacementBound(problem, seed, sharp=True)
     if isinstance(problem.threat, AnyToken) or int(problem.moves.movable(n).sum()) == 1:
         return TokenBound(problem)
     return MarginBound(problem, seed=seed)
