@@ -39,8 +39,8 @@ def certified_token_radii(
     Returns:
         One certificate per token, in increasing order of the token (a token that is named twice has one); its radius is
         a lower bound of the robust radius of that token alone, and its ``problem`` digest is that of the problem with
-        the threat ``FrobeniusBall(tokens=(i,))``. None where no certificate speaks about it: whole networks, layers that
-        are not ``Attention``, more than 128 tokens.
+        the threat ``FrobeniusBall(tokens=(i,))``. None where no certificate speaks about it: whole networks, layers
+        other than ``Attention``, more than 128 tokens.
 
     Raises:
         InputError: A token that does not exist.
