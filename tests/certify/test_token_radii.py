@@ -59,7 +59,8 @@ def test_random_events_of_all_tokens_share_one_probability() -> None:
     """301 columns are beyond what is decomposed, so the eigenvalue bounds are probabilistic."""
     torch.manual_seed(1)
     d = 301
-    layer = Attention(**{name: torch.randn(1, d, 4, dtype=torch.float64) / d**0.5 for name in ("w_q", "w_k", "w_v")})
+    w_q, w_k, w_v = torch.randn(3, 1, d, 4, dtype=torch.float64) / d**0.5
+    layer = Attention(w_q=w_q, w_k=w_k, w_v=w_v)
     clean = TokenMeasure(torch.randn(2, d, dtype=torch.float64))
     found = certified_token_radii(Problem(layer, clean, FrobeniusBall(), Displacement(0.1, relative=True)))
     failures = {one.failure_probability for one in found if one is not None}
