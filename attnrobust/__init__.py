@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
         general_kernel_constant,
         misspecified_input,
     )
+    from attnrobust.certify.token_radii import certified_token_radii
     from attnrobust.comparison import UnsoundError, compare
     from attnrobust.errors import (
         AlreadyViolatedError,
@@ -136,6 +137,7 @@ __all__ = [
     "ContractiveResidual",
     "regulariser",
     "cap_spectral_norms",
+    "certified_token_radii",
     "token_radii",
     "smooth",
     "Smoothing",
@@ -163,6 +165,7 @@ _EXPORTS = {
         "misspecified_input",
         "MisspecifiedInput",
     ),
+    "attnrobust.certify.token_radii": ("certified_token_radii",),
     "attnrobust.comparison": ("compare", "UnsoundError"),
     "attnrobust.errors": (
         "AttnRobustError",

@@ -29,6 +29,8 @@ def bounds(
     layer: o.Layer = None,
     texts: o.Texts = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     radius: o.BallRadius = None,
     n: o.Count = None,
     epsilon: o.MoveSize = None,
@@ -39,11 +41,14 @@ def bounds(
     json: o.Json = False,
 ) -> int:
     """Every Lipschitz bound of a layer: value, region, conditions, kind, and its ratio to the best lower bound."""
-    if (texts is not None or tokens is not None) and n is not None:
+    given = any(path is not None for path in (texts, tokens, dataset))
+    if given and n is not None:
         raise InputError("the inputs say how many tokens there are; leave --n out")
-    if texts is None and tokens is None and (radius is None or n is None):
-        raise InputError("give the inputs by --texts FILE or --tokens FILE, or --radius R together with --n N")
-    require_there(model, texts=texts, tokens=tokens)
+    if not given and (radius is None or n is None):
+        raise InputError("give the inputs by --texts, --tokens or --dataset, or --radius R together with --n N")
+    if column is not None and dataset is None:
+        raise InputError("--column names a column of --dataset; give --dataset PATH with it")
+    require_there(model, texts=texts, tokens=tokens, dataset=dataset)
     refuse_unknown_names(threats=[threat])
     from attnrobust.lipschitz.table import bounds_table
     from attnrobust.models.model import load_model
@@ -54,8 +59,8 @@ def bounds(
     loaded = load_model(model, device=place)
     name, network = loaded.resolve(layer).name, loaded.layer(layer)
     inputs: list[tuple[str | None, str | None, TokenMeasure | None]] = [(None, None, None)]
-    if texts is not None or tokens is not None:
-        captured = read_inputs(loaded, layer, texts=texts, tokens=tokens)
+    if given:
+        captured = read_inputs(loaded, layer, texts=texts, tokens=tokens, dataset=dataset, column=column)
         inputs = [(c.id, c.text, c.measure) for c in captured]
     for identifier, text, measure in inputs:
         there = None if measure is None else _moved(measure, device)

@@ -29,6 +29,8 @@ def fixed_point(
     layer: o.Layer = None,
     texts: o.Texts = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     radius: o.BallRadius = None,
     order: Order = 2.0,
     tolerance: Accuracy = 1e-9,
@@ -36,9 +38,12 @@ def fixed_point(
     json: o.Json = False,
 ) -> int:
     """Does a stack of this one layer contract, at which proved rate, and to which token?"""
-    if texts is None and tokens is None and radius is None:
-        raise InputError("give the inputs by --texts FILE or --tokens FILE, or --radius R alone")
-    require_there(model, texts=texts, tokens=tokens)
+    given = any(path is not None for path in (texts, tokens, dataset))
+    if not given and radius is None:
+        raise InputError("give the inputs by --texts FILE, --tokens FILE or --dataset PATH, or --radius R alone")
+    if column is not None and dataset is None:
+        raise InputError("--column names a column of --dataset; give --dataset PATH with it")
+    require_there(model, texts=texts, tokens=tokens, dataset=dataset)
     from attnrobust.goals import Displacement
     from attnrobust.lipschitz.contraction import contraction
     from attnrobust.models.model import load_model
@@ -47,10 +52,10 @@ def fixed_point(
     loaded = load_model(model, device=parse_device(device))
     name, network = loaded.resolve(layer).name, loaded.layer(layer)
     inputs: list[tuple[str | None, TokenMeasure | None]] = [(None, None)]
-    if texts is not None or tokens is not None:
+    if given:
         inputs = [
             (c.id, on_device(c.measure, Displacement(1.0), device)[0])
-            for c in read_inputs(loaded, layer, texts=texts, tokens=tokens)
+            for c in read_inputs(loaded, layer, texts=texts, tokens=tokens, dataset=dataset, column=column)
         ]
     for identifier, clean in inputs:
         size = _largest(clean) if radius is None and clean is not None else radius

@@ -118,7 +118,7 @@ Epsilon = Annotated[
 ]
 TokenRadii = Annotated[
     bool,
-    typer.Option("--token-radii", help="Attack every token alone, too: its own radius, for the report's heat map."),
+    typer.Option("--token-radii", help="Also every token alone: its certified and attack radius."),
 ]
 Attacks = Annotated[str | None, typer.Option(metavar="A,B,C", help="The attacks; see attnrobust list attacks.")]
 ProtocolName = Annotated[

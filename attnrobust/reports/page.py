@@ -341,10 +341,11 @@ def _heat_values(line: HeatLine) -> dict[str, Any]:
 
 
 def _heat_number(line: HeatLine, token: HeatToken, form: str) -> str:
-    """What is said of a token: its own attack radius, or its share of the move."""
+    """What is said of a token: its own radii, the certified one first where there is one, or its share of the move."""
     if not line.by_radius:
         return format(token.share, form)
-    return "no radius found" if token.radius is None else shown(token.radius)
+    found = "no radius found" if token.radius is None else shown_bound(token.radius, up=True)
+    return found if token.certified is None else f"{shown_bound(token.certified, up=False)} to {found}"
 
 
 def _heat_word(line: HeatLine, token: HeatToken) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every token's own attack radius, for the terminal."""
+"""Every token's own radii, for the terminal."""
 
 from collections.abc import Sequence
 
@@ -27,26 +27,35 @@ def token_table(row: Row) -> FittingTable:
     known = [place for place, radius in enumerate(row.token_radii) if radius is not None]
     ranked = sorted(known, key=lambda place: row.token_radii[place] or 0.0)
     lines = [_line(row, place) for place in ranked[:MOST_TOKENS]]
-    columns = [*numbers("place"), Column("token", fold=False), *numbers("radius", "of |token|"), Column("", fold=False)]
+    columns = [
+        *numbers("place"),
+        Column("token", fold=False),
+        *numbers("certified", "attack", "of |token|"),
+        Column("", fold=False),
+    ]
     return lay_out(columns, lines, title=_title(row, len(known)), caption=_caption(row, ranked))
 
 
 def _line(row: Row, place: int) -> tuple[str, ...]:
     text, radius = row.tokens[place] if place < len(row.tokens) else "-", row.token_radii[place] or 0.0
     share = f"{shown_bound(100.0 * radius / row.token_norm, up=True, digits=3)}%" if row.token_norm else "-"
+    certified = row.token_certified[place] if place < len(row.token_certified) else None
     mark = SPECIAL if is_special(text) else ""
-    return str(place), shortened(text, LONGEST_TOKEN), shown_bound(radius, up=True), share, mark
+    below = "-" if certified is None else shown_bound(certified, up=False)
+    return str(place), shortened(text, LONGEST_TOKEN), below, shown_bound(radius, up=True), share, mark
 
 
 def _title(row: Row, known: int) -> str:
     count = f"the {MOST_TOKENS} smallest of {known}" if known > MOST_TOKENS else "smallest first"
-    return f"{row.input_id}, {row.layer}: attack radius of each token alone, {count}"
+    return f"{row.input_id}, {row.layer}: radii of each token alone, {count}"
 
 
 def _caption(row: Row, ranked: Sequence[int]) -> str | None:
     parts = []
     if row.token_norm:
-        parts.append("|token|: median norm of the tokens")
+        parts.append("of |token|: the attack radius as a share of the median norm of the tokens")
+    if not row.token_certified:
+        parts.append("no certificate of single tokens")
     if len(ranked) < row.n:
         parts.append(f"{row.n - len(ranked)} tokens may not move, or nothing was found for them")
     if len(ranked) > MOST_TOKENS:

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from textwrap import shorten
 from typing import Any
@@ -14,18 +14,19 @@ from attnrobust.attacks import DEFAULT_ATTACK, AttackBudget, attack_for, token_r
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import METHODS, certify_with, method_named
 from attnrobust.certify.contest import certify_what_can_win
-from attnrobust.certify.method import UNCOVERED
+from attnrobust.certify.method import FAILURES, UNCOVERED
+from attnrobust.certify.token_radii import TOKEN_METHODS, certified_token_radii
 from attnrobust.comparison import UnsoundError, join
 from attnrobust.errors import AlreadyViolatedError, AttnRobustError, InputError
 from attnrobust.goals import Goal, Margin
 from attnrobust.models.networks.confirmation import Confirmation
 from attnrobust.problem import Problem, TokenMap
-from attnrobust.results import AttackResult, CertificationReport, Kind, Status
+from attnrobust.results import AttackResult, Certificate, CertificationReport, Kind, Status
 from attnrobust.runs import activity
 from attnrobust.runs.config import RunConfig
 from attnrobust.runs.rows import CertificateEntry, Row
 from attnrobust.threats.base import Threat
-from attnrobust.threats.moves import MoveThreat
+from attnrobust.threats.moves import FrobeniusBall, MoveThreat
 from attnrobust.tokens import TokenMeasure
 
 LONGEST_MESSAGE = 400
@@ -161,16 +162,40 @@ def _answer(problem: Problem, task: RowTask, config: RunConfig, values: dict[str
         begin("confirmation by the model itself")
         values |= _confirmed(task.confirm, result, values.get("message"))
     if config.attack.token_radii and isinstance(task.threat, MoveThreat):
-        begin("attack of every token alone")
-        values["token_radii"] = _token_radii(problem, task.threat, config)
+        begin("every token alone")
+        _token_values(problem, task.threat, config, values)
 
 
-def _token_radii(problem: Problem, threat: MoveThreat, config: RunConfig) -> tuple[float | None, ...]:
-    """The attack radius of every movable token alone, from one short batched search."""
-    movable = threat.movable(problem.clean.n)
-    found = token_radii(problem, tokens=movable.nonzero().flatten().tolist(), seed=config.seed, budget=TOKEN_BUDGET)
-    radii = iter(_finite(one.radius) if one.status is Status.FOUND else None for one in found)
-    return tuple(next(radii) if moves else None for moves in movable.tolist())
+def _token_values(problem: Problem, threat: MoveThreat, config: RunConfig, values: dict[str, Any]) -> None:
+    """Both radii of every movable token alone: a short batched search, and the certificates of one token."""
+    movable = threat.movable(problem.clean.n).tolist()
+    tokens = [place for place, moves in enumerate(movable) if moves]
+    found = token_radii(problem, tokens=tokens, seed=config.seed, budget=TOKEN_BUDGET)
+    radii = (_finite(one.radius) if one.status is Status.FOUND else None for one in found)
+    values["token_radii"] = _at(tokens, radii, len(movable))
+    certified = _certified_tokens(problem, tokens, config)
+    if any(one is not None for one in certified):
+        values["token_certified"] = _at(tokens, (None if c is None else c.radius for c in certified), len(movable))
+    for place, result, one in zip(tokens, found, certified, strict=True):
+        if one is not None:
+            single = replace(problem, threat=FrobeniusBall(tokens=(place,)))
+            join(single, result, CertificationReport(single.digest, (one,), (), one.seconds))
+
+
+def _certified_tokens(problem: Problem, tokens: list[int], config: RunConfig) -> tuple[Certificate | None, ...]:
+    """The certificates of one token among those of this run; none where their computation fails."""
+    named = config.named_certificates
+    methods = [name for name in TOKEN_METHODS if config.certifies and (named is None or name in named)]
+    try:
+        return certified_token_radii(problem, tokens=tokens, seed=config.seed, methods=methods)
+    except FAILURES:
+        log.debug("no certificate of single tokens", exc_info=True)
+        return (None,) * len(tokens)
+
+
+def _at(places: list[int], values: Iterable[float | None], count: int) -> tuple[float | None, ...]:
+    found = dict(zip(places, values, strict=True))
+    return tuple(found.get(place) for place in range(count))
 
 
 def _attacked(

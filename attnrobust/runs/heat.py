@@ -23,6 +23,7 @@ class HeatToken:
         strength: Relative to the strongest token of the line, 0 to 1; the colour.
         top: Whether it is marked, not by colour alone: one of the strongest ``TOP_TOKENS`` with ``TOP_SHARE`` or more.
         radius: Its own attack radius; None of a line by moves, and where none was found.
+        certified: Its own certified radius; None of a line by moves, and where no certificate speaks about it.
     """
 
     text: str
@@ -30,6 +31,7 @@ class HeatToken:
     strength: float
     top: bool
     radius: float | None = None
+    certified: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,9 @@ def _by_radius(row: Row) -> HeatLine:
     smallest = min(radii)
     ranked = sorted(range(len(radii)), key=lambda i: radii[i])[:TOP_TOKENS]
     top = [i for i in ranked if math.isfinite(radii[i])]
+    certified = row.token_certified if len(row.token_certified) == len(radii) else (None,) * len(radii)
     tokens = tuple(
-        HeatToken(text, 0.0, smallest / radius if radius > 0.0 else 1.0, i in top, row.token_radii[i])
+        HeatToken(text, 0.0, smallest / radius if radius > 0.0 else 1.0, i in top, row.token_radii[i], certified[i])
         for i, (text, radius) in enumerate(zip(row.tokens, radii, strict=True))
     )
     return HeatLine(row, tokens, tuple(tokens[i] for i in top), by_radius=True)

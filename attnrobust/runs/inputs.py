@@ -14,6 +14,7 @@ from attnrobust.models.arrays import read_arrays
 from attnrobust.models.capture import CapturedInput, read_texts, read_tokens
 from attnrobust.models.model import Model
 from attnrobust.problem import TokenMap
+from attnrobust.runs.datasets import read_dataset
 from attnrobust.runs.reading import (
     DEFAULT_TOLERANCE,
     parse_pool,
@@ -66,21 +67,31 @@ def make_goal(*, tolerance: str | None, readout: Path | None, pool: str | None, 
 
 
 def read_inputs(
-    model: Model, layer: str | None, *, texts: Path | None, tokens: Path | None
+    model: Model,
+    layer: str | None,
+    *,
+    texts: Path | None = None,
+    tokens: Path | None = None,
+    dataset: Path | None = None,
+    column: str | None = None,
 ) -> tuple[CapturedInput, ...]:
-    """The inputs of a layer: texts run through the model, or tokens from a file.
+    """The inputs of a layer: texts of a file or a data set run through the model, or tokens from a file.
 
     Args:
         model: The model.
         layer: A layer's name; None means the only one.
         texts: A text file, one input a line.
-        tokens: A file of arrays (n, d); excludes ``texts``.
+        tokens: A file of arrays (n, d).
+        dataset: A data set with texts in a column; of these three exactly one is given.
+        column: That column; None chooses it by name.
 
     Raises:
-        InputError: Neither or both, or a file that cannot be used.
+        InputError: Not exactly one of them, or a file that cannot be used.
     """
-    if (texts is None) == (tokens is None):
-        raise InputError("give the inputs by exactly one of --texts FILE and --tokens FILE")
+    if sum(given is not None for given in (texts, tokens, dataset)) != 1:
+        raise InputError("give the inputs by exactly one of --texts FILE, --tokens FILE and --dataset PATH")
+    if dataset is not None:
+        return model.capture(layer, read_dataset(dataset, column=column))
     if texts is not None:
         return model.capture(layer, read_texts(texts))
     assert tokens is not None  # noqa: S101 - exactly one of them is given; narrows the type

@@ -13,7 +13,7 @@ SCHEMA_VERSION = 1
 """Version of the row fields; raised when a field changes its meaning or goes away."""
 
 
-LISTS = ("tokens", "token_moves", "token_radii")
+LISTS = ("tokens", "token_moves", "token_radii", "token_certified")
 """Fields with one entry per token."""
 
 MOVE_AT = "; the tokens move at "
@@ -73,6 +73,8 @@ class Row:
         token_norm: Median l2 norm of the clean tokens, to judge the radii of single tokens by.
         word_distance: Of a text: median over its tokens of the distance to the nearest other word in the model's table
             of embeddings, as a share of the token's norm there; None without such a table.
+        token_certified: Certified radius of every token that moves alone, beside ``token_radii``: None for a token that
+            may not move; empty where no certificate speaks about one token, or none was asked for.
     """
 
     input_id: str
@@ -110,6 +112,7 @@ class Row:
     token_radii: tuple[float | None, ...] = ()
     token_norm: float | None = None
     word_distance: float | None = None
+    token_certified: tuple[float | None, ...] = ()
 
     @property
     def depth(self) -> int | None:

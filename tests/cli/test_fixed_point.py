@@ -70,3 +70,17 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list
     assert run([*ARGUMENTS, *arguments]) == ExitCode.USAGE
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("command", ["fixed-point", "bounds"])
+def test_data_sets_are_read_and_their_columns_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "x.csv").write_text("sentense,label\nA storm.,1\n")
+    assert run([command, "layer.npz", "--dataset", "x.csv", "--column", "sentence"]) == ExitCode.USAGE
+    assert "nearest: sentense" in capsys.readouterr().err
+    assert run([command, "layer.npz", "--dataset", "x.csv", "--column", "sentense"]) == ExitCode.USAGE
+    assert "weights" in capsys.readouterr().err
+    assert run([command, "layer.npz", "--tokens", "x.npz", "--column", "text"]) == ExitCode.USAGE
+    assert "--column names a column of --dataset" in capsys.readouterr().err

@@ -187,6 +187,9 @@ def test_own_radii_of_tokens_come_before_the_move() -> None:
     for words in ("Smallest radii of one token alone", "0.4 moving alone", "no radius found", "own attack radius"):
         assert words in html
     assert "of the move" not in html
+    both = page([replace(row, token_certified=(0.10009, None, 0.3))])
+    assert "0.1 to 0.4 moving alone" in both
+    assert "no radius found moving alone" in both
     assert "--token-radii" in page([replace(row, token_radii=())])
 
 

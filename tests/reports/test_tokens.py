@@ -9,14 +9,20 @@ from attnrobust.runs.heat import is_special
 from tests.reports.test_tables import text
 from tests.runs.storage.test_files import FULL
 
-ROW = replace(FULL, tokens=("[CLS]", "na", "ive"), token_radii=(0.4, 0.20001, None), token_norm=2.0)
+ROW = replace(
+    FULL,
+    tokens=("[CLS]", "na", "ive"),
+    token_radii=(0.4, 0.20001, None),
+    token_certified=(None, 0.10009, 0.3),
+    token_norm=2.0,
+)
 
 
 def test_the_most_vulnerable_token_is_first_and_special_ones_are_marked() -> None:
     (table,) = token_tables([ROW])
     lines = [line for line in text(table).splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-    assert cells == [["1", "na", "0.2001", "10.1%", ""], ["0", "[CLS]", "0.4", "20%", SPECIAL]]
+    assert cells == [["1", "na", "0.1", "0.2001", "10.1%", ""], ["0", "[CLS]", "-", "0.4", "20%", SPECIAL]]
     assert "1 tokens may not move, or nothing was found for them" in text(table)
 
 

@@ -115,7 +115,27 @@ def test_every_tokens_own_radius() -> None:
     assert (row.status, row.message) == (Status.FOUND, None)
     assert row.token_radii == pytest.approx((row.attack_radius,), rel=1e-6)
     assert row_from_dict(row.as_dict()) == row
+    assert row.token_certified == ()
     assert evaluated(certificates=[]).token_radii == ()
+
+
+def test_every_tokens_certified_radius_and_an_attack_inside_it_is_unsound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def certified(problem: Any, **_: Any) -> tuple[Any]:
+        return (replace(report(problem, 0.2).certificates[0], problem=problem.digest),)
+
+    monkeypatch.setattr(attnrobust.runs.evaluate, "certified_token_radii", certified)
+    pretend(monkeypatch, certify=lambda p, **_: report(p, 0.1))
+    single = task(threat=FrobeniusBall(tokens=(0,)))
+    row = evaluated(single, attack={"token_radii": True})
+    assert (row.status, row.token_certified) == (Status.FOUND, (0.2,))
+    assert row_from_dict(row.as_dict()) == row
+    assert evaluated(single).token_certified == ()
+
+    def too_large(problem: Any, **_: Any) -> tuple[Any]:
+        return (replace(report(problem, 0.3).certificates[0], problem=problem.digest),)
+
+    monkeypatch.setattr(attnrobust.runs.evaluate, "certified_token_radii", too_large)
+    assert evaluated(single, attack={"token_radii": True}).status == Status.UNSOUND
 
 
 def test_no_violation_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

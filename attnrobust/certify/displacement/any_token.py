@@ -62,10 +62,10 @@ class AnyTokenBound(PreparedBound):
         """The smallest of the tokens' radii; a token is searched only where it is the worst so far."""
         radius = math.inf
         for index in self._by_first_order():
-            if radius < math.inf and self._usage(index, radius) <= 1.0:
+            if radius < math.inf and self.usage_of(index, radius) <= 1.0:
                 continue
             guess = self.bound_of(index).first_guess if radius == math.inf else 0.9 * radius
-            usage = partial(self._usage, index)
+            usage = partial(self.usage_of, index)
             found, _ = largest_radius(usage, first_guess=guess, relative_tolerance=self.tolerance)
             radius = min(radius, found)
             if radius == 0.0:  # nothing passes for this token, so nothing passes
@@ -74,9 +74,10 @@ class AnyTokenBound(PreparedBound):
 
     def usage(self, radius: float) -> Upper:
         """Upper bound of the used share on the threat's set of this radius; infinite where constants overflow."""
-        return Upper(max(self._usage(index, radius) for index in range(len(self._tokens))), self.failure_probability)
+        return Upper(max(self.usage_of(index, radius) for index in range(len(self._tokens))), self.failure_probability)
 
-    def _usage(self, index: int, radius: float) -> float:
+    def usage_of(self, index: int, radius: float) -> float:
+        """Upper bound of the used share while token ``index`` of the threat is the one that moves."""
         known = self._passed.get(index)
         if known is not None and (radius == known[0] or (radius < known[0] and not self.sharp)):
             return known[1]

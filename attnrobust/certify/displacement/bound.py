@@ -163,11 +163,8 @@ class DisplacementBound(PreparedBound):
             if not bool(torch.isfinite(parts).all()):  # a product left float64: this radius is not covered
                 return
             shares, least = balanced_shares(parts)
-            if (
-                number
-                and ((least > limit and not self.sharp) or best <= least * (1.0 + SETTLED))
-                and not self._per_token
-            ):
+            hopeless = least > limit and not self.sharp
+            if number and (hopeless or best <= least * (1.0 + SETTLED)) and not self._per_token:
                 return
             enough = 0.0 if self.sharp else ENOUGH * limit**2 / float(shares.sum())
             try:

@@ -1,7 +1,7 @@
 """Displacement certificate: forms, products and directions of one question, shared by search and proof."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ REMEMBERED = 6  # directions that choose the shares
 KEPT_VALUES = 2 * REMEMBERED  # of them at the coefficients of two radii
 
 
+@runtime_checkable
 class JointForm(Protocol):
     """What is asked of a joint form: ``JointProduct``, or one in other coordinates."""
 

@@ -17,7 +17,7 @@ from attnrobust.runs.storage.parquet import parquet_bytes
 from attnrobust.runs.yardsticks import as_json
 
 PARQUET_NAME, JSON_NAME, PLOT_NAME, REPORT_NAME = "results.parquet", "results.json", "gap.png", "report.html"
-YOUNGER = ("label", "attack_label", "token_radii", "token_norm", "word_distance")
+YOUNGER = ("label", "attack_label", "token_radii", "token_norm", "word_distance", "token_certified")
 """Fields of rows that came later."""
 MANIFEST = "manifest.json"
 """A directory that has it holds a run of many rows."""

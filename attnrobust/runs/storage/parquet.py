@@ -127,6 +127,7 @@ def _schema(run: str | None) -> Any:
         "tokens": pa.list_(pa.string()),
         "token_moves": pa.list_(pa.float64()),
         "token_radii": pa.list_(pa.float64()),
+        "token_certified": pa.list_(pa.float64()),
     }
     fields = [pa.field(name, types[name]) for name in Row.__dataclass_fields__]
     metadata = {"attnrobust_schema": str(SCHEMA_VERSION)} | ({} if run is None else {"attnrobust_run": run})
