@@ -71,7 +71,7 @@ def _erf() -> type:
     """The reference rounds this one function to float32, whatever its input."""
     from onnx.reference.op_run import OpRun
 
-    class Erf(OpRun):  # type: ignore[misc]
+    class Erf(OpRun):
         op_domain = ""
 
         def _run(self, x: Any) -> Any:
