@@ -7,9 +7,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from attnrobust.certify.margin.all_tokens.majorant import LIMITS, Parameters
+from attnrobust.certify.margin.all_tokens.majorant import LIMITS, SIGNED, Parameters
 
-SIGNED = ("reference", "value")  # parameters of either sign; the others move in their logarithm
 NARROW = {"split": (0.01, 4.0), "bilinear": (0.01, 4.0)}
 BETAS = (0.8, 0.99)  # of Adam: short memories, a search has some tens of steps
 LAST_RATE = 0.02  # share of the first rate that the last step keeps
@@ -28,7 +27,7 @@ class CosineAdam:
     def __init__(self, groups: Sequence[tuple[list[Tensor], float]], *, steps: int, rate: float, last: float) -> None:
         self.steps, self.rate, self.last = steps, rate, last
         self.factors = [factor for _, factor in groups]
-        self.optimiser = torch.optim.Adam([{"params": leaves} for leaves, _ in groups], lr=rate, betas=BETAS)
+        self.optimiser = torch.optim.Adam([{"params": leaves} for leaves, _ in groups], lr=rate, betas=BETAS, fused=True)
 
     def __iter__(self) -> Iterator[int]:
         """The steps; each sets the rates."""
