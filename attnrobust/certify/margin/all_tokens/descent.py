@@ -27,7 +27,7 @@ class CosineAdam:
     def __init__(self, groups: Sequence[tuple[list[Tensor], float]], *, steps: int, rate: float, last: float) -> None:
         self.steps, self.rate, self.last = steps, rate, last
         self.factors = [factor for _, factor in groups]
-        self.optimiser = torch.optim.Adam([{"params": leaves} for leaves, _ in groups], lr=rate, betas=BETAS, fused=True)
+        self.optimiser = torch.optim.Adam([{"params": leaves} for leaves, _ in groups], lr=rate, betas=BETAS)
 
     def __iter__(self) -> Iterator[int]:
         """The steps; each sets the rates."""

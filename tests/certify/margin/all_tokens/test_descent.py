@@ -10,6 +10,7 @@ from torch import Tensor
 from attnrobust.certify.margin.all_tokens import majorant
 from attnrobust.certify.margin.all_tokens.constants import Constants
 from attnrobust.certify.margin.all_tokens.descent import Descent, detached
+from attnrobust.certify.margin.all_tokens.majorant import coefficients
 from attnrobust.certify.margin.all_tokens.method import MarginBound, MarginCertificate
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.eigenvalues import spread_eigenvalue, spread_slope
@@ -57,9 +58,10 @@ def test_slope_of_the_bound_agrees_with_differences(seed: int, linf: bool, monke
     holder = bound.functionals[0]
     state = holder._state(constants_of(bound, 0.1 * float(problem.clean.points.norm())))
     search = Descent(holder.parameters, holder.scale, steps=1, rate=0.1)
-    solution, _ = holder._evaluate(state, detached(search.parameters()), search.scale().detach())
+    found = coefficients(holder.rows, state.const, state.piece, search.parameters())
+    solution, _ = holder._evaluate(state, found, detached(search.parameters()), search.scale().detach())
     assert solution is not None
-    holder._saddle(state, search.parameters(), search.scale(), solution).backward()
+    holder._saddle(state, found, search.scale(), solution).backward()
     step = 3e-2
     for name, raw in (*search.raw.items(), ("scale", search.log_scale)):
         if name == "scale" and not linf:
@@ -72,9 +74,11 @@ def test_slope_of_the_bound_agrees_with_differences(seed: int, linf: bool, monke
         kept, ends = raw.data.clone(), []
         for sign in (1.0, -1.0):
             raw.data = kept + sign * step * slope.sign()
-            found, _ = holder._evaluate(state, detached(search.parameters()), search.scale().detach())
-            assert found is not None
-            ends.append(found.value)
+            par = detached(search.parameters())
+            there = coefficients(holder.rows, state.const, state.piece, par)
+            maximiser, _ = holder._evaluate(state, there, par, search.scale().detach())
+            assert maximiser is not None
+            ends.append(maximiser.value)
         raw.data = kept
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(slope.abs().sum()), rel=0.1, abs=1e-9), name
 
