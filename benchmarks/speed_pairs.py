@@ -94,14 +94,14 @@ class Checkout:
     def __init__(self, root: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
         script = str(Path(__file__).resolve())
-        self.process = subprocess.Popen(  # noqa: S603 - this very script
+        self.process = subprocess.Popen(
             [sys.executable, script, "--serve"], cwd=root, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
     def answer(self, key: str, method: str) -> Answer:
         """What the checkout measures at one case."""
-        assert self.process.stdin is not None and self.process.stdout is not None  # noqa: S101,PT018 - pipes
+        assert self.process.stdin is not None and self.process.stdout is not None  # noqa: PT018 - pipes
         self.process.stdin.write(json.dumps([key, method]) + "\n")
         self.process.stdin.flush()
         answer: Answer = json.loads(self.process.stdout.readline())
@@ -137,9 +137,7 @@ def best(answers: list[Answer]) -> Answer:
     return min(answers, key=lambda answer: answer["seconds"])
 
 
-HEADER = (
-    "| case | certificate | s before | s after | x | radius after / before | proofs | MiB |\n" + "|---" * 8 + "|"
-)
+HEADER = "| case | certificate | s before | s after | x | radius after / before | proofs | MiB |\n" + "|---" * 8 + "|"
 
 
 def line_of(row: dict) -> str:

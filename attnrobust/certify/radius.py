@@ -10,6 +10,8 @@ SMALLEST, LARGEST = 1e-12, 1e12  # radii outside are reported as 0 / LARGEST; to
 MAX_EVALUATIONS = 200
 GROWTH_RANGE = (0.5, 30.0)  # exponents p of a local fit usage ~ r^p that a step may trust
 
+NARROW = 0.05  # logarithm of a used share that misses 1 by so little that the next radius is aimed at, not cut
+
 
 def largest_radius(
     usage: Callable[[float], float], *, first_guess: float | None = None, relative_tolerance: float = 1e-3
@@ -81,7 +83,8 @@ class _Search:
     def next_radius(self) -> float:
         aim = self._fitted()
         if self.passed == 0.0:  # only failures so far
-            high = self.failed * 0.9
+            narrow = any(0.0 < log_u < NARROW and log_r <= math.log(self.failed) + 1e-9 for log_r, log_u in self.points)
+            high = self.failed / (1 + self.tolerance / 2) if narrow else self.failed * 0.9
             return max(min(aim if aim is not None else self.failed * 1e-2, high), self.failed * 1e-3, SMALLEST / 2)
         if self.failed == math.inf:  # only successes so far
             self.rising_steps += 1  # ever longer steps, for a bound that stays below 1 for ever

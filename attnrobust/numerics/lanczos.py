@@ -50,6 +50,7 @@ def largest_eigenvalue_upper(
     tol: float = 1e-3,
     max_steps: int = 200,
     dense_limit: int = DENSE_LIMIT,
+    enough: float = -math.inf,
     device: torch.device | str = "cpu",
 ) -> EigenvalueBounds:
     """Upper bound of the largest eigenvalue of any symmetric operator (indefinite allowed).
@@ -67,6 +68,7 @@ def largest_eigenvalue_upper(
         tol: Stop once upper - lower <= tol times the largest absolute Ritz value.
         max_steps: Stop anyway; the bound is valid then too, only wider.
         dense_limit: Up to this size the matrix is built and decomposed (deterministic).
+        enough: Stop, however wide the gap, once the upper bound is at most this: the caller needs no smaller one.
         device: Device of the vectors.
 
     Returns:
@@ -94,7 +96,7 @@ def largest_eigenvalue_upper(
         ritz, scale = chain.top_ritz_value(), chain.scale()
         best = min(best, _largest_root(chain, ritz, scale, log_start))
         gaps.append(best - ritz)
-        if finished or gaps[-1] <= tol * scale or _stalled(gaps, 10.0 * tol * scale):
+        if finished or best <= enough or gaps[-1] <= tol * scale or _stalled(gaps, 10.0 * tol * scale):
             break
     margin = ROUNDING * scale
     return EigenvalueBounds(

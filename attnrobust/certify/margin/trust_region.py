@@ -18,6 +18,7 @@ BLOCK_STEPS = 16
 START = 1e-9  # of Newton's method above the largest eigenvalue, as a share of the largest number in the problem
 NEWTON_STEPS = 40  # of the multiplier; quadratic convergence needs about 6
 MAX_RAISES = 80  # of the multiplier by 1 % each until the factorisation succeeds
+APART = 0.985  # share of the multiplier that an eigenvalue bound need not get below
 SHIFT = 1e-11  # share of a norm that covers the backward error of a factorisation or decomposition
 
 Product = Callable[[Tensor], Tensor]
@@ -188,26 +189,33 @@ def iterated_bound(
     """
     bounds = largest_eigenvalue_upper(
         problem.product, problem.gradient.numel(), failure_probability=failure_probability, seed=seed, tol=3e-3,
-        max_steps=80, device=problem.gradient.device,
+        max_steps=80, enough=APART * guess.multiplier, device=problem.gradient.device,
     )  # fmt: skip
     top = max(bounds.upper.value, 0.0)
-    best = _dual_value(problem, radius, max(guess.multiplier, top * (1.0 + 2e-3) + SMALLEST), top)
+    multiplier = max(guess.multiplier, top * (1.0 + 2e-3) + SMALLEST)
+    best = _dual_value(problem, radius, multiplier, top, start=guess.points.mean(0))
     return Upper(outward(max(best, 0.0), PROOF), bounds.upper.failure_probability)
 
 
-def _dual_value(problem: Quadratic, radius: float, multiplier: float, top: float) -> float:
-    x, residual = _solve(problem, multiplier)
+def _dual_value(
+    problem: Quadratic, radius: float, multiplier: float, top: float, *, start: Float[Tensor, "N"]
+) -> float:
+    x, residual = _solve(problem, multiplier, start)
     inner = float(problem.gradient @ x) + float(residual @ x)  # 2 G.x - x (l - M) x = G.x + res.x
     slack = float(residual @ residual) / max(multiplier - top, SMALLEST)
     return 0.5 * (inner + slack + multiplier * radius**2) + problem.constant
 
 
-def _solve(problem: Quadratic, multiplier: float, *, steps: int = 30) -> tuple[Tensor, Tensor]:
-    """Conjugate gradients on ``(l - M) x = G``; the returned residual is recomputed."""
+def _solve(
+    problem: Quadratic, multiplier: float, start: Float[Tensor, "N"], *, steps: int = 30
+) -> tuple[Tensor, Tensor]:
+    """Conjugate gradients on ``(l - M) x = G`` from a guess; the returned residual is recomputed."""
     target = float(torch.linalg.vector_norm(problem.gradient)) * 1e-3
-    x = torch.zeros_like(problem.gradient)
-    residual = problem.gradient.clone()
+    x = start
+    residual = problem.gradient - (multiplier * x - problem.product(x))
     direction, energy = residual, float(residual @ residual)
+    if energy <= target**2:
+        return x, residual
     for _ in range(steps):
         image = multiplier * direction - problem.product(direction)
         curvature = float(direction @ image)

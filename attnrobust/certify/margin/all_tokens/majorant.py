@@ -139,9 +139,7 @@ class Coefficients:
         return 0.5 * (squares - (self.centre * self.mean**2).sum())
 
 
-def coefficients(
-    functional: FunctionalRows, const: Constants, piece: Pieces, par: Parameters
-) -> Coefficients:
+def coefficients(functional: FunctionalRows, const: Constants, piece: Pieces, par: Parameters) -> Coefficients:
     """Coefficients of Theorem 1 of docs/margin-certificate.md, differentiable in the parameters.
 
     Args:
