@@ -34,7 +34,7 @@ METHOD_OF = {True: "margin-majorant", False: "displacement"}
 
 
 def cases(name: str) -> tuple[tuple[str, str], ...]:
-    """Cases and their certificates; "page" is every case of the tightness page that the two certificates speak about."""
+    """Cases and their certificates; "page" is every case of the tightness page."""
     if name == "page":
         return tuple(_page())
     return {"short": SHORT, "long": LONG, "smoke": SHORT[:1]}[name]
