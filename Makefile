@@ -10,7 +10,7 @@ JOBS ?= auto
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow test-variation lint format docs-check bench clean
+.PHONY: help demo test test-slow test-variation lint format docs docs-check bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +38,11 @@ $(VENV)/bench: pyproject.toml constraints.txt | $(VENV)/test
 # make demo
 demo: $(VENV)/demo
 	$(BIN)/attnrobust demo
+
+$(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/python
+	@echo "installing the site's builder into $(VENV) (once) ..."
+	$(INSTALL) '.[docs]'
+	touch $@
 
 # make test
 test: lint $(VENV)/test
@@ -71,9 +76,13 @@ format: $(VENV)/test
 docs-check: $(VENV)/test
 	$(BIN)/python -m pytest tests/test_docs.py
 
+# make docs    the documentation as a site, in site/; a link that leads nowhere is an error
+docs: $(VENV)/docs
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+
 # make bench   speed and tightness
 bench: $(VENV)/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only -o addopts=
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks build dist site

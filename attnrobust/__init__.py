@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
         UnsupportedModelError,
         UnsupportedThreatError,
     )
+    from attnrobust.evaluation import Evaluation, evaluate, read_results
     from attnrobust.goals import Displacement, Goal, Margin
     from attnrobust.layers.attention import Attention
     from attnrobust.layers.spectral import cap_spectral_norms
@@ -105,6 +106,9 @@ __all__ = [
     # the answers
     "compare",
     "Comparison",
+    "evaluate",
+    "Evaluation",
+    "read_results",
     "certify",
     "CertificationReport",
     "Certificate",
@@ -164,6 +168,7 @@ _EXPORTS = {
         "AlreadyViolatedError",
         "SoundnessError",
     ),
+    "attnrobust.evaluation": ("evaluate", "Evaluation", "read_results"),
     "attnrobust.goals": ("Goal", "Displacement", "Margin"),
     "attnrobust.layers.attention": ("Attention",),
     "attnrobust.layers.spectral": ("cap_spectral_norms",),

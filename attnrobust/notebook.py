@@ -1,10 +1,13 @@
 """How results show themselves in a notebook and as plain values; no library is needed for it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from attnrobust.errors import InputError
 from attnrobust.text import shown
 
 Values = Mapping[str, Any]
@@ -22,13 +25,65 @@ class Shown:
         told = ", ".join(f"{name} {_told(value)}" for name, value in self.to_dict().items() if _short(value))
         return f"{type(self).__name__}: {told}"
 
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of ``records``; a missing number is NaN, or None in a column without any.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame(self.records())
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of ``to_pandas``: here one, the plain values without lists and mappings."""
+        return [{name: value for name, value in self.to_dict().items() if not isinstance(value, list | dict)}]
+
     def _repr_html_(self) -> str:
         """A table for a notebook; lists of records are tables of their own."""
         values = self.to_dict()
         own = {name: value for name, value in values.items() if _short(value)}
-        parts = [_table([own])] if own else []
-        parts += [f"<p>{escape(n)}</p>{_table(v)}" for n, v in values.items() if isinstance(v, list) and v]
+        parts = [html_table([own])] if own else []
+        parts += [f"<p>{escape(n)}</p>{html_table(v)}" for n, v in values.items() if isinstance(v, list) and v]
         return "".join(parts)
+
+
+@dataclass(frozen=True, repr=False)
+class Picture:
+    """A drawn picture: a notebook shows it, ``save`` writes it.
+
+    Args:
+        png: The bytes of a PNG.
+        title: What it shows, in one line.
+    """
+
+    png: bytes
+    title: str
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture to a ``.png`` file; returns its path."""
+        target = Path(path).expanduser()
+        if target.suffix.lower() != ".png":
+            raise InputError(f"{target}: the picture is a PNG; give a name that ends in .png")
+        target.write_bytes(self.png)
+        return target
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+    def __repr__(self) -> str:
+        return f"<Picture: {self.title}, {len(self.png)} bytes of PNG>"
+
+
+def data_frame(records: Sequence[Values]) -> Any:
+    """A pandas DataFrame with one line a record.
+
+    Raises:
+        InputError: pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise InputError("pandas is not installed; pip install pandas, or use to_dict()") from error
+    return pd.DataFrame(list(records))
 
 
 def number(value: float | None) -> float | None:
@@ -44,7 +99,8 @@ def _told(value: object) -> str:
     return shown(value) if isinstance(value, float) else str(value)
 
 
-def _table(lines: list[Values]) -> str:
+def html_table(lines: Sequence[Values]) -> str:
+    """An HTML table, its text escaped."""
     names = list(dict.fromkeys(name for line in lines for name in line))
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join(

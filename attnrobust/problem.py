@@ -73,27 +73,35 @@ class Problem:
         return self.network(self.clean.points, self.mass)
 
     @cached_property
-    def resolved(self) -> ResolvedGoal:
-        """The goal's budgets at the clean output, with what they round.
+    def _stated(self) -> ResolvedGoal:
+        """The goal's budgets as they are computed.
 
         A network that pools its rows says what mass each output row has.
         """
         output_mass = getattr(self.network, "output_mass", None)
         mass = self.clean.mass if output_mass is None else output_mass(self.mass, self.clean.n)
-        resolved = self.goal.resolve(self.clean_output, mass)
-        require_computable(resolved)
-        return with_rounding(resolved, self.goal, self.clean_output, self.output_rounding)
+        stated = self.goal.resolve(self.clean_output, mass)
+        require_computable(stated)
+        return stated
+
+    @cached_property
+    def resolved(self) -> ResolvedGoal:
+        """The goal's budgets at the clean output, with what they round."""
+        return with_rounding(self._stated, self.goal, self.clean_output, self.output_rounding)
 
     @cached_property
     def output_rounding(self) -> Float[Tensor, "n e"]:
-        """How far the entries of the clean output may be from their exact values."""
-        return output_rounding(self.network, self.clean.points, self.mass, self.clean_output)
+        """How far the entries of the clean output may be from their exact values (an estimate in rows of no weight)."""
+        return self._rounding(self.clean.points, self.clean_output)
+
+    def _rounding(self, points: Tensor, output: Tensor) -> Float[Tensor, "n e"]:
+        return output_rounding(self.network, points, self.mass, output, asked=self._stated.weights)
 
     def usage_rounding(self, perturbed: Float[Tensor, "n d"]) -> float:
         """What rounding may have added to the used share at these tokens beyond what ``resolved.noise`` covers."""
         goal = self.resolved
         output = self.network(perturbed, self.mass)
-        error = output_rounding(self.network, perturbed, self.mass, output)
+        error = self._rounding(perturbed, output)
         here = goal.pooled_rounding(self.clean_output, self.output_rounding)
         noise = goal.change_rounding(output, here, goal.pooled_rounding(output, error))
         if goal.rounding is not None:

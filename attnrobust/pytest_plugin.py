@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from attnrobust.goals import Goal
     from attnrobust.models.networks.reading import ReadNetwork
     from attnrobust.problem import Problem, TokenMap
-    from attnrobust.results import Certificate
+    from attnrobust.results import Certificate, CertificationReport
     from attnrobust.tokens import TokenMeasure
 
 
@@ -29,8 +31,14 @@ class CertifiedAssertion:
         radius: float,
         tolerance: str | float | None = None,
         goal: "str | Goal | None" = None,
+        readout: "str | Path | None" = None,
+        pool: str | None = None,
+        label: int | None = None,
         threat: str = "frobenius",
         methods: tuple[str, ...] | str | None = None,
+        kinds: tuple[str, ...] | str | None = None,
+        attack: str | None = None,
+        max_gap: float | None = None,
         seed: int = 0,
     ) -> "Certificate":
         """Assert that no move of the tokens within ``radius`` breaks the goal.
@@ -42,33 +50,92 @@ class CertifiedAssertion:
             radius: The radius to reach, in the distance of the threat.
             tolerance: ``"1%"`` of the output's norm, or an absolute number; 10 % where there is no goal either.
             goal: "decision" (of a whole model: its own class stays), or a goal; excludes ``tolerance``.
+            readout: File of a linear readout of a layer's output (``weight``, ``bias``), whose label must stay;
+                excludes ``goal`` and ``tolerance``.
+            pool: Of ``readout``: "mean" (default) or "row:I".
+            label: Of ``readout``: the label; default the clean prediction.
             threat: Key of the threat, as on the command line.
             methods: Certificates by name, or one name; None means all that apply.
-            seed: Seed of probabilistic certificates.
+            kinds: Kinds of certificates that count ("float64", "rigorous", "probabilistic"), or one; None means all.
+            attack: Name of an attack that is run, too ("default": the threat's own); its radius is in the message.
+            max_gap: Largest attack radius / certified radius; runs the threat's own attack where none is named.
+            seed: Seed of probabilistic certificates and of the attack.
 
         Returns:
             The best certificate.
 
         Raises:
-            pytest.fail.Exception: The best certified radius is below ``radius``.
+            pytest.fail.Exception: The best certified radius is below ``radius``, or the gap is above ``max_gap`` or
+                unknown.
+            SoundnessError: The attack broke the goal within the certified radius.
             InputError: A layer, input or option that cannot be used.
         """
         __tracebackhide__ = True
         from attnrobust.certify import certify
 
-        problem = _problem(layer, x, threat, _goal(tolerance, goal))
+        asked = _readout(readout, pool, label, goal, tolerance) or _goal(tolerance, goal)
+        problem = _problem(layer, x, threat, asked)
         report = certify(problem, methods=methods, seed=seed)
-        best = report.best
+        best = _best(report, kinds)
+        name = attack or (None if max_gap is None else "default")
+        broken = None if name is None else _attacked(problem, report, name, seed)
+        told = f"{'decision' if goal == 'decision' else problem.goal.key}, {threat}, n = {problem.clean.n}"
         if best is None or best.radius < radius:
             found = "nothing" if best is None else f"{best.radius:.6g} ({best.method})"
+            of_kind = "" if kinds is None else f" of kind {kinds if isinstance(kinds, str) else ' or '.join(kinds)}"
             others = ", ".join(f"{c.method} {c.radius:.4g}" for c in report.certificates)
-            asked = "decision" if goal == "decision" else problem.goal.key
             pytest.fail(
-                f"certified radius {found} is below {radius:g} for {asked}, {threat}, n = {problem.clean.n}"
-                + (f"; all: {others}" if others else f"; {report.why_none}"),
+                f"certified radius{of_kind} {found} is below {radius:g} for {told}"
+                + (f"; all: {others}" if others else f"; {report.why_none}")
+                + ("" if broken is None else f"; the attack breaks it at {broken:.6g}"),
                 pytrace=False,
             )
+        if max_gap is not None and (broken is None or broken > max_gap * best.radius):
+            gap = "unknown, no violation was found" if broken is None else f"{broken / best.radius:.4g}"
+            pytest.fail(f"the gap is {gap}, not at most {max_gap:g}, for {told}", pytrace=False)
         return best
+
+
+def _readout(
+    path: "str | Path | None", pool: str | None, label: int | None, goal: object, tolerance: object
+) -> "Goal | None":
+    """The goal of a readout file; None without one."""
+    from pathlib import Path
+
+    from attnrobust.errors import InputError
+    from attnrobust.runs.inputs import read_readout
+    from attnrobust.runs.reading import parse_pool
+
+    if path is None:
+        if pool is not None or label is not None:
+            raise InputError("pool= and label= belong to a readout; give readout=, or leave them out")
+        return None
+    if goal is not None or tolerance is not None:
+        raise InputError("a readout excludes a goal and a tolerance; give one of readout=, goal= and tolerance=")
+    return read_readout(Path(path), pool=parse_pool(pool or "mean"), label=label)
+
+
+def _best(report: "CertificationReport", kinds: tuple[str, ...] | str | None) -> "Certificate | None":
+    """The largest radius of the kinds that count."""
+    from attnrobust.errors import UnknownNameError
+    from attnrobust.status import Kind
+
+    asked = tuple(map(str, Kind)) if kinds is None else (kinds,) if isinstance(kinds, str) else kinds
+    for kind in asked:
+        if kind not in list(Kind):
+            raise UnknownNameError("kind of certificate", kind, Kind)
+    return max((c for c in report.certificates if c.kind in asked), key=lambda c: c.radius, default=None)
+
+
+def _attacked(problem: "Problem", report: "CertificationReport", name: str, seed: int) -> float | None:
+    """The radius of a verified violation, or None; one within a certified radius is an error of this package."""
+    from attnrobust.attacks import attack
+    from attnrobust.comparison import join
+    from attnrobust.status import Status
+
+    result = attack(problem, method=name, seed=seed)
+    join(problem, result, report)
+    return result.radius if result.status is Status.FOUND else None
 
 
 def _goal(tolerance: str | float | None, goal: "str | Goal | None") -> "str | Goal":

@@ -170,6 +170,10 @@ class CertificationReport(Shown):
             "skipped": [{"method": s.method, "reason": s.reason} for s in self.skipped if s.declared],
         }  # fmt: skip
 
+    def records(self) -> list[dict[str, Any]]:
+        """One line for each certificate."""
+        return list(self.to_dict()["certificates"])
+
     def __repr__(self) -> str:
         """One line with the best certificate."""
         return f"<{self.summary()}>"

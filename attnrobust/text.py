@@ -22,8 +22,18 @@ def shown_bound(value: float | None, *, up: bool, digits: int = 4) -> str:
     """A bound for people, rounded so that it stays true: upper bounds (attack radii) up, certified radii down."""
     if value is None or not math.isfinite(value) or float(f"{value:.{digits}g}") == value:
         return shown(value, digits)
-    rounded = Context(prec=digits, rounding=ROUND_CEILING if up else ROUND_FLOOR).create_decimal(Decimal(value))
-    return shown(float(rounded), digits)
+    return shown(rounded(value, up=up, digits=digits), digits)
+
+
+def rounded(value: float, *, up: bool, digits: int) -> float:
+    """The nearest number of so many significant digits that is not below (``up``) or not above the value."""
+    context = Context(prec=digits, rounding=ROUND_CEILING if up else ROUND_FLOOR)
+    return float(context.create_decimal(Decimal(value)))
+
+
+def exactly(value: float) -> str:
+    """A number that a user gave, with every digit it needs: ``0.123456``, ``3``."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -86,7 +86,7 @@ def digits(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict
     pixels, _ = images()
     for recipe in SMALL:
         name = f"digits/{recipe.blocks} blocks, {(8 // recipe.patch) ** 2} patches, {recipe.activation}"
-        for index in range(options.images):
+        for index in range(options.first, options.first + options.images):
             image = pixels[TRAINED + index : TRAINED + index + 1]
             yield f"{name}/{index}", lambda r=recipe, i=image: _radii(digit_problem(r, i), options)  # type: ignore[misc]
 
@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("what", choices=("radii", "digits", "steps", "memory", "show"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="number of the first image; 20 for images held out")
     parser.add_argument("--sentences", type=int, default=len(SENTENCES))
     parser.add_argument("--depths", type=int, nargs="+", default=list(range(6)))
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])

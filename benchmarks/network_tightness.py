@@ -3,11 +3,12 @@
     python benchmarks/network_tightness.py --out rows.jsonl --blocks 0:1 --tokens 8 --tolerances 1% 10%
 
 One row per question, appended to a JSON-lines file; rows that are there already are skipped. One preparation serves all
-tolerances of a part of the network. With ``--plot`` nothing is measured: the gap against depth of the rows in the file.
+tolerances of a part of the network. ``benchmarks/network_tightness_page.py`` makes the page of the rows.
 """
 
 import argparse
 import json
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 import attnrobust as ar
 from attnrobust.certify.network.composite.bound import DisplacementBound
@@ -39,32 +39,13 @@ def main() -> None:
     parser.add_argument("--sketch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attack-steps", type=int, default=60)
-    parser.add_argument("--plot", type=Path, help="draw the rows of --out to this file instead of measuring")
+    parser.add_argument("--one-metric", action="store_true", help="without the nodes' own metrics: half the time")
     options = parser.parse_args()
-    if options.plot is not None:
-        _plot([json.loads(line) for line in options.out.read_text().splitlines()], options.plot)
-        return
     done = _done(options.out)
     for row in _rows(options, done):
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row, indent=1), flush=True)
-
-
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """The gap against the number of blocks, one line per goal and length."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        _, blocks, tokens, *_, goal = row["key"].split()
-        first, last = map(int, blocks.split(":"))
-        lines.setdefault(f"{goal}, {tokens}", []).append((last - first, row["gap"]))
-    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for name, points in sorted(lines.items()):
-        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axis.set(xlabel="blocks", ylabel="attack / certified radius", yscale="log")
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=150)
 
 
 def _done(path: Path) -> set[str]:
@@ -85,13 +66,14 @@ def _rows(options: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any
     base: Any = None
     for goal in goals:
         name = "decision" if options.decision else goal
-        key = f"minilm {options.blocks} n={options.tokens} s={options.sketch} seed={options.seed} {name}"
+        metrics = "one-metric" if options.one_metric else "own-metrics"
+        key = f"minilm {options.blocks} n={options.tokens} s={options.sketch} {metrics} seed={options.seed} {name}"
         if key in done:
             continue
         problem = ar.Problem(graph, ar.TokenMeasure(clean), ar.FrobeniusBall(), goal)
         start = time.perf_counter()
         method = NetworkCompositeLarge()
-        type(method).sketch = options.sketch
+        type(method).sketch, type(method).own_metrics = options.sketch, not options.one_metric
         if base is None:
             base = method.prepare(problem, seed=options.seed)
             _ = base.usage(0.1 * (base.first_guess or 1.0))  # everything that does not depend on the radius
@@ -102,8 +84,10 @@ def _rows(options: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any
         attack = _attack(problem, bound, steps=options.attack_steps)
         yield {
             "key": key, "certified": radius, "attack": attack, "gap": attack / radius if radius else None,
-            "slope": _slope(bound), "clean norm": float(torch.linalg.vector_norm(clean)),
+            "slope": _slope(bound), "linear": _linear(bound, radius),
+            "clean norm": float(torch.linalg.vector_norm(clean)),
             "prepared_s": round(prepared, 1), "search_s": round(certified, 1), "evaluations": evaluations,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "failure": bound.failure_probability, "parts": _parts(bound, radius),
         }  # fmt: skip
 
@@ -134,6 +118,14 @@ def _slope(bound: DisplacementBound | MarginBound) -> float | list[float]:
     return [drop.slope for drop in bound.classes] if isinstance(bound, MarginBound) else bound.preparation.first
 
 
+def _linear(bound: DisplacementBound | MarginBound, radius: float) -> float:
+    """The largest share of a budget that the first order uses."""
+    slopes = [drop.slope for drop in bound.classes] if isinstance(bound, MarginBound) else [bound.preparation.first]
+    budgets = bound.problem.resolved.budgets.tolist()
+    share: float = max(slope / budget for slope, budget in zip(slopes, budgets, strict=True))
+    return radius * bound.factor * share
+
+
 def _numbers(parts: Parts) -> dict[str, float]:
     return {name: float(f"{value:.3g}") for name, value in vars(parts).items()}
 
@@ -159,8 +151,9 @@ def _attack(problem: ar.Problem, bound: DisplacementBound | MarginBound, *, step
 
 
 def _direction(preparation: Any) -> torch.Tensor:
-    record, move = preparation.record, torch.randn(preparation.moves.size, dtype=torch.float64)
-    readout = preparation.output
+    record, readout = preparation.record, preparation.output
+    start = torch.Generator().manual_seed(0)
+    move = torch.randn(preparation.moves.size, dtype=torch.float64, generator=start)
     for _ in range(12):
         image = record.push({record.wiring.source: preparation.moves.tokens(move)}, readout.states)
         back = record.pull(readout.cotangents(readout.flat(image)), (record.wiring.source,))

@@ -31,7 +31,7 @@ from attnrobust.layers.variants.l2 import L2Attention
 from attnrobust.layers.variants.lipschitznorm import LipschitzNormAttention
 from attnrobust.layers.variants.sigmoid import SigmoidAttention
 from attnrobust.problem import Problem
-from attnrobust.threats.moves import AnyToken, FrobeniusBall, PerTokenBall, Threat
+from attnrobust.threats.moves import AnyToken, FrobeniusBall, MoveThreat, PerTokenBall
 from attnrobust.tokens import TokenMeasure
 
 DIRECTIONS = 96
@@ -61,7 +61,7 @@ class Draw:
     def scale(self) -> float:
         """1 in half of the cases; else any power of ten up to 1e3, or up to 1e12."""
         reach = self.choose(0.0, 0.0, 3.0, WIDEST)
-        return 10.0 ** (reach * (2.0 * float(torch.rand((), generator=self.generator)) - 1.0))
+        return float(10.0 ** (reach * (2.0 * float(torch.rand((), generator=self.generator)) - 1.0)))
 
 
 def random_layer(draw: Draw, n: int, width: int) -> TokenMap:
@@ -106,7 +106,7 @@ def random_tokens(draw: Draw, n: int, width: int, *, masses: bool) -> TokenMeasu
     return TokenMeasure(draw.scale() * points, mass) if mass is not None else TokenMeasure(draw.scale() * points)
 
 
-def random_threat(draw: Draw, n: int) -> Threat:
+def random_threat(draw: Draw, n: int) -> MoveThreat:
     """Any threat on tokens."""
     some = None if draw.integer(0, 2) else (draw.integer(0, n - 1),)
     kind = draw.integer(0, 4)
@@ -144,13 +144,13 @@ def random_problem(seed: int) -> Problem:
 
 def inside(problem: Problem, moves: Tensor, radius: float) -> Tensor:
     """Moves that stay within the radius once they were added to the tokens (addition rounds); the rest are dropped."""
-    clean = problem.clean.points
+    clean, kept = problem.clean.points, moves[:0]
     for slack in (1.0, 1.0 - 1e-15, 1.0 - 1e-9):
-        moved = clean + slack * problem.threat.project(moves, radius) - clean
-        good = problem.threat.distance(moved) <= radius
-        if bool(good.all()):
+        moved = clean + slack * problem.moves.project(moves, radius) - clean
+        kept = moved[problem.moves.distance(moved) <= radius]
+        if len(kept) == len(moved):
             break
-    return moved[good]
+    return kept
 
 
 def ascend(problem: Problem, moves: Tensor, radius: float) -> Iterator[Tensor]:
@@ -159,8 +159,8 @@ def ascend(problem: Problem, moves: Tensor, radius: float) -> Iterator[Tensor]:
     for step in range(STEPS):
         points = moves.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(problem.usage(points).sum(), points)
-        steepest = radius * problem.threat.steepest(gradient.nan_to_num(0.0, 0.0, 0.0))
-        moves = problem.threat.project(moves + 2.0 ** (1 - step) * steepest, radius) if step else steepest
+        steepest = radius * problem.moves.steepest(gradient.nan_to_num(0.0, 0.0, 0.0))
+        moves = problem.moves.project(moves + 2.0 ** (1 - step) * steepest, radius) if step else steepest
         moves = torch.where((size > 0) & torch.isfinite(moves), moves, 0.0)
         yield moves
 
@@ -170,8 +170,8 @@ def largest_share(problem: Problem, radius: float, draw: Draw) -> tuple[int, flo
     directions = draw.normal(DIRECTIONS, *problem.clean.points.shape) * problem.threat.movable(problem.clean.n)[:, None]
     directions[::3] = directions[::3].sign()
     if isinstance(problem.threat, AnyToken):
-        directions = problem.threat.project(directions, 1.0)
-    unit = directions / problem.threat.distance(directions).clamp_min(1e-300)[:, None, None]
+        directions = problem.moves.project(directions, 1.0)
+    unit = directions / problem.moves.distance(directions).clamp_min(1e-300)[:, None, None]
     batches = [radius * share * unit for share in SHARES]
     batches += list(ascend(problem, radius * unit[:STARTS], radius))
     moves = inside(problem, torch.cat(batches), radius)

@@ -2,10 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from collections.abc import Iterator
 
 # Before torch and transformers are imported: they read these once.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
@@ -14,28 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from jaxtyping import install_import_hook
 
 # Before the first import of the package: only modules imported from here on are checked.
-install_import_hook("attnrobust", "beartype.beartype")
-
-UNCHECKED = {
-    "attnrobust.numerics.running_error",
-    "attnrobust.certify.margin.small_trust_regions",
-    "attnrobust.certify.margin.one_token.descent",
-    "attnrobust.certify.margin.one_token.functional",
-}
-"""Inner loops whose small functions are called tens of thousands of times a test: a check costs 50 us a call, and their
-callers are checked."""
-
-
-class _Unchecked(MetaPathFinder):
-    """Imports the modules of ``UNCHECKED`` as they are."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        return PathFinder.find_spec(fullname, path, target) if fullname in UNCHECKED else None
-
-
-sys.meta_path.insert(0, _Unchecked())
+install_import_hook("attnrobust", "tests.shape_checks.counted")
 
 import random
 import shutil
@@ -45,7 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import variation
+from tests import shape_checks, variation
 
 variation.install()  # before the first case is built
 
@@ -109,9 +85,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_runtest_setup() -> None:
+    """Every test has its own number of checked calls."""
+    shape_checks.restart()
+
+
 def pytest_configure() -> None:
     """The hook above came too late for anything imported before it."""
     loaders = {name: type(module.__loader__) for name, module in sys.modules.items() if name.startswith("attnrobust")}
     late = {name for name, loader in loaders.items() if not loader.__module__.startswith("jaxtyping")}
-    unchecked = late - UNCHECKED
-    assert not unchecked, f"imported before the shape checks were installed: {unchecked}"
+    assert not late, f"imported before the shape checks were installed: {late}"

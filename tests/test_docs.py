@@ -10,6 +10,7 @@ import torch
 from typer.main import get_command
 
 from attnrobust.cli import app
+from attnrobust.status import Kind, Status
 from benchmarks.network_agreement import PAGE, families
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,17 @@ def test_the_page_of_agreement_is_current() -> None:
     assert len(numbers) >= len(cells)
     assert max(numbers) < 1e-10
     assert {line[3] for line in cells} == {"refused", "-"}
+
+
+def test_the_glossary_has_every_status_and_kind_and_the_help_names_it() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    assert [word for word in (*Status, *Kind) if f"`{word}`" not in text] == []
+    assert "docs/glossary.md" in str(get_command(app).epilog)
+
+
+def test_the_page_from_python_runs() -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(block, "python.md", "exec"), {})  # noqa: S102 - our own page
 
 
 def test_the_readme_example_runs() -> None:

@@ -17,8 +17,11 @@ CROSS_CUTTING = {
     "test_docs.py",
     "test_examples.py",
     "test_mirror.py",
+    "test_notebooks.py",  # of docs/notebooks
     "test_packaging.py",
     "test_printed_commands.py",  # of README and docs
+    "test_shape_checks.py",  # of tests/shape_checks.py
+    "test_site.py",  # of mkdocs.yml
     "test_strategies.py",  # of tests/strategies.py
 }
 
@@ -141,7 +144,6 @@ UNMIRRORED = {
     # tests/contracts/test_layers.py, tests/layers/test_attention.py
     "layers/features.py",
     "layers/masks.py",
-    "layers/rounding.py",
     "layers/token_map.py",
     # test_node.py, test_linearisation.py, test_network_graph.py of the same folder
     "layers/graph/activation_functions.py",
@@ -172,6 +174,7 @@ UNMIRRORED = {
     "models/checks/checkpoint.py",
     "models/checks/forward_inputs.py",
     "models/normalisation.py",
+    "models/pictures.py",  # tests/runs/test_sources.py
     "models/pretrained.py",
     # test_check.py and test_reading.py of the same folder
     "models/networks/bert.py",
@@ -201,10 +204,13 @@ UNMIRRORED = {
     "runs/storage/parquet.py",
     "runs/plan.py",
     "runs/reading.py",
+    "runs/yardsticks.py",  # tests/reports/test_units.py
     "runs/storage/store.py",
     # test_processes.py of the same folder
     "runs/engines/here.py",
     "runs/engines/schedule.py",
+    # tests/test_evaluation.py
+    "runs/given.py",
     # tests/reports/test_curve.py
     "cli/curve.py",
     # tests/cli/test_smooth.py

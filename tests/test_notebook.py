@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 
+from attnrobust.errors import InputError
 from attnrobust.notebook import Shown, number
 from attnrobust.results import AttackResult, Certificate, CertificationReport, Comparison, Kind, NotApplicable, Status
 
@@ -41,3 +43,16 @@ def test_a_notebook_shows_tables_and_no_foreign_markup() -> None:
 
 def test_numbers_that_are_not_finite_are_none() -> None:
     assert [number(value) for value in (1.0, None, math.inf, math.nan)] == [1.0, None, None, None]
+
+
+def test_data_frames_have_one_line_a_certificate_or_a_result() -> None:
+    pytest.importorskip("pandas")
+    assert list(REPORT.to_pandas()["radius"]) == [CERTIFICATE.radius]
+    assert NOTHING.to_pandas()["radius"].isna().all()
+    assert Comparison("p", FOUND, REPORT, Status.FOUND, 1.2345).to_pandas()["gap"][0] == 1.2345
+
+
+def test_without_pandas_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match="pip install pandas"):
+        REPORT.to_pandas()

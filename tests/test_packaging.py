@@ -38,6 +38,28 @@ def python(*arguments: str, **environment: str) -> str:
     return run.stdout
 
 
+# ---- syntax and imports ---------------------------------------------------------------------------------------------
+
+
+SOURCES = sorted((ROOT / "attnrobust").rglob("*.py"))
+POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+
+
+def test_the_source_is_the_syntax_of_the_oldest_python() -> None:
+    """Later versions of Python only add syntax: what parses as the oldest one is that of all that follow."""
+    assert PROJECT["project"]["requires-python"] == ">=3.11"
+    for path in SOURCES:
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 11))
+
+
+def test_no_module_needs_a_posix_system_to_be_imported() -> None:
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not POSIX_ONLY & {name.partition(".")[0] for name in names}, path
+
+
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 

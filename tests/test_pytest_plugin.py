@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from attnrobust.errors import InputError, UnsupportedModelError
+from attnrobust.errors import InputError, UnknownNameError, UnsupportedModelError
 from attnrobust.models.read_network import read_network
 from attnrobust.pytest_plugin import CertifiedAssertion
 from attnrobust.tokens import TokenMeasure
@@ -68,6 +69,42 @@ def test_goals_that_do_not_fit_are_errors() -> None:
     for layer, x, goal, tolerance, says in cases:
         with pytest.raises(InputError, match=says):
             assert_certified(layer, x, radius=0.1, goal=goal, tolerance=tolerance)
+
+
+def test_a_readout_of_a_file(tmp_path: Path) -> None:
+    problem = linear_problem()
+    width = problem.network(problem.clean.points, problem.clean.mass).shape[-1]
+    path = tmp_path / "readout.npz"
+    np.savez(path, weight=np.eye(2, width), bias=np.array([5.0, 0.0]))
+    asked: dict[str, Any] = {"readout": path, "pool": "row:0", "label": 0, "methods": "castin2024-derived"}
+    best = assert_certified(problem.network, problem.clean, radius=0.0, **asked)
+    with pytest.raises(pytest.fail.Exception, match="for margin row:0 label:0"):
+        assert_certified(problem.network, problem.clean, radius=best.radius + 1e6, **asked)
+    for wrong in ({"readout": path, "tolerance": 0.5}, {"pool": "mean"}, {"label": 1, "tolerance": 0.5}):
+        options: dict[str, Any] = wrong
+        with pytest.raises(InputError, match="readout"):
+            assert_certified(problem.network, problem.clean, radius=0.1, **options)
+
+
+def test_only_kinds_that_are_asked_for_count() -> None:
+    problem = linear_problem()
+    best = assert_certified(problem.network, problem.clean, radius=0.01, tolerance=0.5, kinds="float64")
+    assert best.kind == "float64"
+    asked: dict[str, Any] = {"radius": 0.01, "tolerance": 0.5, "methods": best.method}
+    with pytest.raises(pytest.fail.Exception, match=r"certified radius of kind rigorous nothing is below 0\.01"):
+        assert_certified(problem.network, problem.clean, kinds=("rigorous",), **asked)
+    with pytest.raises(UnknownNameError, match="rigorous"):
+        assert_certified(problem.network, problem.clean, kinds="rigorus", **asked)
+
+
+def test_an_attack_says_whether_more_can_be_certified_at_all() -> None:
+    """The robust radius is 0.25."""
+    problem = linear_problem()
+    with pytest.raises(pytest.fail.Exception, match=r"; the attack breaks it at 0\.25"):
+        assert_certified(problem.network, problem.clean, radius=0.26, tolerance=0.5, attack="token-moving")
+    assert_certified(problem.network, problem.clean, radius=0.01, tolerance=0.5, max_gap=1e6)
+    with pytest.raises(pytest.fail.Exception, match=r"the gap is .*, not at most 0\.5"):
+        assert_certified(problem.network, problem.clean, radius=0.01, tolerance=0.5, max_gap=0.5)
 
 
 def test_in_a_project_of_its_own(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ MODERN_FEATURES = PLACED_FEATURES | {"rotary"}
 HEAD_FEATURES = frozenset({"bias", "out_projection"})
 """Every feature of the other attention layers."""
 
+UNCOVERED = "it does not cover"
+"""Beginning of the reason of a method that speaks about such layers, but not about a feature of this one."""
+
 FAILURES = (ValueError, LookupError, ArithmeticError, RuntimeError)
 """What the computation of a bound may raise without ending the other certificates (singular matrices, a library's
 errors, memory of a device)."""
@@ -186,7 +189,7 @@ def _undeclared(method: CertificateMethod, problem: Problem) -> str | None:
         return f"it speaks about {_names(method.layers)} layers, not {type(problem.network).__name__}"
     unknown = features_of(problem.network) - method.features
     if unknown:
-        return f"it does not cover {', '.join(sorted(unknown))} of {type(problem.network).__name__}"
+        return f"{UNCOVERED} {', '.join(sorted(unknown))} of {type(problem.network).__name__}"
     if type(problem.threat) not in method.threats:
         return f"it speaks about the threats {_names(method.threats)}, not {problem.threat.key!r}"
     if type(problem.goal) not in method.goals:

@@ -8,9 +8,22 @@ from typing import Annotated, NoReturn
 import typer
 
 from attnrobust import __version__
-from attnrobust.cli import bench, bounds, compare, curve, demo, fixed_point, listing, reproduce, runs, scan, smooth
+from attnrobust.cli import (
+    bench,
+    bounds,
+    compare,
+    curve,
+    demo,
+    fixed_point,
+    leaderboard,
+    listing,
+    reproduce,
+    runs,
+    scan,
+    smooth,
+)
 from attnrobust.cli.exits import guarded
-from attnrobust.cli.output import print_without_failing
+from attnrobust.cli.output import GIVEN, print_without_failing
 
 app = typer.Typer(
     name="attnrobust",
@@ -18,7 +31,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 below --fail-under, 2 wrong usage or input, 3 an UNSOUND row.",
+    epilog="Exit codes: 0 done, 1 below --fail-under, 2 wrong usage or input, 3 an UNSOUND row. "
+    "Words (threat, goal, radius, gap, kind): docs/glossary.md.",
 )
 
 
@@ -44,7 +58,8 @@ def _common(
         logging.getLogger("attnrobust").setLevel(logging.DEBUG)
 
 
-for _module in (listing, compare, curve, demo, runs, scan, bench, smooth, bounds, fixed_point, reproduce):
+_MODULES = (listing, compare, curve, demo, runs, scan, bench, leaderboard, smooth, bounds, fixed_point, reproduce)
+for _module in _MODULES:
     app.registered_commands.extend(_module.commands.registered_commands)
 
 
@@ -58,6 +73,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    GIVEN.set(tuple(given))
     return guarded(lambda: app(args=verbose_first(given), prog_name="attnrobust", standalone_mode=False))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,8 +12,10 @@ from attnrobust.cli.goals import one_goal
 from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
+from attnrobust.cli.protocol import bench_by_protocol
 from attnrobust.errors import InputError
-from attnrobust.text import shown
+from attnrobust.runs.early import refuse_unknown_names, require_files
+from attnrobust.text import exactly, shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,12 +32,15 @@ MOST_INPUTS = 20
 @commands.command()
 def bench(
     model: o.ModelName,
-    attacks: o.Attacks,
+    attacks: o.Attacks = None,
+    protocol: o.ProtocolName = None,
     layer: o.Layers = None,
     at: o.Depths = None,
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
@@ -52,37 +57,58 @@ def bench(
     budget: o.Budgets = None,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
-    out: o.BenchOut = BENCH_OUT,
+    out: o.BenchOut = None,
     workers: o.Workers = 0,
     timeout: o.Timeout = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> int:
     """Let attacks compete on the same inputs: success, smallest radii, local optimality, queries, seconds."""
-    from attnrobust.runs.bench import bench as run_bench
+    if protocol is not None:
+        measured = {
+            "model": model, "layers": layer or None, "texts": texts, "images": images, "tokens": tokens,
+            "dataset": dataset, "column": column, "execution": {"workers": workers},
+        }  # fmt: skip
+        fixed = {
+            "--attacks": attacks, "--at": at or None, "--goal": goal, "--anchors": anchors, "--tolerance": tolerance,
+            "--readout": readout, "--pool": pool, "--label": label, "--row": row, "--threat": threat or None,
+            "--epsilons": epsilons, "--queries": queries, "--seconds": seconds, "--restarts": restarts,
+            "--steps": steps, "--budget": budget or None, "--seed": seed or None,
+            "--device": None if device == "cpu" else device, "--timeout": timeout,
+        }  # fmt: skip
+        return bench_by_protocol(protocol, measured, fixed, out=out, json=json, quiet=quiet)
+    if attacks is None:
+        raise InputError("name the attacks, as in --attacks token-moving,foolbox:DDN, or give --protocol standard")
     from attnrobust.runs.config import load_config
 
     counted = None if epsilons is None else parse_epsilons(epsilons)
     config = load_config(
         changes={
             "model": model, "layers": layer or None, "at": at or None, "texts": texts, "images": images,
-            "tokens": tokens, "threats": threat or None,
+            "tokens": tokens, "dataset": dataset, "column": column, "threats": threat or None,
             "goals": [one_goal(goal, anchors, tolerance, readout, pool, label, row)],
             "attack": {"restarts": restarts, "steps": steps, "queries": queries, "seconds": seconds},
-            "seed": seed, "device": device, "output": out, "execution": {"workers": workers, "timeout": timeout},
+            "seed": seed, "device": device, "output": out or BENCH_OUT,
+            "execution": {"workers": workers, "timeout": timeout},
         }
     )  # fmt: skip
+    require_files(config)
+    names = o.split_names(attacks)
+    for name in names:
+        refuse_unknown_names(threats=(), attack=name)
+    from attnrobust.runs.bench import bench as run_bench
+
     with stopping() as stop:
         found = run_bench(
             config,
-            o.split_names(attacks),
+            names,
             budgets=dict(parse_budget(text) for text in budget or ()),
             stop=stop,
-            watch=lambda rows, total: tracked(rows, total, quiet=quiet),
+            watch=lambda rows, total: tracked(rows, total, quiet=quiet, places=True),
         )
     scores = found.scores(counted)
     if json:
-        print_json(as_values(found, scores))
+        print_json(found.to_dict(counted))
     else:
         for table in tables(found, scores):
             console().print(table)
@@ -127,18 +153,6 @@ def parse_budget(text: str) -> tuple[str, dict[str, int | float]]:
     return name, values
 
 
-def as_values(found: "Benchmark", scores: Sequence["AttackScore"]) -> dict[str, Any]:
-    """Everything for JSON: scores, and the radii input by input."""
-    from dataclasses import asdict
-
-    return {
-        "attacks": list(found.attacks),
-        "remaining": found.remaining,
-        "scores": [asdict(s) | {"success": [{"epsilon": e, "share": v} for e, v in s.success.items()]} for s in scores],
-        "inputs": [asdict(winner) for winner in found.winners()],
-    }
-
-
 def tables(found: "Benchmark", scores: Sequence["AttackScore"]) -> Iterator["Table"]:
     """One table for each layer, threat and goal; and one of the radii if the inputs are few."""
     from attnrobust.reports.layout import lay_out, numbers, words
@@ -163,7 +177,7 @@ def _score_table(title: str, scores: Sequence["AttackScore"]) -> "Table":
 
     caption = "optimality: best known radius / its radius, 1 is best; medians over the inputs"
     epsilons = list(next((s.success for s in scores if s.success), {}))
-    heading = ("wins", "found", *(f"<= {shown(e)}" for e in epsilons))
+    heading = ("wins", "found", *(f"<= {exactly(e)}" for e in epsilons))
     heading += ("median radius", "optimality", "worst", "queries", "s")
     lines = []
     for s in scores:

@@ -8,6 +8,7 @@ from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode
 from attnrobust.cli.output import console, print_json
 from attnrobust.errors import InputError
+from attnrobust.runs.early import refuse_unknown_names, require_there
 from attnrobust.text import shown
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def bounds(
         raise InputError("the inputs say how many tokens there are; leave --n out")
     if texts is None and tokens is None and (radius is None or n is None):
         raise InputError("give the inputs by --texts FILE or --tokens FILE, or --radius R together with --n N")
+    require_there(model, texts=texts, tokens=tokens)
+    refuse_unknown_names(threats=[threat])
     from attnrobust.lipschitz.table import bounds_table
     from attnrobust.models.model import load_model
     from attnrobust.runs.inputs import parse_device, read_inputs

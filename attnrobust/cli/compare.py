@@ -9,9 +9,10 @@ import typer
 from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode, exit_code, require_threshold
 from attnrobust.cli.goals import one_goal
-from attnrobust.cli.output import console, print_json, say
+from attnrobust.cli.output import console, print_json, say, typed
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
+from attnrobust.runs.early import require_files, require_model
 from attnrobust.runs.reading import DEFAULT_ATTACK
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ MOST_SENTENCES = 8
 @commands.command("list-layers")
 def list_layers(model: o.ModelName, json: o.Json = False) -> int:
     """List every attention layer of a model, why one is not supported, and the depths of the whole model."""
+    require_model(model)
     from dataclasses import asdict
 
     from attnrobust.models.model import load_model
@@ -62,6 +64,8 @@ def certify(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
@@ -82,7 +86,8 @@ def certify(
     """Certified radii: no move of the tokens within them breaks the goal. No attack."""
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = one_place(
-        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens, "dataset": dataset, "column": column},
+        threat, seed, device, goal=asked,
         certificates=chosen_certificates(methods), attack={"method": None},
     )  # fmt: skip
     return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
@@ -96,6 +101,8 @@ def attack(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
@@ -118,7 +125,8 @@ def attack(
     """Verified attack radii: the nearest tokens found that break the goal. No certificate."""
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = one_place(
-        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens, "dataset": dataset, "column": column},
+        threat, seed, device, goal=asked,
         certificates=(), attack={"method": attack, "epsilon": epsilon, "token_radii": token_radii},
     )  # fmt: skip
     return compute(config, json=json, out=out, overwrite=overwrite, fail_under=fail_under, quiet=quiet)
@@ -132,6 +140,8 @@ def compare(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
@@ -155,7 +165,8 @@ def compare(
     """Both, input by input: certified radius, attack radius and the gap between them."""
     asked = one_goal(goal, anchors, tolerance, readout, pool, label, row)
     config = one_place(
-        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens, "dataset": dataset, "column": column},
+        threat, seed, device, goal=asked,
         certificates=chosen_certificates(methods, everything=all_certificates),
         attack={"method": attack, "token_radii": token_radii},
     )  # fmt: skip
@@ -169,7 +180,7 @@ def one_place(
     model: str,
     layer: str | None,
     at: str | None,
-    inputs: Mapping[str, Path | None],
+    inputs: Mapping[str, Path | str | None],
     threat: str,
     seed: int,
     device: str,
@@ -181,11 +192,13 @@ def one_place(
     """The configuration of a run of one layer or depth, threat and goal."""
     from attnrobust.runs.config import make_config
 
-    if sum(path is not None for path in inputs.values()) != 1:
-        raise InputError("give the inputs by exactly one of --texts FILE, --images FILE and --tokens FILE")
+    files = {name: path for name, path in inputs.items() if isinstance(path, Path)}
+    if len(files) != 1:
+        raise InputError("give the inputs by exactly one of --texts, --images, --tokens and --dataset")
     return make_config(
         {
-            **{name: None if path is None else path.expanduser().absolute() for name, path in inputs.items()},
+            **{name: path.expanduser().absolute() for name, path in files.items()},
+            "column": inputs.get("column"),
             "model": model,
             "layers": None if layer is None else [layer],
             "at": at,
@@ -219,11 +232,12 @@ def compute(
     quiet: bool,
 ) -> ExitCode:
     """Every row: what can be refused is refused before the first, and files are written before tables are shown."""
+    require_threshold(fail_under)
+    require_files(config)
     from attnrobust.runs.run import rows_in_memory
     from attnrobust.runs.storage.files import require_results_place
     from attnrobust.runs.work import Workbench
 
-    require_threshold(fail_under)
     if out is not None:
         require_results_place(out)
     bench = Workbench(config)
@@ -288,8 +302,10 @@ class _Printed:
             yield row
 
     def _print(self, row: "Row") -> None:
+        from attnrobust.runs.yardsticks import as_json
+
         try:
-            print_json(row.as_dict())
+            print_json(as_json(row))
         except OSError as error:  # the reader went away, or the disk behind a redirection is full
             if not self._patient:
                 raise
@@ -303,15 +319,20 @@ class _Printed:
 
 def _print_tables(rows: list["Row"]) -> None:
     from attnrobust.reports.tables import certificate_table, result_table
-    from attnrobust.reports.units import row_verdict, run_verdicts
+    from attnrobust.reports.tokens import MOST_INPUTS, token_tables
+    from attnrobust.reports.units import row_verdict, run_verdicts, scale_note
 
     stdout = console()
     stdout.print(result_table(rows))
     certificates = certificate_table(rows)
     if certificates is not None:
         stdout.print(certificates)
+    for table in token_tables(rows):
+        stdout.print(table)
+    if (more := sum(bool(row.token_radii) for row in rows) - MOST_INPUTS) > 0:
+        stdout.print(f"the tokens of {more} more inputs are in --json, and in the report of --out")
     sentences = map(row_verdict, rows) if 1 < len(rows) <= MOST_SENTENCES else ()
-    for sentence in (*filter(None, sentences), *run_verdicts(rows)):
+    for sentence in filter(None, (*sentences, *run_verdicts(rows), scale_note(rows))):
         stdout.print(sentence)
 
 
@@ -321,16 +342,18 @@ def _store(out: Path, rows: list["Row"], config: "RunConfig", job: str) -> None:
 
     places, goal = ", ".join(dict.fromkeys(row.layer for row in rows)), rows[0].goal if rows else ""
     plot = gap_plot(rows, title=f"{config.model}, {places}: {goal}, {config.threats[0]}")
-    written = write_results(out, rows, run=_options(config), job=job, plot=plot)
+    written = write_results(out, rows, run=_options(config), job=job, plot=plot, command=typed())
     say("wrote " + ", ".join(str(path) for path in written))
 
 
 def _options(config: "RunConfig") -> dict[str, Any]:
     """What was computed, for the JSON file and the report; file names are absolute."""
+    from attnrobust.runs.early import KINDS
+
     values = config.model_dump(mode="json")
     (goal,), attack, names = values["goals"], values["attack"], values["certificates"]
     return {
-        **{name: values[name] for name in ("model", "texts", "images", "tokens", "seed", "device")},
+        **{name: values[name] for name in ("model", *KINDS, "column", "seed", "device")},
         **goal,
         "at": None if config.at is None else ", ".join(config.at),
         "layer": None if config.layers is None else config.layers[0],

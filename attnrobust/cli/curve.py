@@ -8,6 +8,7 @@ import typer
 from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode
 from attnrobust.cli.output import console, print_json, say
+from attnrobust.runs.early import require_results
 
 commands = typer.Typer()
 
@@ -22,6 +23,7 @@ def curve(
     json: o.Json = False,
 ) -> int:
     """Certified accuracy of a run: the share of inputs certified, undecided and broken at each size."""
+    require_results(directory)
     from attnrobust.cli.bench import parse_epsilons
     from attnrobust.reports.curve import curve_table, curves, scope_of
     from attnrobust.reports.data import read_report_data

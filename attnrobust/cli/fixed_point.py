@@ -9,6 +9,7 @@ from attnrobust.cli import options as o
 from attnrobust.cli.exits import ExitCode
 from attnrobust.cli.output import console, print_json
 from attnrobust.errors import InputError
+from attnrobust.runs.early import require_there
 from attnrobust.text import shown
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def fixed_point(
     """Does a stack of this one layer contract, at which proved rate, and to which token?"""
     if texts is None and tokens is None and radius is None:
         raise InputError("give the inputs by --texts FILE or --tokens FILE, or --radius R alone")
+    require_there(model, texts=texts, tokens=tokens)
     from attnrobust.goals import Displacement
     from attnrobust.lipschitz.contraction import contraction
     from attnrobust.models.model import load_model

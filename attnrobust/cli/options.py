@@ -51,11 +51,24 @@ Row = Annotated[
 ]
 Images = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Inputs: .npz or .safetensors, every array (c, h, w) is one, as pixel_values."),
+    typer.Option(
+        metavar="FILE|FOLDER",
+        help="Inputs: pictures (PNG, JPEG, ...), which the model's own image processor prepares; or .npz or "
+        ".safetensors, every array (c, h, w) is one, as pixel_values.",
+    ),
 ]
 Texts = Annotated[Path | None, typer.Option(metavar="FILE", help="Inputs: UTF-8 text, one a line.")]
 Tokens = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Inputs: .npz or .safetensors, every array (n, d) is one.")
+]
+Dataset = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH", help="Inputs: the texts of a column of Parquet, CSV or JSON lines, or of a datasets directory."
+    ),
+]
+ColumnName = Annotated[
+    str | None, typer.Option("--column", metavar="NAME", help="The column of --dataset; default text, or the only one.")
 ]
 Tolerance = Annotated[str | None, typer.Option(metavar="X", help=_TOLERANCE)]
 Tolerances = Annotated[
@@ -101,7 +114,15 @@ TokenRadii = Annotated[
     bool,
     typer.Option("--token-radii", help="Attack every token alone, too: its own radius, for the report's heat map."),
 ]
-Attacks = Annotated[str, typer.Option(metavar="A,B,C", help="The attacks; see attnrobust list attacks.")]
+Attacks = Annotated[str | None, typer.Option(metavar="A,B,C", help="The attacks; see attnrobust list attacks.")]
+ProtocolName = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol",
+        metavar="NAME",
+        help="standard: a fixed measurement without options; --out is then one .json file.",
+    ),
+]
 Epsilons = Annotated[
     str | None, typer.Option(metavar="R,R", help="Where success is counted; default around the best radii.")
 ]
@@ -171,17 +192,32 @@ RunOut = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Output directory; resumable. Default attnrobust-run.")
 ]
 ScanOut = Annotated[Path, typer.Option("--out", metavar="DIR", help="Rows, resumable; see run and report.")]
-BenchOut = Annotated[Path, typer.Option("--out", metavar="DIR", help="Rows, one run for each attack; resumable.")]
+BenchOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="Rows, one run for each attack; resumable. With --protocol the result's file."
+    ),
+]
+ResultsFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Results of bench --protocol, as .json files.")]
+PageOut = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write the tables as a page, .md or .html, too.")
+]
 ReportOut = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default beside the results.")
 ]
 PrintConfig = Annotated[bool, typer.Option("--print", help="Print the effective configuration (the default).")]
 Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as CSV.")]
 Jsonl = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as JSON lines.")]
+LogTo = Annotated[
+    str | None,
+    typer.Option(metavar="TRACKER", help="Tell mlflow, wandb or tensorboard the configuration, figures and rows."),
+]
 MinCertified = Annotated[
     str | None,
     typer.Option(
-        metavar="R", help="Least certified radius: a number, or 0.3% of the input's (or median token's) norm."
+        metavar="R",
+        help="Least certified radius: a number, 0.3% (of the norm of what the threat moves), '2% token' (of the median "
+        "token norm) or '5% word' (of the way to the nearest other word).",
     ),
 ]
 Baseline = Annotated[
@@ -193,6 +229,10 @@ Worse = Annotated[
 ]
 MaxGap = Annotated[float | None, typer.Option(metavar="G", help="Largest gap.")]
 Quantile = Annotated[float, typer.Option(metavar="Q", help="Share of the rows that may fall short.")]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option("--kind", metavar="K", help="Only certificates of this kind count: float64, rigorous, probabilistic."),
+]
 Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdict as JUnit XML.")]
 
 

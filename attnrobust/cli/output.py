@@ -1,7 +1,10 @@
 """Stdout and stderr of the commands: tables, JSON, one-line messages."""
 
 import os
+import shlex
 import sys
+from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -9,6 +12,15 @@ if TYPE_CHECKING:
 
 WIDTH_OF_FILES = 200
 """Columns of tables that go to a file or a pipe, where nothing says how wide it is."""
+
+
+GIVEN: ContextVar[tuple[str, ...]] = ContextVar("GIVEN", default=())
+"""The words of the command that runs, as they were typed."""
+
+
+def typed() -> str | None:
+    """The command as it was typed, quoted for a shell; None outside of the command line."""
+    return shlex.join(("attnrobust", *GIVEN.get())) if GIVEN.get() else None
 
 
 def say(message: str) -> None:
@@ -21,6 +33,12 @@ def say(message: str) -> None:
 def printable(text: str) -> str:
     """The text in one line; what a terminal would obey (controls, line ends, directions) is shown by its escape."""
     return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+
+
+def place(path: Path) -> str:
+    """A path for people: without ``..``, and from here on where it lies below."""
+    clean, here = path.resolve(), Path.cwd().resolve()
+    return str(clean.relative_to(here)) if clean.is_relative_to(here) else str(clean)
 
 
 def console() -> "Console":

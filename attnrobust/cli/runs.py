@@ -1,5 +1,6 @@
 """Commands for many inputs: run, resume, config, export, report, check."""
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,10 @@ from attnrobust.cli.compare import MOST_SENTENCES, chosen_certificates
 from attnrobust.cli.exits import ExitCode, exit_code, require_threshold
 from attnrobust.cli.goals import many_goals
 from attnrobust.cli.interrupt import stopping
-from attnrobust.cli.output import console, say
+from attnrobust.cli.output import console, place, say
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
+from attnrobust.runs.early import require_files, require_results
 
 if TYPE_CHECKING:
     from attnrobust.runs.plan import Shard
@@ -34,6 +36,8 @@ def run(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     threat: o.Threats = None,
     goal: o.GoalNames = None,
     anchors: o.Anchors = None,
@@ -54,19 +58,22 @@ def run(
 ) -> int:
     """Compute many rows: inputs x layers (or depths) x threats x goals, into a directory that can be resumed."""
     from attnrobust.runs.config import load_config
-    from attnrobust.runs.run import run as run_all
 
     require_threshold(fail_under)
     effective = load_config(
         config,
         changes={
-            "model": model, "texts": texts, "images": images, "tokens": tokens, "layers": layer or None,
+            "model": model, "texts": texts, "images": images, "tokens": tokens,
+            "dataset": dataset, "column": column, "layers": layer or None,
             "at": at or None, "threats": threat or None, "goals": many_goals(goal, tolerance, anchors, row),
             "certificates": chosen_certificates(methods, everything=all_certificates),
             "attack": {"method": method}, "seed": seed, "device": device, "output": out,
             "execution": {"engine": engine, "workers": workers, "timeout": timeout},
         },
     )  # fmt: skip
+    require_files(effective)
+    from attnrobust.runs.run import run as run_all
+
     with stopping() as stop:
         outcome = run_all(effective, shard=_shard(shard), stop=stop, watch=_watch(quiet=quiet))
     return _summarise(outcome, fail_under)
@@ -83,9 +90,10 @@ def resume(
     quiet: o.Quiet = False,
 ) -> int:
     """Go on with a run that was interrupted, killed or ran out of disk."""
+    require_threshold(fail_under)
+    require_results(directory, run=True)
     from attnrobust.runs.run import resume as resume_run
 
-    require_threshold(fail_under)
     changes = {"engine": engine, "workers": workers, "timeout": timeout}
     with stopping() as stop:
         outcome = resume_run(directory, changes=changes, shard=_shard(shard), stop=stop, watch=_watch(quiet=quiet))
@@ -101,6 +109,8 @@ def show_config(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     threat: o.Threats = None,
     goal: o.GoalNames = None,
     anchors: o.Anchors = None,
@@ -123,7 +133,8 @@ def show_config(
     effective = load_config(
         config,
         changes={
-            "model": model, "texts": texts, "images": images, "tokens": tokens, "layers": layer or None,
+            "model": model, "texts": texts, "images": images, "tokens": tokens,
+            "dataset": dataset, "column": column, "layers": layer or None,
             "at": at or None, "threats": threat or None, "goals": many_goals(goal, tolerance, anchors, row),
             "certificates": chosen_certificates(methods, everything=all_certificates),
             "attack": {"method": method}, "seed": seed, "device": device, "output": out,
@@ -140,11 +151,20 @@ def export(
     directory: o.RunDirectory,
     csv: o.Csv = None,
     jsonl: o.Jsonl = None,
+    log_to: o.LogTo = None,
 ) -> int:
-    """Write the rows of a run as CSV or JSON lines."""
+    """Write the rows of a run as CSV or JSON lines, or tell an experiment tracker."""
+    require_results(directory, run=True)
+    from attnrobust.runs.loggers import log_run, require_tracker
     from attnrobust.runs.storage.export import export_rows
 
-    export_rows(directory, csv=csv, jsonl=jsonl)
+    if log_to is not None:
+        require_tracker(log_to)
+    if log_to is None or csv is not None or jsonl is not None:
+        export_rows(directory, csv=csv, jsonl=jsonl)
+    if log_to is not None:
+        log_run(directory, log_to)
+        say(f"told {log_to} about {place(directory)}")
     return ExitCode.OK
 
 
@@ -154,9 +174,10 @@ def report(
     out: o.ReportOut = None,
 ) -> int:
     """Write a self-contained HTML report and its plots, of a run or of what compare wrote."""
+    require_results(directory)
     from attnrobust.reports.page import write_report
 
-    say("wrote " + ", ".join(str(path) for path in write_report(directory, out=out)))
+    say("wrote " + ", ".join(map(place, write_report(directory, out=out))))
     return ExitCode.OK
 
 
@@ -166,31 +187,40 @@ def check(
     min_certified: o.MinCertified = None,
     max_gap: o.MaxGap = None,
     quantile: o.Quantile = 0.0,
+    kind: o.Kinds = None,
     baseline: o.Baseline = None,
     worse: o.Worse = "1%",
     junit: o.Junit = None,
 ) -> int:
     """Judge a finished run: exit 0 if it reaches the thresholds, 1 if not, 3 if a row is UNSOUND."""
+    require_results(directory)
+    if baseline is not None:
+        require_results(baseline)
     from attnrobust.reports.baseline import worse_than
     from attnrobust.reports.data import is_stale, read_report_data
-    from attnrobust.reports.gate import Thresholds, judge, junit_xml, summary, worst
+    from attnrobust.reports.gate import Thresholds, judge, junit_xml, of_kinds, summary, worst
     from attnrobust.runs.storage.atomic import require_writable_file, write_text
 
-    least, is_share = (None, False) if min_certified is None else _threshold("--min-certified", min_certified)
+    number, _, of = (min_certified or "").strip().partition(" ")
+    least, is_share = (None, False) if min_certified is None else _threshold("--min-certified", number)
+    if of and not is_share:
+        raise InputError(f"--min-certified {min_certified!r}: only a share has a unit, as in '2% token'")
     if least is None and max_gap is None and baseline is not None:
         least = 0.0  # the baseline alone judges
     thresholds = Thresholds(
         min_certified=None if is_share else least, min_share=least if is_share else None, max_gap=max_gap,
-        quantile=quantile,
+        quantile=quantile, share_of=of.strip() or "norm",
     )  # fmt: skip
     allowed = _threshold("--worse", worse)[0]
     if junit is not None:
         require_writable_file(junit, option="--junit")
     data = read_report_data(directory)
-    verdict = judge(data.rows, thresholds, planned=data.planned)
+    rows = of_kinds(data.rows, kind or ())
+    verdict = judge(rows, thresholds, planned=data.planned)
     if junit is not None:
         write_text(junit, junit_xml(verdict, name=f"attnrobust {directory.name}"))
-    fallen = worse_than(data.rows, read_report_data(baseline).rows, allowed=allowed) if baseline is not None else []
+    before = [] if baseline is None else of_kinds(read_report_data(baseline).rows, kind or ())
+    fallen = [] if baseline is None else worse_than(rows, before, allowed=allowed)
     say(summary(verdict))
     for line in (*worst(verdict, MOST_WORST), *fallen):
         say(line)
@@ -227,22 +257,22 @@ def _shard(text: str | None) -> "Shard | None":
 
 
 def _watch(*, quiet: bool) -> Callable[[Iterator["Row"], int], Iterable["Row"]]:
-    return lambda rows, total: tracked(rows, total, quiet=quiet)
+    return lambda rows, total: tracked(rows, total, quiet=quiet, places=True)
 
 
 def _summarise(outcome: "Outcome", fail_under: float | None) -> int:
     """Summary of everything on disk, how to go on, and the exit code."""
     from attnrobust.reports.tables import summary_table
-    from attnrobust.reports.units import run_verdicts
+    from attnrobust.reports.units import run_verdicts, scale_note
 
-    rows, directory = outcome.store.rows(), outcome.store.directory
+    rows, directory = outcome.store.rows(), place(outcome.store.directory)
     console().print(summary_table(rows))
-    for sentence in run_verdicts(rows)[:MOST_SENTENCES]:
+    for sentence in filter(None, (*run_verdicts(rows)[:MOST_SENTENCES], scale_note(rows))):
         console().print(sentence)
     total = outcome.store.manifest.rows
     say(f"{outcome.computed} rows computed, {len(rows)} of {total} in {directory}")
     code = exit_code(rows, fail_under=fail_under)
     if outcome.remaining:
-        say(f"{outcome.remaining} rows are left; go on with: attnrobust resume {directory}")
+        say(f"{outcome.remaining} rows are left; go on with: attnrobust resume {shlex.quote(directory)}")
         return code or ExitCode.INTERRUPTED
     return code

@@ -13,6 +13,7 @@ from attnrobust.cli.goals import one_goal
 from attnrobust.cli.interrupt import stopping
 from attnrobust.cli.output import console, print_json, say
 from attnrobust.cli.progress import tracked
+from attnrobust.runs.early import refuse_unknown_names, require_there
 from attnrobust.text import shown
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def scan(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     tolerance: o.Tolerance = None,
@@ -50,6 +53,10 @@ def scan(
     quiet: o.Quiet = False,
 ) -> int:
     """Run every supported attention layer and rank layers, heads and tokens; with --goal, every depth of the model."""
+    require_there(model, texts=texts, images=images, tokens=tokens, dataset=dataset)
+    asked = one_goal(goal, anchors, tolerance, None, None, label, row)
+    certificates = chosen_certificates(methods, everything=all_certificates)
+    refuse_unknown_names(threats=[threat], certificates=() if certificates in (None, ["all"]) else certificates)
     from dataclasses import asdict
 
     from attnrobust.runs.config import load_config
@@ -57,17 +64,17 @@ def scan(
     from attnrobust.runs.scan import rank
     from attnrobust.runs.work import Workbench
 
-    asked = one_goal(goal, anchors, tolerance, None, None, label, row)
     places = {"at": at or ["*"]} if goal is not None or at else {"layers": _layers(model)}
     config = load_config(
         changes=places | {
-            "model": model, "texts": texts, "images": images, "tokens": tokens, "threats": [threat], "goals": [asked],
-            "certificates": chosen_certificates(methods, everything=all_certificates), "seed": seed, "output": out,
+            "model": model, "texts": texts, "images": images, "tokens": tokens,
+            "dataset": dataset, "column": column, "threats": [threat], "goals": [asked],
+            "certificates": certificates, "seed": seed, "output": out,
             "execution": {"workers": workers}, "attack": {"token_radii": token_radii},
         }
     )  # fmt: skip
     with stopping() as stop:
-        outcome = run(config, stop=stop, watch=lambda rows, total: tracked(rows, total, quiet=quiet))
+        outcome = run(config, stop=stop, watch=lambda rows, total: tracked(rows, total, quiet=quiet, places=True))
     rows = outcome.store.rows()
     if config.at is not None:
         _draw(rows, config)

@@ -11,6 +11,7 @@ from attnrobust.cli.goals import one_goal
 from attnrobust.cli.output import console, print_json
 from attnrobust.cli.progress import tracked
 from attnrobust.errors import InputError
+from attnrobust.runs.early import require_files
 from attnrobust.runs.reading import DEFAULT_ATTACK
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def smooth(
     texts: o.Texts = None,
     images: o.Images = None,
     tokens: o.Tokens = None,
+    dataset: o.Dataset = None,
+    column: o.ColumnName = None,
     goal: o.GoalName = None,
     anchors: o.Anchors = None,
     readout: o.Readout = None,
@@ -43,18 +46,20 @@ def smooth(
     quiet: o.Quiet = False,
 ) -> int:
     """Another model, the majority decision under Gaussian noise on the tokens: certified and attacked."""
+    if goal not in ("decision", "nearest") and readout is None:
+        raise InputError("smoothing is about a decision; give --goal decision or nearest with --at, or --readout")
+    asked = one_goal(goal, anchors, None, readout, pool, label, row)
+    config = one_place(
+        model, layer, at, {"texts": texts, "images": images, "tokens": tokens, "dataset": dataset, "column": column},
+        threat, seed, device, goal=asked,
+        certificates=(), attack={"method": DEFAULT_ATTACK},
+    )  # fmt: skip
+    require_files(config)
     from attnrobust.runs.smoothed import smoothed_rows
     from attnrobust.runs.work import Workbench
     from attnrobust.smoothing.record import Smoothing
 
-    if goal not in ("decision", "nearest") and readout is None:
-        raise InputError("smoothing is about a decision; give --goal decision or nearest with --at, or --readout")
     smoothing = Smoothing(sigma, samples=samples, failure_probability=failure_probability)
-    asked = one_goal(goal, anchors, None, readout, pool, label, row)
-    config = one_place(
-        model, layer, at, {"texts": texts, "images": images, "tokens": tokens}, threat, seed, device, goal=asked,
-        certificates=(), attack={"method": DEFAULT_ATTACK},
-    )  # fmt: skip
     bench = Workbench(config)
     bench.refuse_hopeless()
     rows = []

@@ -15,7 +15,7 @@ DECISION_ATTACK = {"restarts": 4, "steps": 40}
 def demo_sentences() -> tuple[str, ...]:
     """The sentences, from short to long.
 
-    Example:
+    Examples:
         >>> len(demo_sentences())
         8
     """

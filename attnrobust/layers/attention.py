@@ -177,9 +177,9 @@ class Attention(ScaledHeadSpecification):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
-    def queries(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b h n k"]:
-        """Query vectors of every head, turned by their positions."""
-        return self.turned(project(x, self.w_q, self.b_q))
+    def queries(self, x: Float[Tensor, "*b n d"], *, at: Int[Tensor, "q"] | None = None) -> Float[Tensor, "*b h q k"]:
+        """Query vectors of every head, turned by their positions; of the tokens ``at`` only, where they are given."""
+        return self.turned(project(x if at is None else x[..., at, :], self.w_q, self.b_q), at)
 
     def keys(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b h n k"]:
         """Key vectors of every head, turned by their positions."""
@@ -199,33 +199,40 @@ class Attention(ScaledHeadSpecification):
         """Value vectors of every head, bias included."""
         return project(x, self.w_v, self.b_v)
 
-    def score_bias(self, n: int, mass: Float[Tensor, "*m n"] | None = None) -> Float[Tensor, "..."] | None:
+    def score_bias(
+        self, n: int, mass: Float[Tensor, "*m n"] | None = None, *, at: Int[Tensor, "q"] | None = None
+    ) -> Float[Tensor, "..."] | None:
         """What is added to the scores: mask, head bias, causal mask, window and log-mass.
 
-        None if nothing is added, else broadcastable to (*b, h, n, n).
+        None if nothing is added, else broadcastable to (*b, h, n, n), or to (*b, h, q, n) for the queries ``at``.
         """
         bias: Tensor | None = None
         if self.mask is not None:
             if self.mask.shape[0] != n:
                 raise InputError(f"the layer's mask is for {self.mask.shape[0]} tokens, the input has {n}")
-            bias = self.mask
+            bias = self.mask if at is None else self.mask[at]
         if self.head_bias is not None:
-            added = self.head_bias.matrix(n)
+            added = self.head_bias.matrix(n, at)
             bias = added if bias is None else bias + added
         hidden = self._hidden(n)
         if hidden is not None:
-            zero = self.w_q.new_zeros(n, n) if bias is None else bias
+            hidden = hidden if at is None else hidden[at]
+            zero = self.w_q.new_zeros(hidden.shape) if bias is None else bias
             bias = zero.masked_fill(hidden, -math.inf)
         if mass is not None:
             bias = log_mass(mass) if bias is None else bias + log_mass(mass)
         return bias
 
     def scores(
-        self, x: Float[Tensor, "*b n d"], mass: Float[Tensor, "*m n"] | None = None
-    ) -> Float[Tensor, "*b h n n"]:
-        """Softmax arguments, mask and log-mass included."""
-        s = self.factor * self.queries(x) @ self.keys(x).transpose(-1, -2)
-        bias = self.score_bias(x.shape[-2], mass)
+        self,
+        x: Float[Tensor, "*b n d"],
+        mass: Float[Tensor, "*m n"] | None = None,
+        *,
+        at: Int[Tensor, "q"] | None = None,
+    ) -> Float[Tensor, "*b h q n"]:
+        """Softmax arguments, mask and log-mass included; of the queries ``at`` only, where they are given."""
+        s = self.factor * self.queries(x, at=at) @ self.keys(x).transpose(-1, -2)
+        bias = self.score_bias(x.shape[-2], mass, at=at)
         return s if bias is None else s + bias
 
     def weights(
@@ -248,6 +255,20 @@ class Attention(ScaledHeadSpecification):
             mass: Token masses, (n,) or any shape that broadcasts over the batch; None means equal masses.
         """
         out = self.combine(self.weights(x, mass) @ self.values(x))
+        return out if self.b_o is None else out + self.b_o
+
+    def rows(
+        self, x: Float[Tensor, "*b n d"], at: Int[Tensor, "q"], mass: Float[Tensor, "*m n"] | None = None
+    ) -> Float[Tensor, "*b q e"]:
+        """The rows ``at`` of the output alone: h q n scores instead of h n^2.
+
+        The turns and biases are those of the whole layer's tables, whose float64 numbers are the layer's.
+        """
+        scores = self.factor * self.queries(x)[..., at, :] @ self.keys(x).transpose(-1, -2)
+        bias = self.score_bias(x.shape[-2], mass)
+        if bias is not None:
+            scores = scores + (bias[..., at, :] if bias.shape[-2] > 1 else bias)
+        out = self.combine(torch.softmax(scores, dim=-1) @ self.values(x))
         return out if self.b_o is None else out + self.b_o
 
     # ---- identity --------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ class HeadBias:
         """The token count that explicit biases fix; None for any."""
         return None if self.explicit is None else int(self.explicit.shape[1])
 
-    def matrix(self, n: int) -> Float[Tensor, "h n n"]:
-        """The biases of n tokens: these float64 numbers are the layer's.
+    def matrix(self, n: int, at: Int[Tensor, "q"] | None = None) -> Float[Tensor, "h q n"]:
+        """The biases of n tokens, or of the queries ``at`` among them: these float64 numbers are the layer's.
 
         Raises:
             InputError: Explicit biases are for another number of tokens.
@@ -69,7 +69,9 @@ class HeadBias:
         if self.explicit is not None:
             if self.length != n:
                 raise InputError(f"the layer's head bias is for {self.length} tokens, the input has {n}")
-            return self.explicit
+            return self.explicit if at is None else self.explicit[:, at]
+        if at is not None:
+            return self._by_rule(n, at)
         if n not in self._matrices:
             with torch.inference_mode(mode=False):  # kept, so they may meet automatic differentiation later
                 self._matrices[n] = self._by_rule(n)
@@ -79,18 +81,18 @@ class HeadBias:
     def _matrices(self) -> dict[int, Tensor]:
         return {}
 
-    def _by_rule(self, n: int) -> Float[Tensor, "h n n"]:
-        apart = self._apart(n)
+    def _by_rule(self, n: int, at: Tensor | None = None) -> Float[Tensor, "h q n"]:
+        apart = self._apart(n, at)
         if self.slopes is not None:
             return self.slopes[:, None, None] * (-apart.abs() if self.symmetric else apart)
         assert self.table is not None  # noqa: S101 - the one rule that is left; narrows the type
         far = self.table.shape[1] // 2
         return self.table[:, apart.clamp(-far, far) + far]
 
-    def _apart(self, n: int) -> Int[Tensor, "n n"]:
+    def _apart(self, n: int, at: Tensor | None) -> Int[Tensor, "q n"]:
         """``j - i``."""
         index = torch.arange(n, device=getattr(self, self.rule).device)
-        return index[None, :] - index[:, None]
+        return index[None, :] - (index if at is None else at)[:, None]
 
     @cached_property
     def digest(self) -> str:

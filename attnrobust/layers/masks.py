@@ -25,7 +25,7 @@ def additive_mask(hidden: Bool[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     Raises:
         InputError: Not boolean.
 
-    Example:
+    Examples:
         >>> additive_mask(torch.tensor([[False, True], [False, False]]))
         tensor([[0., -inf],
                 [0., 0.]], dtype=torch.float64)
@@ -50,7 +50,7 @@ def padding_mask(hidden: Tensor) -> Float[Tensor, "n n"]:
     Raises:
         InputError: Not one boolean per token, or every token hidden.
 
-    Example:
+    Examples:
         >>> padding_mask(torch.tensor([False, True]))
         tensor([[0., -inf],
                 [0., -inf]], dtype=torch.float64)

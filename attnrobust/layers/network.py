@@ -67,7 +67,7 @@ class Network:
     Raises:
         InputError: No layer, or neighbours whose widths differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from attnrobust.layers.normalisation import RMSNorm
         >>> norm = RMSNorm(weight=torch.ones(2))

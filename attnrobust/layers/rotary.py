@@ -127,8 +127,14 @@ class Rotary:
         """Each coordinate's mean with its partner in the plane: what commutes with every turn."""
         return 0.5 * (values + values[..., self._partners(values.shape[-1])])
 
-    def differences(self, n: int) -> "Rotary":
-        """Turns by the difference of every two tokens, as explicit angles: ``R_i R_l^T`` for all i, l (repeated)."""
+    def differences(self, n: int, at: Int[Tensor, "q"] | None = None) -> "Rotary":
+        """Turns by the difference of every two tokens, as explicit angles: ``R_i R_l^T`` for all i, l (repeated).
+
+        Only for i in ``at``, where it is given.
+        """
+        if at is not None:
+            angles = self._angles(at)[:, None] - self.angle_table(n)[None, :]
+            return Rotary(angles=angles.flatten(0, 1), layout=self.layout)
         if self.frequencies is not None:
             apart = torch.arange(1 - n, n, dtype=torch.float64, device=self.frequencies.device)
             return Rotary(angles=apart[:, None] * self.frequencies, layout=self.layout)

@@ -33,7 +33,7 @@ def gram_norm_upper(matrices: Float[Tensor, "*b m k"], *, squarings: int = SQUAR
     References:
         Gram iteration, Delattre et al., ICML 2023, for convolutions; here for plain matrices, with the proof above.
 
-    Example:
+    Examples:
         >>> float(gram_norm_upper(torch.diag(torch.tensor([3.0, 1.0])))) - 3.0 < 1e-9
         True
     """

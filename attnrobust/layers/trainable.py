@@ -128,7 +128,7 @@ class TrainableL2Attention(TrainableAttention[L2Attention]):
         causal: Token i sees the tokens j <= i only.
         **sizes: As in ``TrainableAttention``.
 
-    Example:
+    Examples:
         >>> layer = TrainableL2Attention(4, 2, dtype=torch.float64)
         >>> x = torch.eye(3, 4, dtype=torch.float64)
         >>> bool(torch.equal(layer(x), layer.spec()(x)))

@@ -83,7 +83,7 @@ def fixed_point(
     References:
         docs/infinite-depth.md, section 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from attnrobust.layers.attention import Attention
         >>> w = torch.full((1, 1, 1), 0.1)

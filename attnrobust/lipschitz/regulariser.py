@@ -46,7 +46,7 @@ def regulariser(module: nn.Module, *, tokens: int, radius: float | None = None) 
     References:
         Derived; docs/certificates-literature.md, sections 12 to 15. Tests compare it with the certificates.
 
-    Example:
+    Examples:
         >>> from attnrobust.layers.trainable import TrainableL2Attention
         >>> layer = TrainableL2Attention(4, 2)
         >>> bound = regulariser(layer, tokens=3)

@@ -62,7 +62,7 @@ def splitting_rates(layer: Attention, clean: TokenMeasure, *, seed: int = 0) -> 
         Castin, Ablin, Peyre (first version of arXiv 2312.14820) compare moving and splitting; derived:
         docs/certificates-literature.md, section 9.
 
-    Example:
+    Examples:
         >>> layer = Attention(w_q=torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]]), w_k=torch.eye(2)[None],
         ...                   w_v=torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), scale=2.0)
         >>> rates = splitting_rates(layer, TokenMeasure(torch.tensor([[-0.5, 1.0], [0.5, -1.0]])))

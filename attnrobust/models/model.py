@@ -21,7 +21,16 @@ from attnrobust.models.networks.confirmation import OwnModel
 from attnrobust.models.networks.plan import EMBEDDINGS, Head, HeadName, Plan, Wanted
 from attnrobust.models.networks.reading import ReadNetwork, plan_of, read_at, readable_classes, refuse_unread
 from attnrobust.models.own_attention import exact_positions
-from attnrobust.models.pretrained import Pretrained, TextEncoder, eager_experts, load_pretrained, longest_input
+from attnrobust.models.pictures import ImageEncoder
+from attnrobust.models.pretrained import (
+    Pretrained,
+    TextEncoder,
+    eager_experts,
+    load_image_processor,
+    load_pretrained,
+    longest_input,
+)
+from attnrobust.models.word_distance import embedding_table, word_distance
 from attnrobust.tokens import TokenMeasure
 
 FILE_LAYER = "attention"
@@ -146,6 +155,17 @@ class ModuleModel(Model):
             raise InputError(f"{self.name} has no tokenizer; give the layer's input tokens (--tokens)")
         return TextEncoder(self._pretrained)
 
+    @cached_property
+    def image_encoder(self) -> ImageEncoder:
+        """The model's own image processor.
+
+        Raises:
+            InputError: It has none, or Pillow is missing.
+        """
+        if self._pretrained is None:
+            raise InputError(f"{self.name} has no image processor; give arrays of pixel_values (--images FILE.npz)")
+        return ImageEncoder(load_image_processor(self._pretrained), self.name)
+
     def layer(self, name: str | None = None) -> Attention:
         return self._tap(self.resolve(name)).spec
 
@@ -187,6 +207,14 @@ class ModuleModel(Model):
         ids = torch.tensor([encoded.ids])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs, encoded.strings
+
+    def word_distance(self, line: TextLine) -> float | None:
+        """How far the nearest other word is from a text's tokens (``word_distance``); None without a table of words."""
+        table = embedding_table(self.module)
+        if table is None:
+            return None
+        ids = self._encoder.encode(line.text).ids
+        return word_distance(table, ids, without=self._encoder.special) if max(ids, default=0) < len(table) else None
 
     def capture_inputs(
         self, layer: str | None, model_inputs: Mapping[str, Given], *, input_id: str = "0001"

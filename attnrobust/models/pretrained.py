@@ -13,7 +13,7 @@ from torch import nn
 
 from attnrobust.errors import InputError, UnsupportedModelError, first_line
 from attnrobust.models.checks.checkpoint import refuse_changed, refuse_changed_directory, refuse_changed_weights
-from attnrobust.models.gguf_file import read_llama, smollm2_file
+from attnrobust.models.gguf_file import SMOLLM2_FILE, read_llama, smollm2_file
 
 MINILM = "minilm"
 SMOLLM2 = "smollm2"
@@ -115,12 +115,11 @@ class TextEncoder:
     """
 
     def __init__(self, pretrained: Pretrained) -> None:
-        from transformers import AutoTokenizer
-
-        cure = "give the layer's input tokens instead (--tokens)"
+        takes_images = getattr(pretrained.module, "main_input_name", None) == "pixel_values"
+        cure = "give pictures (--images)" if takes_images else "give the layer's input tokens instead (--tokens)"
         try:
             with _quiet():
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                self._tokenizer: Any = _tokenizer_class(pretrained).from_pretrained(
                     pretrained.source,
                     local_files_only=pretrained.local,
                     trust_remote_code=False,
@@ -143,9 +142,43 @@ class TextEncoder:
         spans = zip(encoding["offset_mapping"], raw, strict=True)
         return Encoded(tuple(ids), tuple(text[start:end].strip() or token for (start, end), token in spans))
 
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Entries of the vocabulary that stand for no text."""
+        return tuple(int(i) for i in self._tokenizer.all_special_ids)
+
     def word(self, index: int) -> str:
         """What one entry of the vocabulary stands for."""
         return str(self._tokenizer.decode([index])).strip() or str(self._tokenizer.convert_ids_to_tokens(index))
+
+
+def _tokenizer_class(pretrained: Pretrained) -> Any:
+    """``AutoTokenizer`` reads the whole GGUF file, in 12 s, to find that the demo decoder's is of the general class."""
+    import transformers
+
+    return transformers.PreTrainedTokenizerFast if pretrained.gguf == SMOLLM2_FILE else transformers.AutoTokenizer
+
+
+def load_image_processor(pretrained: Pretrained) -> Any:
+    """The model's own image processor, without code of its repository.
+
+    Raises:
+        InputError: It has none, or one that lacks a package.
+    """
+    if find_spec("PIL") is None:
+        raise InputError("pictures need the package Pillow; pip install pillow, or give arrays (--images FILE.npz)")
+    from transformers import AutoImageProcessor
+
+    try:
+        with _quiet():
+            return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                pretrained.source, local_files_only=pretrained.local, trust_remote_code=False, backend="pil"
+            )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise InputError(
+            f"{pretrained.source} has no usable image processor ({first_line(error)}); give arrays of pixel_values "
+            "(--images FILE.npz)"
+        ) from error
 
 
 def eager_experts(module: Any) -> None:
@@ -198,13 +231,15 @@ def _load_gguf(path: Path) -> Pretrained:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     file = read_llama(path)
-    with _quiet():
-        module: Any = LlamaForCausalLM(LlamaConfig(**file.config))
+    config = LlamaConfig(**file.config)
+    with _quiet(), torch.device("meta"):  # no random weights: the file's come instead
+        module: Any = LlamaForCausalLM(config)
     try:
-        module.load_state_dict(file.weights, strict=True, assign=True)
+        module.load_state_dict(dict(file.weights), strict=True, assign=True)
     except RuntimeError as error:
         raise InputError(f"the file {path} does not fill its model: {first_line(error)}") from error
     module.tie_weights()
+    module.model.rotary_emb = type(module.model.rotary_emb)(config)  # its frequencies are in no file
     module = module.to(torch.float64).eval().requires_grad_(False)
     return Pretrained(module=module, source=str(path.parent), local=True, gguf=path.name)
 
@@ -213,6 +248,8 @@ def _class(source: str, *, local: bool, classes: Collection[str] | None) -> Any:
     """What to load a model with: the class that its configuration names, or ``AutoModel``."""
     import transformers
 
+    from attnrobust.models.networks.heads import CURE
+
     names: Sequence[str] = ()
     if classes is not None:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
@@ -220,10 +257,7 @@ def _class(source: str, *, local: bool, classes: Collection[str] | None) -> Any:
     if classes is None or not names:
         return transformers.AutoModel
     if len(names) > 1 or names[0] not in classes:
-        raise UnsupportedModelError(
-            f"{source} is a {' or '.join(names)}, whose head is not read; ask for hidden states: "
-            "head='states' or 'mean' (--goal hidden, pooled, or nearest with --anchors FILE)"
-        )
+        raise UnsupportedModelError(f"{source} is a {' or '.join(names)}, whose head is not read; {CURE}")
     return getattr(transformers, names[0])
 
 

@@ -45,7 +45,7 @@ def read_network(
         UnsupportedModelError: The model, or a part of it by name, is not modelled; or its own states disagree.
         InputError: Nothing of that name can be loaded; an input, head or depth that does not exist.
 
-    Example:
+    Examples:
         >>> layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
         >>> found = read_network(layer, {"src": torch.eye(3, 4)[None]})
         >>> found.info.depths, tuple(found.graph(found.input.measure.points).shape)

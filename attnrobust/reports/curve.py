@@ -11,7 +11,7 @@ from attnrobust.errors import InputError
 from attnrobust.reports.layout import Column, lay_out, numbers
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.status import Status
-from attnrobust.text import shown
+from attnrobust.text import exactly
 
 POINTS = 9
 """Sizes of the table where none are given."""
@@ -113,7 +113,7 @@ def _breaks(row: Row, epsilon: float) -> bool:
 def curve_table(curve: Curve, *, scope: str | None = None) -> Table:
     """The curve for the terminal."""
     lines = [
-        (shown(p.epsilon), *(f"{value:.1%}" for value in (p.certified, p.undecided, p.broken))) for p in curve.points
+        (exactly(p.epsilon), *(f"{value:.1%}" for value in (p.certified, p.undecided, p.broken))) for p in curve.points
     ]
     title = f"{curve.layer}, {curve.threat}, {curve.goal}: {curve.inputs} inputs"
     columns = [Column("epsilon", right=True, fold=False), *numbers("certified", "undecided", "broken")]

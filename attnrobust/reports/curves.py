@@ -10,7 +10,9 @@ from attnrobust.reports.plots import BLUE, GREY, ORANGE, RED, plain_ticks, rende
 COLOURS = (BLUE, ORANGE, "#009E73", RED, "#CC79A7", "#56B4E9", "#000000", GREY)
 """Okabe and Ito."""
 PANEL = (4.6, 3.7)
-"""Inches of one panel."""
+"""Inches of one panel, without its legend."""
+ENTRY = 0.17
+"""Inches of one line of a legend."""
 LINE = 52
 """Characters of a title above one panel."""
 IN_A_LINE = 3
@@ -82,7 +84,9 @@ def curve_figure(panels: Sequence[Panel], *, title: str) -> dict[str, bytes]:
             axes.axis("off")
         figure.suptitle("\n".join(wrap(title, columns * LINE)), x=0.01, ha="left", fontsize=11, parse_math=False)
 
-    return rendered(columns * PANEL[0], lines * PANEL[1] + 0.3, draw, formats=("png", "svg"), dpi=100)
+    entries = max((sum(bool(curve.label) for curve in panel.curves) for panel in panels), default=0)
+    height = lines * (PANEL[1] + ENTRY * entries) + 0.3
+    return rendered(columns * PANEL[0], height, draw, formats=("png", "svg"), dpi=100)
 
 
 def _draw(axes: Any, panel: Panel) -> None:
@@ -104,5 +108,5 @@ def _draw(axes: Any, panel: Panel) -> None:
             plain_ticks(axis)
     axes.grid(which="major", color="#E6E6E6", linewidth=0.6)
     axes.set_axisbelow(True)
-    if any(curve.label for curve in panel.curves):
-        axes.legend(frameon=False, fontsize=8)
+    if any(curve.label for curve in panel.curves):  # below the axis, where it hides no curve
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.16), borderaxespad=0.0)

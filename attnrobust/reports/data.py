@@ -13,6 +13,8 @@ from attnrobust.runs.rows import Row, row_from_dict
 from attnrobust.runs.storage.files import JSON_NAME, MANIFEST, report_digest, rows_digest
 from attnrobust.runs.storage.store import RunStore
 
+MOST_DIGESTS = 100
+"""Rows of one command whose digests are listed; results.json has the rest."""
 MOST_PLACES = 3
 """Layers or depths in a title; more are counted."""
 
@@ -68,13 +70,15 @@ def _from_command(path: Path) -> ReportData:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         rows = [row_from_dict(values) for values in document["rows"]]
-        options = {k: v for k, v in document["run"].items() if v not in (None, False)}
+        options = {k: v for k, v in document["run"].items() if v is not None and v is not False}
         versions, written = document["versions"], document["written"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}); run the command again") from error
     steps = [("Options:", _listing(options)), ("What it ran on:", _listing(versions))]
     if command := document.get("command"):
         steps.insert(0, ("The command:", str(command)))
+    if digests := {row.input_id: row.problem for row in rows[:MOST_DIGESTS] if row.problem}:
+        steps.append(("Digests of the problems (weights, tokens, threat and goal), input by input:", _listing(digests)))
     return ReportData(rows, _title(str(options["model"]), rows), f"written {written}", steps, len(rows))
 
 

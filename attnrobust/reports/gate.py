@@ -2,15 +2,21 @@
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from xml.etree import ElementTree as ET
 
-from attnrobust.errors import InputError
-from attnrobust.reports.units import safe, share, yardstick
+from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.reports.units import safe
 from attnrobust.runs.rows import Row, scopes
-from attnrobust.status import Status
+from attnrobust.runs.yardsticks import TOKEN, in_tokens, in_words, share, yardstick
+from attnrobust.status import Kind, Status
 from attnrobust.text import shown
+
+SHARES: Mapping[str, tuple[str, Callable[[float | None, Row], float | None]]] = {
+    "norm": ("", share), "token": (TOKEN, in_tokens), "word": ("the way to the nearest other word", in_words),
+}  # fmt: skip
+"""What a threshold may be a share of: its name (empty: that of the row's yardstick), and how it is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +25,9 @@ class Thresholds:
 
     Args:
         min_certified: Least certified radius.
-        min_share: Least certified radius as a share of the row's yardstick (``attnrobust.reports.units``).
+        min_share: Least certified radius as a share of what ``share_of`` names.
+        share_of: "norm" (the row's yardstick, see ``attnrobust.runs.yardsticks``), "token" (the median token norm) or
+            "word" (the distance to the nearest other word of the embedding table, both relative to a norm).
         max_gap: Largest gap; a row without a gap (nothing certified, or no violation found) falls short, because a
             search that finds nothing measures nothing.
         quantile: Share of the rows that may fall short, in [0, 1): 0 asks every row.
@@ -29,10 +37,13 @@ class Thresholds:
     max_gap: float | None = None
     quantile: float = 0.0
     min_share: float | None = None
+    share_of: str = "norm"
 
     def __post_init__(self) -> None:
         if self.min_certified is None and self.max_gap is None and self.min_share is None:
             raise InputError("nothing to check; give --min-certified R, --max-gap G, or both")
+        if self.share_of not in SHARES:
+            raise UnknownNameError("unit of a share", self.share_of, SHARES)
         if self.min_share is not None and not self.min_share >= 0:
             raise InputError(f"min-certified must be a share >= 0%; got {self.min_share:.3%}")
         if self.min_certified is not None and not self.min_certified >= 0:
@@ -75,6 +86,36 @@ class Verdict:
         return self.unsound == 0 and self.missing == 0 and bool(self.rows) and self.fallen <= self.allowed
 
 
+def of_kinds(rows: Sequence[Row], kinds: Sequence[str]) -> list[Row]:
+    """The rows as if certificates of these kinds alone had been run.
+
+    Args:
+        rows: The rows.
+        kinds: Of "float64", "rigorous", "probabilistic"; empty leaves the rows as they are.
+
+    Raises:
+        UnknownNameError: Another kind.
+    """
+    for kind in kinds:
+        if kind not in list(Kind):
+            raise UnknownNameError("kind of certificate", kind, Kind)
+    return [_of_kinds(row, kinds) for row in rows] if kinds else list(rows)
+
+
+def _of_kinds(row: Row, kinds: Sequence[str]) -> Row:
+    """One row; what is not certified by these kinds counts as 0, like any row that nothing certifies."""
+    if row.certified_radius is None or row.status == Status.MISCLASSIFIED:
+        return row
+    left = {name: entry for name, entry in row.certificates.items() if entry.kind in kinds}
+    best = max(left, key=lambda name: left[name].radius, default=None)
+    if best is not None and best == row.certificate:
+        return replace(row, certificates=left)
+    radius = 0.0 if best is None else left[best].radius
+    gap = row.attack_radius / radius if row.attack_radius is not None and radius > 0 else None
+    kind = None if best is None else left[best].kind
+    return replace(row, certificates=left, certificate=best, certificate_kind=kind, certified_radius=radius, gap=gap)
+
+
 def judge(rows: Sequence[Row], thresholds: Thresholds, *, planned: int | None = None) -> Verdict:
     """Judge every row.
 
@@ -100,7 +141,7 @@ def _shortfall(row: Row, thresholds: Thresholds) -> str:
     if least is not None and (row.certified_radius is None or row.certified_radius < least):
         reasons.append(f"certified radius {shown(row.certified_radius)} is below {least:g}")
     if thresholds.min_share is not None:
-        reasons += _below_share(row, thresholds.min_share)
+        reasons += _below_share(row, thresholds.min_share, thresholds.share_of)
     if most is not None and row.gap is None:
         reasons.append(f"the gap is unknown ({row.status.replace('_', ' ')})")
     elif most is not None and row.gap is not None and row.gap > most:
@@ -108,15 +149,17 @@ def _shortfall(row: Row, thresholds: Thresholds) -> str:
     return "; ".join(reasons)
 
 
-def _below_share(row: Row, least: float) -> list[str]:
-    measured = yardstick(row)
-    if measured is None:
-        return [f"the threat {row.threat} has no norm to take a share of; give --min-certified a number"]
-    value = share(row.certified_radius, row)
+def _below_share(row: Row, least: float, of: str) -> list[str]:
+    name, measure = SHARES[of]
+    if measure(1.0, row) is None:
+        what = f"the threat {row.threat} has no" if of != "word" or row.word_distance else "the row knows no"
+        return [f"{what} {(name or 'norm').removeprefix('the ')} to take a share of; give --min-certified a number"]
+    value = measure(row.certified_radius, row)
     if value is not None and value >= least:
         return []
     told = "-" if value is None else f"{safe(100 * value, up=False)}%"
-    return [f"certified radius {told} of {measured[1]} is below {100 * least:g}%"]
+    measured = yardstick(row)
+    return [f"certified radius {told} of {name or (measured and measured[1])} is below {100 * least:g}%"]
 
 
 def worst(verdict: Verdict, count: int) -> list[str]:

@@ -46,6 +46,7 @@ STEPS: tuple[Step, ...] = (
     ("input", lambda cell: _OF_A_TEXT.sub(r"\1", cell)),
     ("text", _at_most(24)),
     ("class", _classes_at_most(10)),
+    ("of |token|", None),
     ("s", None),
     ("text", _at_most(16)),
     ("share", None),

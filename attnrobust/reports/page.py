@@ -2,6 +2,7 @@
 
 import base64
 import math
+import re
 import shlex
 import statistics
 from collections import Counter
@@ -25,16 +26,20 @@ from attnrobust.reports.plots import (
     svg,
 )
 from attnrobust.reports.tables import not_installed, percent, summary_lines
-from attnrobust.reports.units import run_verdicts, safe
-from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map
+from attnrobust.reports.units import both_in_tokens, both_shares, run_verdicts, safe, scale_note
+from attnrobust.runs.heat import TOP_TOKENS, HeatLine, HeatToken, heat_map, is_special
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.runs.storage.atomic import require_writable, write_atomically
 from attnrobust.runs.storage.files import REPORT_NAME, rows_digest
+from attnrobust.runs.yardsticks import proved
 from attnrobust.status import Status
 from attnrobust.text import shown, shown_bound
 
 MOST_ROWS, MOST_SENTENCES, MOST_LINES = 5000, 20, 4
 """What one page shows; the data has the rest."""
+
+_BREAKS = re.compile(r"([./_,])(?=\w)")
+"""Where a long name may go on in the next line."""
 
 _BAD = frozenset({Status.UNSOUND, Status.ERROR, Status.TIMEOUT, Status.NAN, Status.DISAGREES})
 
@@ -74,11 +79,12 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         source: The directory, for the line that makes the report again.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     environment = Environment(
         loader=PackageLoader("attnrobust.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters["breakable"] = lambda text: Markup(_BREAKS.sub(r"\1<wbr>", str(escape(text))))  # noqa: S704 - escaped
     line_template = environment.get_template("heat.html.j2")
     heat, more = heat_map(data.rows, sentences=MOST_SENTENCES)
     heading, lines = summary_lines(data.rows)
@@ -92,14 +98,24 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         digest=rows_digest(data.rows),
         missing=max(0, data.planned - len(data.rows)),
         planned=data.planned,
-        notes=[*scopes(data.rows), *not_installed(data.rows), *_common(data.rows)],
+        notes=[
+            *scopes(data.rows),
+            *not_installed(data.rows),
+            *_common(data.rows),
+            *filter(None, [scale_note(data.rows)]),
+        ],
         unsound=[row for row in data.rows if row.status == Status.UNSOUND],
         tiles=_tiles(data),
         verdicts=run_verdicts(data.rows),
         summary={"heading": heading, "lines": lines},
         plots=[dict(plot) | {"svg": plot["svg"] and Markup(plot["svg"])} for plot in plots],  # noqa: S704 - matplotlib escapes
         facets=[
-            {"name": ", ".join(key), "tiles": _radius_tiles(group), "methods": _methods(group)}
+            {
+                "name": ", ".join(key),
+                "tiles": _radius_tiles(group),
+                "methods": _methods(group),
+                "several": len(_by_place(group)) > 1,
+            }
             for key, group in _facets(data.rows).items()
         ],
         certificates=explained(data.rows),
@@ -107,6 +123,7 @@ def render(data: ReportData, plots: Sequence[Mapping[str, Any]], *, source: Path
         heat=heat,
         by_radius=any(line.by_radius for sentence in heat for line in sentence.lines),
         more_sentences=more,
+        special=sorted({t.text for s in heat for line in s.lines for t in line.tokens if is_special(t.text)}),
         heat_line=lambda line: Markup(line_template.render(_heat_values(line))),  # noqa: S704 - the template escapes
         lines_shown=MOST_LINES,
         verdicts_shown=MOST_LINES,
@@ -129,18 +146,20 @@ def _tiles(data: ReportData) -> list[tuple[str, str]]:
 
 
 def _radius_tiles(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Figures of rows of one threat and goal."""
+    """Figures of rows of one threat and goal; none where they are of several layers, which have a table."""
+    if len(_by_place(rows)) > 1:
+        return []
     certified = [row.certified_radius for row in rows if row.certified_radius is not None]
     attacked = [row.attack_radius for row in rows if row.attack_radius is not None]
     gaps = [row.gap for row in rows if row.gap is not None]
     tiles: list[tuple[str, str]] = []
     if certified:
-        tiles += [("median certified radius", shown(statistics.median(certified), 3))]
+        tiles += [("median certified radius", safe(statistics.median(certified), up=False))]
         tiles += [("smallest certified radius", safe(min(certified), up=False))]
     if attacked:
-        tiles.append(("median attack radius", shown(statistics.median(attacked), 3)))
+        tiles.append(("median attack radius", safe(statistics.median(attacked), up=True)))
     if gaps:
-        tiles += [("median gap", shown(statistics.median(gaps), 3)), ("largest gap", shown(max(gaps), 3))]
+        tiles += [("median gap", safe(statistics.median(gaps), up=True)), ("largest gap", safe(max(gaps), up=True))]
     return tiles
 
 
@@ -149,6 +168,14 @@ def _facets(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.threat, row.goal), []).append(row)
+    return groups
+
+
+def _by_place(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by layer or depth; radii of different ones are never pooled."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.layer, []).append(row)
     return groups
 
 
@@ -178,7 +205,12 @@ def _drawings(rows: Sequence[Row]) -> list[Named]:
     place = "depth" if whole else "layer"
     made: list[Named] = []
     if not whole or any(row.gap is not None for row in rows):
-        about = "Gap of each certificate, the tightest first."
+        places = len(_by_place(rows))
+        about = (
+            "Gap of each certificate, the tightest first."
+            if places == 1
+            else f"Gap of the best certificate by {place}."
+        )
         made.append(("gap-by-method", gap_boxes(rows), about, "Box plot of the gap of each certificate"))
         about = "Attack radius against certified radius, one point a row. No point may lie below the solid line."
         name = "attack-against-certified"
@@ -217,8 +249,13 @@ def _without_common(rows: Sequence[Row]) -> Sequence[Row]:
 
 def _methods(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "cells": [str(len(gaps)), *(shown(f(gaps), 3) for f in (statistics.median, min, max))]}
-        for name, gaps in gaps_by_method(rows).items()
+        {
+            "place": place,
+            "name": name,
+            "cells": [str(len(gaps)), *(shown(f(gaps), 3) for f in (statistics.median, min, max))],
+        }
+        for place, group in _by_place(rows).items()
+        for name, gaps in gaps_by_method(group).items()
     ]
 
 
@@ -276,10 +313,12 @@ _COLUMNS: Mapping[str, Callable[[Row], dict[str, Any]]] = {
     "goal": lambda row: _word(row.goal),
     "n": lambda row: _number(float(row.n)),
     "budget": lambda row: _number(row.tolerance if row.margin is None else row.margin),
-    "certified": lambda row: _bound(row.certified_radius, up=False),
+    "certified": lambda row: _bound(proved(row), up=False),
     "by": lambda row: _word(row.certificate or ""),
     "attack": lambda row: _bound(row.attack_radius, up=True),
     "of the norm": lambda row: _share(row.relative_attack if row.depth is not None else None),
+    "share of the norm": lambda row: _word("" if both_shares(row) == "-" else both_shares(row)),
+    "of a token's norm": lambda row: _word("" if both_in_tokens(row) == "-" else both_in_tokens(row)),
     "gap": lambda row: _bound(row.gap, up=True),
     "status": _status,
     "seconds": lambda row: _number(round((row.seconds_certify or 0.0) + (row.seconds_attack or 0.0), 2)),
@@ -294,7 +333,10 @@ def _heat_values(line: HeatLine) -> dict[str, Any]:
         "certified": None if line.row.certified_radius is None else shown_bound(line.row.certified_radius, up=False),
         "words": [_heat_word(line, token) for token in line.tokens],
         "told": "Smallest radii of one token alone" if line.by_radius else "Most of the move",
-        "strongest": [{"text": token.text, "share": _heat_number(line, token, ".0%")} for token in line.strongest],
+        "strongest": [
+            {"text": token.text, "share": _heat_number(line, token, ".0%"), "special": is_special(token.text)}
+            for token in line.strongest
+        ],
     }
 
 
@@ -308,9 +350,17 @@ def _heat_number(line: HeatLine, token: HeatToken, form: str) -> str:
 def _heat_word(line: HeatLine, token: HeatToken) -> dict[str, Any]:
     colours = _colours(token.strength)
     of = "moving alone" if line.by_radius else "of the move"
-    return {"text": token.text, "top": token.top, "share": f"{_heat_number(line, token, '.1%')} {of}"} | {
-        "background": colours["background"], "colour": colours["text"],
+    return {
+        "text": token.text, "top": token.top, "share": f"{_heat_number(line, token, '.1%')} {of}",
+        "special": is_special(token.text), "background": colours["background"], "colour": colours["text"],
+        "alone": _colours(_alone(line, token)),
     }  # fmt: skip
+
+
+def _alone(line: HeatLine, token: HeatToken) -> float:
+    """The token's strength relative to the strongest of those that are not special."""
+    others = [other.strength for other in line.tokens if not is_special(other.text)]
+    return min(1.0, token.strength / max(others)) if any(others) else 0.0
 
 
 def _colours(strength: float) -> dict[str, str]:

@@ -4,9 +4,9 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.status import Status
@@ -15,8 +15,13 @@ from attnrobust.text import shortened, shown
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 BLUE, ORANGE, GREY, RED = "#0072B2", "#E69F00", "#8C8C8C", "#D55E00"  # Okabe and Ito: told apart by every common eye
+FEW = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9")
+"""Of so many layers each has a colour of its own; red is for what is unsound."""
+MOST_NAMED = 24
+"""Layers of a legend; more are named on hovering alone."""
 WIDEST_LINE = 105
 """Characters of a line above a plot."""
 MANY_INPUTS = 40
@@ -172,13 +177,14 @@ def gap_scatter(figure: "Figure", rows: Sequence[Row]) -> None:
     """Draw attack against certified radius into a figure, with the diagonal that no point may cross."""
     axes = figure.add_subplot()
     pairs = [r for r in rows if _positive(r.certified_radius) and _positive(r.attack_radius)]
-    for status, colour, marker in ((False, BLUE, "o"), (True, RED, "X")):
-        chosen = [r for r in pairs if (r.status == Status.UNSOUND) is status]
+    colours, sound = _place_colours(rows), [r for r in pairs if r.status != Status.UNSOUND]
+    groups = [(place, colour, "o", [r for r in sound if r.layer == place]) for place, colour in colours.items()]
+    groups.append(("UNSOUND", RED, "X", [r for r in pairs if r.status == Status.UNSOUND]))
+    for name, colour, marker, chosen in groups:
         x, y = [r.certified_radius or 0.0 for r in chosen], [r.attack_radius or 0.0 for r in chosen]
         if chosen:
-            points = axes.scatter(
-                x, y, s=18, alpha=0.7, color=colour, marker=marker, label="UNSOUND" if status else "input"
-            )
+            label = drawable(name) if len(colours) <= MOST_NAMED else "_nolegend_"
+            points = axes.scatter(x, y, s=18, alpha=0.7, color=colour, marker=marker, label=label)
             points.set_urls([f"title:{_hover(row)}" for row in chosen])
     ends = [v for r in pairs for v in (r.certified_radius or 0.0, r.attack_radius or 0.0)] or [1.0]
     span = [min(ends) / 1.3, max(ends) * 1.3]
@@ -191,7 +197,13 @@ def gap_scatter(figure: "Figure", rows: Sequence[Row]) -> None:
     axes.set_ylabel("attack " + _radius_label(rows))
     axes.grid(which="both", color="#E6E6E6", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=9)
+    _without_math(axes.legend(frameon=False, fontsize=9))
+
+
+def _without_math(legend: "Legend") -> None:
+    """A dollar sign in a layer's name is one."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _hover(row: Row) -> str:
@@ -248,21 +260,26 @@ def gaps_by_method(rows: Sequence[Row]) -> dict[str, list[float]]:
 
 
 def gap_boxes(rows: Sequence[Row]) -> Drawing:
-    """Box plot of the gap of each certificate, and of the best of each row."""
-    best = [row.gap for row in rows if row.gap is not None]
-    groups = {"best of each row": best} | gaps_by_method(rows) if best else {}
+    """Box plot of the gap of each certificate, and of the best of each row; of several layers one of the best each."""
+    best = {place: [r.gap for r in rows if r.layer == place and r.gap is not None] for place in _places(rows)}
+    best = {place: gaps for place, gaps in best.items() if gaps}
+    groups = best
+    if len(best) == 1 == len(_places(rows)):
+        groups = {"best of each row": next(iter(best.values()))} | gaps_by_method(rows)
+    single = groups is not best
 
     def draw(figure: "Figure") -> None:
         axes = figure.add_subplot()
         boxes = axes.boxplot(
-            list(groups.values()), orientation="horizontal", tick_labels=list(groups), patch_artist=True, widths=0.6,
+            list(groups.values()), orientation="horizontal", patch_artist=True, widths=0.6,
             medianprops={"color": "black", "linewidth": 1.6}, flierprops={"marker": ".", "markeredgecolor": GREY},
         )  # fmt: skip
         for index, patch in enumerate(boxes["boxes"]):
-            patch.set(facecolor=ORANGE if index == 0 else BLUE, alpha=0.75)
+            patch.set(facecolor=ORANGE if index == 0 or not single else BLUE, alpha=0.75)
         for y, values in enumerate(groups.values(), start=1):
             median = shown(statistics.median(values), 3)
             axes.annotate(median, (1.01, y), xycoords=("axes fraction", "data"), va="center")
+        axes.set_yticks(range(1, len(groups) + 1), [drawable(name) for name in groups], parse_math=False)
         axes.set_xscale("log")
         axes.set_ylim(len(groups) + 0.6, 0.4)
         plain_ticks(axes.xaxis)
@@ -272,6 +289,23 @@ def gap_boxes(rows: Sequence[Row]) -> Drawing:
         axes.set_axisbelow(True)
 
     return 8.0, 1.3 + 0.36 * max(len(groups), 2), draw if groups else nothing
+
+
+def _places(rows: Sequence[Row]) -> list[str]:
+    """The layers or depths of rows, each once, in their order."""
+    return list(dict.fromkeys(row.layer for row in rows))
+
+
+def _place_colours(rows: Sequence[Row]) -> dict[str, str]:
+    """A colour for each layer or depth; of many, from dark to light in their order."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    places = _places(rows)
+    if len(places) <= len(FEW):
+        return dict(zip(places, FEW, strict=False))
+    shades = colormaps["viridis"]
+    return {place: to_hex(shades(0.92 * i / (len(places) - 1))) for i, place in enumerate(places)}
 
 
 def radii_by_layer(rows: Sequence[Row]) -> Drawing:
@@ -309,7 +343,9 @@ def radii_by_layer(rows: Sequence[Row]) -> Drawing:
 
 def curve_plot(rows: Sequence[Row]) -> Drawing:
     """Certified accuracy against the size: a field for each threat and goal, a pair of steps for each layer."""
-    return 8.0, 1.0 + 3.2 * max(1, len({(r.threat, r.goal) for r in rows})), lambda f: curve_fields(f, rows)
+    names = min(len(_places(rows)), MOST_NAMED)
+    height = 1.0 + 3.2 * max(1, len({(r.threat, r.goal) for r in rows})) + 0.1 * names
+    return 8.0, height, lambda f: curve_fields(f, rows)
 
 
 def curve_fields(figure: "Figure", rows: Sequence[Row]) -> None:
@@ -321,15 +357,21 @@ def curve_fields(figure: "Figure", rows: Sequence[Row]) -> None:
     if not radii:
         nothing(figure)
         return
+    colours = _place_colours(rows)
     for place, key in enumerate(keys, start=1):
         axes = figure.add_subplot(len(keys), 1, place)
         group = [row for row in rows if (row.threat, row.goal) == key]
         own = sorted({r for row in group for r in (row.certified_radius, row.attack_radius) if r is not None and r > 0})
         x = [own[0] / 1.5, *own, own[-1] * 1.5] if own else [1.0]
         for curve in curves(group, epsilons=x):
-            certified, broken = [p.certified for p in curve.points], [p.broken for p in curve.points]
-            axes.step(x, certified, where="pre", color=BLUE, linewidth=1.6, label="certified (lower bound)")
-            axes.step(x, [1 - b for b in broken], where="post", color=ORANGE, linewidth=1.6, label="not broken (upper)")
+            certified, standing = [p.certified for p in curve.points], [1 - p.broken for p in curve.points]
+            sides: tuple[tuple[list[float], Literal["pre", "post"], str, str], ...] = (
+                (certified, "pre", "-", "certified"),
+                (standing, "post", "--", "not broken"),
+            )
+            for share, where, style, side in sides:
+                (line,) = axes.step(x, share, style, where=where, color=colours[curve.layer], linewidth=1.6)
+                line.set_url(f"title:{curve.layer}: {side}")
         axes.set(xscale="log", ylim=(-0.03, 1.03))
         plain_ticks(axes.xaxis)
         axes.set_title(drawable(", ".join(key)), loc="left", fontsize=10, parse_math=False)
@@ -337,9 +379,20 @@ def curve_fields(figure: "Figure", rows: Sequence[Row]) -> None:
         axes.set_ylabel("share of the inputs")
         axes.grid(which="both", color="#E6E6E6", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    _curve_legend(figure, colours)
+
+
+def _curve_legend(figure: "Figure", colours: Mapping[str, str]) -> None:
+    """The two sides by their strokes, and the layers by their colours."""
+    from matplotlib.lines import Line2D
+
+    entries = [
+        Line2D([], [], color=GREY, linestyle="-", label="certified (lower bound)"),
+        Line2D([], [], color=GREY, linestyle="--", label="not broken (upper bound)"),
+    ]
+    if len(colours) <= MOST_NAMED:
+        entries += [Line2D([], [], color=colour, linewidth=3, label=drawable(name)) for name, colour in colours.items()]
+    _without_math(figure.legend(handles=entries, loc="outside lower left", ncols=2, frameon=False, fontsize=8))
 
 
 def nothing(figure: "Figure", message: str = "no row has the radii for this plot") -> None:

@@ -9,8 +9,9 @@ from rich.text import Text
 from attnrobust.models.listing import LayerInfo
 from attnrobust.reports.layout import Column, FittingTable, lay_out, numbers, words
 from attnrobust.reports.narrow import BETWEEN, STEPS
-from attnrobust.reports.units import both_shares, yardstick
+from attnrobust.reports.units import both_in_tokens, both_shares
 from attnrobust.runs.rows import Row, median, scopes
+from attnrobust.runs.yardsticks import TOKEN, WHOLE, proved, yardstick
 from attnrobust.status import Status
 from attnrobust.text import shortened, shown, shown_bound
 
@@ -50,11 +51,12 @@ _CELLS: Mapping[Column, Callable[[Row], str | Text]] = {
     Column("n", right=True): lambda row: str(row.n),
     Column("margin", right=True, fold=False): lambda row: shown(row.margin if row.tolerance is None else row.tolerance),
     Column("tolerance", right=True, fold=False): lambda row: shown(row.tolerance),
-    Column("certified", right=True, fold=False): lambda row: shown_bound(row.certified_radius, up=False),
+    Column("certified", right=True, fold=False): lambda row: shown_bound(proved(row), up=False),
     Column("by", fold=False): lambda row: row.certificate or "-",
     Column("attack", right=True, fold=False): lambda row: shown_bound(row.attack_radius, up=True),
     Column("of |x|", right=True, fold=False): lambda row: percent(row.relative_attack),
     Column("share", right=True, fold=False): both_shares,
+    Column("of |token|", right=True, fold=False): both_in_tokens,
     Column("gap", right=True, fold=False): lambda row: shown_bound(row.gap, up=True, digits=3),
     Column("usage", right=True, fold=False): lambda row: "-" if row.usage is None else f"{row.usage:.1%}",
     Column("status", fold=False): _status,
@@ -82,6 +84,7 @@ def result_table(rows: Sequence[Row], *, title: str | None = None) -> FittingTab
         "class": any(r.label for r in rows),
         "of |x|": attacked and network,
         "share": not network and any(yardstick(row) for row in rows),
+        "of |token|": not network and any((found := yardstick(row)) and found[1] == WHOLE for row in rows),
         "margin": margins,
         "tolerance": not margins,
         "certified": certified,
@@ -162,6 +165,8 @@ def _caption(rows: Sequence[Row], *, shares: bool) -> str | None:
     measured = yardstick(rows[0])
     if measured is not None and rows[0].depth is None:
         parts.append(f"share: of {measured[1]}, certified to attack")
+        if measured[1] == WHOLE and rows[0].token_norm:
+            parts.append(f"of |token|: of {TOKEN}")
     gaps = [row.gap for row in rows if row.gap is not None]
     if gaps:
         parts.append(f"median gap {shown(statistics.median(gaps), 3)} over {len(gaps)} of {len(rows)} inputs")
@@ -196,9 +201,16 @@ def summary_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str,
     for key, group in groups.items():
         gaps = [row.gap for row in group if row.gap is not None]
         statuses = Counter(_PLAIN.get(row.status, str(row.status)) for row in group)
-        medians = (median(r.certified_radius for r in group), median(r.attack_radius for r in group), median(gaps))
+        certified, attacked = median(r.certified_radius for r in group), median(r.attack_radius for r in group)
+        sides = (
+            (certified, False, 4),
+            (attacked, True, 4),
+            (median(gaps), True, 4),
+            (max(gaps, default=None), True, 3),
+        )
+        figures = [shown_bound(value, up=up, digits=digits) for value, up, digits in sides]
         ended = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
-        lines.append((*key, str(len(group)), *map(shown, medians), shown(max(gaps, default=None), 3), ended))
+        lines.append((*key, str(len(group)), *figures, ended))
     whole = bool(rows) and all(row.depth is not None for row in rows)
     return (("depth", *SUMMARY[1:]) if whole else SUMMARY), lines
 

@@ -4,18 +4,18 @@ import re
 from collections.abc import Callable, Sequence
 
 from attnrobust.runs.rows import Row
-from attnrobust.text import shown_bound
-
-WHOLE, TOKEN = "the input's norm", "the median token norm"
+from attnrobust.runs.yardsticks import TOKEN, WHOLE, in_tokens, proved, share, yardstick
+from attnrobust.status import Status
+from attnrobust.text import shown, shown_bound
 
 _SUBJECTS = (
-    (re.compile(r"frobenius(?!:)"), "move of all tokens together", WHOLE),
-    (re.compile(r"token:(\d+)"), "move of token {0}", TOKEN),
-    (re.compile(r"(?:frobenius|tokens):(\d+(?:,\d+)*)"), "move of tokens {0} together", WHOLE),
-    (re.compile(r"per-token"), "move of every token at once", TOKEN),
-    (re.compile(r"per-token:([\d,]+)"), "move of tokens {0} at once", TOKEN),
-    (re.compile(r"any-token"), "move of any one token", TOKEN),
-    (re.compile(r"any-token:([\d,]+)"), "move of any one of tokens {0}", TOKEN),
+    (re.compile(r"frobenius(?!:)"), "move of all tokens together"),
+    (re.compile(r"token:(\d+)"), "move of token {0}"),
+    (re.compile(r"(?:frobenius|tokens):(\d+(?:,\d+)*)"), "move of tokens {0} together"),
+    (re.compile(r"per-token"), "move of every token at once"),
+    (re.compile(r"per-token:([\d,]+)"), "move of tokens {0} at once"),
+    (re.compile(r"any-token"), "move of any one token"),
+    (re.compile(r"any-token:([\d,]+)"), "move of any one of tokens {0}"),
 )
 _BROKEN = (
     (re.compile(r"displacement (\S+)"), "changes the output by {0}"),
@@ -30,25 +30,6 @@ _BROKEN = (
 DIGITS = 3
 
 
-def yardstick(row: Row) -> tuple[float, str] | None:
-    """The norm that the threat's radii are compared with, and its name; None where none has the same unit.
-
-    Threats that bound all tokens together have the norm of all of them, those that bound each token in l2 the median
-    norm of one; other norms (linf, l1), measures and copies have none.
-    """
-    for pattern, _, name in _SUBJECTS:
-        if pattern.fullmatch(row.threat):
-            norm = row.input_norm if name == WHOLE else row.token_norm
-            return (norm, name) if norm else None
-    return None
-
-
-def share(radius: float | None, row: Row) -> float | None:
-    """A radius as a share of the row's yardstick."""
-    measured = yardstick(row)
-    return None if radius is None or measured is None else radius / measured[0]
-
-
 def safe(value: float, *, up: bool, digits: int = DIGITS) -> str:
     """A number for people that is never better than the true one: attack radii go up, certified ones down."""
     return shown_bound(value, up=up, digits=digits)
@@ -56,13 +37,39 @@ def safe(value: float, *, up: bool, digits: int = DIGITS) -> str:
 
 def both_shares(row: Row) -> str:
     """Certified and attack radius as shares: ``0.31% to 0.42%``; a dash for what is not there."""
-    sides = ((share(row.certified_radius, row), False), (share(row.attack_radius, row), True))
+    return _both(share, row)
+
+
+def both_in_tokens(row: Row) -> str:
+    """Both radii as shares of the median token norm: ``0.9% to 1.2%``; a dash where that is the yardstick anyway."""
+    if (measured := yardstick(row)) is None or measured[1] == TOKEN:
+        return "-"
+    return _both(in_tokens, row)
+
+
+def _both(measure: Callable[[float | None, Row], float | None], row: Row) -> str:
+    sides = ((measure(proved(row), row), False), (measure(row.attack_radius, row), True))
     told = ["-" if value is None else f"{safe(100 * value, up=up)}%" for value, up in sides]
     return "-" if told == ["-", "-"] else " to ".join(told)
 
 
+def scale_note(rows: Sequence[Row]) -> str | None:
+    """How far the nearest other word is, to judge shares of a token's norm by; None where no row knows."""
+    shares = sorted(row.word_distance for row in rows if row.word_distance is not None)
+    if not shares:
+        return None
+    low, high = (f"{shown(100 * share, 2)}%" for share in (shares[0], shares[-1]))
+    span = low if low == high else f"{low} to {high}"
+    return (
+        f"for scale: in the model's embedding table the nearest other word is {span} of a word's own norm away "
+        "(median over an input's tokens)"
+    )
+
+
 def row_verdict(row: Row) -> str | None:
     """One sentence about one input; None where there is no radius to speak of."""
+    if row.status == Status.MISCLASSIFIED:
+        return f"{row.input_id}: the goal fails at the clean input itself, without any move"
     if row.certified_radius is None and row.attack_radius is None:
         return None
     return f"{row.input_id}: {_sentence([row])}"
@@ -75,12 +82,21 @@ def run_verdicts(rows: Sequence[Row]) -> list[str]:
         groups.setdefault((row.layer, row.threat, row.goal), []).append(row)
     told = []
     for (layer, _, _), group in groups.items():
-        there = [row for row in group if row.certified_radius is not None or row.attack_radius is not None]
+        open_rows = [row for row in group if row.status != Status.MISCLASSIFIED]
+        there = [row for row in open_rows if row.certified_radius is not None or row.attack_radius is not None]
         if there:
-            left = f" ({len(group) - len(there)} more have no radius)" if len(there) < len(group) else ""
-            count = "the one input" if len(group) == 1 else f"all {len(there)} inputs{left}"
+            left = f" ({_left(group, open_rows, there)})" if len(there) < len(group) else ""
+            plural = "" if len(there) == 1 else "s"
+            count = "the one input" if len(group) == 1 else f"all {len(there)} input{plural}{left}"
             told.append(f"{layer}, {count}: {_sentence(there)}")
     return told
+
+
+def _left(group: Sequence[Row], open_rows: Sequence[Row], there: Sequence[Row]) -> str:
+    """What is not in the sentence of a run, and why."""
+    without, failing = len(open_rows) - len(there), len(group) - len(open_rows)
+    parts = [f"{without} more have no radius"] if without else []
+    return "; ".join(parts + ([f"the goal of {failing} more fails without any move"] if failing else []))
 
 
 def _sentence(rows: Sequence[Row]) -> str:
@@ -123,11 +139,13 @@ def _told(row: Row, *, up: bool) -> str:
     measured = yardstick(row)
     if measured is None:
         return f"size {safe(radius, up=up)}"
-    return f"{safe(100 * radius / measured[0], up=up)}% of {measured[1]}"
+    told = f"{safe(100 * radius / measured[0], up=up)}% of {measured[1]}"
+    multiple = in_tokens(radius, row) if measured[1] == WHOLE else None
+    return told if multiple is None else f"{told} ({safe(100 * multiple, up=up)}% of {TOKEN})"
 
 
 def _subject(threat: str) -> str:
-    for pattern, words, _ in _SUBJECTS:
+    for pattern, words in _SUBJECTS:
         if match := pattern.fullmatch(threat):
             return words.format(*match.groups())
     return f"change within {threat}"

@@ -121,7 +121,7 @@ def number(row: Row, column: str) -> float:
 def column(rows: Sequence[Row], name: str, **where: Value) -> list[float]:
     """Numbers of a column in the rows whose other columns have the given values; rows without that number are left out.
 
-    Example:
+    Examples:
         >>> column([{"n": 2, "kind": "a"}, {"n": 3, "kind": "b"}], "n", kind="b")
         [3.0]
     """

@@ -50,7 +50,7 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
         x: Positive numbers, at least three, two of them different.
         y: Positive numbers.
 
-    Example:
+    Examples:
         >>> str(power_law([1.0, 2.0, 4.0], [3.0, 6.0, 12.0]))
         '1.00 [1.00, 1.00]'
     """

@@ -4,18 +4,24 @@ import re
 import statistics
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 from attnrobust.attacks import check_attack_name
 from attnrobust.errors import InputError
+from attnrobust.notebook import Shown, html_table
 from attnrobust.runs.config import RunConfig, make_config
 from attnrobust.runs.rows import Row, median
 from attnrobust.runs.run import Watcher, run
 from attnrobust.status import Status
+from attnrobust.text import rounded
 
 TIE = 1e-6
 """Radii that differ by less than this share count as equal: the verified ones are polished to 1e-9."""
+
+FACTORS = (1.1, 1.5, 2.0)
+"""Where success is counted beside 1, in median best known radii."""
 
 Budgets = Mapping[str, Mapping[str, int | float]]
 """Of an attack by its name: any of restarts, steps, queries, seconds; they go over those of the configuration."""
@@ -83,8 +89,8 @@ class InputWinner:
     winners: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Benchmark:
+@dataclass(frozen=True, eq=False, repr=False)
+class Benchmark(Shown):
     """What ``bench`` computed.
 
     Args:
@@ -113,6 +119,35 @@ class Benchmark:
                 rows = [row for row in self.rows[attack] if (row.layer, row.threat, row.goal) == key]
                 scores.append(_score(attack, key, rows, inputs, chosen))
         return tuple(scores)
+
+    def to_dict(self, epsilons: Sequence[float] | None = None) -> dict[str, Any]:
+        """Plain values, as for JSON: scores (see ``scores``), and the radii input by input."""
+        scores = self.scores(epsilons)
+        return {
+            "attacks": list(self.attacks),
+            "remaining": self.remaining,
+            "scores": [asdict(s) | {"success": _shares(s)} for s in scores],
+            "inputs": [asdict(winner) | {"winners": list(winner.winners)} for winner in self.winners()],
+        }
+
+    def records(self) -> list[dict[str, Any]]:
+        """One line for each attack, layer, threat and goal: its score without the shares and statuses."""
+        return [{k: v for k, v in asdict(s).items() if not isinstance(v, dict)} for s in self.scores()]
+
+    def summary(self) -> str:
+        """How many inputs each attack wins."""
+        winners = self.winners()
+        wins = ", ".join(f"{name} {sum(name in one.winners for one in winners)}" for name in self.attacks)
+        left = f"; {self.remaining} rows are left" if self.remaining else ""
+        return f"Benchmark: smallest radius among {len(winners)} inputs: {wins}{left}"
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"<{self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        """The scores as a table for a notebook."""
+        return f"<p>{escape(self.summary())}</p>{html_table(self.records())}"
 
     def winners(self) -> tuple[InputWinner, ...]:
         """Input by input the radii of all attacks; inputs whose goal fails without any move are left out."""
@@ -173,9 +208,17 @@ def attack_config(config: RunConfig, attack: str, budget: Mapping[str, int | flo
 
 
 def default_epsilons(inputs: Iterable[InputWinner]) -> tuple[float, ...]:
-    """1, 1.1, 1.5 and 2 times the median best known radius, to three digits; none where nothing was found."""
+    """1, 1.1, 1.5 and 2 times the median best known radius, to four digits; none where nothing was found.
+
+    The first is rounded up: below the median it would leave out the median input itself.
+    """
     best = [winner.best for winner in inputs if winner.best]
-    return tuple(float(f"{factor * statistics.median(best):.3g}") for factor in (1.0, 1.1, 1.5, 2.0)) if best else ()
+    middle = statistics.median(best) if best else 0.0
+    return (rounded(middle, up=True, digits=4), *(float(f"{f * middle:.4g}") for f in FACTORS)) if best else ()
+
+
+def _shares(score: AttackScore) -> list[dict[str, float]]:
+    return [{"epsilon": epsilon, "share": share} for epsilon, share in score.success.items()]
 
 
 def _checked(attacks: Sequence[str], budgets: Budgets | None) -> Sequence[str]:

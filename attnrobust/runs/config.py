@@ -10,6 +10,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from attnrobust.errors import AttnRobustError, InputError
+from attnrobust.runs.early import KINDS as INPUTS
+from attnrobust.runs.early import refuse_unknown_names, require_input
 from attnrobust.runs.reading import (
     ATTACKS,
     CERTIFICATES,
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from attnrobust.runs.networks import NetworkGoal
 
 DEFAULT_OUTPUT = "attnrobust-run"
-INPUTS = ("texts", "tokens", "images")
-"""Kinds of input files; a run has one of them."""
 ALL_CERTIFICATES = "all"
 """In place of names: every certificate that applies, also those that cannot win."""
 SMALLEST_SEED, LARGEST_SEED = -(2**63), 2**63 - 1
@@ -91,6 +91,7 @@ class GoalConfig(_Section):
         """Refuse what cannot be read; only a readout's file needs torch."""
         require_goal_options(**dict(self))
         if self.readout is not None:
+            require_input("readout", self.readout)
             self.make()
         if self.anchors is not None:
             read_anchors(self.anchors)
@@ -155,7 +156,7 @@ class RunConfig(_Section):
     ``certificates`` null means those that apply and can have the largest radius (where the attack finds a violation),
     ``all`` every one that applies, an empty list none. ``layers`` takes names, unique suffixes and globs;
     null means the model's only layer. ``at`` takes depths and globs of them instead: then the rows are about the whole
-    model, whose tokens move there, and so is every goal.
+    model, whose tokens move there, and so is every goal. ``column`` is the one of ``dataset`` that has the texts.
     """
 
     model: str
@@ -164,6 +165,8 @@ class RunConfig(_Section):
     texts: Path | None = None
     tokens: Path | None = None
     images: Path | None = None
+    dataset: Path | None = None
+    column: str | None = None
     threats: Names = ("frobenius",)
     goals: Annotated[tuple[GoalConfig, ...], BeforeValidator(_goals)] = (GoalConfig(),)
     certificates: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
@@ -206,7 +209,9 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _something_to_do(self) -> "RunConfig":
         if sum(getattr(self, name) is not None for name in INPUTS) != 1:
-            raise ValueError("give the inputs by exactly one of texts, tokens and images")
+            raise ValueError("give the inputs by exactly one of texts, tokens, images and dataset")
+        if self.column is not None and self.dataset is None:
+            raise ValueError("a column is one of a dataset; give --dataset too, or leave --column out")
         for name in ("layers", "at", "threats", "goals"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} is empty; name at least one")
@@ -219,13 +224,14 @@ class RunConfig(_Section):
 
         Torch is imported only for what ``attnrobust.runs.reading`` does not know.
         """
+        names = self.named_certificates or ()
+        refuse_unknown_names(threats=self.threats, certificates=names, attack=self.attack.method)
         if self.device != "cpu":
             from attnrobust.runs.inputs import parse_device
 
             parse_device(self.device)
         for goal in self.goals:
             goal.check()
-        names = self.named_certificates or ()
         listed = CERTIFICATES.issuperset(names) and self.attack.method in {None, *ATTACKS}
         if not (listed and all(map(is_known_move, self.threats))):
             from attnrobust.runs.inputs import require_methods
@@ -272,6 +278,8 @@ def load_config(path: Path | None = None, *, changes: Mapping[str, Any] | None =
     for kinds in (INPUTS, ("layers", "at")):
         if any(kind in given for kind in kinds):  # a flag replaces the other kinds of input or place in the file
             values = {key: value for key, value in values.items() if key not in kinds or key in given}
+            if "dataset" not in values:
+                values.pop("column", None)
     return make_config(_merged(values, given), source=path)
 
 
@@ -308,7 +316,7 @@ def _anchored(values: dict[str, Any], base: Path) -> dict[str, Any]:
     out = dict(values)
     for key in (*INPUTS, "output"):
         if isinstance(out.get(key), str | Path):
-            out[key] = str((base / Path(out[key]).expanduser()).absolute())
+            out[key] = _absolute(base, out[key])
     if isinstance(out.get("goals"), list | tuple | dict):
         goals = out["goals"] if isinstance(out["goals"], list | tuple) else [out["goals"]]
         out["goals"] = [_anchored_goal(goal, base) for goal in goals]
@@ -319,7 +327,13 @@ def _anchored_goal(goal: Any, base: Path) -> Any:
     if not isinstance(goal, dict):
         return goal
     files = {name: goal[name] for name in ("readout", "anchors") if isinstance(goal.get(name), str | Path)}
-    return goal | {name: str((base / Path(path).expanduser()).absolute()) for name, path in files.items()}
+    return goal | {name: _absolute(base, path) for name, path in files.items()}
+
+
+def _absolute(base: Path, path: str | Path) -> str:
+    """The path from ``base``; links are followed only where that is what ``..`` means."""
+    found = (base / Path(path).expanduser()).absolute()
+    return str(found.resolve() if ".." in found.parts else found)
 
 
 def _pruned(values: Mapping[str, Any]) -> dict[str, Any]:

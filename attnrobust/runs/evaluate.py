@@ -14,6 +14,7 @@ from attnrobust.attacks import DEFAULT_ATTACK, AttackBudget, attack_for, token_r
 from attnrobust.attacks import attack as run_attack
 from attnrobust.certify import METHODS, certify_with, method_named
 from attnrobust.certify.contest import certify_what_can_win
+from attnrobust.certify.method import UNCOVERED
 from attnrobust.comparison import UnsoundError, join
 from attnrobust.errors import AlreadyViolatedError, AttnRobustError, InputError
 from attnrobust.goals import Goal, Margin
@@ -61,6 +62,7 @@ class RowTask:
         scope: See ``Row.goal_scope``.
         class_name: Readable names of classes; None where there are none.
         confirm: Evaluates the attack's point through the user's own model; None for layers.
+        word_distance: See ``Row``.
     """
 
     input_id: str
@@ -76,6 +78,7 @@ class RowTask:
     scope: str | None = None
     class_name: Callable[[int], str] | None = None
     confirm: Confirm | None = None
+    word_distance: float | None = None
 
 
 def goal_scope(goal: Goal, *, instead: str | None = None) -> str | None:
@@ -116,7 +119,7 @@ def evaluate_row(task: RowTask, config: RunConfig) -> Row:
     return Row(
         input_id=task.input_id, layer=task.layer, n=task.clean.n, threat=task.threat.key,
         goal=task.goal_key or task.goal.key, goal_scope=task.scope, seed=config.seed, text=task.text,
-        tokens=task.tokens, row_id=task.row_id, **values,
+        tokens=task.tokens, row_id=task.row_id, word_distance=task.word_distance, **values,
     )  # fmt: skip
 
 
@@ -243,10 +246,14 @@ def _attack_label(problem: Problem, result: AttackResult, task: RowTask) -> dict
 
 
 def _why_none(report: CertificationReport) -> str:
-    """Why nothing is certified: what the methods say that speak about such problems, else the first one by name."""
+    """Why nothing is certified: what the methods say that speak about such problems, else one by name.
+
+    That one misses a feature of the layer or network, if any does; else it is the first.
+    """
     if report.certificates or any(entry.declared for entry in report.skipped) or not report.skipped:
         return report.why_none
-    first, others = report.skipped[0], len(report.skipped) - 1
+    near = (entry for entry in report.skipped if entry.reason.startswith(UNCOVERED))
+    first, others = next(near, report.skipped[0]), len(report.skipped) - 1
     more = f"; {others} more do not apply either" if others else ""
     return f"no certificate: {first.method}: {first.reason}{more}"
 

@@ -1,6 +1,7 @@
 """Which tokens of a sentence break the goal: by their own attack radii, else by the attack's move."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ from attnrobust.runs.rows import Row
 
 TOP_TOKENS, TOP_SHARE = 5, 0.05
 """At most so many tokens of a line are marked, and only those with at least this share."""
+
+_SPECIAL = re.compile(r"\[[A-Z]{2,}\d*\]|</?[A-Za-z][\w:-]*>|<\|[^<>|]+\|>|<\u2581?[\w-]+\u2581[\w\u2581-]+>")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class HeatSentence:
 
     input_id: str
     lines: tuple[HeatLine, ...]
+
+
+def is_special(token: str) -> bool:
+    """Whether a token is written as tokenizers write those that stand for no text: ``[CLS]``, ``</s>``, ``<|end|>``."""
+    return _SPECIAL.fullmatch(token) is not None
 
 
 def token_shares(row: Row) -> tuple[float, ...]:

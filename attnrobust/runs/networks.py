@@ -2,7 +2,8 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -13,7 +14,7 @@ from attnrobust.layers.graph.network_graph import NetworkGraph
 from attnrobust.models.anchors import nearest_anchor_readout
 from attnrobust.models.model import Model, ModuleModel
 from attnrobust.models.networks.confirmation import Confirmation
-from attnrobust.models.networks.heads import TOKEN
+from attnrobust.models.networks.heads import CURE, TOKEN
 from attnrobust.models.networks.plan import EMBEDDINGS, Head, HeadName
 from attnrobust.models.networks.reading import ReadNetwork
 from attnrobust.results import AttackResult
@@ -23,6 +24,10 @@ from attnrobust.runs.sources import Source, given
 
 READS_KEPT = 8
 """Inputs whose networks a worker remembers; work on one input follows itself, so few are enough."""
+
+CURE_BY_GOALS = (
+    "ask for its hidden states by --goal hidden or pooled, or for the nearest of --anchors by --goal nearest"
+)
 
 FIRST_BLOCK = "block:0"
 """Another name of the embeddings."""
@@ -136,7 +141,8 @@ class Networks:
             UnsupportedModelError: A part that is not modelled.
         """
         assert isinstance(self.model, ModuleModel)  # noqa: S101 - other models have no depths; narrows the type
-        head = self.model.head(goal.head, row=goal.row)
+        with curing():
+            head = self.model.head(goal.head, row=goal.row)
         if head.kind == TOKEN and goal.row is None:
             raise InputError(f"a model for {TOKEN} decides at every token; name one by --row I")
         _require_label(goal, head)
@@ -179,6 +185,17 @@ class Networks:
         if goal not in self._readouts:
             self._readouts[goal] = nearest_anchor_readout(self.model, goal.anchors, label=goal.label)
         return self._readouts[goal]
+
+
+@contextmanager
+def curing() -> Iterator[None]:
+    """Within the block a missing head is cured by a goal, as runs and the command line name it."""
+    try:
+        yield
+    except InputError as error:
+        if CURE not in str(error):
+            raise
+        raise type(error)(str(error).replace(CURE, CURE_BY_GOALS)) from error
 
 
 def _require_label(goal: NetworkGoal, head: Head) -> None:

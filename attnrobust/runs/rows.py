@@ -71,6 +71,8 @@ class Row:
         token_radii: Attack radius of every token that moves alone, where it was asked for: None for a token that may
             not move or whose attack found nothing; else empty.
         token_norm: Median l2 norm of the clean tokens, to judge the radii of single tokens by.
+        word_distance: Of a text: median over its tokens of the distance to the nearest other word in the model's table
+            of embeddings, as a share of the token's norm there; None without such a table.
     """
 
     input_id: str
@@ -107,6 +109,7 @@ class Row:
     attack_label: str | None = None
     token_radii: tuple[float | None, ...] = ()
     token_norm: float | None = None
+    word_distance: float | None = None
 
     @property
     def depth(self) -> int | None:
@@ -144,6 +147,7 @@ def without_times(rows: Iterable[Row]) -> list[Row]:
 def row_from_dict(values: Mapping[str, Any]) -> Row:
     """The row that ``Row.as_dict`` (or one line of ``--json``) describes; unknown fields are an error."""
     known = set(Row.__dataclass_fields__)
+    values = {name: value for name, value in values.items() if name != "units"}  # derived, see runs.yardsticks
     if foreign := sorted(set(values) - known):
         raise InputError(f"unknown row fields: {', '.join(foreign)}")
     entries = {name: CertificateEntry(**entry) for name, entry in dict(values.get("certificates") or {}).items()}

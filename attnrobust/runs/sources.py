@@ -11,6 +11,7 @@ from torch import Tensor
 from attnrobust.errors import InputError
 from attnrobust.models.arrays import read_arrays
 from attnrobust.models.capture import CapturedInput, TextLine
+from attnrobust.models.pictures import PICTURES, ImageEncoder
 from attnrobust.text import natural_order
 from attnrobust.tokens import tensor_digest
 
@@ -52,6 +53,23 @@ def read_images(path: Path) -> tuple[Image, ...]:
                 "processor gives pixel_values"
             )
     return tuple(Image(key, arrays[key].double()) for key in sorted(arrays, key=natural_order))
+
+
+def is_pictures(path: Path) -> bool:
+    """Whether a path is a folder, or one picture, rather than a file of arrays."""
+    return path.is_dir() or path.suffix.lower() in PICTURES
+
+
+def read_pictures(path: Path, encoder: ImageEncoder) -> tuple[Image, ...]:
+    """Read a picture, or those of a folder (not of folders below), as the model's own processor prepares them.
+
+    Raises:
+        InputError: No pictures, or one that cannot be read.
+    """
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
+    if not files:
+        raise InputError(f"{path} holds no pictures ({', '.join(PICTURES)}); give a folder with some, or one file")
+    return tuple(Image(file.name, encoder.encode(file)) for file in sorted(files, key=lambda f: natural_order(f.name)))
 
 
 def given(source: Source) -> TextLine | Mapping[str, Tensor]:

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,11 +19,12 @@ from attnrobust.models.capture import CapturedInput, TextLine, read_texts, read_
 from attnrobust.models.listing import LayerInfo
 from attnrobust.models.model import Model, ModuleModel, load_model
 from attnrobust.runs.config import RunConfig
+from attnrobust.runs.datasets import read_dataset
 from attnrobust.runs.evaluate import RowTask, evaluate_row, goal_scope
 from attnrobust.runs.inputs import on_device
-from attnrobust.runs.networks import NetworkGoal, Networks
+from attnrobust.runs.networks import NetworkGoal, Networks, curing
 from attnrobust.runs.rows import Row
-from attnrobust.runs.sources import Image, Source, read_images, source_digest
+from attnrobust.runs.sources import Image, Source, is_pictures, read_images, read_pictures, source_digest
 from attnrobust.status import Status
 from attnrobust.threats.base import Threat
 from attnrobust.threats.parse import parse_threat
@@ -63,24 +65,36 @@ class Workbench:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self._specs: dict[str, Attention] = {}
+        self._words: dict[int, float | None] = {}
         self._captured: OrderedDict[tuple[int, str], CapturedInput] = OrderedDict()
 
     @cached_property
     def model(self) -> Model:
         """The model, on the configured device; with its head where a goal is about its decision."""
         head = any(goal.goal == "decision" for goal in self.config.goals)
-        return load_model(self.config.model, device=self.config.device, head=head)
+        with curing():
+            return load_model(self.config.model, device=self.config.device, head=head)
 
     @cached_property
     def sources(self) -> Sequence[Source]:
         """The inputs in the order of their file."""
         if self.config.texts is not None:
             return read_texts(self.config.texts)
+        if self.config.dataset is not None:
+            return read_dataset(self.config.dataset, column=self.config.column)
         if self.config.images is not None:
-            return read_images(self.config.images)
+            return self._images(self.config.images)
         assert self.config.tokens is not None  # noqa: S101 - the configuration has one of them; narrows the type
         widths = {layer.d for layer in self.layers}
         return read_tokens(self.config.tokens, width=widths.pop() if len(widths) == 1 else None)
+
+    def _images(self, path: Path) -> Sequence[Source]:
+        """Arrays as they are; pictures as the model's own processor gives them."""
+        if not is_pictures(path):
+            return read_images(path)
+        if not isinstance(self.model, ModuleModel):
+            raise InputError(f"{self.model.name} holds weights only, no image processor; give --tokens")
+        return read_pictures(path, self.model.image_encoder)
 
     @cached_property
     def goals(self) -> tuple[Goal | NetworkGoal, ...]:
@@ -173,8 +187,17 @@ class Workbench:
         measure, moved = on_device(captured.measure, goal, self.config.device)
         return RowTask(
             captured.id, item.layer, spec, measure, threat, moved, text=captured.text, tokens=captured.token_strings,
-            row_id=item.row_id, scope=self._scope(item),
+            row_id=item.row_id, scope=self._scope(item), word_distance=self._word_distance(item.source),
         )  # fmt: skip
+
+    def _word_distance(self, index: int) -> float | None:
+        """How far the nearest other word is, of a text."""
+        model, source = self.model, self.sources[index]
+        if not isinstance(model, ModuleModel) or not isinstance(source, TextLine):
+            return None
+        if index not in self._words:
+            self._words[index] = model.word_distance(source)
+        return self._words[index]
 
     def _network_task(self, item: WorkItem, goal: NetworkGoal) -> RowTask:
         """The work of an item about the whole model."""
@@ -186,7 +209,7 @@ class Workbench:
         return RowTask(
             source.id, item.layer, asked.network, measure, self.threats[item.threat], moved, text=source.text,
             tokens=captured.token_strings, row_id=item.row_id, goal_key=goal.key, scope=self._scope(item),
-            class_name=asked.class_name, confirm=asked.confirm,
+            class_name=asked.class_name, confirm=asked.confirm, word_distance=self._word_distance(item.source),
         )  # fmt: skip
 
     def _scope(self, item: WorkItem) -> str | None:

@@ -19,6 +19,7 @@ from attnrobust.cli.exits import exit_code, guarded
 from attnrobust.runs.rows import Row, row_from_dict
 from attnrobust.runs.storage.files import write_results
 from attnrobust.runs.storage.parquet import read_parquet
+from attnrobust.runs.yardsticks import as_json
 from tests.layer_files import write_layer
 from tests.runs.storage.test_files import FULL
 from tests.test_comparison import found, report
@@ -95,7 +96,7 @@ def test_compare_prints_one_object_a_row(cli: Run, files: Path) -> None:
         assert row["layer"] == "attention"
         assert row["goal"] == "displacement 10%"
         assert row["certified_radius"] <= row["attack_radius"]
-        assert row_from_dict(row).as_dict() == row
+        assert as_json(row_from_dict(row)) == row
     assert [line[:3] for line in said.err.splitlines() if line[0] == "["] == [
         "[0/",
         "[1/",
@@ -144,7 +145,7 @@ def test_out_holds_the_rows_and_the_plot(cli: Run, files: Path) -> None:
     document = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert document["rows"] == said.rows
     assert document["run"]["threat"] == "frobenius"
-    assert [row.as_dict() for row in read_parquet(out / "results.parquet")] == said.rows
+    assert [as_json(row) for row in read_parquet(out / "results.parquet")] == said.rows
 
 
 def test_readout_gives_margins(cli: Run, files: Path) -> None:
@@ -289,7 +290,7 @@ def test_exit_codes(rows: list[Row], expected: ExitCode) -> None:
         (("--method", "token-movin"), "unknown attack 'token-movin'; nearest: token-moving"),
         (("--layer", "encoder"), "unknown layer 'encoder'; nearest: attention"),
         (("--fail-under", "-1"), "must be a number >= 0"),
-        (("--texts", "x.txt"), "exactly one of --texts FILE, --images FILE and --tokens FILE"),
+        (("--texts", "x.txt"), "exactly one of --texts, --images, --tokens and --dataset"),
         (("--device", "gpu"), "device 'gpu' is not there"),
         (("--tolerence", "1%"), "--tolerance"),
         (("--seed", "one"), "--seed"),

@@ -1,5 +1,6 @@
 """Whole networks from the command line: what is asked, what is refused, and what every surface says about it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,19 @@ def test_the_next_token_is_named_by_its_word(cli: Run, tmp_path: Path, texts: Pa
     assert row["attack_label"] != row["label"]
 
 
+def test_a_decoder_has_an_attack_and_the_reason_why_no_certificate(cli: Run, tmp_path: Path, texts: Path) -> None:
+    model = with_head(tmp_path / "model", "llama next word")
+    asked = ("compare", model, "--at", "block:1", "--goal", "decision", "--texts", texts)
+    row, _ = cli(*asked, "--json", *FAST).rows
+    assert (row["status"], row["certified_radius"], row["certificate"]) == ("found", 0.0, None)
+    assert row["attack_radius"] > 0.0
+    assert row["attack_label"] != row["label"]
+    assert "no certificate: network-" in row["message"]
+    assert "Attention.rotary" in row["message"]
+    table = " ".join(cli(*asked, *FAST).out.split())
+    assert re.search(r"│ - │ [\d.]+ │ [\d.]+% │ - │ found", table)  # certified is "-": 0 would be a claim
+
+
 def test_bench_takes_decisions(cli: Run, classifier: Path, texts: Path, tmp_path: Path) -> None:
     asked = ("--at", "block:1", "--goal", "decision", "--texts", texts, "--attacks", "token-moving")
     assert "block:1, frobenius, decision" in cli("bench", classifier, *asked, "--out", tmp_path / "b", "-q").out
@@ -185,7 +199,8 @@ def test_what_does_not_go_together_is_one_line(
 def test_a_model_without_a_head_says_what_it_has(cli: Run, encoder: Path, texts: Path) -> None:
     line = cli("compare", encoder, "--goal", "decision", "--texts", texts).refusal()
     assert "BertModel has no head of its own" in line
-    assert "--goal hidden, pooled, or nearest with --anchors FILE" in line
+    assert "--goal hidden or pooled" in line
+    assert "head=" not in line
 
 
 def test_states_of_a_file_are_refused(cli: Run, classifier: Path, tmp_path: Path) -> None:

@@ -84,8 +84,9 @@ GOALS: tuple[Goal, ...] = (Displacement(1.5, pool="mean"), Margin(torch.eye(D), 
 class Rotary(Attention):
     """Queries and keys are rotated by angles that grow with the position, which no bound for ``Attention`` knows."""
 
-    def queries(self, x: Tensor) -> Tensor:
-        return _rotated(super().queries(x))
+    def queries(self, x: Tensor, *, at: Tensor | None = None) -> Tensor:
+        rows = _rotated(super().queries(x))
+        return rows if at is None else rows[..., at, :]
 
     def keys(self, x: Tensor) -> Tensor:
         return _rotated(super().keys(x))

@@ -1,10 +1,14 @@
 """Rates of splitting against the exact derivative at copied tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from attnrobust.errors import UnsupportedModelError
 from attnrobust.layers.attention import Attention
+from attnrobust.layers.head_bias import HeadBias
+from attnrobust.layers.rotary import Rotary
 from attnrobust.lipschitz.splitting import own_query_blocks, splitting_rates
 from attnrobust.tokens import TokenMeasure
 from tests.assertions import assert_close, refused
@@ -34,3 +38,20 @@ def test_refuses_masks() -> None:
     w = torch.randn(1, 2, 2)
     with refused(UnsupportedModelError, "mask"):
         splitting_rates(Attention(w_q=w, w_k=w, w_v=w, causal=True), TokenMeasure(torch.randn(3, 2)))
+
+
+def test_refuses_layers_in_which_places_matter() -> None:
+    """Each has rates without its positions; with them no token may be at two places, so there is nothing to split."""
+    w = torch.randn(1, 2, 2)
+    plain = Attention(w_q=w, w_k=w, w_v=w)
+    clean = TokenMeasure(torch.randn(3, 2))
+    assert splitting_rates(plain, clean).moving.value > 0
+    placed = (
+        replace(plain, rotary=Rotary(torch.tensor([1.0]))),
+        replace(plain, head_bias=HeadBias(slopes=torch.tensor([0.5]))),
+        replace(plain, window_left=1),
+        replace(plain, window_right=1),
+    )
+    for layer in placed:
+        with refused(UnsupportedModelError, "positions"):
+            splitting_rates(layer, clean)

@@ -145,10 +145,10 @@ def test_text_without_tokens(tmp_path: Path) -> None:
         load_model(saved(tmp_path)).capture("1.attention.self", ["   "])
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
-def test_directory_without_tokenizer(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(("family", "cure"), [("bert", "--tokens"), ("gpt2", "--tokens"), ("vit", "--images")])
+def test_directory_without_tokenizer(tmp_path: Path, family: str, cure: str) -> None:
     model = load_model(saved(tmp_path, family, tokenizer=False))
-    with refused(InputError, "no .*tokenizer", "--tokens"):
+    with refused(InputError, "no .*tokenizer", cure):
         model.capture(model.layers()[0].name, ["hello"])
 
 

@@ -2,15 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from attnrobust.cli import ExitCode, run
-from attnrobust.errors import InputError
-from attnrobust.reports.gate import Thresholds, judge, junit_xml, summary, worst
+from attnrobust.errors import InputError, UnknownNameError
+from attnrobust.reports.gate import Thresholds, judge, junit_xml, of_kinds, summary, worst
 from attnrobust.runs.plan import Shard
-from attnrobust.runs.rows import Row
+from attnrobust.runs.rows import CertificateEntry, Row
 from attnrobust.runs.run import run as run_all
 from attnrobust.runs.storage.files import write_results
 from tests.runs.storage.test_files import EMPTY, FULL
@@ -84,7 +85,7 @@ def test_an_unfinished_run_does_not_pass() -> None:
     "values",
     [{}, {"min_certified": -1.0}, {"max_gap": 0.5}, {"max_gap": 2.0, "quantile": 1.0}, {"min_certified": float("nan")}],
 )
-def test_thresholds_that_mean_nothing(values: dict[str, float]) -> None:
+def test_thresholds_that_mean_nothing(values: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Thresholds(**values)
 
@@ -138,6 +139,51 @@ def test_a_share_is_of_what_the_threat_moves() -> None:
     assert judge([replace(row, threat="any-token")], thresholds).passed
     (reason,) = judge([replace(row, threat="per-token-linf")], thresholds).shortfalls
     assert "give --min-certified a number" in reason
+
+
+def test_a_share_of_a_token_and_of_the_way_to_the_next_word() -> None:
+    row = replace(FULL, input_norm=30.0, token_norm=10.0, word_distance=0.4)
+    (told,) = judge([row], Thresholds(min_share=0.02, share_of="token")).shortfalls
+    assert told == "certified radius 1% of the median token norm is below 2%"
+    assert judge([row], Thresholds(min_share=0.0249, share_of="word")).passed
+    (told,) = judge([row], Thresholds(min_share=0.03, share_of="word")).shortfalls
+    assert told.endswith("% of the way to the nearest other word is below 3%")
+    (told,) = judge([replace(row, word_distance=None)], Thresholds(min_share=0.0, share_of="word")).shortfalls
+    assert told.startswith("the row knows no way to the nearest other word")
+    with pytest.raises(UnknownNameError, match="token"):
+        Thresholds(min_share=0.1, share_of="tokn")
+
+
+def test_only_certificates_of_a_kind_count() -> None:
+    entries = {"a": CertificateEntry(0.1, "float64", 0.0, 0.0), "b": CertificateEntry(0.06, "rigorous", 0.0, 0.0)}
+    row = replace(FULL, certificates=entries, certificate="a", certified_radius=0.1, attack_radius=0.3, gap=3.0)
+    (rigorous,) = of_kinds([row], ["rigorous"])
+    assert (rigorous.certificate, rigorous.certified_radius, rigorous.certificate_kind) == ("b", 0.06, "rigorous")
+    assert rigorous.gap == pytest.approx(5.0)
+    assert of_kinds([row], ["rigorous", "float64"]) == [row]
+    (none,) = of_kinds([row], ["probabilistic"])
+    assert (none.certified_radius, none.gap, none.certificate) == (0.0, None, None)
+    misclassified = replace(row, status="misclassified", certified_radius=0.0, certificates={})
+    assert of_kinds([misclassified], ["rigorous"]) == [misclassified]
+    with pytest.raises(UnknownNameError, match="rigorous"):
+        of_kinds([row], ["rigorus"])
+
+
+def test_the_command_takes_kinds(tmp_path: Path) -> None:
+    entries = {"a": CertificateEntry(0.1, "float64", 0.0, 0.0)}
+    write_results(tmp_path, [replace(FULL, certificates=entries, certified_radius=0.1)], run={"model": "m"}, job="j")
+    asked = ["check", str(tmp_path), "--min-certified", "0.05"]
+    assert run([*asked, "--kind", "float64"]) == ExitCode.OK
+    assert run([*asked, "--kind", "rigorous"]) == ExitCode.BELOW
+    assert run([*asked, "--kind", "exact"]) == ExitCode.USAGE
+
+
+def test_the_command_takes_units(tmp_path: Path) -> None:
+    write_results(tmp_path, [replace(FULL, input_norm=30.0, token_norm=10.0)], run={"model": "m"}, job="j")
+    assert run(["check", str(tmp_path), "--min-certified", "1% token"]) == ExitCode.OK
+    assert run(["check", str(tmp_path), "--min-certified", "1.1% token"]) == ExitCode.BELOW
+    assert run(["check", str(tmp_path), "--min-certified", "0.1 token"]) == ExitCode.USAGE
+    assert run(["check", str(tmp_path), "--min-certified", "1% furlong"]) == ExitCode.USAGE
 
 
 def test_the_worst_rows_are_named_first() -> None:

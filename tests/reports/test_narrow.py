@@ -84,7 +84,7 @@ def summarised() -> list[Row]:
 def test_no_number_loses_a_digit_and_no_name_is_cut(width: int, colour: bool) -> None:
     text = printed(summary_table(summarised()), width, colour=colour)
     assert max(map(len, text.splitlines())) <= width
-    for word in (*LAYERS, "0.0001234", "0.25", "2025", "displacement"):
+    for word in (*LAYERS, "0.0001234", "0.25", "2026", "displacement"):
         assert word in text
 
 

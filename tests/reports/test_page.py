@@ -1,12 +1,15 @@
 """The report: complete, self-contained, safe against what texts hold, and right in a real browser."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attnrobust.cli import ExitCode, run
@@ -18,7 +21,9 @@ from attnrobust.runs.heat import heat_line, heat_map, token_shares
 from attnrobust.runs.rows import Row
 from attnrobust.runs.run import run as run_all
 from attnrobust.runs.storage.files import JSON_NAME, write_results
+from attnrobust.runs.storage.parquet import read_parquet
 from tests.conftest import CHROMIUM
+from tests.layer_files import write_layer
 from tests.runs.storage.test_files import EMPTY, FULL
 from tests.runs.test_depths import whole
 from tests.runs.test_run import NO_SHARD, configured, write_files
@@ -42,7 +47,7 @@ def page(rows: list[Row]) -> str:
 class Checker(HTMLParser):
     """Collects attributes and checks that tags are closed in order."""
 
-    VOID = frozenset({"meta", "img", "input", "br", "link"})
+    VOID = frozenset({"meta", "img", "input", "br", "wbr", "link"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -246,6 +251,20 @@ def test_a_report_of_one_command(tmp_path: Path) -> None:
     html = write_report(tmp_path)[0].read_text(encoding="utf-8")
     assert "Robustness of attention layers (layer.0, layer.1, layer.2) of minilm" in html
     assert "seed: 3" in html
+    assert "The command:" not in html
+
+
+def test_a_report_says_what_makes_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the seed 0, which is no option that was left out."""
+    write_layer(tmp_path, np.random.default_rng(0), x1=2)
+    out = tmp_path / "my out"
+    asked = ["compare", str(tmp_path / "layer.npz"), "--tokens", str(tmp_path / "x.npz"), "--out", str(out)]
+    assert run(asked) == ExitCode.OK
+    capsys.readouterr()
+    html = unescape(write_report(out)[0].read_text(encoding="utf-8"))
+    problem = read_parquet(out / "results.parquet")[0].problem
+    for part in (shlex.join(["attnrobust", *asked]), "seed: 0", f"x1: {problem}", "torch: "):
+        assert part in html
 
 
 def test_no_results_are_told(tmp_path: Path) -> None:
@@ -311,8 +330,8 @@ def test_a_browser_shows_the_page(tmp_path: Path) -> None:
 
 
 def test_radii_of_different_threats_are_never_put_together() -> None:
-    near = [replace(row, certified_radius=0.1, attack_radius=0.2) for row in many(3)]
-    far = [replace(row, certified_radius=100.0, attack_radius=200.0, threat="any-token") for row in many(3)]
+    near = [replace(row, certified_radius=0.1, attack_radius=0.2, layer="one") for row in many(3)]
+    far = [replace(row, certified_radius=100.0, attack_radius=200.0, threat="any-token") for row in near]
     names = [plot["name"] for plot in _plots([*near, *far])]
     assert names.count("gap-by-method-1.png") == names.count("gap-by-method-2.png") == 1
     html = page([*near, *far])
@@ -320,6 +339,42 @@ def test_radii_of_different_threats_are_never_put_together() -> None:
     assert "<dd>0.1</dd>" in html
     assert "<dd>100</dd>" in html
     assert "<dd>50" not in html  # the median over both
+
+
+def test_radii_of_different_layers_are_never_put_together() -> None:
+    near = [replace(row, certified_radius=0.1, attack_radius=0.2, layer="near", gap=2.0) for row in many(3)]
+    far = [replace(row, certified_radius=100.0, attack_radius=700.0, layer="far", gap=7.0) for row in many(3)]
+    html = page([*near, *far])
+    assert "median certified radius" not in html  # of one layer it is in a tile
+    assert "median certified radius" in page(near)
+    assert not re.search(r"<dd>(50|0\.1|100)", html)
+    accuracy = next(plot["svg"] for plot in _plots([*near, *far]) if plot["name"] == "certified-accuracy.png")
+    for name in ("near: certified", "near: not broken", "far: certified", "far: not broken"):
+        assert f"<title>{name}</title>" in accuracy
+    boxes = next(plot for plot in _plots([*near, *far]) if plot["name"] == "gap-by-method.png")
+    assert boxes["caption"] == "Gap of the best certificate by layer."
+    for plot in _plots([*near, *far]):
+        assert all(f">{name}</text>" in plot["svg"] for name in ("near", "far")), plot["name"]
+
+
+def test_special_tokens_can_be_hidden_and_the_colours_are_then_of_the_others() -> None:
+    row = replace(FULL, tokens=("[CLS]", "na", "ive"), token_moves=(10.0, 2.0, 1.0))
+    html = page([row])
+    assert 'id="hide-special"' in html
+    words = [a for _, a in Checker(html).seen if "word" in (a.get("class") or "").split()]
+    assert ["special" in (a["class"] or "") for a in words] == [True, False, False]
+    strongest, pale = _colours(1.0)["background"], _colours(0.04)["background"]
+    assert f"--back: {strongest}" in (words[0]["style"] or "")
+    assert f"--back: {pale}" in (words[1]["style"] or "")
+    assert f"--back-alone: {strongest}" in (words[1]["style"] or "")
+    assert 'id="hide-special"' not in page([replace(row, tokens=("un", "na", "ive"))])
+
+
+def test_long_names_break_between_their_parts() -> None:
+    data = ReportData([FULL], "Robustness of encoder.layer.2.attention of a/b_c", "s", [], 1)
+    html = render(data, [], source=Path("out"))
+    assert "<h1>Robustness of encoder.<wbr>layer.<wbr>2.<wbr>attention of a/<wbr>b_<wbr>c</h1>" in html
+    assert "<script>" not in render(replace(data, title="<script>."), [], source=Path("out")).split("</h1>")[0]
 
 
 def test_plots_are_drawn_inside_the_page_with_titles() -> None:

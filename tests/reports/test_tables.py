@@ -12,7 +12,7 @@ from attnrobust.models.listing import LayerInfo
 from attnrobust.reports.plots import MANY_INPUTS, gap_plot
 from attnrobust.reports.tables import MOST_COLUMNS, certificate_table, layer_table, result_table, summary_table
 from attnrobust.runs.rows import CertificateEntry, Row
-from attnrobust.text import natural_order, shortened, shown, shown_bound
+from attnrobust.text import exactly, natural_order, rounded, shortened, shown, shown_bound
 from tests.runs.storage.test_files import EMPTY, FULL
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -51,6 +51,13 @@ def test_a_line_of_the_result_table() -> None:
     line = next(line for line in text(result_table([FULL])).splitlines() if "0001-ab" in line)
     cells = [cell.strip() for cell in line.strip("│").split("│")]
     assert cells == ["0001-ab", "naïve café — 猫", "3", "0.5", "0.1", "b", "0.3", "3", "found", "0.30"]
+
+
+def test_nothing_certified_is_a_dash_and_no_radius() -> None:
+    nothing = replace(FULL, certificates={}, certificate=None, certificate_kind=None, certified_radius=0.0, gap=None)
+    for row, shown_radius in ((nothing, "-"), (replace(nothing, status="misclassified"), "0")):
+        line = next(line for line in text(result_table([row, FULL])).splitlines() if "0001-ab" in line)
+        assert [cell.strip() for cell in line.strip("│").split("│")][4] == shown_radius
 
 
 def test_columns_that_nothing_fills_are_left_out() -> None:
@@ -168,4 +175,7 @@ def test_bounds_are_rounded_so_that_they_stay_true() -> None:
     assert shown_bound(0.104198879, up=False) == "0.1041"
     assert shown_bound(0.159228, up=True) == "0.1593"
     assert shown_bound(0.2, up=True) == shown_bound(0.2, up=False) == "0.2"
+    assert rounded(0.12341, up=True, digits=4) == 0.1235
+    assert rounded(0.12349, up=False, digits=4) == 0.1234
+    assert [exactly(value) for value in (0.123456789, 3.0, 1e-9)] == ["0.123456789", "3", "1e-09"]
     assert shown_bound(None, up=True) == shown_bound(math.nan, up=False) == "-"

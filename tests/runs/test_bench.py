@@ -16,7 +16,7 @@ from attnrobust.cli import ExitCode
 from attnrobust.cli.bench import parse_budget, parse_epsilons
 from attnrobust.errors import InputError, UnknownNameError
 from attnrobust.results import Status
-from attnrobust.runs.bench import Benchmark, attack_config, bench
+from attnrobust.runs.bench import Benchmark, InputWinner, attack_config, bench, default_epsilons
 from attnrobust.runs.config import RunConfig, make_config
 from attnrobust.runs.rows import Row
 from attnrobust.runs.run import run
@@ -178,15 +178,22 @@ def test_an_attack_that_refuses_does_not_end_the_others(cli: Run, files: Path) -
     assert "it handles nothing" in said.err
 
 
+def test_the_default_sizes_do_not_leave_out_the_median_itself() -> None:
+    winner = InputWinner("x", "l", "t", "g", {"a": 0.123456}, 0.123456, ("a",))
+    sizes = default_epsilons([winner])
+    assert sizes == (0.1235, 0.1358, 0.1852, 0.2469)
+    assert default_epsilons([]) == ()
+
+
 def test_the_command(cli: Run) -> None:
     said = cli(
-        "--attacks", "token-moving, second", "--epsilons", "0.001,100", "--budget", "second seconds=20 queries=900"
+        "--attacks", "token-moving, second", "--epsilons", "0.0012345,100", "--budget", "second seconds=20 queries=900"
     )
     assert said.code == ExitCode.OK
     for word in (
         "token-moving",
         "second",
-        "<= 0.001",
+        "<= 0.0012345",
         "<= 100",
         "100%",
         "optimality",

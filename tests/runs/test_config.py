@@ -90,7 +90,7 @@ def test_flags_go_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"certificates": ["nonsense"]}, "unknown certificate 'nonsense'"),
         ({"attack": {"method": "nonsense"}}, "unknown attack 'nonsense'"),
         ({"certificates": [], "attack": {"method": None}}, "nothing to do"),
-        ({"tokens": "y.npz"}, "exactly one of texts, tokens and images"),
+        ({"tokens": "y.npz"}, "exactly one of texts, tokens, images and dataset"),
         ({"execution": {"timeout": 3}}, "set workers to 1 or more"),
         ({"execution": {"engine": "rey"}}, "execution.engine: "),
         ({"goals": [{"label": 1}]}, "readout"),

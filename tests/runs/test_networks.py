@@ -191,7 +191,7 @@ def test_a_configuration_is_about_layers_or_about_the_whole(classifier: Path) ->
         ({"at": [], "goals": "decision"}, "at is empty"),
         ({"goals": "decision", "texts": None, "tokens": "x.npz"}, "give texts or images"),
         ({"goals": {"goal": "nearest"}}, "--anchors"),
-        ({"images": "y.npz"}, "exactly one of texts, tokens and images"),
+        ({"images": "y.npz"}, "exactly one of texts, tokens, images and dataset"),
     ):
         with pytest.raises(InputError, match=says):
             make_config(base | wrong)

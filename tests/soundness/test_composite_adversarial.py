@@ -164,9 +164,10 @@ def test_a_remainder_that_overflows_is_not_nothing() -> None:
     for radius in (1e-3, 1.0):
         assert found(problem, radius) <= bound.usage(radius).value
     norms = TargetNorms(curvature=0.0, third=0.0, cross=0.0, sources=(), tails={("node", "own"): 1.0})
-    recursion = Recursion({}, {}, 1.0)
+    recursion = Recursion({}, {}, 1.0, {})
     recursion.whole[("node", "own")] = math.nan
-    recursion.beyond[("node", "own")] = recursion.further[("node", "own")] = math.nan
+    for sizes in (recursion.beyond, recursion.further, recursion.lifted):
+        sizes[("node", "own")] = math.nan
     assert math.isnan(recursion.at(norms).whole)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnrobust.attacks.search.graph_input import GraphInput
 from attnrobust.attacks.search.memory import bytes_of_a_row
 from attnrobust.attacks.search.pullback import AttentionTape, PreparedAttention, covers
+from attnrobust.attacks.search.row_pullback import PreparedRows, RowTape, asked_rows
 from attnrobust.attacks.search.stacked_goal import ScaledGoal, StackedGoal
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.graph.network_graph import NetworkGraph
@@ -60,7 +61,10 @@ class Evaluator:
         self.points = torch.stack([p.clean.points for p in problems])
         equal = all(p.mass is None for p in problems)
         self.mass = None if equal else torch.stack([p.clean.mass for p in problems])
-        self.goal = StackedGoal.stack([p.resolved for p in problems])
+        asked = asked_rows(problems[0])  # the same for all of a group
+        self.at = None if asked is None else torch.tensor(asked, device=self.points.device)
+        """The rows of the output that are evaluated; None means all."""
+        self.goal = StackedGoal.stack([p.resolved for p in problems]).of_rows(self.at)
         self.scale, self.domain_radius = scale, domain_radius
         self._row_bytes: int | None = None
         self._graphs: list[GraphInput] | None = None
@@ -72,10 +76,12 @@ class Evaluator:
         return self.points.device
 
     @cached_property
-    def prepared(self) -> PreparedAttention | None:
+    def prepared(self) -> PreparedAttention | PreparedRows | None:
         """Fused weights of an attention layer that they cover; None for any other network (then autograd is used)."""
         if not covers(self.network):
             return None
+        if self.at is not None:
+            return PreparedRows(self.network, self.points.shape[-2], self.at)
         return PreparedAttention(self.network, self.points.shape[-2], self.mass)
 
     def take(self, index: Int[Tensor, "q"]) -> "Evaluator":
@@ -227,7 +233,7 @@ class Evaluator:
         return torch.stack([self._plain_normal_product(i, v) for i, v in enumerate(vectors)]) / scale
 
     @cached_property
-    def _clean_tape(self) -> AttentionTape:
+    def _clean_tape(self) -> AttentionTape | RowTape:
         assert self.prepared is not None  # noqa: S101 - only called for attention layers; narrows the type
         return self.prepared.forward(self.points[:, None])
 
@@ -251,6 +257,8 @@ class Evaluator:
         n = self.points.shape[-2]
         if isinstance(self.network, Attention):
             width = self.points.shape[-1] + self.network.out_width
+            if self.at is not None:
+                return int(8 * WORKING_COPIES * n * (self.network.heads * len(self.at) + width))
             return int(8 * WORKING_COPIES * n * (self.network.heads * n + width))
         if self._row_bytes is None:
             self._row_bytes = bytes_of_a_row(lambda x: self.output(0, x), self.points[0])
@@ -271,6 +279,7 @@ def group_key(problem: Problem) -> tuple[object, ...]:
         search_threat(problem.threat) if isinstance(problem.threat, MoveThreat) else problem.threat,
         problem.mass is None,
         goal.weights is None,
+        asked_rows(problem),
         goal.functionals is None,
         isinstance(goal, ScaledGoal),
         goal.budgets.shape[0],

@@ -32,7 +32,7 @@ class PreparedAttention:
     def __init__(self, layer: Attention, n: int, mass: Float[Tensor, "p n"] | None) -> None:
         self.heads, self.key_width, self.value_width = layer.heads, layer.key_width, layer.value_width
         parts = (layer.factor * layer.w_q, layer.w_k, layer.w_v)
-        self.w_in = torch.cat([_columns(w) for w in parts], dim=1)
+        self.w_in = torch.cat([columns(w) for w in parts], dim=1)
         biases = (None if layer.b_q is None else layer.factor * layer.b_q, layer.b_k, layer.b_v)
         self.b_in = torch.cat([_flat_bias(b, w) for b, w in zip(biases, parts, strict=True)])
         self.w_out = None if layer.w_o is None else layer.w_o.flatten(0, 1)
@@ -43,7 +43,7 @@ class PreparedAttention:
 
     def forward(self, x: Float[Tensor, "p r n d"]) -> "AttentionTape":
         """Evaluate the layer and keep what the derivatives need."""
-        projected = _product(x, self.w_in).add_(self.b_in)  # in place: memory traffic is what a step pays for
+        projected = product(x, self.w_in).add_(self.b_in)  # in place: memory traffic is what a step pays for
         queries, keys, values = self.split(projected)
         scores = queries @ keys.mT
         if self.score_bias is not None:
@@ -68,11 +68,11 @@ class PreparedAttention:
     def combine(self, averages: Float[Tensor, "p r h n v"]) -> Float[Tensor, "p r n e"]:
         """Linear part of the output."""
         flat = averages.transpose(-3, -2).flatten(-2)
-        return flat if self.w_out is None else _product(flat, self.w_out)
+        return flat if self.w_out is None else product(flat, self.w_out)
 
     def uncombine(self, cotangent: Float[Tensor, "p r n e"]) -> Float[Tensor, "p r h n v"]:
         """Adjoint of ``combine``."""
-        return self._heads(cotangent if self.w_out is None else _product(cotangent, self.w_out.mT))
+        return self._heads(cotangent if self.w_out is None else product(cotangent, self.w_out.mT))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,18 +100,18 @@ class AttentionTape:
         back = self.layer.turned_back
         parts = (back(score @ self.keys), back(score.mT @ self.queries), self.weights.mT @ g)
         flat = torch.cat([part.transpose(-3, -2).flatten(-2) for part in parts], dim=-1)
-        return _product(flat, self.layer.w_in.mT)
+        return product(flat, self.layer.w_in.mT)
 
     def pushforward(self, tangent: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n e"]:
         """``J v`` for every stacked input."""
-        dq, dk, dv = self.layer.split(_product(tangent, self.layer.w_in))
+        dq, dk, dv = self.layer.split(product(tangent, self.layer.w_in))
         score = (dq @ self.keys.mT).add_(self.queries @ dk.mT)
         score = score.sub_((self.weights * score).sum(dim=-1, keepdim=True)).mul_(self.weights)
         return self.layer.combine(score @ self.values + self.weights @ dv)
 
     def query_pushforward(self, tangent: Float[Tensor, "p r n d"]) -> Float[Tensor, "p r n e"]:
         """Derivative through every token's own query only: row i is ``Q_i v_i``."""
-        dq, _, _ = self.layer.split(_product(tangent, self.layer.w_in))
+        dq, _, _ = self.layer.split(product(tangent, self.layer.w_in))
         score = dq @ self.keys.mT
         score = score.sub_((self.weights * score).sum(dim=-1, keepdim=True)).mul_(self.weights)
         return self.layer.combine(score @ self.values)
@@ -122,18 +122,19 @@ class AttentionTape:
         score = g @ self.values.mT
         score = score.sub_((g * self.averages).sum(dim=-1, keepdim=True)).mul_(self.weights)
         dq = self.layer.turned_back(score @ self.keys).transpose(-3, -2).flatten(-2)
-        return _product(dq, self.layer.w_in[:, : dq.shape[-1]].mT)
+        return product(dq, self.layer.w_in[:, : dq.shape[-1]].mT)
 
 
 def _flat_bias(bias: Tensor | None, weight: Tensor) -> Tensor:
     return weight.new_zeros(weight.shape[0] * weight.shape[2]) if bias is None else bias.flatten()
 
 
-def _columns(weight: Float[Tensor, "h d k"]) -> Float[Tensor, "d hk"]:
+def columns(weight: Float[Tensor, "h d k"]) -> Float[Tensor, "d hk"]:
+    """The weights of all heads side by side."""
     return weight.transpose(0, 1).flatten(1)
 
 
-def _product(x: Float[Tensor, "p r n a"], matrix: Float[Tensor, "a b"]) -> Float[Tensor, "p r n b"]:
+def product(x: Float[Tensor, "p r n a"], matrix: Float[Tensor, "a b"]) -> Float[Tensor, "p r n b"]:
     """``x @ matrix`` as one product per problem: its bits do not depend on how many problems are stacked."""
     p, r, n, a = x.shape
     return torch.bmm(x.reshape(p, r * n, a), matrix.expand(p, -1, -1)).view(p, r, n, -1)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -72,6 +72,10 @@ class StackedGoal:
             clean=self.clean[index],
             row_scale=None if self.row_scale is None else self.row_scale[index],
         )
+
+    def of_rows(self, at: Int[Tensor, "q"] | None) -> "StackedGoal":
+        """The same goals on outputs of the rows ``at`` only; every other row has weight 0."""
+        return self if at is None or self.weights is None else replace(self, weights=self.weights[:, at])
 
     def pool(self, output: Float[Tensor, "p r n e"]) -> Float[Tensor, "p r ..."]:
         """The part of outputs (or of their derivatives) that counts."""

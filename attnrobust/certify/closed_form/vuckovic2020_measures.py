@@ -61,7 +61,7 @@ def general_kernel_constant(layer: TokenMap, radius: float, *, order: float = 1.
     References:
         Derived, docs/certificates-literature.md, section 9; in place of the W_1 theorem of Vuckovic et al. 2020.
 
-    Example:
+    Examples:
         >>> one = torch.ones(1, 1, 1)
         >>> layer = L2Attention(w_q=one, w_v=one, scale=1.0)
         >>> round(general_kernel_constant(layer, 0.5).value, 3)  # 1/2 + e (1 + 2)

@@ -1,5 +1,6 @@
 """The quadratic majorant of the drop as a matrix-free symmetric operator on token moves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.certify.shared.head_sizes import without_common_part
+from attnrobust.certify.shared.softmax_rows import own_values
+from attnrobust.layers.heads import project
 from attnrobust.numerics.rounding import SMALLEST_UNIT, nonzero
 
 LARGEST = 1e130  # coefficients beyond (or NaN) say nothing, and their squares would overflow
@@ -20,18 +23,18 @@ class FunctionalRows:
 
     Args:
         rows: Shared clean quantities.
-        pooling: Row weights pi.
+        pooling: Row weights pi of the rows that are there.
         gamma: ``w_v w_o c`` per head: value change ``t_j = gamma.delta_j``.
         advantage: ``v_j = E z - z_j``; its mean under w is 0.
     """
 
     rows: MarginRows
-    pooling: Float[Tensor, "n"]
+    pooling: Float[Tensor, "q"]
     gamma: Float[Tensor, "h d"]
-    advantage: Float[Tensor, "h n n"]
+    advantage: Float[Tensor, "h q n"]
 
     @cached_property
-    def weighted_advantage(self) -> Float[Tensor, "h n n"]:
+    def weighted_advantage(self) -> Float[Tensor, "h q n"]:
         """``w_j v_j``."""
         return self.rows.weight * self.advantage
 
@@ -42,7 +45,7 @@ class FunctionalRows:
         return nonzero(norm, SMALLEST_UNIT)
 
     @cached_property
-    def first_norm(self) -> Float[Tensor, "h n"]:
+    def first_norm(self) -> Float[Tensor, "h q"]:
         """``|D_i|`` on the movable tokens; only the unit of a parameter, so its rounding does not matter.
 
         ``D_i = -w_i (x) gamma + (w v)_i (x) beta_i + e_i (x) sum_j w_j v_j alpha_j``.
@@ -54,12 +57,12 @@ class FunctionalRows:
         gamma, beta = self.gamma[:, None], rows.beta
         cross = (gamma * beta).sum(-1)
         plain = (w**2 @ m) * (gamma**2).sum(-1) - 2.0 * ((w * wv) @ m) * cross + (wv**2 @ m) * (beta**2).sum(-1)
-        block = -w.diagonal(dim1=1, dim2=2)[..., None] * gamma + wv.diagonal(dim1=1, dim2=2)[..., None] * beta
+        block = -own_values(w, rows.at)[..., None] * gamma + own_values(wv, rows.at)[..., None] * beta
         change = ((block + wv @ rows.alpha) ** 2).sum(-1) - (block**2).sum(-1)
-        return (plain + change * m).clamp_min(0.0).sqrt()
+        return (plain + change * rows.own_movable).clamp_min(0.0).sqrt()
 
     @cached_property
-    def _first_norm_of_pairs(self) -> Float[Tensor, "h n"]:
+    def _first_norm_of_pairs(self) -> Float[Tensor, "h q"]:
         """The same where block l of the key part is ``(w v)_il beta_il``."""
         rows, layer = self.rows, self.rows.layer
         wv, w, m = self.weighted_advantage, rows.weight, rows.movable
@@ -67,18 +70,18 @@ class FunctionalRows:
         cross = rows.queries @ along.mT
         plain = (w**2 @ m) * (self.gamma**2).sum(-1)[:, None] + ((wv * rows.pair_norm) ** 2 @ m)
         plain = plain - 2.0 * ((w * wv * cross) @ m)
-        block = wv.diagonal(dim1=1, dim2=2)[..., None] * rows.beta
-        block = block - w.diagonal(dim1=1, dim2=2)[..., None] * self.gamma[:, None]
-        query = layer.turned_back(wv @ rows.keys) @ layer.w_q.mT
+        block = own_values(wv, rows.at)[..., None] * rows.beta
+        block = block - own_values(w, rows.at)[..., None] * self.gamma[:, None]
+        query = layer.turned_back(wv @ rows.keys, rows.at) @ layer.w_q.mT
         change = ((block + query) ** 2).sum(-1) - (block**2).sum(-1)
-        return (plain + change * m).clamp_min(0.0).sqrt()
+        return (plain + change * rows.own_movable).clamp_min(0.0).sqrt()
 
     @cached_property
     def gradient(self) -> Float[Tensor, "n d"]:
         """``G = sum_hi pi_i D_hi``: minus the gradient of the margin, on movable tokens."""
         return self.combined(self.pooling.expand(self.weighted_advantage.shape[:2]))
 
-    def combined(self, factor: Float[Tensor, "h n"]) -> Float[Tensor, "n d"]:
+    def combined(self, factor: Float[Tensor, "h q"]) -> Float[Tensor, "n d"]:
         """``sum_hi factor_hi D_hi``, on movable tokens."""
         value = -(self.rows.weight.mT @ factor[..., None])[..., 0]
         return spread_back(self, factor[..., None] * self.weighted_advantage, value)
@@ -89,7 +92,7 @@ class FunctionalRows:
         return replace(self, advantage=self.advantage + mean - change[:, None])
 
 
-def functional_rows(rows: MarginRows, pooling: Float[Tensor, "n"], functional: Float[Tensor, "e"]) -> FunctionalRows:
+def functional_rows(rows: MarginRows, pooling: Float[Tensor, "q"], functional: Float[Tensor, "e"]) -> FunctionalRows:
     """Specialise the clean rows to one functional of the pooled output."""
     gamma = rows.layer.value_output @ functional
     z = token_values(rows, gamma)
@@ -107,39 +110,100 @@ def token_values(rows: MarginRows, gamma: Float[Tensor, "h d"]) -> Float[Tensor,
 class LinearImages:
     """The linear pieces of one (batch of) token moves."""
 
-    x: Float[Tensor, "*b h n n"]  # l_j.Delta
+    x: Float[Tensor, "*b h q n"]  # l_j.Delta
     t: Float[Tensor, "*b h n"]  # gamma.delta_j
-    d: Float[Tensor, "*b h n"]  # D.Delta
-    query: Float[Tensor, "*b h n k"]  # delta_i w_q, turned by rotary positions
-    key: Float[Tensor, "*b h n k"]  # delta_j w_k, turned likewise
+    d: Float[Tensor, "*b h q"]  # D.Delta
+    query: Float[Tensor, "*b h q k"]  # delta_i w_q, turned by rotary positions
+    key: Float[Tensor, "*b g n k"]  # delta_j w_k, turned likewise; of rows on their own once for each shared key
 
 
 def linear_images(functional: FunctionalRows, delta: Float[Tensor, "*b n d"]) -> LinearImages:
     """Evaluate the linear pieces; delta must vanish on tokens that may not move."""
-    rows, layer = functional.rows, functional.rows.layer
-    both = (delta @ rows.projection).unflatten(-1, (-1, 2 * layer.key_width)).transpose(-3, -2)
-    query, key = layer.turned(both[..., : layer.key_width]), layer.turned(both[..., layer.key_width :])
-    raw = rows.queries @ key.mT + query @ rows.keys.mT
+    rows = functional.rows
+    query, key = _projected(rows, delta)
+    raw = with_keys(rows, rows.queries, key) + query @ rows.keys.mT
     x = raw - (rows.weight * raw).sum(-1, keepdim=True)
     t = (delta @ functional.gamma.T).mT
     d = (functional.weighted_advantage * x).sum(-1) - (rows.weight @ t[..., None])[..., 0]
     return LinearImages(x=x, t=t, d=d, query=query, key=key)
 
 
+def _projected(rows: MarginRows, delta: Float[Tensor, "*b n d"]) -> tuple[Tensor, Tensor]:
+    """Moves of the queries of the rows and of all keys, turned by rotary positions."""
+    layer, k = rows.layer, rows.layer.key_width
+    if rows.at is None:
+        both = (delta @ rows.projection).unflatten(-1, (-1, 2 * k)).transpose(-3, -2)
+        return layer.turned(both[..., :k]), layer.turned(both[..., k:])
+    key = layer.turned((delta @ rows.shared_keys).unflatten(-1, (-1, k)).transpose(-3, -2))
+    return layer.turned(project(delta[..., rows.at, :], layer.w_q), rows.at), key
+
+
+def _unprojected(rows: MarginRows, query: Float[Tensor, "*b h q k"], key: Float[Tensor, "*b g n k"]) -> Tensor:
+    """Adjoint of ``_projected``, (*b, n, d)."""
+    layer = rows.layer
+    query, key = layer.turned_back(query, rows.at), layer.turned_back(key)
+    if rows.at is None:
+        return torch.cat([query, key], dim=-1).transpose(-3, -2).flatten(-2) @ rows.projection.T
+    back = key.transpose(-3, -2).flatten(-2) @ rows.shared_keys.T
+    own = query.transpose(-3, -2).flatten(-2) @ layer.w_q.transpose(1, 2).flatten(0, 1)
+    return back.index_add_(-2, rows.at, own)
+
+
+def with_keys(rows: MarginRows, left: Float[Tensor, "*a h q k"], key: Float[Tensor, "*b g n k"]) -> Tensor:
+    """Products of vectors of the rows with the keys of their heads, (*b, h, q, n)."""
+    if rows.sharing == 1:
+        return left @ key.mT
+    grouped = left.unflatten(-3, (-1, rows.sharing)).flatten(-3, -2)
+    products: Tensor = (grouped @ key.mT).unflatten(-2, (rows.sharing, -1)).flatten(-4, -3)
+    return products
+
+
+def of_keys(rows: MarginRows, weight: Float[Tensor, "*a h q n"], key: Float[Tensor, "*b g n k"]) -> Tensor:
+    """Sums of the keys of their heads with weights of the rows, (*b, h, q, k)."""
+    if rows.sharing == 1:
+        return weight @ key
+    grouped = weight.unflatten(-3, (-1, rows.sharing)).flatten(-3, -2)
+    sums: Tensor = (grouped @ key).unflatten(-2, (rows.sharing, -1)).flatten(-4, -3)
+    return sums
+
+
+def _into_keys(rows: MarginRows, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """``sum_q weight_q^T vector_q`` of pairs of weights (*b, h, q, n) and vectors (*b, h, q, k), by shared key."""
+    if rows.sharing == 1:
+        return sum((weight.mT @ vector for weight, vector in pairs[1:]), start=pairs[0][0].mT @ pairs[0][1])
+    joined = [_by_group(rows, [pair[side] for pair in pairs]) for side in (0, 1)]
+    return joined[0].mT @ joined[1]
+
+
+def _by_group(rows: MarginRows, parts: Sequence[Tensor]) -> Tensor:
+    """Rows of the heads that share keys below each other, those of all parts."""
+    most = max(part.ndim for part in parts)
+    batch = next(part.shape[:-3] for part in parts if part.ndim == most)
+    grouped = [part.unflatten(-3, (-1, rows.sharing)).flatten(-3, -2) for part in parts]
+    return torch.cat([part.expand(*batch, *part.shape[-3:]) for part in grouped], dim=-2)
+
+
 def spread_back(
-    functional: FunctionalRows, x: Tensor, t: Tensor, *, query: Tensor | None = None, key: Tensor | None = None
+    functional: FunctionalRows,
+    x: Tensor,
+    t: Tensor,
+    *,
+    query: Tensor | None = None,
+    key: Sequence[tuple[Tensor, Tensor]] = (),
+    more: Tensor | None = None,
 ) -> Float[Tensor, "*b n d"]:
-    """Adjoint of ``moments`` for cotangents of (x, t, query, key), restricted to the movable tokens."""
+    """Adjoint of ``linear_images`` for cotangents of (x, t, query, key), restricted to the movable tokens.
+
+    That of the keys is ``sum_q weight_q^T vector_q`` of the pairs in ``key``, and ``more``.
+    """
     rows = functional.rows
     raw = x - rows.weight * x.sum(-1, keepdim=True)
-    to_query, to_key = raw @ rows.keys, raw.mT @ rows.queries
+    to_query, to_key = raw @ rows.keys, _into_keys(rows, ((raw, rows.queries), *key))
     if query is not None:
         to_query = to_query + query
-    if key is not None:
-        to_key = to_key + key
-    to_query, to_key = rows.layer.turned_back(to_query), rows.layer.turned_back(to_key)
-    both = torch.cat([to_query, to_key], dim=-1).transpose(-3, -2).flatten(-2)
-    return (both @ rows.projection.T + t.mT @ functional.gamma) * rows.movable[:, None]
+    if more is not None:
+        to_key = to_key + more
+    return (_unprojected(rows, to_query, to_key) + t.mT @ functional.gamma) * rows.movable[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,23 +222,24 @@ class QuadraticMajorant:
         centre: m, coefficient of ``-(E t)^2`` per row.
         first: g, coefficient of d^2.
         bilinear: a, coefficient of ``|A^T delta_i|^2``.
-        tokens: S, coefficient of ``|sum_j w_j v_j delta_j|^2`` summed over heads and rows.
+        tokens: S, coefficient of ``|sum_j w_j v_j delta_j|^2`` summed over heads and rows; its diagonal where the
+            rest is 0.
         gradient: Linear part of the whole bound ``constant + gradient.Delta + Delta M Delta / 2``.
         constant: Its constant part.
         keys: Rotary positions: K, coefficient of ``|sum_j w_j v_j y_j|^2`` summed over rows; else None.
     """
 
     functional: FunctionalRows
-    square: Float[Tensor, "h n n"]
-    mixed: Float[Tensor, "h n n"]
+    square: Float[Tensor, "h q n"]
+    mixed: Float[Tensor, "h q n"]
     value: Float[Tensor, "h n"]
-    centre: Float[Tensor, "h n"]
-    first: Float[Tensor, "h n"]
-    bilinear: Float[Tensor, "h n"]
-    tokens: Float[Tensor, "n n"]
+    centre: Float[Tensor, "h q"]
+    first: Float[Tensor, "h q"]
+    bilinear: Float[Tensor, "h q"]
+    tokens: "Float[Tensor, 'n n'] | Float[Tensor, 'n'] | Across"
     gradient: Float[Tensor, "n d"]
     constant: Float[Tensor, ""]
-    keys: Float[Tensor, "h n n"] | None = None
+    keys: "Float[Tensor, 'h n n'] | Across | None" = None
 
     @property
     def size(self) -> int:
@@ -196,17 +261,23 @@ class QuadraticMajorant:
         mean_t = self.centre * (rows.weight @ piece.t[..., None])[..., 0] + first
         t = self.value * piece.t - (self.mixed * piece.x).sum(-2) - (rows.weight.mT @ mean_t[..., None])[..., 0]
         pooled = factor * functional.pooling[:, None] * functional.weighted_advantage
-        query = pooled @ piece.key + self.bilinear[..., None] * query_form(rows, piece.query)
-        key = pooled.mT @ piece.query
-        if self.keys is not None:
-            key = key + self.keys @ (piece.key / rows.gauge[:, None])
-        return spread_back(functional, x, t, query=query, key=key) + (self.tokens @ delta) * rows.movable[:, None]
+        query = of_keys(rows, pooled, piece.key) + self.bilinear[..., None] * query_form(rows, piece.query)
+        key, more = [(pooled, piece.query)], None
+        if isinstance(self.keys, Across):
+            key.append((self.keys.left, of_keys(rows, self.keys.right, piece.key) / rows.gauge[:, None]))
+        elif self.keys is not None:
+            more = self.keys @ (piece.key / rows.gauge[:, None])
+        form = self.tokens
+        tokens = form[:, None] * delta if isinstance(form, Tensor) and form.ndim == 1 else form @ delta
+        moved = spread_back(functional, x, t, query=query, key=key, more=more)
+        return moved + tokens * rows.movable[:, None]
 
     @property
     def finite(self) -> bool:
         """Whether nothing overflowed, also not in products with moves."""
-        parts = [self.square, self.mixed, self.value, self.centre, self.first, self.bilinear, self.tokens]
-        parts += [self.gradient, self.constant] if self.keys is None else [self.keys, self.gradient, self.constant]
+        parts = [self.square, self.mixed, self.value, self.centre, self.first, self.bilinear, self.gradient]
+        for part in (self.constant, self.tokens, self.keys):
+            parts += [part.left, part.right] if isinstance(part, Across) else [] if part is None else [part]
         return all(float(part.abs().amax()) < LARGEST for part in parts)
 
     def at(self, delta: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b"]:
@@ -218,7 +289,30 @@ class QuadraticMajorant:
         return self.apply(vector.reshape(*vector.shape[:-1], *self.functional.rows.points.shape)).flatten(-2)
 
 
-def query_form(rows: MarginRows, query: Float[Tensor, "*b h n k"]) -> Float[Tensor, "*b h n k"]:
+@dataclass(frozen=True, eq=False)
+class Across:
+    """``left^T right`` as a map of tokens, for few rows: 2 q n numbers instead of n^2.
+
+    Args:
+        left: One row of coefficients of the tokens for each of the q rows.
+        right: Likewise.
+    """
+
+    left: Float[Tensor, "*h q n"]
+    right: Float[Tensor, "*h q n"]
+
+    def __matmul__(self, tokens: Float[Tensor, "*b n k"]) -> Float[Tensor, "*b n k"]:
+        return self.left.mT @ (self.right @ tokens)
+
+
+def across(rows: MarginRows, left: Float[Tensor, "h q n"], right: Float[Tensor, "h q n"]) -> Tensor | Across:
+    """``left_h^T right_h`` summed over heads, with rotary positions of each; factored for rows on their own."""
+    if rows.layer.rotary is None:
+        left, right = left.flatten(0, 1), right.flatten(0, 1)
+    return left.mT @ right if rows.at is None else Across(left, right)
+
+
+def query_form(rows: MarginRows, query: Float[Tensor, "*b h q k"]) -> Float[Tensor, "*b h q k"]:
     """``s^2 query w_k^T w_k``, whose product with query is ``|A^T delta_i|^2``; or ``s^2 query G``, N(delta_i)."""
     if rows.layer.rotary is not None:
         return query * (rows.layer.factor**2 * rows.gauge[:, None])

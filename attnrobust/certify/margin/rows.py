@@ -1,13 +1,13 @@
 """What the margin certificate needs of a layer at one clean input, for all heads and rows at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnrobust.certify.shared.softmax_rows import SoftmaxRows, own_share
+from attnrobust.certify.shared.softmax_rows import SoftmaxRows, own_entries, own_share, own_values
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.rounding import CANCELLATION, FORMULA, outward
 from attnrobust.numerics.triangle import triangle
@@ -28,7 +28,7 @@ class MarginRows(SoftmaxRows):
         movable: 1.0 where a token may move.
     """
 
-    movable: Float[Tensor, "n"]
+    movable: Float[Tensor, "n"] = field(kw_only=True)
 
     @cached_property
     def projection(self) -> Float[Tensor, "d p"]:
@@ -37,24 +37,40 @@ class MarginRows(SoftmaxRows):
         return both.transpose(0, 1).flatten(1)
 
     @property
+    def sharing(self) -> int:
+        """How many heads use one image of the moves under a key map: of rows on their own those that share keys."""
+        single = self.at is None or self.layer.kv_heads is None
+        return 1 if single else self.layer.heads // (self.layer.kv_heads or 1)
+
+    @cached_property
+    def shared_keys(self) -> Float[Tensor, "d gk"]:
+        """The different ones of the key maps side by side."""
+        return self.layer.w_k[:: self.sharing].transpose(0, 1).flatten(1)
+
+    @cached_property
+    def own_movable(self) -> Float[Tensor, "q"]:
+        """1.0 where the token of the row itself may move."""
+        return self.movable if self.at is None else self.movable[self.at]
+
+    @property
     def index(self) -> Bool[Tensor, "n"]:
         """Movable tokens as booleans."""
         return self.movable > 0
 
     @cached_property
-    def alpha_mean(self) -> Float[Tensor, "h n d"]:
+    def alpha_mean(self) -> Float[Tensor, "h q d"]:
         """``sum_j w_ij alpha_j``."""
         return self.weight @ self.alpha
 
     @cached_property
-    def own(self) -> Float[Tensor, "h n n"]:
+    def own(self) -> Float[Tensor, "h q n"]:
         """delta_i-coordinate of ``e_j - w``."""
-        return own_share(self.weight, self.movable)
+        return own_share(self.weight, self.movable, self.at)
 
     @cached_property
-    def rest(self) -> Float[Tensor, "h n n"]:
+    def rest(self) -> Float[Tensor, "h q n"]:
         """``||(e_j - w) on the movable tokens other than i||``."""
-        return rest_norm(self.weight, self.movable)
+        return rest_norm(self.weight, self.movable, self.at)
 
     @cached_property
     def key_gram(self) -> Float[Tensor, "h k k"]:
@@ -62,9 +78,13 @@ class MarginRows(SoftmaxRows):
         return self.layer.factor**2 * self.layer.w_k.mT @ self.layer.w_k
 
     def pulled_keys(self, i: int) -> Float[Tensor, "h n k"]:
-        """Rotary positions: ``(s k_j R_j - mean) R_i^T``, so that ``alpha_ij - mean alpha`` is w_q times them."""
+        """Rotary positions: ``(s k_j R_j - mean) R_i^T``, so that ``alpha_ij - mean alpha`` is w_q times them.
+
+        Args:
+            i: Which of the rows that are there.
+        """
         centred = self.keys - self.weight[:, i, None, :] @ self.keys
-        return self.layer.turned_back(centred, torch.full((self.n,), i, device=centred.device))
+        return self.layer.turned_back(centred, self.asked[i].expand(self.n))
 
     @cached_property
     def _norms(self) -> tuple[Tensor, Tensor]:
@@ -82,29 +102,33 @@ class MarginRows(SoftmaxRows):
         return self._norms[1]
 
 
-def margin_rows(problem: Problem, *, everywhere: bool = False) -> MarginRows:
+def margin_rows(problem: Problem, *, everywhere: bool = False, asked: bool = False) -> MarginRows:
     """The clean quantities of a problem whose network is one attention layer.
 
     Args:
         problem: The question.
         everywhere: Treat every token as movable, whatever the threat says.
+        asked: Only of the rows that the goal looks at.
     """
     layer = problem.network
     assert isinstance(layer, Attention)  # noqa: S101 - the method refuses other networks before
     x = problem.clean.points
     movable = x.new_ones(problem.clean.n) if everywhere else problem.moves.movable(problem.clean.n).to(x)
-    return MarginRows(layer, x, problem.mass, movable)
+    weights = problem.resolved.weights
+    at = None if not asked or weights is None or bool((weights != 0).all()) else weights.nonzero().flatten()
+    return MarginRows(layer, x, problem.mass, at, movable=movable)
 
 
-def rest_norm(weight: Float[Tensor, "h n n"], c: Float[Tensor, "*r n"]) -> Float[Tensor, "h n n"]:
+def rest_norm(
+    weight: Float[Tensor, "h q n"], c: Float[Tensor, "*r n"], at: Int[Tensor, "q"] | None = None
+) -> Float[Tensor, "h q n"]:
     """``(sum_(l != i) c_l (e_j - w)_l^2)^(1/2)`` for every (h, i, j); c_l is [l may move], or (h, i, l)."""
-    n = weight.shape[-1]
-    eye = torch.eye(n, dtype=weight.dtype, device=weight.device)
+    eye = own_entries(weight, at)
     if c.ndim == 1:
-        whole, own = (weight**2) @ c, c
+        whole, own = (weight**2) @ c, c if at is None else c[at]
     else:
-        whole, own = (weight**2 * c).sum(-1), c.diagonal(dim1=1, dim2=2)
-    squares = whole - weight.diagonal(dim1=1, dim2=2) ** 2 * own  # sum over the tokens without i
+        whole, own = (weight**2 * c).sum(-1), own_values(c, at)
+    squares = whole - own_values(weight, at) ** 2 * own  # sum over the tokens without i
     jump = (1.0 - 2.0 * weight) * c * (1.0 - eye)  # (1 - w_j)^2 - w_j^2 where j itself may move
     pad = CANCELLATION if c.ndim == 1 else CANCELLATION * c.amax(-1, keepdim=True)
     return ((squares[..., None] + jump).clamp_min(0.0) + pad).sqrt()
@@ -126,14 +150,14 @@ def _norms(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return norm, torch.minimum(symmetric + FORMULA * spectral, norm)
 
 
-def own_block(rows: MarginRows, order: float) -> Float[Tensor, "h n n"]:
+def own_block(rows: MarginRows, order: float) -> Float[Tensor, "h q n"]:
     """Norm of the delta_i-block ``own_j beta_i + alpha_j - mean alpha`` of l_j (order 2, 1, inf); 0 if i is fixed."""
     if order == 2.0:
         return _own_norm(rows) if rows.layer.rotary is None else _own_norm_of_pairs(rows)
     out = torch.empty_like(rows.weight)
-    for i in range(rows.n):  # d-dimensional blocks of one row of all heads at a time: h n d numbers
+    for i in range(rows.asked.numel()):  # d-dimensional blocks of one row of all heads at a time: h n d numbers
         block = _own_vectors(rows, i)
-        out[:, i] = torch.linalg.vector_norm(block, ord=order, dim=-1) * rows.movable[i]
+        out[:, i] = torch.linalg.vector_norm(block, ord=order, dim=-1) * rows.own_movable[i]
     return out
 
 
@@ -143,7 +167,7 @@ def _own_vectors(rows: MarginRows, i: int) -> Float[Tensor, "h n d"]:
     return rows.own[:, i, :, None] * rows.beta[:, i, None, :] + rows.alpha - rows.alpha_mean[:, i, None, :]
 
 
-def _own_norm(rows: MarginRows) -> Float[Tensor, "h n n"]:
+def _own_norm(rows: MarginRows) -> Float[Tensor, "h q n"]:
     """The 2-norm of the delta_i-blocks from Gram entries, padded outward."""
     gram = rows.alpha @ rows.alpha.mT
     mean = rows.weight @ gram
@@ -153,41 +177,41 @@ def _own_norm(rows: MarginRows) -> Float[Tensor, "h n n"]:
     length = (rows.beta**2).sum(-1)[..., None]
     pad = 16.0 * CANCELLATION * (gram.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None] + length)
     total = rows.own**2 * length + 2.0 * rows.own * cross + square
-    return (total.clamp_min(0.0) + pad).sqrt() * rows.movable[:, None]
+    return (total.clamp_min(0.0) + pad).sqrt() * rows.own_movable[:, None]
 
 
-def _own_norm_of_pairs(rows: MarginRows) -> Float[Tensor, "h n n"]:
+def _own_norm_of_pairs(rows: MarginRows) -> Float[Tensor, "h q n"]:
     """The 2-norm of the delta_i-blocks from their vectors in 2 k coordinates."""
-    k, queries = rows.layer.key_width, rows.layer.turned_back(rows.queries)
+    k, queries = rows.layer.key_width, rows.layer.turned_back(rows.queries, rows.at)
     small = triangle(torch.cat([rows.layer.w_q, rows.layer.w_k], dim=-1))
     out = torch.empty_like(rows.weight)
-    for i in range(rows.n):
+    for i in range(rows.asked.numel()):
         block = rows.pulled_keys(i) @ small[..., :k].mT
         block = block + rows.own[:, i, :, None] * (queries[:, i, None, :] @ small[..., k:].mT)
-        out[:, i] = torch.linalg.vector_norm(block, dim=-1) * rows.movable[i]
+        out[:, i] = torch.linalg.vector_norm(block, dim=-1) * rows.own_movable[i]
     longest = torch.linalg.vector_norm(rows.keys, dim=-1).amax(-1) * torch.linalg.matrix_norm(small[..., :k])
-    pad: Tensor = CANCELLATION * longest[:, None, None] * rows.movable[:, None]
+    pad: Tensor = CANCELLATION * longest[:, None, None] * rows.own_movable[:, None]
     norms: Tensor = outward(out, FORMULA) + pad
     return norms
 
 
-def own_gram(rows: MarginRows) -> Float[Tensor, "h n n n"]:
+def own_gram(rows: MarginRows) -> Float[Tensor, "h q n n"]:
     """Gram matrix over (j, j') of the delta_i-blocks of l_j, for every row (h, i)."""
     out = rows.weight.new_empty(*rows.weight.shape, rows.n)
-    for i in range(rows.n):
+    for i in range(rows.asked.numel()):
         block = _own_vectors(rows, i)
-        out[:, i] = block @ block.mT * rows.movable[i]
+        out[:, i] = block @ block.mT * rows.own_movable[i]
     return out
 
 
-def direction_gram(rows: MarginRows) -> Float[Tensor, "h n n n"]:
+def direction_gram(rows: MarginRows) -> Float[Tensor, "h q n n"]:
     """Gram matrix over (j, j') of the l_j restricted to the movable tokens, for every row (h, i)."""
     if rows.layer.rotary is not None:
         return _overlap(rows, rows.movable * rows.pair_norm**2) + own_gram(rows)
     return _overlap(rows, rows.movable) * (rows.beta**2).sum(-1)[..., None, None] + own_gram(rows)
 
 
-def _overlap(rows: MarginRows, c: Float[Tensor, "*r n"]) -> Float[Tensor, "h n n n"]:
+def _overlap(rows: MarginRows, c: Float[Tensor, "*r n"]) -> Float[Tensor, "h q n n"]:
     """``sum_(l != i) c_l (e_j - w)_l (e_j' - w)_l``, c = 0 on tokens that may not move.
 
     Over all l it is ``[j = j'] c_j - w_j c_j - w_j' c_j' + sum c w^2``.
@@ -196,5 +220,5 @@ def _overlap(rows: MarginRows, c: Float[Tensor, "*r n"]) -> Float[Tensor, "h n n
     wm = w * c
     squares = (wm * w).sum(-1)
     overlap = torch.diag_embed(c) - wm[..., :, None] - wm[..., None, :] + squares[..., None, None]
-    own = rows.own if c.ndim == 1 else rows.own * c.diagonal(dim1=1, dim2=2).sqrt()[..., None]
+    own = rows.own if c.ndim == 1 else rows.own * own_values(c, rows.at).sqrt()[..., None]
     return overlap - own[..., :, None] * own[..., None, :]

@@ -4,15 +4,17 @@ Section 2 of docs/rotary-certificates.md.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.layers.attention import Attention
 from attnrobust.layers.rotary import Rotary
+from attnrobust.numerics.eigenvalues import power_eigenvalue
 from attnrobust.numerics.rounding import FORMULA, SMALLEST_UNIT, outward
 from attnrobust.numerics.triangle import triangle
 
 GAUGE_STEPS, GAUGE_RATE = 40, 0.1  # of the descent in the gauge; any gauge is sound
+DECOMPOSED = 512  # turns up to which their forms are decomposed; a decomposition is several times slower than powers
 CHUNK_NUMBERS = 20_000_000  # float64 numbers per temporary: about 160 MB
 
 
@@ -22,25 +24,32 @@ def rotary_of(layer: Attention) -> Rotary:
     return layer.rotary
 
 
-def largest_form_norm(layer: Attention, n: int) -> Float[Tensor, "h"]:
-    """Upper bound of ``max_il ||A_il||_2`` over all pairs of n tokens.
+def largest_form_norm(layer: Attention, n: int, *, at: Int[Tensor, "q"] | None = None) -> Float[Tensor, "h"]:
+    """Upper bound of ``max_il ||A_il||_2`` over all pairs of n tokens, or over those whose i is in ``at``.
 
     ``||w_q R w_k^T|| = ||T_q R T_k^T||`` with the triangles of the weights; the turns ``R_i R_l^T`` are those of the
     differences of the positions, up to the rounding of the angles, which grows with the offset.
     """
     right_q, right_k = triangle(layer.w_q), triangle(layer.w_k)
-    turns = rotary_of(layer).differences(n)
+    turns = rotary_of(layer).differences(n, at)
     angles = turns.angles
     assert angles is not None  # noqa: S101 - differences are explicit; narrows the type
     best = right_q.new_zeros(layer.heads)
     for part in angles.split(max(1, CHUNK_NUMBERS // right_q.numel())):
         turn = Rotary(angles=part, layout=turns.layout)
         turned = turn.turn(right_q[:, :, None, :].expand(-1, -1, len(part), -1))  # (h, r, m, k)
-        norms = torch.linalg.matrix_norm(turned.transpose(1, 2) @ right_k.mT[:, None], 2)
-        best = torch.maximum(best, norms.amax(dim=1))
+        best = torch.maximum(best, _norms(turned.transpose(1, 2) @ right_k.mT[:, None], len(angles)).amax(dim=1))
     norms = [torch.linalg.matrix_norm(right, 2) for right in (right_q, right_k)]
     best = torch.minimum(best + _turn_error(layer, n) * norms[0] * norms[1], norms[0] * norms[1])
     return outward(abs(layer.factor) * best, FORMULA)
+
+
+def _norms(forms: Float[Tensor, "h m r s"], count: int) -> Float[Tensor, "h m"]:
+    """Upper bounds of the spectral norms: decompositions of a few, powers of many (at most ``k^(1/128)`` too large)."""
+    if count <= DECOMPOSED:
+        found: Tensor = torch.linalg.matrix_norm(forms, 2)
+        return found
+    return power_eigenvalue(forms.mT @ forms, squarings=5).sqrt()
 
 
 def _turn_error(layer: Attention, n: int) -> float:
@@ -50,18 +59,19 @@ def _turn_error(layer: Attention, n: int) -> float:
 
 
 def key_gradient_norms(
-    layer: Attention, queries: Float[Tensor, "h n k"], *, order: float = 2.0
-) -> Float[Tensor, "h n n"]:
+    layer: Attention, queries: Float[Tensor, "h q k"], n: int, *, order: float = 2.0
+) -> Float[Tensor, "h q n"]:
     """Upper bound of ``|beta_il|``, the gradient of score s_il in the key token l, for every query i.
 
     Args:
         layer: The layer.
-        queries: ``s q_i R_i``.
+        queries: ``s q_i R_i``, of all tokens or of some.
+        n: Tokens l.
         order: Of the norm.
     """
     right = triangle(layer.w_k) if order == 2.0 else layer.w_k
     out = []
-    index = torch.arange(queries.shape[1], device=queries.device)
+    index = torch.arange(n, device=queries.device)
     for part in index.split(max(1, CHUNK_NUMBERS // (queries.shape[0] * queries.shape[1] * max(right.shape[1:])))):
         pulled = layer.turned_back(queries[:, :, None, :].expand(-1, -1, len(part), -1), part)  # (h, i, l, k)
         out.append(torch.linalg.vector_norm(pulled @ right.mT[:, None], ord=order, dim=-1))

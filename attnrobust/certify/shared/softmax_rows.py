@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnrobust.certify.shared.head_sizes import without_common_part
@@ -26,11 +26,13 @@ class SoftmaxRows:
         layer: The attention layer.
         points: Clean tokens.
         mass: Masses or None.
+        at: The rows i that are asked for, q of them; None: all. Arrays are then (h, q, n), with h q n numbers.
     """
 
     layer: Attention
     points: Float[Tensor, "n d"]
     mass: Float[Tensor, "n"] | None
+    at: Int[Tensor, "q"] | None = None
 
     @property
     def n(self) -> int:
@@ -38,19 +40,24 @@ class SoftmaxRows:
         return int(self.points.shape[0])
 
     @cached_property
-    def log_weight(self) -> Float[Tensor, "h n n"]:
-        """Log w; -inf where a token is hidden."""
-        return torch.log_softmax(self.layer.scores(self.points, self.mass), dim=-1)
+    def asked(self) -> Int[Tensor, "q"]:
+        """The rows that are there, as tokens."""
+        return torch.arange(self.n, device=self.points.device) if self.at is None else self.at
 
     @cached_property
-    def weight(self) -> Float[Tensor, "h n n"]:
+    def log_weight(self) -> Float[Tensor, "h q n"]:
+        """Log w; -inf where a token is hidden."""
+        return torch.log_softmax(self.layer.scores(self.points, self.mass, at=self.at), dim=-1)
+
+    @cached_property
+    def weight(self) -> Float[Tensor, "h q n"]:
         """W."""
         return self.log_weight.exp()
 
     @cached_property
-    def queries(self) -> Float[Tensor, "h n k"]:
+    def queries(self) -> Float[Tensor, "h q k"]:
         """``s q_i``, turned by rotary positions."""
-        return self.layer.factor * self.layer.queries(self.points)
+        return self.layer.factor * self.layer.queries(self.points, at=self.at)
 
     @cached_property
     def keys(self) -> Float[Tensor, "h n k"]:
@@ -60,20 +67,22 @@ class SoftmaxRows:
         return without_common_part(self.layer.factor * torch.einsum("nd,hdk->hnk", self.points, self.layer.w_k))
 
     @cached_property
-    def beta(self) -> Float[Tensor, "h n d"]:
+    def beta(self) -> Float[Tensor, "h q d"]:
         """Gradient of score s_ij in the key token x_j, the same for all j; with rotary positions that of s_ii."""
-        return torch.einsum("hnk,hdk->hnd", self.layer.turned_back(self.queries), self.layer.w_k)
+        return torch.einsum("hnk,hdk->hnd", self.layer.turned_back(self.queries, self.at), self.layer.w_k)
 
     @cached_property
-    def beta_norm(self) -> Float[Tensor, "h n"]:
+    def beta_norm(self) -> Float[Tensor, "h q"]:
         """``|beta_i|``, or ``|beta_ii|``."""
         norms: Tensor = torch.linalg.vector_norm(self.beta, dim=-1)
         return norms
 
     @cached_property
-    def pair_norm(self) -> Float[Tensor, "h n m"]:
+    def pair_norm(self) -> Float[Tensor, "h q m"]:
         """``|beta_ij|`` for every key j; m = 1 where they are all the same."""
-        return self.beta_norm[..., None] if self.layer.rotary is None else key_gradient_norms(self.layer, self.queries)
+        if self.layer.rotary is None:
+            return self.beta_norm[..., None]
+        return key_gradient_norms(self.layer, self.queries, self.n)
 
     @cached_property
     def alpha(self) -> Float[Tensor, "h n d"]:
@@ -89,7 +98,7 @@ class SoftmaxRows:
     @cached_property
     def form_norm(self) -> Float[Tensor, "h"]:
         """Rotary positions: upper bound of every ``||A_ij||_2``."""
-        return largest_form_norm(self.layer, self.n)
+        return largest_form_norm(self.layer, self.n, at=self.at)
 
     @cached_property
     def gauge(self) -> Float[Tensor, "h k"]:
@@ -97,7 +106,22 @@ class SoftmaxRows:
         return gauge(self.layer)
 
 
-def own_share(weight: Float[Tensor, "h n n"], movable: Float[Tensor, "n"]) -> Float[Tensor, "h n n"]:
+def own_share(
+    weight: Float[Tensor, "h q n"], movable: Float[Tensor, "n"], at: Int[Tensor, "q"] | None = None
+) -> Float[Tensor, "h q n"]:
     """``[j = i] - w_ii``: share of the query token itself in ``delta_j - dbar``; 0 where it may not move."""
+    moves = movable if at is None else movable[at]
+    return (own_entries(weight, at) - own_values(weight, at)[..., None]) * moves[:, None]
+
+
+def own_entries(weight: Float[Tensor, "h q n"], at: Int[Tensor, "q"] | None) -> Float[Tensor, "q n"]:
+    """``[j = i]`` for the rows i of ``at``, or for all."""
     eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    return (eye - weight.diagonal(dim1=1, dim2=2)[..., None]) * movable[:, None]
+    return eye if at is None else eye[at]
+
+
+def own_values(pairs: Float[Tensor, "*b q n"], at: Int[Tensor, "q"] | None) -> Float[Tensor, "*b q"]:
+    """The entries j = i of the rows i of ``at``, or of all."""
+    if at is None:
+        return pairs.diagonal(dim1=-2, dim2=-1)
+    return pairs.gather(-1, at[:, None].expand(*pairs.shape[:-1], 1))[..., 0]

@@ -50,7 +50,7 @@ class GraphBuilder:
     Args:
         width: Token width of the input.
 
-    Example:
+    Examples:
         >>> import torch
         >>> builder = GraphBuilder(2)
         >>> builder.add("head", Affine(torch.ones(2, 1, dtype=torch.float64)))

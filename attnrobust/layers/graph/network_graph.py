@@ -32,7 +32,7 @@ class NetworkGraph(Wiring):
         InputError: Names that repeat, a state read before it is computed or never read, widths that do not fit, a depth
             on which the output does not depend alone.
 
-    Example:
+    Examples:
         >>> from attnrobust.layers.graph import Affine, Step, Sum
         >>> twice = Affine(2.0 * torch.eye(2, dtype=torch.float64))
         >>> graph = NetworkGraph(2, (Step("twice", twice, ("input",)), Step("out", Sum(), ("input", "twice"))))

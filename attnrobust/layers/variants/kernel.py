@@ -58,7 +58,7 @@ class KernelAttention(Specification):
     References:
         Vuckovic, Baratin and Tachet des Combes, arXiv 2007.02876 (attention as an integral operator of a kernel).
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = KernelAttention(lambda x, y: -torch.cdist(x, y), "laplace", torch.eye(2))
         >>> layer(torch.tensor([[1.0, 2.0]], dtype=torch.float64))

@@ -68,7 +68,7 @@ class L2Attention(ScaledHeadSpecification):
     References:
         Kim, Papamakarios and Mnih, "The Lipschitz constant of self-attention", ICML 2021 (definition as reported).
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = L2Attention(w_q=torch.eye(2)[None], w_v=torch.eye(2)[None], scale=1.0)
         >>> layer(torch.tensor([[0.0, 3.0]], dtype=torch.float64))

@@ -22,7 +22,7 @@ STATES, MEAN = "last hidden states", "mean of the last hidden states"
 
 LOGITS, HIDDEN = "logits", "last_hidden_state"
 
-CURE = "ask for hidden states: head='states' or 'mean' (--goal hidden, pooled, or nearest with --anchors FILE)"
+CURE = "ask for hidden states: head='states' or head='mean'"
 """What a model without a head of its own, or with one that is not read, has all the same."""
 
 Nodes = tuple[tuple[str, Node], ...]

@@ -193,8 +193,8 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             paper="local statement",
             ours="largest gain of an attack: " + ", ".join(f"{gain:.3g} at {size:g}" for size, gain in far.items()),
             agrees=far[sizes[0]] > 1.0 if far else None,
-            reason="more than the derivative: in W_2 a small part of the mass may travel far at little cost; there "
-            "it may take the attention of the other tokens",
+            reason="more than the derivative says: in W_2 a small part of the mass may travel far at little cost; "
+            "there it may take the attention of the other tokens",
         ),
     ]
 

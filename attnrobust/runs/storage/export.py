@@ -11,6 +11,7 @@ from attnrobust.runs.rows import Row
 from attnrobust.runs.storage.atomic import require_writable_file, write_text
 from attnrobust.runs.storage.files import json_text
 from attnrobust.runs.storage.store import RunStore
+from attnrobust.runs.yardsticks import as_json
 
 
 def export_rows(directory: Path, *, csv: Path | None = None, jsonl: Path | None = None) -> tuple[Path, ...]:
@@ -29,7 +30,7 @@ def export_rows(directory: Path, *, csv: Path | None = None, jsonl: Path | None 
     """
     targets = {path: render for path, render in ((csv, csv_text), (jsonl, jsonl_text)) if path is not None}
     if not targets:
-        raise InputError("name a file by --csv FILE or --jsonl FILE")
+        raise InputError("name a file by --csv FILE or --jsonl FILE, or a tracker by --log-to")
     for path, option in ((csv, "--csv"), (jsonl, "--jsonl")):
         if path is not None:
             require_writable_file(path, option=option)
@@ -41,7 +42,7 @@ def export_rows(directory: Path, *, csv: Path | None = None, jsonl: Path | None 
 
 def jsonl_text(rows: Iterable[Row]) -> str:
     """One JSON object a line."""
-    return "".join(json_text(row.as_dict()) + "\n" for row in rows)
+    return "".join(json_text(as_json(row)) + "\n" for row in rows)
 
 
 def csv_text(rows: Iterable[Row]) -> str:

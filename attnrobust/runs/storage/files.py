@@ -14,9 +14,10 @@ from attnrobust.errors import InputError
 from attnrobust.runs.rows import SCHEMA_VERSION, Row, without_times
 from attnrobust.runs.storage.atomic import require_writable, require_writable_file, write_atomically
 from attnrobust.runs.storage.parquet import parquet_bytes
+from attnrobust.runs.yardsticks import as_json
 
 PARQUET_NAME, JSON_NAME, PLOT_NAME, REPORT_NAME = "results.parquet", "results.json", "gap.png", "report.html"
-YOUNGER = ("label", "attack_label", "token_radii", "token_norm")
+YOUNGER = ("label", "attack_label", "token_radii", "token_norm", "word_distance")
 """Fields of rows that came later."""
 MANIFEST = "manifest.json"
 """A directory that has it holds a run of many rows."""
@@ -76,7 +77,13 @@ def require_same_job(directory: Path, job: str) -> None:
 
 
 def write_results(
-    directory: Path, rows: Sequence[Row], *, run: Mapping[str, Any], job: str, plot: bytes | None = None
+    directory: Path,
+    rows: Sequence[Row],
+    *,
+    run: Mapping[str, Any],
+    job: str,
+    plot: bytes | None = None,
+    command: str | None = None,
 ) -> tuple[Path, ...]:
     """Write rows as Parquet and JSON, and a plot, into a directory; all contents are made before the first file is.
 
@@ -88,6 +95,7 @@ def write_results(
         run: What the run was (model, options, seed); goes into the JSON file with the versions.
         job: Digest of the job, see ``require_same_job``.
         plot: A PNG, or None.
+        command: What was typed, for the report; None leaves it out.
 
     Returns:
         The files written.
@@ -96,7 +104,8 @@ def write_results(
         InputError: The directory cannot be written.
     """
     document = {"schema_version": SCHEMA_VERSION, "run": dict(run), "job": job, "versions": versions()}
-    document |= {"written": _now(), "rows": [row.as_dict() for row in rows]}
+    document |= {} if command is None else {"command": command}
+    document |= {"written": _now(), "rows": [as_json(row) for row in rows]}
     contents = {PARQUET_NAME: parquet_bytes(rows), JSON_NAME: (json_text(document, indent=1) + "\n").encode()}
     if plot is not None:
         contents[PLOT_NAME] = plot

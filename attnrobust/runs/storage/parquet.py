@@ -1,6 +1,7 @@
 """Rows as Parquet and back; the only file that imports pyarrow."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ _TEXT = (
 )
 _FLOAT = (
     *("tolerance", "margin", "certified_radius", "attack_radius", "gap", "seconds_certify", "seconds_attack"),
-    *("epsilon", "usage", "input_norm", "token_norm"),
+    *("epsilon", "usage", "input_norm", "token_norm", "word_distance"),
 )
 _INTEGER = ("n", "seed", "queries")
 
@@ -61,14 +62,44 @@ def read_row_ids(path: Path, *, run: str | None = None) -> list[str]:
     return ids
 
 
-def _read_table(path: Path, run: str | None, *, columns: list[str] | None = None) -> Any:
+def parquet_columns(path: Path) -> dict[str, bool]:
+    """The columns of any Parquet file, and whether each holds text.
+
+    Raises:
+        InputError: Missing or damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    with _readable(path):
+        schema = pq.read_schema(path)
+    return {field.name: pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in schema}
+
+
+def parquet_column(path: Path, name: str) -> list[Any]:
+    """The values of one column of any Parquet file."""
+    import pyarrow.parquet as pq
+
+    with _readable(path):
+        values: list[Any] = pq.read_table(path, columns=[name]).column(name).to_pylist()
+    return values
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
     try:
-        table = pq.read_table(path, columns=columns)
+        yield
     except (OSError, pa.ArrowException, KeyError) as error:
         raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _read_table(path: Path, run: str | None, *, columns: list[str] | None = None) -> Any:
+    import pyarrow.parquet as pq
+
+    with _readable(path):
+        table = pq.read_table(path, columns=columns)
     metadata = table.schema.metadata or {}
     written = int(metadata.get(b"attnrobust_schema", b"0"))
     if written != SCHEMA_VERSION:

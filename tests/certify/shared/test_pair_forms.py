@@ -54,7 +54,7 @@ def test_norms_of_the_forms_and_of_the_key_gradients(seed: int) -> None:
     assert bool((largest[:, None] >= torch.linalg.matrix_norm(own, 2) * (1.0 - 1e-12)).all())
     queries = layer.factor * layer.queries(x)
     for order in (1.0, 2.0, torch.inf):
-        norms = key_gradient_norms(layer, queries, order=order)
+        norms = key_gradient_norms(layer, queries, queries.shape[1], order=order)
         for i, j in off:
             slope = torch.linalg.vector_norm(first[:, i, j, j], ord=order, dim=-1)
             torch.testing.assert_close(norms[:, i, j], slope, rtol=1e-9, atol=1e-12)
@@ -90,7 +90,7 @@ def test_the_functionals_of_both_certificates(seed: int, some: bool) -> None:
     weights = layer.weights(x)
     dense = first - torch.einsum("hij,hijld->hild", weights, first)[:, :, None]
     exact = dense.flatten(-2) @ dense.flatten(-2).mT
-    rows = MarginRows(layer, x, None, movable.to(x))
+    rows = MarginRows(layer, x, None, movable=movable.to(x))
     torch.testing.assert_close(direction_gram(rows), exact, rtol=1e-8, atol=1e-8)
     moving = MovingRows(ValueRows(layer, x, None), None, movable)
     torch.testing.assert_close(moving.gram, exact, rtol=1e-8, atol=1e-8)
@@ -109,7 +109,7 @@ def test_the_functionals_of_both_certificates(seed: int, some: bool) -> None:
 def test_many_tokens_use_bounds_of_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the Gram limit the key and query parts are bounded apart: never below the exact value."""
     layer, x = layer_and_points(3)
-    rows = MarginRows(layer, x, None, torch.ones(len(x), dtype=x.dtype))
+    rows = MarginRows(layer, x, None, movable=torch.ones(len(x), dtype=x.dtype))
     weights = layer.weights(x)
     geometry = row_geometry(rows, FrobeniusBall())
     exact = constants.largest_quadratic(rows, geometry, weights)

@@ -15,7 +15,14 @@ from attnrobust.certify.margin.all_tokens.majorant import (
     mass_curve,
     value_reference,
 )
-from attnrobust.certify.margin.quadratic_form import FunctionalRows, LinearImages, linear_images, query_form
+from attnrobust.certify.margin.quadratic_form import (
+    FunctionalRows,
+    LinearImages,
+    linear_images,
+    of_keys,
+    query_form,
+    with_keys,
+)
 from attnrobust.numerics.eigenvalues import spread_eigenvalue
 from attnrobust.numerics.rounding import SMALLEST_UNIT
 
@@ -34,9 +41,9 @@ class References:
         gram: ``delta_i.delta_j``.
     """
 
-    x: Float[Tensor, "b h n n"]
+    x: Float[Tensor, "b h q n"]
     t: Float[Tensor, "b h n"]
-    query: Float[Tensor, "b h n"]
+    query: Float[Tensor, "b h q"]
     gram: Float[Tensor, "b n n"]
 
     def scaled(self, size: float) -> "References":
@@ -57,13 +64,13 @@ class Moments:
         seen: What a balance needs too.
         d: ``D.Delta``.
         pairs: ``s delta_i w_q . delta_j w_k``, turned.
-        key_gram: Rotary positions: ``y_i.y_j``; else None.
+        keys: Rotary positions: ``delta_j w_k``, turned; else None.
     """
 
     seen: References
-    d: Float[Tensor, "b h n"]
-    pairs: Float[Tensor, "b h n n"]
-    key_gram: Float[Tensor, "b h n n"] | None
+    d: Float[Tensor, "b h q"]
+    pairs: Float[Tensor, "b h q n"]
+    keys: Float[Tensor, "b g n k"] | None
 
 
 def references(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> References:
@@ -76,9 +83,9 @@ def moments(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> Momen
     found: LinearImages = linear_images(functional, points)
     rows = functional.rows
     query = (query_form(rows, found.query) * found.query).sum(-1)
-    key_gram = None if rows.layer.rotary is None else (found.key / rows.gauge[:, None]) @ found.key.mT
-    pairs = rows.layer.factor * found.query @ found.key.mT
-    return Moments(References(found.x, found.t, query, points @ points.mT), found.d, pairs, key_gram)
+    keys = None if rows.layer.rotary is None else found.key
+    pairs = rows.layer.factor * with_keys(rows, found.query, found.key)
+    return Moments(References(found.x, found.t, query, points @ points.mT), found.d, pairs, keys)
 
 
 def value_at(functional: FunctionalRows, found: Coefficients, moments: Moments) -> Float[Tensor, "b"]:
@@ -87,14 +94,18 @@ def value_at(functional: FunctionalRows, found: Coefficients, moments: Moments) 
     average = (functional.rows.weight @ at.t[..., None])[..., 0]
     d = (moved * at.x).sum(-1) - average
     pairwise = at.x * (0.5 * found.square * at.x - found.mixed * at.t[..., None, :] - found.shifted)
-    gram = at.gram[:, None] if moments.key_gram is None else moments.key_gram
-    pairwise = pairwise + moved * (pi[:, None] * moments.pairs + 0.5 * (found.outer @ gram))
-    rowwise = pi * moments.d + at.t * (0.5 * found.value * at.t - found.linear) - 0.5 * found.centre * average**2
-    rowwise = rowwise + found.first * d * (0.5 * d - found.offset) + 0.5 * found.bilinear * at.query
-    value = found.constant + pairwise.sum((1, 2, 3)) + rowwise.sum((1, 2))
-    if found.steady is None:
+    pairwise = pairwise + moved * pi[:, None] * moments.pairs
+    if moments.keys is None:
+        pairwise = pairwise + 0.5 * moved * (found.outer @ at.gram[:, None])
+    tokenwise = at.t * (0.5 * found.value * at.t - found.linear)
+    rowwise = pi * moments.d - 0.5 * found.centre * average**2 + 0.5 * found.bilinear * at.query
+    rowwise = rowwise + found.first * d * (0.5 * d - found.offset)
+    value = found.constant + pairwise.sum((1, 2, 3)) + tokenwise.sum((1, 2)) + rowwise.sum((1, 2))
+    if found.steady is None or moments.keys is None:
         return value
-    return value + 0.5 * (found.steady * at.gram.diagonal(dim1=1, dim2=2)).sum(-1)
+    rows, keys = functional.rows, moments.keys
+    sums = (of_keys(rows, found.outer, keys) / rows.gauge[:, None] * of_keys(rows, moved, keys)).sum((1, 2, 3))
+    return value + 0.5 * (sums + (found.steady * at.gram.diagonal(dim1=1, dim2=2)).sum(-1))
 
 
 def balanced(
@@ -133,7 +144,7 @@ def balanced(
     query = mean(found.query, (1,))
     gauge = par.gauge
     if rows.layer.rotary is not None:
-        steady = mean(rows.form_norm[:, None].square() * found.gram.diagonal(dim1=1, dim2=2)[:, None], (1,))
+        steady = mean(rows.form_norm[:, None].square() * found.gram.diagonal(dim1=1, dim2=2)[:, None, rows.asked], (1,))
         gauge, query = (steady / query).square(), torch.minimum(query, steady)
     mixed = mean(((weighted @ found.gram[:, None]) * weighted).sum(-1).clamp_min(0.0), (1,))
     pair = (t2[:, None, :] / x2).sqrt() / functional.value_norm[..., None]

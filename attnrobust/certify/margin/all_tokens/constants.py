@@ -17,6 +17,7 @@ from attnrobust.certify.shared.constants import (
     remainder_mass,
 )
 from attnrobust.certify.shared.pair_forms import key_gradient_norms
+from attnrobust.certify.shared.softmax_rows import own_entries, own_values
 from attnrobust.numerics.eigenvalues import gram_eigenvalue, power_eigenvalue, spread_eigenvalue
 from attnrobust.numerics.rounding import FORMULA, outward
 from attnrobust.numerics.suprema import pair_slope, saturating_weight
@@ -34,12 +35,12 @@ class RowGeometry:
     """
 
     norms: LogitNorms
-    gram: Float[Tensor, "h n n n"] | None
+    gram: Float[Tensor, "h q n n"] | None
 
 
 def row_geometry(rows: MarginRows, threat: MoveThreat) -> RowGeometry:
     """Norms of the l_j for one threat."""
-    norm = rows.norm[:, None, None] * rows.movable[:, None]
+    norm = rows.norm[:, None, None] * rows.own_movable[:, None]
     dual = dual_mixed = None
     if isinstance(threat, PerTokenBall):
         order, token_sum = DUAL_ORDER[threat.norm], _token_sum(rows)
@@ -53,38 +54,38 @@ def row_geometry(rows: MarginRows, threat: MoveThreat) -> RowGeometry:
     return RowGeometry(norms, direction_gram(rows) if rows.n <= GRAM_LIMIT else None)
 
 
-def _key_blocks(rows: MarginRows) -> Float[Tensor, "h n n"]:
+def _key_blocks(rows: MarginRows) -> Float[Tensor, "h q n"]:
     """Norm of the blocks ``(e_j - w)_l beta_il`` of the movable tokens l other than i together."""
     if rows.layer.rotary is None:
         plain: Tensor = rows.rest * torch.linalg.vector_norm(rows.beta, dim=-1)[..., None]
         return plain
-    return rest_norm(rows.weight, rows.movable * rows.pair_norm**2)
+    return rest_norm(rows.weight, rows.movable * rows.pair_norm**2, rows.at)
 
 
-def _key_duals(rows: MarginRows, order: float, token_sum: Tensor) -> Float[Tensor, "h n n"]:
+def _key_duals(rows: MarginRows, order: float, token_sum: Tensor) -> Float[Tensor, "h q n"]:
     """Sum over those blocks of their dual norms."""
     if rows.layer.rotary is None:
         plain: Tensor = token_sum * torch.linalg.vector_norm(rows.beta, ord=order, dim=-1)[..., None]
         return plain
-    size = outward(key_gradient_norms(rows.layer, rows.queries, order=order), FORMULA)
+    size = outward(key_gradient_norms(rows.layer, rows.queries, rows.n, order=order), FORMULA)
     return _token_sum(rows, size)
 
 
 def _token_sum(rows: MarginRows, size: Tensor | None = None) -> Tensor:
     """``sum_l |(e_j - w)_l| size_il`` over movable tokens other than i; size 1 where it is not given."""
     w, m = rows.weight, rows.movable
-    eye = torch.eye(rows.n, dtype=w.dtype, device=w.device)
+    eye = own_entries(w, rows.at)
     if size is not None:
         m = m * size
-        own = w.diagonal(dim1=1, dim2=2) * m.diagonal(dim1=1, dim2=2)
+        own = own_values(w, rows.at) * own_values(m, rows.at)
         return ((w * m).sum(-1) - own)[..., None] + (1.0 - 2.0 * w) * m * (1.0 - eye)
-    total = (w @ m)[..., None] - (w.diagonal(dim1=1, dim2=2) * m)[..., None]  # sum over T without i
+    total = (w @ m)[..., None] - (own_values(w, rows.at) * rows.own_movable)[..., None]  # sum over T without i
     return total + (1.0 - 2.0 * w) * m * (1.0 - eye)
 
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """Everything that depends on the radius and not on the class; (h, n, n) per token, (h, n) per row.
+    """Everything that depends on the radius and not on the class; (h, q, n) per token, (h, q) per row.
 
     Args:
         budget: The perturbation set.
@@ -98,16 +99,16 @@ class Constants:
     """
 
     budget: MoveBudget
-    limit: Float[Tensor, "h n n"]
-    saturating: Float[Tensor, "h n n"]
-    slope: Float[Tensor, "h n n"]
-    slope_same: Float[Tensor, "h n n"]
-    curvature: Float[Tensor, "h n n"]
-    share: Float[Tensor, "h n"]
-    spread: Float[Tensor, "h n"]
+    limit: Float[Tensor, "h q n"]
+    saturating: Float[Tensor, "h q n"]
+    slope: Float[Tensor, "h q n"]
+    slope_same: Float[Tensor, "h q n"]
+    curvature: Float[Tensor, "h q n"]
+    share: Float[Tensor, "h q"]
+    spread: Float[Tensor, "h q"]
 
 
-def largest_quadratic(rows: MarginRows, geo: RowGeometry, coefficient: Tensor) -> Float[Tensor, "h n"]:
+def largest_quadratic(rows: MarginRows, geo: RowGeometry, coefficient: Tensor) -> Float[Tensor, "h q"]:
     """Upper bound of ``lambda_max(sum_j c_j l_j l_j^T)`` per row."""
     if geo.gram is not None:
         return gram_eigenvalue(geo.gram, coefficient)
@@ -124,16 +125,17 @@ def _query_eigenvalue(rows: MarginRows, coefficient: Tensor) -> Tensor:
     keys = rows.keys
     mean = rows.weight @ keys
     first = c @ keys
-    second = torch.einsum("hij,hja,hjb->hiab", c, keys, keys) if rows.n <= GRAM_LIMIT else _second_moment(c, keys)
+    few = rows.n <= GRAM_LIMIT or c.shape[1] < keys.shape[-1]  # rows
+    second = torch.einsum("hij,hja,hjb->hiab", c, keys, keys) if few else _second_moment(c, keys)
     total = c.sum(-1)[..., None, None]
     cross = first[..., :, None] * mean[..., None, :]
     moment = second - cross - cross.mT + total * mean[..., :, None] * mean[..., None, :]
     # w_q S w_q^T has the eigenvalues of R S R^T, w_q = Q R; S is in turned coordinates.
     small = triangle(rows.layer.w_q)
-    turned = rows.layer.turned(small[:, :, None].expand(-1, -1, rows.n, -1)).transpose(1, 2)
+    turned = rows.layer.turned(small[:, :, None].expand(-1, -1, c.shape[1], -1), rows.at).transpose(1, 2)
     inner = turned @ moment @ turned.mT
     scale = torch.linalg.matrix_norm(second) * torch.linalg.matrix_norm(small)[:, None] ** 2
-    value = (power_eigenvalue(inner, squarings=3) + FORMULA * scale) * rows.movable
+    value = (power_eigenvalue(inner, squarings=3) + FORMULA * scale) * rows.own_movable
     return torch.where(finite & torch.isfinite(value), value, torch.inf)  # overflowed squares bound nothing
 
 
@@ -152,7 +154,7 @@ def constants(rows: MarginRows, geo: RowGeometry, budget: MoveBudget) -> Constan
     def quadratic(coefficient: Tensor) -> Tensor:
         linear = largest_quadratic(rows, geo, coefficient)
         spread = spread_eigenvalue(coefficient, rows.weight, rows.movable)
-        spread = torch.where(rows.movable > 0, spread, 0.0)
+        spread = torch.where(rows.own_movable > 0, spread, 0.0)
         return 0.5 * r * r * (linear.sqrt() + rho * norm * spread.sqrt()) ** 2
 
     remainder, share = remainder_mass(rows.log_weight, limit, saturating, quadratic)

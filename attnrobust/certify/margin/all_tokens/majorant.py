@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.margin.all_tokens.constants import Constants
-from attnrobust.certify.margin.quadratic_form import FunctionalRows, QuadraticMajorant, spread_back
+from attnrobust.certify.margin.quadratic_form import FunctionalRows, QuadraticMajorant, across, spread_back
 from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.certify.shared.constants import shifted_slopes
 from attnrobust.numerics.eigenvalues import spread_eigenvalue, spread_slope
@@ -33,21 +33,21 @@ class Parameters:
             ``a^2 |delta_i|^2``.
     """
 
-    split: Float[Tensor, "h n"]
-    reference: Float[Tensor, "h n"]
+    split: Float[Tensor, "h q"]
+    reference: Float[Tensor, "h q"]
     value: Float[Tensor, "h n"]
-    pair: Float[Tensor, "h n n"]
-    bilinear: Float[Tensor, "h n n"]
-    query_value: Float[Tensor, "h n"]
-    query_mean: Float[Tensor, "h n"]
-    gauge: Float[Tensor, "h n"]
+    pair: Float[Tensor, "h q n"]
+    bilinear: Float[Tensor, "h q n"]
+    query_value: Float[Tensor, "h q"]
+    query_mean: Float[Tensor, "h q"]
+    gauge: Float[Tensor, "h q"]
 
 
 def initial_parameters(functional: FunctionalRows) -> Parameters:
     """Parameters that are reasonable everywhere."""
-    row = functional.rows.weight.new_ones(functional.rows.weight.shape[:2])
     pair = torch.ones_like(functional.rows.weight)
-    return Parameters(0.4 * row, 0.0 * row, 0.0 * row, pair, 0.3 * pair, 2.0 * row, 2.0 * row, row)
+    row, token = pair[..., 0], pair[:, 0]
+    return Parameters(0.4 * row, 0.0 * row, 0.0 * token, pair, 0.3 * pair, 2.0 * row, 2.0 * row, row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Pieces:
     unit: Tensor  # |D| r
 
 
-def pieces(functional: FunctionalRows, const: Constants, first_norm: Float[Tensor, "h n"]) -> Pieces:
+def pieces(functional: FunctionalRows, const: Constants, first_norm: Float[Tensor, "h q"]) -> Pieces:
     """Parameter-free coefficients."""
     weight = functional.rows.weight
     shift, slope = shifted_slopes(weight, const.slope, const.slope_same)
@@ -80,7 +80,7 @@ def mass_curve(functional: FunctionalRows, const: Constants, par: Parameters, un
     return shifted * effect, effect
 
 
-def _spread(rows: MarginRows, coefficient: Float[Tensor, "h n n"]) -> Float[Tensor, "h n"]:
+def _spread(rows: MarginRows, coefficient: Float[Tensor, "h q n"]) -> Float[Tensor, "h q"]:
     """``spread_eigenvalue`` with its derivative."""
     value = spread_eigenvalue(coefficient.detach(), rows.weight, rows.movable)
     if not coefficient.requires_grad:
@@ -111,18 +111,18 @@ class Coefficients:
     """
 
     moved: FunctionalRows
-    square: Float[Tensor, "h n n"]
-    mixed: Float[Tensor, "h n n"]
+    square: Float[Tensor, "h q n"]
+    mixed: Float[Tensor, "h q n"]
     value: Float[Tensor, "h n"]
-    centre: Float[Tensor, "h n"]
-    first: Float[Tensor, "h n"]
-    bilinear: Float[Tensor, "h n"]
-    outer: Float[Tensor, "h n n"]
+    centre: Float[Tensor, "h q"]
+    first: Float[Tensor, "h q"]
+    bilinear: Float[Tensor, "h q"]
+    outer: Float[Tensor, "h q n"]
     steady: Float[Tensor, "n"] | None
-    offset: Float[Tensor, "h n"]
-    mean: Float[Tensor, "h n"]
+    offset: Float[Tensor, "h q"]
+    mean: Float[Tensor, "h q"]
     theta: Float[Tensor, "h n"]
-    shifted: Float[Tensor, "h n n"]
+    shifted: Float[Tensor, "h q n"]
     linear: Float[Tensor, "h n"]
 
     @property
@@ -190,7 +190,7 @@ def coefficients(functional: FunctionalRows, const: Constants, piece: Pieces, pa
 def assembled(functional: FunctionalRows, found: Coefficients) -> QuadraticMajorant:
     """The majorant as a linear part and an operator on moves."""
     moved = found.moved
-    across = found.outer.mT @ moved.weighted_advantage
+    joint = across(functional.rows, found.outer, moved.weighted_advantage)
     return QuadraticMajorant(
         functional=moved,
         square=found.square,
@@ -206,8 +206,8 @@ def assembled(functional: FunctionalRows, found: Coefficients) -> QuadraticMajor
         ),
         constant=found.constant,
         bilinear=found.bilinear,
-        tokens=across.sum(0) if found.steady is None else torch.diag(found.steady),
-        keys=None if found.steady is None else across,
+        tokens=joint if found.steady is None else found.steady,
+        keys=None if found.steady is None else joint,
     )
 
 
@@ -224,7 +224,8 @@ def _query_coefficients(
     ``spread`` multiplies a bound of ``sum_l p_l^2 / r^2``, ``p_l = delta_i A_il delta_l``, ``mean`` N itself.
     """
     if rows.layer.rotary is None:
-        return pi * (spread + mean) * rows.movable, None
+        return pi * (spread + mean) * rows.own_movable, None
     share = par.gauge / (1.0 + par.gauge)
-    steady = (pi * spread * (1.0 - share) * rows.form_norm[:, None].square()).sum(0) * rows.movable
-    return pi * (share * spread + mean) * rows.movable, steady
+    steady = (pi * spread * (1.0 - share) * rows.form_norm[:, None].square()).sum(0) * rows.own_movable
+    steady = torch.zeros_like(rows.movable).index_add(0, rows.asked, steady)
+    return pi * (share * spread + mean) * rows.own_movable, steady

@@ -53,12 +53,12 @@ class MarginBound(PreparedBound):
     @torch.no_grad()
     def __init__(self, problem: Problem, *, seed: int) -> None:
         self.problem, self.seed = problem, seed
-        self.rows = margin_rows(problem)
+        self.rows = margin_rows(problem, asked=True)
         self.geometry = row_geometry(self.rows, problem.moves)
         goal = problem.resolved
         assert goal.functionals is not None and goal.weights is not None  # noqa: S101,PT018 - refused before
         self.budgets = goal.budgets.tolist()
-        weights = goal.weights.clone()  # made in inference mode, they could not enter a slope
+        weights = goal.weights[self.rows.asked].clone()  # made in inference mode, they could not enter a slope
         events = min(max(EVENTS[0], EVENTS_OF_A_CLASS * goal.functionals.shape[0]), EVENTS[1])
         self.chance = Chance(seed, "margin", MAIN_FAILURE, events)
         self.functionals = [

@@ -38,20 +38,34 @@ class ClassDrop:
     def at(self, recursion: Recursion, radius: float) -> float:
         """Bound of the drop at a Frobenius radius whose ports are known."""
         parts = recursion.at(self.norms)
-        rest = smallest((parts.rest_of_levels, parts.cross + self._beyond(recursion)))
+        thirds = {name: self._third(recursion, name) for name in self._clean_cotangents}
+        node_by_node = (parts.cross + self._beyond(recursion, thirds), self._lifted(recursion, thirds))
+        rest = smallest((parts.rest_of_levels, *node_by_node))
         return smallest((self._quadratic(radius) + rest, self.slope * radius + parts.whole))
 
-    def _beyond(self, recursion: Recursion) -> float:
+    def _beyond(self, recursion: Recursion, thirds: Mapping[str, float]) -> float:
         """``sum_m |<c_m, Beyond_m>|``: node by node the norm of its parts, or its third order read out (lemma 8)."""
-        total, remainders = 0.0, self.preparation.remainders
+        total = 0.0
         for name, cotangent in self._clean_cotangents.items():
-            ball, node = recursion.balls[name], remainders[name]
-            found = self._carried(name, {key: recursion.beyond[name, key] for key in node.channels})
+            ball, node = recursion.balls[name], self.preparation.remainders[name]
+            found = [self._carried(name, recursion.of(name, recursion.beyond)), math.inf]
             if math.isfinite(ball.rho) and math.isfinite(ball.rest):
-                own = node.third_readout(cotangent, ball) + self._carried(name, node.quadratic(ball))
-                found = smallest((found, own))
-            total += found
+                found[1] = node.third_readout(cotangent, ball) + self._carried(name, node.quadratic(ball))
+            apart = thirds[name] + self._carried(name, recursion.of(name, recursion.drift))
+            total += smallest((*found, apart))
         return total * (1.0 + FORMULA)
+
+    def _lifted(self, recursion: Recursion, thirds: Mapping[str, float]) -> float:
+        """The same and the cross terms, ``sum_m |<c_m, Rem_m(T D) - 1/2 f''[T D, T D] + Lift_m>|``."""
+        sizes = (third + self._carried(n, recursion.of(n, recursion.lift)) for n, third in thirds.items())
+        return math.fsum(sizes) * (1.0 + FORMULA)
+
+    def _third(self, recursion: Recursion, name: str) -> float:
+        """``|<c_m, Rem_m(T D) - 1/2 f''[T D, T D]>|``."""
+        read = self.preparation.remainders[name].third_readout(
+            self._clean_cotangents[name], recursion.balls[name].still
+        )
+        return smallest((read, self._carried(name, recursion.of(name, recursion.third))))
 
     def _carried(self, name: str, sizes: Mapping[str, float]) -> float:
         tails = self.norms.tails

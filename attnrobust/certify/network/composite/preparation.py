@@ -56,6 +56,7 @@ class Settings:
         seed: Of everything random.
         failure: Probability with which any of it may fail.
         readouts: Functionals of the output whose third order is bounded on its own: the classes of a margin.
+        own_metrics: Whether remainders are measured in the nodes' own metrics as well: nearly twice the work.
     """
 
     sketch: int
@@ -63,6 +64,7 @@ class Settings:
     seed: int
     failure: float = MAIN_FAILURE
     readouts: int = 1
+    own_metrics: bool = False
 
 
 class Preparation:
@@ -78,10 +80,10 @@ class Preparation:
     def __init__(self, record: Linearisation, moves: Moves, output: Readout, settings: Settings) -> None:
         self.record, self.moves, self.output, self.settings = record, moves, output, settings
         self.metrics = sampled_metrics(record, moves, output, seed=stream(settings.seed, "metrics"))
-        events = 4 * len(self.metrics.ports) + 4 + settings.readouts
+        count = len(self.metrics.ports) * (2 if settings.own_metrics else 1)
+        events = 4 * count + 4 + settings.readouts
         self._per_sketch = SKETCH_SHARE * settings.failure / events
         self._sketched, self._bent = 0, 0.0
-        count = len(self.metrics.ports)
         self._chance = Chance(
             stream(settings.seed, "starts"), "composite", (1.0 - SKETCH_SHARE - BEND_SHARE) * settings.failure,
             expected=7 * count + count * (count + 1) + (count + 3) * settings.readouts,
@@ -96,7 +98,7 @@ class Preparation:
 
     def recursion(self, radius: float) -> Recursion:
         """All ports at one Frobenius radius."""
-        return Recursion(self.remainders, self.ports, radius)
+        return Recursion(self.remainders, self.ports, radius, self.owns)
 
     @cached_property
     def first(self) -> float:
@@ -115,6 +117,18 @@ class Preparation:
     def ports(self) -> dict[str, TargetNorms]:
         """Norms of every port that some curved node comes before."""
         return {port.name: self.target_norms(port) for port in self.metrics.ports if self._second.upstream(port)}
+
+    @cached_property
+    def owns(self) -> dict[str, TargetNorms]:
+        """The same in the nodes' own metrics, where they have one."""
+        if not self.settings.own_metrics:
+            return {}
+        own = {port: self.remainders[port.name].own_metric() for port in self.metrics.ports if port.name in self.ports}
+        return {
+            port.name: self.target_norms(Port(port.name, port.reads, port.reads, (None,) * len(scales), scales))
+            for port, scales in own.items()
+            if scales is not None
+        }
 
     @cached_property
     def remainders(self) -> dict[str, NodeRemainder]:

@@ -42,6 +42,7 @@ class Parts:
         cross_third: Of level 3: second derivative between the first order and R'.
         further: Of level 3: as beyond, less the third order.
         whole: Of level 1: every node's whole remainder, carried by clean tails.
+        lifted: Of level 2 without cross terms: third orders of the first-order moves, and what R adds to a remainder.
     """
 
     second: float
@@ -51,11 +52,12 @@ class Parts:
     cross_third: float
     further: float
     whole: float
+    lifted: float
 
     @property
     def rest_of_levels(self) -> float:
-        """Levels 2 and 3: what they leave beside R2, the smaller one."""
-        return smallest((self.cross + self.beyond, self.third + self.cross_third + self.further))
+        """Levels 2 and 3: what they leave beside R2, the smallest one."""
+        return smallest((self.cross + self.beyond, self.third + self.cross_third + self.further, self.lifted))
 
     @property
     def rest(self) -> float:
@@ -75,34 +77,61 @@ class Recursion:
         remainders: Every node's, in order.
         ports: Norms of every port whose remainder does not vanish.
         radius: Frobenius norm of the move.
+        owns: Norms of ports in their nodes' own metrics.
     """
 
     def __init__(
-        self, remainders: Mapping[str, NodeRemainder], ports: Mapping[str, TargetNorms], radius: float
+        self,
+        remainders: Mapping[str, NodeRemainder],
+        ports: Mapping[str, TargetNorms],
+        radius: float,
+        owns: Mapping[str, TargetNorms],
     ) -> None:
         self._radius = radius
+        self._channels = {name: remainder.channels for name, remainder in remainders.items()}
         self.balls: dict[str, Ball] = {}
         self.parts: dict[str, Parts] = {}
         self.whole: Sizes = {}
         self.beyond: Sizes = {}
         self.further: Sizes = {}
+        self.lifted: Sizes = {}
+        self.third: Sizes = {}
+        self.lift: Sizes = {}
+        self.drift: Sizes = {}
         for name, remainder in remainders.items():
             self.balls[name] = Ball(radius, 0.0, 0.0)
             if name in ports:
                 parts = self.parts[name] = self.at(ports[name])
                 self.balls[name] = Ball(radius, parts.total, parts.rest)
+                if name in owns:
+                    own = self.at(owns[name])
+                    self.balls[name] = Ball(radius, parts.total, parts.rest, own.total, own.rest, own.second)
             self._add(name, remainder)
 
-    def _add(self, name: str, remainder: NodeRemainder) -> None:
+    def _add(self, name: str, node: NodeRemainder) -> None:
         ball = self.balls[name]
-        known = math.isfinite(ball.rho) and math.isfinite(ball.rest)
-        pairs = (
-            (self.whole, remainder.whole), (self.beyond, remainder.beyond), (self.further, remainder.further),
-        )  # fmt: skip
-        for sizes, bound in pairs:
-            found = bound(ball) if known else {}
-            for channel in remainder.channels:
-                sizes[name, channel] = found.get(channel, math.inf)
+        if not (math.isfinite(ball.rho) and math.isfinite(ball.rest)):
+            nothing = dict.fromkeys(node.channels, math.inf)
+            for sizes in (self.whole, self.beyond, self.further, self.lifted, self.lift, self.drift):
+                self._put(sizes, name, nothing)
+            self._put(self.third, name, node.beyond(ball.still))
+            return
+        third, lift, drift = node.beyond(ball.still), node.lift(ball), node.drift(ball)
+        self._put(self.third, name, third)
+        self._put(self.lift, name, lift)
+        self._put(self.drift, name, drift)
+        self._put(self.lifted, name, _sum(third, lift))
+        self._put(self.whole, name, _smaller(node.whole(ball), _sum(node.whole(ball.still), lift)))
+        self._put(self.beyond, name, _smaller(node.beyond(ball), _sum(third, drift)))
+        self._put(self.further, name, _smaller(node.further(ball), _sum(node.further(ball.still), drift)))
+
+    def of(self, name: str, sizes: Sizes) -> dict[str, float]:
+        """The channels of one node."""
+        return {channel: sizes[name, channel] for channel in self._channels[name]}
+
+    @staticmethod
+    def _put(sizes: Sizes, name: str, found: Mapping[str, float]) -> None:
+        sizes.update({(name, channel): size for channel, size in found.items()})
 
     def at(self, norms: TargetNorms) -> Parts:
         """The remainder of one target, from those of the nodes before it."""
@@ -116,7 +145,18 @@ class Recursion:
             cross_third=_times(norms.cross * radius, rest),
             further=_carried(norms.tails, self.further),
             whole=_carried(norms.tails, self.whole),
+            lifted=_carried(norms.tails, self.lifted),
         )
+
+
+def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {channel: size + other[channel] for channel, size in one.items()}
+
+
+def _smaller(one: Mapping[str, float], other: Mapping[str, float]) -> Mapping[str, float]:
+    """The smaller one of two bounds, all channels of it: each is a sum of its own channels."""
+    sizes = [math.fsum(bound.values()) for bound in (one, other)]
+    return other if sizes[1] < sizes[0] or math.isnan(sizes[0]) else one
 
 
 def _length(sizes: Iterable[float]) -> float:

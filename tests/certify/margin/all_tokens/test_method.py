@@ -125,9 +125,10 @@ def random_parameters(functional: FunctionalRows, draw: Draw) -> Parameters:
     def positive(shape: torch.Size) -> Tensor:
         return 10.0 ** draw.normal(*shape)
 
-    row, pair = functional.rows.weight.shape[:2], functional.rows.weight.shape
+    pair = functional.rows.weight.shape
+    row, token = pair[:2], pair[::2]
     return Parameters(
-        split=positive(row), reference=draw.normal(*row), value=draw.normal(*row), pair=positive(pair),
+        split=positive(row), reference=draw.normal(*row), value=draw.normal(*token), pair=positive(pair),
         bilinear=positive(pair), query_value=positive(row), query_mean=positive(row), gauge=positive(row),
     )  # fmt: skip
 
@@ -144,9 +145,9 @@ class Steps:
         def mean(value: Tensor) -> Tensor:
             return (w * value).sum(-1)
 
-        turned = move @ layer.bilinear  # A^T delta_i
+        turned = move[functional.rows.asked] @ layer.bilinear  # A^T delta_i
         products = turned @ move.T
-        change = layer.scores(clean + move) - layer.scores(clean)
+        change = (layer.scores(clean + move) - layer.scores(clean))[:, functional.rows.asked]
         change = torch.where(torch.isneginf(functional.rows.log_weight), 0.0, change)
         u, q = change - mean(change)[..., None], products - mean(products)[..., None]
         q = torch.where(torch.isneginf(functional.rows.log_weight), 0.0, q)
@@ -249,7 +250,7 @@ def test_majorant_touches_the_drop_where_the_values_become_equal(seed: int) -> N
         return
     t = functional.gamma @ move.T
     unit = (functional.first_norm * radius).clamp_min(1e-100)
-    row, small = torch.ones_like(t), 1e-7
+    row, small = torch.ones_like(unit), 1e-7
     par = Parameters(
         split=small * row, reference=-(rows.weight @ t[..., None])[..., 0] / unit,
         value=t / (functional.value_norm * radius),

@@ -10,7 +10,7 @@ from attnrobust.certify.network.composite.second_order import Moves
 from attnrobust.certify.network.composite.targets import Readout
 from attnrobust.layers.graph import NetworkGraph
 
-SETTINGS = Settings(sketch=16, pairs=16, seed=0)
+SETTINGS = Settings(sketch=16, pairs=16, seed=0, own_metrics=True)
 
 
 @dataclass(frozen=True, eq=False)

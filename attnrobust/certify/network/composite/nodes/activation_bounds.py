@@ -4,10 +4,16 @@ The third and fourth derivatives are bounded by constants M3, M4 over the whole 
 ``|f''(y)| <= min(M2, |f''(x)| + M3 E)`` and ``|f'''(y)| <= min(M3, |f'''(x)| + M4 E)``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from attnrobust.layers.graph.activation_functions import QUICK
+from attnrobust.numerics.rounding import ENTRY, UNIT, outward
+
+CELLS = 16  # of an interval on which a derivative is enclosed
 
 
 @dataclass(frozen=True)
@@ -41,3 +47,19 @@ SUPREMA: Mapping[str, Suprema] = {
     "identity": Suprema(0.0, 0.0, 0.0),
 }
 """Rounded up from the largest values on a fine grid; a test repeats it with the error between its points."""
+
+
+def oscillation(
+    function: Callable[[Tensor], Tensor], steepness: float, x: Tensor, size: Tensor, *, cells: int = CELLS
+) -> Tensor:
+    """Upper bound of ``|g(y) - g(x)|`` over ``|y - x| <= size``, entry by entry, for g with ``|g'| <= steepness``.
+
+    On a cell of length h g stays within ``h steepness / 2`` of the mean of its values at the two ends (lemma 9).
+    """
+    clean, largest = function(x), torch.zeros_like(x)
+    before = function(x - size)
+    for cell in range(1, cells + 1):
+        after = function(x + (2.0 * cell / cells - 1.0) * size)
+        largest = torch.maximum(largest, (0.5 * (before + after) - clean).abs())
+        before = after
+    return outward(largest + steepness * size / cells + 8.0 * UNIT * (1.0 + clean.abs()), ENTRY)

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.network.composite.nodes.activation_bounds import SUPREMA
+from attnrobust.certify.network.composite.nodes.activation_bounds import SUPREMA, oscillation
 from attnrobust.certify.network.composite.nodes.base import (
     Ball,
     Channel,
@@ -17,6 +17,7 @@ from attnrobust.certify.network.composite.nodes.base import (
     NodeRemainder,
     Reach,
     largest_eigenvalues,
+    mean_square,
     remainder_size,
 )
 from attnrobust.certify.network.composite.targets import Port
@@ -48,6 +49,7 @@ class ActivateRemainder(NodeRemainder):
         assert higher is not None  # noqa: S101 - an activation without was refused; narrows the type
         second, third = higher(x)
         self._second, self._third = outward(second.abs(), ENTRY), outward(third.abs(), ENTRY)
+        self._x, self._scalar = x, FUNCTIONS[function]
         self._importance = importance
         self._square, self._second_square = torch.zeros_like(x), torch.zeros_like(x)
 
@@ -70,8 +72,14 @@ class ActivateRemainder(NodeRemainder):
         tangent = outward(self._square.sqrt(), ENTRY)
         weights = (self._importance * (self._third + FLOOR * self._suprema.third) * tangent.square()).square()
         weights = weights + 1e-6 * weights.mean() + SMALLEST
-        raw, joint = raw_entries(self.port, 0, weights)
-        self._shape = Reach(tangent, outward(self._second_square.sqrt(), ENTRY), raw, weights, raw_joint=joint)
+        raw = raw_sizes(self.port, 0, weights)
+        bend = outward(self._second_square.sqrt(), ENTRY)
+        form = partial(raw_joint, self.port, 0)
+        self._shape = Reach(tangent, bend, raw, weights, raw_form=form, unit=self._importance)
+
+    def own_metric(self) -> Edges:
+        """The importance of its entries."""
+        return (self._importance,)
 
     @property
     def _reach(self) -> Reach:
@@ -93,7 +101,32 @@ class ActivateRemainder(NodeRemainder):
     def _third_order(self, size: Tensor) -> Tensor:
         """B with ``|Rem - 1/2 f'' e^2| <= B |e|^2``."""
         cubic = (self._third + self._suprema.fourth * size).clamp_max(self._suprema.third) * size / 6.0
-        return torch.minimum(cubic, 0.5 * (self._least(size) + self._second))
+        bent = torch.minimum(0.5 * (self._least(size) + self._second), 0.5 * self._bent_oscillation(size))
+        return torch.minimum(cubic, bent)
+
+    def _bent_oscillation(self, size: Tensor) -> Tensor:
+        """``|f''(y) - f''(x)|`` on the range, at most."""
+        higher = self._scalar.higher
+        assert higher is not None  # noqa: S101 - as above
+        return oscillation(lambda y: higher(y)[0], self._suprema.third, self._x, size)
+
+    def _turn(self, size: Tensor) -> Tensor:
+        """``|f'(y) - f'(x)|`` on the range, at most."""
+        taylor = torch.minimum(self._second + 0.5 * self._suprema.third * size, self._least(size)) * size
+        return torch.minimum(taylor, oscillation(self._scalar.slope, self._suprema.second, self._x, size))
+
+    def lift(self, ball: Ball) -> Mapping[str, float]:
+        """``sup |f'(y) - f'(x)|`` per neuron times R."""
+        turn = self._turn(self._reach.sizes(ball))
+        return {"own": self._reach.stacked_rest(self._importance * turn, ball)}
+
+    def drift(self, ball: Ball) -> Mapping[str, float]:
+        """Per neuron times R: ``sup |f'''| (a^2 + a b + b^2/3) / 2 + |f''| b / 2``, or in two parts."""
+        size, first, rest = self._reach.sizes(ball), self._reach.first(ball), self._reach.rest(ball)
+        steepest = (self._third + self._suprema.fourth * size).clamp_max(self._suprema.third)
+        near = 0.5 * (steepest * mean_square(first, rest) + self._second * rest)
+        turn = torch.minimum(near, self._turn(size) + self._second * first)
+        return {"own": self._reach.stacked_rest(self._importance * turn, ball)}
 
     def _fourth_order(self, size: Tensor) -> Tensor:
         """B with ``|Rem - 1/2 f'' e^2 - C3(e)| <= B |e|^2``."""
@@ -144,8 +177,8 @@ class ActivateRemainder(NodeRemainder):
         """
         weights, raw = self._importance * self._second, self._shape.raw
         largest = float((weights * raw.square()).max())
-        mixed = math.sqrt(largest) * raw_entries(self.port, 0, weights)[1]
-        return outward(min(mixed, raw_entries(self.port, 0, (weights * raw).square())[1]), FORMULA)
+        mixed = math.sqrt(largest) * raw_joint(self.port, 0, weights)
+        return outward(min(mixed, raw_joint(self.port, 0, (weights * raw).square())), FORMULA)
 
 
 class ProductRemainder(NodeRemainder):
@@ -184,7 +217,7 @@ class ProductRemainder(NodeRemainder):
     def settle(self) -> None:
         self._bends = [outward(square.sqrt(), ENTRY) for square in self._second_squares]
         self._tangents = [outward(square.sqrt(), ENTRY) for square in self._squares]
-        self._raw = [raw_entries(self.port, edge, self._importance)[0] for edge in range(2)]
+        self._raw = [raw_sizes(self.port, edge, self._importance) for edge in range(2)]
 
     def _rests(self, ball: Ball) -> list[Tensor]:
         return [remainder_size(bend, raw, ball) for bend, raw in zip(self._bends, self._raw, strict=True)]
@@ -211,17 +244,29 @@ class ProductRemainder(NodeRemainder):
 
     @cached_property
     def _largest(self) -> float:
-        joints = [raw_entries(self.port, edge, torch.ones_like(self._importance))[1] for edge in range(2)]
+        joints = [raw_joint(self.port, edge, torch.ones_like(self._importance)) for edge in range(2)]
         weighed = [float((self._importance * raw).max()) for raw in self._raw]
         return min(weighed[0] * joints[1], weighed[1] * joints[0])
 
 
-def raw_entries(port: Port, edge: int, weights: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], float]:
-    """``sup |R_k|`` of every entry of an edge, and ``sup (sum_k weights_k R_k^2)^{1/2}``, over metric norms 1."""
-    inverse, matrix = 1.0 / port.scales[edge].amin(-1, keepdim=True), port.maps[edge]
+def raw_sizes(port: Port, edge: int, like: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """``sup |R_k|`` of every entry of an edge over metric norms 1."""
+    inverse, matrix = _thinnest(port, edge), port.maps[edge]
+    raw = inverse.expand_as(like) if matrix is None else inverse * torch.linalg.vector_norm(matrix, dim=0)
+    return outward(raw, ENTRY)
+
+
+def raw_joint(port: Port, edge: int, weights: Float[Tensor, "n d"]) -> float:
+    """``sup (sum_k weights_k R_k^2)^{1/2}`` over the entries of an edge and over metric norms 1; inf if not finite."""
+    if not bool(torch.isfinite(weights).all()):
+        return math.inf
+    inverse, matrix = _thinnest(port, edge), port.maps[edge]
     if matrix is None:
-        raw = inverse.expand_as(weights)
-        return outward(raw, ENTRY), float(outward((weights.sqrt() * raw).max(), ENTRY))
-    raw = inverse * torch.linalg.vector_norm(matrix, dim=0)
+        return float(outward((weights.sqrt() * inverse).max(), ENTRY))
     gram = torch.stack([(matrix * row) @ matrix.T for row in weights])
-    return outward(raw, ENTRY), float(outward((largest_eigenvalues(gram).sqrt() * inverse[:, 0]).max(), ENTRY))
+    return float(outward((largest_eigenvalues(gram).sqrt() * inverse[:, 0]).max(), ENTRY))
+
+
+def _thinnest(port: Port, edge: int) -> Float[Tensor, "n 1"]:
+    inverse: Tensor = 1.0 / port.scales[edge].amin(-1, keepdim=True)
+    return inverse

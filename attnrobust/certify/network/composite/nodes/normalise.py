@@ -25,6 +25,17 @@ from attnrobust.layers.graph.node import Edges
 from attnrobust.layers.normalisation import LayerNorm, RMSNorm
 from attnrobust.numerics.rounding import ENTRY, SMALLEST, UNIT, inward, outward
 
+BENT = 2.0 / 3.0**0.5 * (1.0 + 1e-12)
+"""``|N''(v)| <= BENT / (d^{1/2} sigma^2)`` (lemma 10)."""
+CELLS = 8  # of the mean of a convex function
+
+
+def _path_mean(function: Callable[[Tensor], Tensor], first: Tensor, rest: Tensor) -> Tensor:
+    """Upper bound of ``int_0^1 g(first + s rest) ds``, g convex on [0, 1): trapezoids; inf where the path leaves it."""
+    steps = [function((first + cell / CELLS * rest).clamp_max(1.0 - UNIT)) for cell in range(CELLS + 1)]
+    mean: Tensor = (0.5 * (steps[0] + steps[-1]) + torch.stack(steps[1:-1]).sum(0)) / CELLS
+    return torch.where(first + rest < 1.0 - 1e-9, mean, torch.inf)
+
 
 @dataclass(frozen=True, eq=False)
 class _Ranges:
@@ -141,10 +152,15 @@ class NormaliseRemainder(NodeRemainder):
         raw = 1.0 / (self._size[:, 0] * thinnest)
         weights = tangent.square().square()
         weights = weights + 1e-2 * weights.mean() + SMALLEST
-        self._shape = Reach(tangent, outward(self._bend.sqrt(), ENTRY), outward(raw, ENTRY), weights)
+        bend, unit = outward(self._bend.sqrt(), ENTRY), torch.ones_like(raw)
+        self._shape = Reach(tangent, bend, outward(raw, ENTRY), weights, unit=unit)
         self._radial_tangent = outward(self._radial.sqrt(), ENTRY)
         self._bend_radial = outward(self._radial_bend.sqrt(), ENTRY)
         self._radial_raw = outward((self._zeta / self._width).sqrt() * raw, ENTRY)
+
+    def own_metric(self) -> Edges:
+        """What it divides by."""
+        return (outward(1.0 / self._size, ENTRY).expand_as(self._z).contiguous(),)
 
     @property
     def _reach(self) -> Reach:
@@ -161,7 +177,8 @@ class NormaliseRemainder(NodeRemainder):
 
     def _ranges(self, ball: Ball) -> _Ranges:
         square = outward(self._reach.sizes(ball).square() / self._width, ENTRY)
-        rest = remainder_size(self._bend_radial, self._radial_raw, ball)
+        whole = (self._zeta / self._width).sqrt() * self._reach.rest(ball)
+        rest = torch.minimum(remainder_size(self._bend_radial, self._radial_raw, ball), whole)
         radial = torch.minimum(self._radial_tangent * ball.radius + rest, (self._zeta * square).sqrt())
         return _Ranges(outward(radial, ENTRY), square, self._zeta, self._floor)
 
@@ -186,6 +203,27 @@ class NormaliseRemainder(NodeRemainder):
         turn = torch.maximum(r.second(1) * r.slope, 0.5 * r.square.sqrt())
         factor = outward(along * bent + across * turn, ENTRY).sqrt()
         return float(outward(self._reach.stacked(factor, ball) ** 2, ENTRY))
+
+    def lift(self, ball: Ball) -> Mapping[str, float]:
+        """``sup |N'(v) - N'(z)|`` per token times R."""
+        return {"own": self._reach.stacked_rest(self._turn(ball), ball)}
+
+    def drift(self, ball: Ball) -> Mapping[str, float]:
+        """Per token times R: ``mean 3/2 t^2/(1 - t) + BENT b / 2``, or lift and ``N''(z)[T D, R]`` apart (lemma 10)."""
+        first, rest = self._lengths(ball)
+        near = _path_mean(lambda t: 1.5 * t.square() / (1.0 - t), first, rest) + 0.5 * BENT * rest
+        turn = torch.minimum(outward(near, ENTRY), self._turn(ball) + outward(BENT * first, ENTRY))
+        return {"own": self._reach.stacked_rest(turn, ball)}
+
+    def _lengths(self, ball: Ball) -> tuple[Tensor, Tensor]:
+        """``|(T D)'|`` and ``|R'|`` per token in shares of the sphere's radius ``d^{1/2}``."""
+        first, rest = (size / self._width**0.5 for size in (self._reach.first(ball), self._reach.rest(ball)))
+        return outward(first, ENTRY), outward(rest, ENTRY)
+
+    def _turn(self, ball: Ball) -> Tensor:
+        """``|N'(v) - N'(z)|`` between T D and T D + R: mean ``BENT t/(1 - t)``, or ``max(1/sigma, 1)`` (lemma 10)."""
+        bent = BENT * _path_mean(lambda t: t / (1.0 - t), *self._lengths(ball))
+        return outward(torch.minimum(bent, self._ranges(ball).lowest.rsqrt().clamp_min(1.0)), ENTRY)
 
     def _fourth(self, ball: Ball) -> float:
         """``z [A4 + 3/8 eta^2 - 5/16 (12 p^2 eta + 6 p eta^2 + eta^3)] + e' [3/8 (4 p eta + eta^2) + A3]``, and

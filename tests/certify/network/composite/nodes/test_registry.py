@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrobust.certify.network.composite.nodes.activation_bounds import SUPREMA
+from attnrobust.certify.network.composite.nodes.activation_bounds import SUPREMA, oscillation
 from attnrobust.certify.network.composite.nodes.attend import AttendRemainder
 from attnrobust.certify.network.composite.nodes.base import Ball, NodeRemainder
 from attnrobust.certify.network.composite.nodes.elementwise import ActivateRemainder, ProductRemainder
@@ -23,7 +23,7 @@ from tests.layers.graph.networks import attention, masses, random
 
 D, N_IN = 4, 5
 RADII = (3e-2, 0.3, 5.0)
-NAMES = ("whole", "beyond", "further")
+NAMES = ("whole", "beyond", "further", "lift", "drift")
 
 
 def settled(remainder: NodeRemainder, tangent: Tensor, bent: Tensor) -> NodeRemainder:
@@ -93,10 +93,10 @@ class Attacked:
         return Ball(radius, 0.5 * float(torch.linalg.matrix_norm(weighed.flatten(1), 2)) * radius**2 + rest, rest)
 
     def _third(self, d: Tensor, flat: Tensor) -> Tensor:
-        return self._differences(d, flat)[3]
+        return self._differences(d, flat)[-1]
 
     def _parts(self, d: Tensor, flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._size(out) for out in self._differences(d, flat)[:3])
+        return tuple(self._size(out) for out in self._differences(d, flat)[:-1])
 
     def _differences(self, d: Tensor, flat: Tensor) -> tuple[Tensor, ...]:
         bends = torch.einsum("ba,bc,acend->bend", d, d, 0.5 * self.bent)
@@ -109,7 +109,12 @@ class Attacked:
         square = [torch.einsum("bk,kly,bl->by", x, self.second, x) for x in (whole, part)]
         cube = torch.einsum("bj,bk,jkly,bl->by", tangent, tangent, self.third, tangent)
         beyond = rest - 0.5 * square[0] + 0.5 * square[1]
-        return rest, beyond, beyond - cube / 6.0, rest - 0.5 * square[0]
+        still = self.node.forward(
+            tuple(x + step for x, step in zip(self.clean, first.unbind(1), strict=True)), self.mass
+        )
+        lift = rest - ((still - self.value).flatten(1) - tangent @ self.first)
+        drift = lift - torch.einsum("bk,kly,bl->by", tangent, self.second, part)
+        return rest, beyond, beyond - cube / 6.0, lift, drift, rest - 0.5 * square[0]
 
     def _size(self, out: Tensor) -> Tensor:
         size: Tensor = torch.linalg.vector_norm(self.measure(out.unflatten(1, self.value.shape)), dim=(1, 2))
@@ -229,3 +234,40 @@ def test_suprema_of_derivatives(function: Any) -> None:
         assert_at_most(float(found.abs().max()) + 0.5 * step * following, constant)
         assert_at_most(constant, 1.02 * float(found.abs().max()) + 1e-12)
     assert_at_most(float(fourth.abs().max()) + step * 4.2 * bound.fourth, bound.fourth + 1e-15)
+
+
+def lift_ratios(attack: Attacked, radius: float, rest: float) -> list[float]:
+    """Of attack and bound, for what a remainder adds."""
+    found, ball = attack.found(radius, rest), attack.ball(radius, rest)
+    return [found[name] / getattr(attack.remainder, name)(ball)["own"] for name in ("lift", "drift")]
+
+
+def test_lifts_are_near_what_one_neuron_does() -> None:
+    torch.manual_seed(0)
+    x, one = torch.full((1, 1), 0.1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    attack = Attacked(Activate("gelu"), (x,), ActivateRemainder(port(one), "gelu", x, one), lambda y: y)
+    ratios = [lift_ratios(attack, *sizes) for sizes in ((0.1, 1e-3), (0.1, 1.0), (1.0, 0.1), (0.01, 30.0))]
+    assert max(max(each) for each in ratios) <= 1.0 + 1e-9
+    assert max(each[0] for each in ratios) > 0.6
+    assert max(each[1] for each in ratios) > 0.4
+
+
+def test_lifts_are_near_what_one_token_does() -> None:
+    torch.manual_seed(0)
+    norm = LayerNorm(weight=torch.ones(D, dtype=torch.float64), bias=None, eps=1e-5)
+    x, one = random(1, D), torch.ones(1, D, dtype=torch.float64)
+    attack = Attacked(Normalise(norm), (x,), NormaliseRemainder(port(one), norm, x), lambda y: y, size=0.2)
+    ratios = [lift_ratios(attack, radius, rest) for radius, rest in ((0.3, 1e-3), (0.1, 0.3), (1e-3, 30.0))]
+    assert max(max(each) for each in ratios) <= 1.0 + 1e-9
+    assert max(each[0] for each in ratios) > 0.7
+
+
+@pytest.mark.parametrize("function", ["gelu", "tanh", "quick_gelu"])
+def test_oscillation_encloses_a_fine_grid(function: Any) -> None:
+    x, size = torch.linspace(-4.0, 4.0, 41, dtype=torch.float64)[:, None], torch.tensor([[0.1, 1.0, 5.0]]).double()
+    slope, steepness = FUNCTIONS[function].slope, SUPREMA[function].second
+    bound = oscillation(slope, steepness, x, size)
+    grid = torch.linspace(-1.0, 1.0, 2001, dtype=torch.float64)
+    true = (slope(x[..., None] + grid * size[..., None]) - slope(x)[..., None]).abs().amax(-1)
+    assert bool((true <= bound).all())
+    assert bool((bound <= true + 0.2 * steepness * size).all())
