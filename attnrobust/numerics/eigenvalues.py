@@ -65,17 +65,30 @@ def spread_slope(
     movable: Float[Tensor, "n"],
     value: Float[Tensor, "*b"],
 ) -> Float[Tensor, "*b n"]:
-    """Approximate derivative of ``spread_eigenvalue`` in a: ``((e_j - w)_T.y)^2`` of its eigenvector y (no bound).
+    """Approximate derivative of ``spread_eigenvalue`` in a: ``((e_j - w)_T.y)^2`` of its eigenvector y (no bound)."""
+    y = spread_vector(coefficient, weight, movable, value)
+    slope: Tensor = (y - (weight * y).sum(-1, keepdim=True)).square()
+    return slope
+
+
+def spread_vector(
+    coefficient: Float[Tensor, "*b n"],
+    weight: Float[Tensor, "*b n"],
+    movable: Float[Tensor, "n"],
+    value: Float[Tensor, "*b"] | None = None,
+) -> Float[Tensor, "*b n"]:
+    """Approximate eigenvector y of ``spread_eigenvalue`` on the movable tokens (no bound).
 
     With x the eigenvalue, y_j ~ ``(w_j (1 + sum w a / (x - a)) / (sum w^2 / (x - a)) - a_j) / (x - a_j)``.
     """
+    if value is None:
+        value = spread_eigenvalue(coefficient, weight, movable)
     a, w = coefficient * movable, weight * movable
     inverse = 1.0 / (value[..., None] - a)
     cross, second = (w * a * inverse).sum(-1, keepdim=True), (w * w * inverse).sum(-1, keepdim=True)
     y = (w * (1.0 + cross) / second - a) * inverse * movable
-    y = (y / torch.linalg.vector_norm(y, dim=-1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)
-    slope: Tensor = (y - (w * y).sum(-1, keepdim=True)).square()
-    return slope
+    vector: Tensor = (y / torch.linalg.vector_norm(y, dim=-1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)
+    return vector
 
 
 def _definite(x: Tensor, *, a: Tensor, w: Tensor, fixed: Tensor, missing: Tensor) -> Tensor:

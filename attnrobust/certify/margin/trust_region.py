@@ -15,6 +15,7 @@ from attnrobust.numerics.sides import Upper
 DECOMPOSE_LIMIT = 320  # an eigenvalue decomposition takes milliseconds up to here
 CHOLESKY_LIMIT = 2000
 BLOCK_STEPS = 16
+RESIDUAL = 1e-6  # of the gradient: smaller ones change no search
 START = 1e-9  # of Newton's method above the largest eigenvalue, as a share of the largest number in the problem
 NEWTON_STEPS = 40  # of the multiplier; quadratic convergence needs about 6
 MAX_RAISES = 80  # of the multiplier by 1 % each until the factorisation succeeds
@@ -87,6 +88,51 @@ def approximate(
     return _small_solution(values, found @ vectors, problem, radius)
 
 
+def followed(
+    problem: Quadratic, radius: float, starts: Float[Tensor, "b N"], *, expansions: int, settled: float = 0.0
+) -> Maximiser:
+    """Solve the trust region in the span of G, start vectors and the residuals of the solutions found there.
+
+    For problems that differ little from the last ones: one product with the block, then one with a single vector for
+    each expansion, where a block Krylov space pays for the whole block at each.
+
+    Args:
+        problem: The quadratic.
+        radius: Of the ball.
+        starts: Maximisers of similar problems.
+        expansions: By a residual, at most.
+        settled: Relative growth of the value by one expansion that ends the search.
+    """
+    found = torch.linalg.qr(torch.cat([problem.gradient[None], starts]).T[:, : problem.gradient.numel()]).Q
+    images = problem.product(found.T).T
+    values, vectors, value = _projected(found, images, problem, radius)
+    for _ in range(min(expansions, problem.gradient.numel() - found.shape[1])):
+        fresh = _residual(values, vectors, found, images, problem, radius)
+        if fresh is None:
+            break
+        found = torch.cat([found, fresh[:, None]], dim=1)
+        images = torch.cat([images, problem.product(fresh[None]).T], dim=1)
+        last = value
+        values, vectors, value = _projected(found, images, problem, radius)
+        if value <= (1.0 + settled) * last:
+            break
+    return _small_solution(values, found @ vectors, problem, radius)
+
+
+def _residual(
+    values: Tensor, vectors: Tensor, found: Tensor, images: Tensor, problem: Quadratic, radius: float
+) -> Tensor | None:
+    """Direction of ``G - (l - M) x`` across a subspace, x the solution there; None where the subspace has it all."""
+    small = _small_solution(values, vectors, Quadratic(problem.product, found.T @ problem.gradient), radius)
+    inside = small.points[0]
+    residual = problem.gradient - small.multiplier * (found @ inside) + images @ inside
+    scale = float(torch.linalg.vector_norm(problem.gradient)) + SMALLEST
+    for _ in range(2):
+        residual = residual - found @ (found.T @ residual)
+    size = float(torch.linalg.vector_norm(residual))
+    return residual / size if size > RESIDUAL * scale else None
+
+
 def _projected(found: Tensor, images: Tensor, problem: Quadratic, radius: float) -> tuple[Tensor, Tensor, float]:
     """Eigenvalues and eigenvectors of the form in a subspace, and the largest value there without the constant."""
     small = found.T @ images
@@ -121,7 +167,8 @@ def _multiplier(values: Tensor, g: Tensor, radius: float) -> float:
     unit = max(float(values.abs().amax()), linear)
     if unit <= SMALLEST:
         return SMALLEST
-    eigenvalues, terms = (values / unit).cpu().numpy(), (g / (unit * radius)).square().cpu().numpy()
+    eigenvalues = (values / unit).double().cpu().numpy()  # START is below float32
+    terms = (g / (unit * radius)).square().double().cpu().numpy()
     low = max(float(eigenvalues[-1]), 0.0) + START
     high = low + linear / unit
     for _ in range(NEWTON_STEPS):

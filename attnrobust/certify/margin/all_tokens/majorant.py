@@ -1,6 +1,7 @@
 """Coefficients of the quadratic majorant: every free parameter is sound, a balance at moves makes them sharp."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -80,7 +81,7 @@ def mass_curve(functional: FunctionalRows, const: Constants, par: Parameters, un
     return shifted * effect, effect
 
 
-def _spread(rows: MarginRows, coefficient: Float[Tensor, "h q n"]) -> Float[Tensor, "h q"]:
+def exact_spread(rows: MarginRows, coefficient: Float[Tensor, "h q n"]) -> Float[Tensor, "h q"]:
     """``spread_eigenvalue`` with its derivative."""
     value = spread_eigenvalue(coefficient.detach(), rows.weight, rows.movable)
     if not coefficient.requires_grad:
@@ -126,20 +127,18 @@ class Coefficients:
     linear: Float[Tensor, "h n"]
 
     @property
-    def detached(self) -> "Coefficients":
-        """The same numbers without their history."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        moved = replace(self.moved, advantage=self.moved.advantage.detach())
-        return replace(self, moved=moved, **{name: value.detach() for name, value in tensors.items()})
-
-    @property
     def constant(self) -> Float[Tensor, ""]:
         """What the references cost."""
         squares = (self.first * self.offset**2).sum() + (self.value * self.theta**2).sum()
         return 0.5 * (squares - (self.centre * self.mean**2).sum())
 
 
-def coefficients(functional: FunctionalRows, const: Constants, piece: Pieces, par: Parameters) -> Coefficients:
+Spread = Callable[[MarginRows, Float[Tensor, "h q n"]], Float[Tensor, "h q"]]
+
+
+def coefficients(
+    functional: FunctionalRows, const: Constants, piece: Pieces, par: Parameters, *, spread: Spread = exact_spread
+) -> Coefficients:
     """Coefficients of Theorem 1 of docs/margin-certificate.md, differentiable in the parameters.
 
     Args:
@@ -147,6 +146,7 @@ def coefficients(functional: FunctionalRows, const: Constants, piece: Pieces, pa
         const: Constants of the set.
         piece: Parameter-free coefficients.
         par: Free parameters.
+        spread: Upper bound of ``lambda_max(sum_j a_j (e_j - w) (e_j - w)^T)``; a search may estimate it, a proof not.
     """
     rows, pi = functional.rows, functional.pooling
     weight = rows.weight
@@ -157,7 +157,7 @@ def coefficients(functional: FunctionalRows, const: Constants, piece: Pieces, pa
     eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
     square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
     rest = torch.where(positive, curve * (1.0 + 1.0 / eps), -curve * (1.0 / eps - 1.0))
-    energy = const.budget.frobenius**2 * _spread(rows, rest)
+    energy = const.budget.frobenius**2 * spread(rows, rest)
     kept = weight - piece.shift
     s1 = par.query_value * functional.value_norm
     value = piece.slope / pair + (const.spread / s1)[..., None] * kept

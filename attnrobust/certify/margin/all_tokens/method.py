@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 
 from attnrobust.certify.margin.all_tokens.constants import Constants, constants, row_geometry
+from attnrobust.certify.margin.all_tokens.estimates import ConstantsCurve
 from attnrobust.certify.margin.all_tokens.functional import FunctionalBound
 from attnrobust.certify.margin.quadratic_form import functional_rows
 from attnrobust.certify.margin.rows import margin_rows
@@ -61,6 +62,7 @@ class MarginBound(PreparedBound):
         weights = goal.weights[self.rows.asked].clone()  # made in inference mode, they could not enter a slope
         events = min(max(EVENTS[0], EVENTS_OF_A_CLASS * goal.functionals.shape[0]), EVENTS[1])
         self.chance = Chance(seed, "margin", MAIN_FAILURE, events)
+        self.curve = ConstantsCurve(self.constants_at)
         self.functionals = [
             FunctionalBound(functional_rows(self.rows, weights, f), problem.moves, chance=self.chance)
             for f in goal.functionals
@@ -78,7 +80,7 @@ class MarginBound(PreparedBound):
         for budget, functional in zip(self.budgets, self.functionals, strict=True):
             slope = float(self.problem.moves.dual_norm(functional.rows.gradient))
             if slope > 0.0:
-                guesses.append(functional.choose_parameters(self.constants_at, budget, START * budget / slope))
+                guesses.append(functional.choose_parameters(self.curve, budget, START * budget / slope))
         return min(guesses, default=None)
 
     def constants_at(self, radius: float) -> Constants | None:
@@ -93,7 +95,7 @@ class MarginBound(PreparedBound):
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def usage(self, radius: float) -> Upper:
-        const = self.constants_at(radius)
+        const = self.curve.known(radius)
         if const is None:
             return Upper(torch.inf)
         worst = 0.0

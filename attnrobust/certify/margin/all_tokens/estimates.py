@@ -1,0 +1,102 @@
+"""What a search may use instead of what a proof needs: estimates, interpolation, float32. Nothing here is claimed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnrobust.certify.margin.all_tokens.constants import Constants
+from attnrobust.certify.margin.quadratic_form import FunctionalRows
+from attnrobust.certify.margin.rows import MarginRows
+from attnrobust.numerics.eigenvalues import spread_vector
+
+NEAR = 0.08  # of log r: so far constants are extrapolated from two others
+SMALLEST = 1e-30  # of a constant whose logarithm is interpolated
+CAST = ("points", "movable")
+CACHED = ("log_weight", "weight", "queries", "keys", "projection", "key_gram")
+
+
+def lowered(functional: FunctionalRows) -> FunctionalRows:
+    """The functional in float32; unchanged with rotary positions, whose angles are float64, and for rows on their own."""
+    if functional.rows.layer.rotary is not None or functional.rows.at is not None:
+        return functional
+    rows = replace(functional.rows, **{name: getattr(functional.rows, name).float() for name in CAST})
+    rows.__dict__.update({name: getattr(functional.rows, name).float() for name in CACHED})  # the cached properties
+    low = FunctionalRows(
+        rows, functional.pooling.float(), functional.gamma.float(), functional.advantage.float()
+    )
+    low.__dict__.update({name: getattr(functional, name).float() for name in ("first_norm", "gradient")})
+    return low
+
+
+def cast(const: Constants, dtype: torch.dtype) -> Constants:
+    """Constants in another precision."""
+    if const.limit.dtype == dtype:
+        return const
+    tensors = {f.name: getattr(const, f.name) for f in fields(const)}
+    return replace(const, **{name: value.to(dtype) for name, value in tensors.items() if isinstance(value, Tensor)})
+
+
+@dataclass(eq=False)
+class RunningSpread:
+    """``lambda_max(sum_j a_j (e_j - w)_T (e_j - w)_T^T)`` of every row from below: one power step at each call."""
+
+    vector: Float[Tensor, "h q n"] | None = None
+
+    def __call__(self, rows: MarginRows, coefficient: Float[Tensor, "h q n"]) -> Float[Tensor, "h q"]:
+        """Rayleigh quotient at the present vector, differentiable in the coefficient."""
+        weight = rows.weight
+        if self.vector is None:
+            self.vector = spread_vector(coefficient.detach(), weight, rows.movable)
+        along = self.vector - (weight * self.vector).sum(-1, keepdim=True)
+        with torch.no_grad():
+            image = coefficient.detach() * along
+            image = (image - weight * image.sum(-1, keepdim=True)) * rows.movable
+            length = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
+            self.vector = torch.where(length > 0.0, image / length, self.vector)
+        value: Tensor = (coefficient * along.square()).sum(-1)
+        return value
+
+
+@dataclass(eq=False)
+class ConstantsCurve:
+    """Constants at any radius, as powers of the radius between (and a little beyond) two where they are known.
+
+    Args:
+        exact: Constants of a radius; None where they overflow.
+    """
+
+    exact: Callable[[float], Constants | None]
+    nodes: dict[float, Constants] = field(default_factory=dict)
+
+    def known(self, radius: float) -> Constants | None:
+        """Those of this very radius."""
+        if radius not in self.nodes:
+            found = self.exact(radius)
+            if found is None:
+                return None
+            self.nodes[radius] = found
+        return self.nodes[radius]
+
+    def __call__(self, radius: float) -> Constants | None:
+        """Constants of a radius."""
+        near = sorted(self.nodes, key=lambda node: abs(math.log(node / radius)))[:2]
+        if len(near) < 2 or not _covers(near, radius):
+            return self.known(radius)
+        first, second = (self.nodes[node] for node in near)
+        share = math.log(radius / near[0]) / math.log(near[1] / near[0])
+        names = [f.name for f in fields(first) if isinstance(getattr(first, f.name), Tensor)]
+        values = {name: _between(getattr(first, name), getattr(second, name), share) for name in names}
+        return replace(first, budget=first.budget.scaled(radius / near[0]), **values)
+
+
+def _covers(nodes: list[float], radius: float) -> bool:
+    low, high = min(nodes), max(nodes)
+    return low * math.exp(-NEAR) <= radius <= high * math.exp(NEAR) and high / low < 2.5
+
+
+def _between(first: Tensor, second: Tensor, share: float) -> Tensor:
+    return torch.lerp(first.clamp_min(SMALLEST).log(), second.clamp_min(SMALLEST).log(), share).exp()
