@@ -14,7 +14,11 @@ NARROW = 0.05  # logarithm of a used share that misses 1 by so little that the n
 
 
 def largest_radius(
-    usage: Callable[[float], float], *, first_guess: float | None = None, relative_tolerance: float = 1e-3
+    usage: Callable[[float], float],
+    *,
+    first_guess: float | None = None,
+    relative_tolerance: float = 1e-3,
+    growth: float = 1.0,
 ) -> tuple[float, int]:
     """Search the largest r with ``usage(r) <= 1``; the returned r was itself evaluated and passed.
 
@@ -27,6 +31,7 @@ def largest_radius(
         usage: Upper bound of the used budget share on the set of radius r; infinity allowed, NaN is an error.
         first_guess: Where to start; default 1.
         relative_tolerance: How much of the radius may be given away.
+        growth: Exponent p of ``usage ~ r^p`` that is assumed from a single evaluation.
 
     Returns:
         (radius, evaluations); radius 0.0 when nothing >= 1e-12 passes.
@@ -36,7 +41,7 @@ def largest_radius(
     """
     if not 0.0 < relative_tolerance < 1.0:
         raise InputError(f"relative_tolerance must be in (0, 1); got {relative_tolerance}")
-    search = _Search(relative_tolerance)
+    search = _Search(relative_tolerance, growth)
     radius = first_guess if first_guess is not None and SMALLEST < first_guess < LARGEST else 1.0
     for evaluations in range(1, MAX_EVALUATIONS + 1):
         value = usage(radius)
@@ -54,6 +59,7 @@ class _Search:
     """The bracket (largest passed, smallest failed above it) and the finite points seen so far."""
 
     tolerance: float
+    growth: float = 1.0
     passed: float = 0.0
     failed: float = math.inf
     passed_usage: float = 0.0
@@ -104,7 +110,7 @@ class _Search:
         newest_first = self.points[::-1]
         nearest = sorted(newest_first, key=lambda point: abs(point[1]))[:2]  # stable: the newest among equals
         log_r, log_u = nearest[0]
-        power = 1.0
+        power = self.growth
         if len(nearest) == 2 and nearest[1][0] != log_r:
             power = (nearest[1][1] - log_u) / (nearest[1][0] - log_r)
         power = min(max(power, GROWTH_RANGE[0]), GROWTH_RANGE[1])

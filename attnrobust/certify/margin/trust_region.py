@@ -48,11 +48,13 @@ class Maximiser:
         points: Near-maximisers (b, N) of norm at most the radius (two in the hard case).
         multiplier: Approximate optimal multiplier.
         value: Approximate optimal value.
+        top: Largest eigenvalue of the form on the space that was searched.
     """
 
     points: Float[Tensor, "b N"]
     multiplier: float
     value: float
+    top: float
 
 
 def approximate(
@@ -155,7 +157,7 @@ def _small_solution(values: Tensor, vectors: Tensor, problem: Quadratic, radius:
         fill[-1] = missing
         points = [x + fill, x - fill]
     value = 0.5 * float(g @ x) + 0.5 * multiplier * radius**2 + problem.constant
-    return Maximiser(torch.stack(points) @ vectors.T, multiplier, value)
+    return Maximiser(torch.stack(points) @ vectors.T, multiplier, value, float(values[-1]))
 
 
 def _multiplier(values: Tensor, g: Tensor, radius: float) -> float:

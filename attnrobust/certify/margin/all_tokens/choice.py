@@ -19,23 +19,25 @@ class Choice:
     Args:
         parameters: Free parameters of the majorant.
         scale: Weights of the ellipsoid.
-        points: Near-maximisers in the coordinates of the ellipsoid, or None.
+        moves: Near-maximisers among the moves of the movable tokens, or None.
     """
 
     parameters: Parameters
     scale: Float[Tensor, "m _"]
-    points: Float[Tensor, "b N"] | None = None
+    moves: Float[Tensor, "b m d"] | None = None
 
     @property
     def admissible(self) -> "Choice":
         """The same as positive float64 numbers, whatever they were: what the inequalities ask of them."""
         values = {field.name: getattr(self.parameters, field.name).double() for field in fields(self.parameters)}
-        signed = {name: _number(value, 0.0).clamp(-LARGEST_REFERENCE, LARGEST_REFERENCE) for name, value in values.items()}
+        signed = {
+            name: _number(value, 0.0).clamp(-LARGEST_REFERENCE, LARGEST_REFERENCE) for name, value in values.items()
+        }
         kept = {name: signed[name] if name in SIGNED else _positive(value) for name, value in values.items()}
         scale = _number(self.scale.double(), 1.0)
         scale = (scale / scale.amax()).clamp(*SCALES) if bool(scale.amax() > 0.0) else torch.ones_like(scale)
-        points = None if self.points is None else _number(self.points.double(), 0.0)
-        return Choice(Parameters(**kept), scale, points)
+        moves = None if self.moves is None else _number(self.moves.double(), 0.0)
+        return Choice(Parameters(**kept), scale, moves)
 
 
 def _positive(value: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.margin.all_tokens.constants import Constants
+from attnrobust.certify.margin.all_tokens.constants import Constants, RowGeometry, largest_quadratic
 from attnrobust.certify.margin.quadratic_form import FunctionalRows
 from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.numerics.eigenvalues import spread_vector
 
+POWER_STEPS = 4  # of an eigenvalue; each reads a Gram tensor
 NEAR = 0.08  # of log r: so far constants are extrapolated from two others
 SMALLEST = 1e-30  # of a constant whose logarithm is interpolated
 CAST = ("points", "movable")
@@ -25,9 +26,7 @@ def lowered(functional: FunctionalRows) -> FunctionalRows:
         return functional
     rows = replace(functional.rows, **{name: getattr(functional.rows, name).float() for name in CAST})
     rows.__dict__.update({name: getattr(functional.rows, name).float() for name in CACHED})  # the cached properties
-    low = FunctionalRows(
-        rows, functional.pooling.float(), functional.gamma.float(), functional.advantage.float()
-    )
+    low = FunctionalRows(rows, functional.pooling.float(), functional.gamma.float(), functional.advantage.float())
     low.__dict__.update({name: getattr(functional, name).float() for name in ("first_norm", "gradient")})
     return low
 
@@ -61,31 +60,49 @@ class RunningSpread:
         return value
 
 
+def rough_quadratic(rows: MarginRows, geo: RowGeometry, coefficient: Float[Tensor, "h q n"]) -> Float[Tensor, "h q"]:
+    """``lambda_max(sum_j c_j l_j l_j^T)`` from below, by power steps from the largest coefficients."""
+    if geo.gram is None:
+        return largest_quadratic(rows, geo, coefficient)
+    root = coefficient.sqrt()
+    vector = root
+    for _ in range(POWER_STEPS):
+        image = root * (geo.gram @ (root * vector)[..., None])[..., 0]
+        vector = image / torch.linalg.vector_norm(image, dim=-1, keepdim=True).clamp_min(SMALLEST)
+    value: Tensor = torch.linalg.vector_norm(root * (geo.gram @ (root * vector)[..., None])[..., 0], dim=-1)
+    return value
+
+
 @dataclass(eq=False)
 class ConstantsCurve:
     """Constants at any radius, as powers of the radius between (and a little beyond) two where they are known.
 
     Args:
         exact: Constants of a radius; None where they overflow.
+        rough: The same up to estimates.
     """
 
     exact: Callable[[float], Constants | None]
+    rough: Callable[[float], Constants | None]
     nodes: dict[float, Constants] = field(default_factory=dict)
+    last: tuple[float, Constants | None] | None = None
 
     def known(self, radius: float) -> Constants | None:
-        """Those of this very radius."""
-        if radius not in self.nodes:
-            found = self.exact(radius)
-            if found is None:
-                return None
-            self.nodes[radius] = found
-        return self.nodes[radius]
+        """Exact ones of this very radius."""
+        if self.last is None or self.last[0] != radius:
+            self.last = (radius, self.exact(radius))
+            if self.last[1] is not None:
+                self.nodes[radius] = self.last[1]
+        return self.last[1]
 
     def __call__(self, radius: float) -> Constants | None:
         """Constants of a radius."""
         near = sorted(self.nodes, key=lambda node: abs(math.log(node / radius)))[:2]
         if len(near) < 2 or not _covers(near, radius):
-            return self.known(radius)
+            found = self.nodes.get(radius) or self.rough(radius)
+            if found is not None:
+                self.nodes[radius] = found
+            return found
         first, second = (self.nodes[node] for node in near)
         share = math.log(radius / near[0]) / math.log(near[1] / near[0])
         names = [f.name for f in fields(first) if isinstance(getattr(first, f.name), Tensor)]

@@ -17,9 +17,9 @@ class FunctionalBound:
         self.rows, self.threat, self.chance = rows, threat, chance
         self.search = DropSearch(rows, threat, seed=stream(chance.seed, chance.purpose))
 
-    def choose_parameters(self, curve: ConstantsCurve, budget: float, radius: float) -> float:
-        """Search parameters and the radius where the bound meets the budget; returns a guess of that radius."""
-        return self.search.choose(curve, budget, radius)
+    def choose_parameters(self, curve: ConstantsCurve, budget: float, radius: float, *, aim: float) -> float:
+        """Search parameters and the radius where the bound is that share of the budget; a guess of that radius."""
+        return self.search.choose(curve, budget, radius, aim=aim)
 
     def bound(self, const: Constants) -> Upper:
         """Upper bound of the drop on the set with these constants."""

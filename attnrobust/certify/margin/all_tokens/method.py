@@ -1,11 +1,18 @@
 """The margin certificate: exact first order, a proved quadratic majorant of the rest, one joint trust region."""
 
+from functools import partial
 from typing import ClassVar
 
 import torch
 
-from attnrobust.certify.margin.all_tokens.constants import Constants, constants, row_geometry
-from attnrobust.certify.margin.all_tokens.estimates import ConstantsCurve
+from attnrobust.certify.margin.all_tokens.constants import (
+    Constants,
+    Largest,
+    constants,
+    largest_quadratic,
+    row_geometry,
+)
+from attnrobust.certify.margin.all_tokens.estimates import ConstantsCurve, rough_quadratic
 from attnrobust.certify.margin.all_tokens.functional import FunctionalBound
 from attnrobust.certify.margin.quadratic_form import functional_rows
 from attnrobust.certify.margin.rows import margin_rows
@@ -22,6 +29,8 @@ from attnrobust.threats.moves import FrobeniusBall, PerTokenBall
 
 EVENTS_OF_A_CLASS = 12  # random starts that a class is likely to need
 EVENTS = (32, 80)  # least and most starts that share equally: shares far below 1e-11 cost the bound its accuracy
+TOLERANCE = 6e-3  # of the radius search
+AIM = 1.0 - 0.5 * TOLERANCE  # share of the budget that a first proof should use: one is then enough
 START = 0.6  # of the radius that the first order alone would give
 EXPONENT_CAP = 650.0  # logit changes beyond say nothing useful and would overflow
 
@@ -37,7 +46,7 @@ class MarginCertificate(CertificateMethod):
     reference: ClassVar[str] = "derived; docs/margin-certificate.md, Theorem 1"
     region: ClassVar[str] = "every perturbation with threat distance at most the radius"
     kind: ClassVar[Kind] = Kind.FLOAT64
-    relative_tolerance: ClassVar[float] = 3e-3
+    relative_tolerance: ClassVar[float] = TOLERANCE
     layers = (Attention,)
     features = MODERN_FEATURES
     threats = (FrobeniusBall, PerTokenBall)
@@ -62,7 +71,7 @@ class MarginBound(PreparedBound):
         weights = goal.weights[self.rows.asked].clone()  # made in inference mode, they could not enter a slope
         events = min(max(EVENTS[0], EVENTS_OF_A_CLASS * goal.functionals.shape[0]), EVENTS[1])
         self.chance = Chance(seed, "margin", MAIN_FAILURE, events)
-        self.curve = ConstantsCurve(self.constants_at)
+        self.curve = ConstantsCurve(self.constants_at, partial(self.constants_at, largest=rough_quadratic))
         self.functionals = [
             FunctionalBound(functional_rows(self.rows, weights, f), problem.moves, chance=self.chance)
             for f in goal.functionals
@@ -80,16 +89,21 @@ class MarginBound(PreparedBound):
         for budget, functional in zip(self.budgets, self.functionals, strict=True):
             slope = float(self.problem.moves.dual_norm(functional.rows.gradient))
             if slope > 0.0:
-                guesses.append(functional.choose_parameters(self.curve, budget, START * budget / slope))
+                start = START * budget / slope
+                guesses.append(functional.choose_parameters(self.curve, budget, start, aim=AIM))
         return min(guesses, default=None)
 
-    def constants_at(self, radius: float) -> Constants | None:
+    @property
+    def growth(self) -> float:
+        return min(functional.search.growth for functional in self.functionals)
+
+    def constants_at(self, radius: float, *, largest: Largest = largest_quadratic) -> Constants | None:
         """Constants of the threat's set of this radius; None where they overflow."""
         threat, (n, d) = self.problem.moves, self.rows.points.shape
         budget = MoveBudget(
             frobenius=radius * threat.frobenius_factor(n, d), token=radius * threat.token_factor(n, d), epsilon=radius
         )
-        const = constants(self.rows, self.geometry, budget)
+        const = constants(self.rows, self.geometry, budget, largest=largest)
         return const if bool((const.limit < EXPONENT_CAP).all()) else None
 
     @torch.inference_mode(mode=False)

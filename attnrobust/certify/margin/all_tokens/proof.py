@@ -8,7 +8,7 @@ from torch import Tensor
 from attnrobust.certify.margin.all_tokens.choice import Choice
 from attnrobust.certify.margin.all_tokens.constants import Constants
 from attnrobust.certify.margin.all_tokens.majorant import majorant, pieces
-from attnrobust.certify.margin.all_tokens.region import Ellipsoid, ellipsoid, every_token, trust_region
+from attnrobust.certify.margin.all_tokens.region import Ellipsoid, ellipsoid, every_token, scaled, trust_region
 from attnrobust.certify.margin.quadratic_form import FunctionalRows
 from attnrobust.certify.margin.trust_region import (
     CHOLESKY_LIMIT,
@@ -17,21 +17,21 @@ from attnrobust.certify.margin.trust_region import (
     approximate,
     decomposed_bound,
     factorised_bound,
+    followed,
     iterated_bound,
 )
 from attnrobust.numerics.chance import Chance, stream
 from attnrobust.numerics.sides import Upper
 from attnrobust.threats.moves import MoveThreat
 
-SHARP = 1e-4  # growth of an approximate value by one more product that ends its search
+EXPANSIONS = 30  # of the span of the moves that a search hands over, at most
+SHARP = 5e-5  # growth of an approximate value by one more product that ends its search
 
 
-def proved_drop(
-    rows: FunctionalRows, threat: MoveThreat, const: Constants, choice: Choice, *, chance: Chance
-) -> Upper:
+def proved_drop(rows: FunctionalRows, threat: MoveThreat, const: Constants, choice: Choice, *, chance: Chance) -> Upper:
     """Upper bound of ``sup drop(D)`` over the set of the constants (Theorem 1 of docs/margin-certificate.md).
 
-    It holds for every choice: parameters and scale are free in the inequalities, points are where an approximate
+    It holds for every choice: parameters and scale are free in the inequalities, moves are where an approximate
     solution starts, from which weak duality bounds the maximum.
 
     Args:
@@ -47,16 +47,20 @@ def proved_drop(
         return Upper(math.inf)
     region = ellipsoid(threat, const.budget, choice.scale)
     index = rows.rows.index
-    return _maximum(trust_region(form, region, index, every=every_token(index)), region, choice.points, chance)
+    quadratic = trust_region(form, region, index, every=every_token(index))
+    starts = None if choice.moves is None else scaled(choice.moves, region, back=False).flatten(1)
+    return _maximum(quadratic, region, starts, chance)
 
 
-def _maximum(quadratic: Quadratic, region: Ellipsoid, points: Tensor | None, chance: Chance) -> Upper:
+def _maximum(quadratic: Quadratic, region: Ellipsoid, starts: Tensor | None, chance: Chance) -> Upper:
     """Upper bound of the majorant over the ellipsoid."""
     size = quadratic.gradient.numel()
     if size <= DECOMPOSE_LIMIT:
         return decomposed_bound(quadratic, region.radius)[0]
-    starts = _random_start(quadratic, chance) if points is None else points[:1]
-    guess = approximate(quadratic, region.radius, starts, settled=SHARP)
+    if starts is None:
+        guess = approximate(quadratic, region.radius, _random_start(quadratic, chance), settled=SHARP)
+    else:
+        guess = followed(quadratic, region.radius, starts, expansions=EXPANSIONS, settled=SHARP)
     if size <= CHOLESKY_LIMIT:
         return factorised_bound(quadratic, region.radius, guess)
     share, seed = chance.next_event()

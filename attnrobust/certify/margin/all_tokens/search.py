@@ -23,7 +23,14 @@ from attnrobust.certify.margin.all_tokens.majorant import (
     initial_parameters,
     pieces,
 )
-from attnrobust.certify.margin.all_tokens.region import Ellipsoid, ellipsoid, every_token, moves_of, scaled, trust_region
+from attnrobust.certify.margin.all_tokens.region import (
+    Ellipsoid,
+    ellipsoid,
+    every_token,
+    moves_of,
+    scaled,
+    trust_region,
+)
 from attnrobust.certify.margin.quadratic_form import FunctionalRows
 from attnrobust.certify.margin.trust_region import Maximiser, Quadratic, approximate, decomposed_bound, followed
 from attnrobust.numerics.chance import stream
@@ -40,7 +47,9 @@ EXPONENTS = (1.0, 3.0)
 PREDICTIONS = 3  # evaluations at most that predict the radius
 CLOSE = 3e-3  # distance of a used share from 1 that ends them
 FOLLOWED = 3  # last maximisers that span where the next one is looked for
-EXPANSIONS, LAST_EXPANSIONS = 3, 6  # of that span in a solve, in one that predicts
+EXPANSIONS, LAST_EXPANSIONS = 4, 16  # of that span in a solve, in one that predicts
+EXCESS = 6e-3  # of a proof's bound of the largest eigenvalue over what a search finds
+SETTLED, SHARP = 5e-4, 5e-5  # growth of a value by one expansion that ends a solve, one that predicts
 FIRST_PRODUCTS = 8  # of the first solve
 DENSE_LIMIT = 64  # size up to which an eigenvalue decomposition is also the fastest approximation
 STEP, LARGEST_STEP, SMALLEST_STEP = 0.5, 0.8, 0.05  # from the best parameters so far towards the balance
@@ -94,28 +103,29 @@ class DropSearch:
         """The parameters at hand."""
         return Choice(self.parameters, self.scale, self.starts).admissible
 
-    def choose(self, curve: ConstantsCurve, budget: float, radius: float) -> float:
+    def choose(self, curve: ConstantsCurve, budget: float, radius: float, *, aim: float) -> float:
         """Choose parameters while the radius moves to where the bound meets the budget.
 
         Args:
             curve: Constants of a radius.
             budget: What the functional may drop by.
             radius: Where to start.
+            aim: Share of the budget that the bound may use.
 
         Returns:
             A guess of the certified radius.
         """
         seen: list[tuple[float, float]] = []
-        for rounds, steps in TUNING:
-            const = curve(radius)
+        for stage, (rounds, steps) in enumerate(TUNING):
+            const = curve(radius) if stage < len(TUNING) - 1 else curve.known(radius)
             if const is None:
                 radius *= SHRINK
                 continue
             self._tune(const, rounds=rounds, steps=steps, rate=RATE)
-            radius = self._next_radius(seen, radius, self._value(const) / budget)
+            radius = self._next_radius(seen, radius, self._value(const) / (aim * budget))
         for _ in range(PREDICTIONS):
             const = curve(radius)
-            used = math.inf if const is None else self._value(const) / budget
+            used = math.inf if const is None else self._value(const) / (aim * budget)
             if const is None or not 0.0 < used < math.inf:
                 return radius * SHRINK
             radius = self._next_radius(seen, radius, used)
@@ -142,7 +152,7 @@ class DropSearch:
             done = self._balance(stage, rounds=rounds) and self._descend(stage, steps=steps, rate=rate)
         if stage.best is not None:
             self.parameters, self.scale = stage.best.parameters, stage.best.scale
-            self.starts, self.radius = stage.best.solution.points[:1], const.budget.epsilon
+            self.starts, self.radius = stage.best.moves[:1, self.index], const.budget.epsilon
 
     def _raise_precision(self) -> None:
         self.rows = self.full
@@ -155,11 +165,15 @@ class DropSearch:
         return _Stage(const, pieces(self.rows, const, self.rows.first_norm), self.spread)
 
     def _value(self, const: Constants) -> float:
-        """Approximate bound at the parameters at hand, with exact coefficients."""
+        """What a proof with the parameters at hand will give, roughly."""
         stage = replace(self._stage(const), spread=exact_spread)
         found = self._coefficients(stage, self.parameters)
         evaluated = self._evaluate(stage, found, self.parameters, self.scale, expansions=LAST_EXPANSIONS)
-        return math.inf if evaluated is None else evaluated.solution.value
+        if evaluated is None:
+            return math.inf
+        solution, size = evaluated.solution, ellipsoid(self.threat, const.budget, self.scale).radius
+        above = max((1.0 + EXCESS) * solution.top - solution.multiplier, 0.0)
+        return solution.value + 0.5 * above * size**2
 
     def _next_radius(self, seen: list[tuple[float, float]], radius: float, usage: float) -> float:
         if not 0.0 < usage < math.inf:
@@ -248,11 +262,18 @@ class DropSearch:
             generator = torch.Generator().manual_seed(stream(self.seed, "starts"))
             start = torch.randn(1, size, generator=generator, dtype=torch.float64).to(quadratic.gradient)
             solution = approximate(quadratic, region.radius, start, steps=FIRST_PRODUCTS)
-            self.starts = solution.points[:1]
-            return solution
-        starts = self.starts.to(quadratic.gradient)
-        solution = followed(quadratic, region.radius, starts, expansions=expansions)
-        self.starts = torch.cat([solution.points[:1], starts])[:FOLLOWED]
+        else:
+            starts = scaled(self.starts, region, back=False).flatten(1)
+            solution = followed(
+                quadratic,
+                region.radius,
+                starts,
+                expansions=expansions,
+                settled=SETTLED if expansions == EXPANSIONS else SHARP,
+            )
+        d = self.rows.rows.points.shape[1]
+        moves = scaled(solution.points[:1].unflatten(-1, (-1, d)), region, back=True)
+        self.starts = moves if self.starts is None else torch.cat([moves, self.starts])[:FOLLOWED]
         return solution
 
     def _remember(self, moves: Tensor) -> References:
