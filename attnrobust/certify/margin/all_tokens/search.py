@@ -40,11 +40,13 @@ from attnrobust.threats.moves import MoveThreat, PerTokenBall
 TUNING = ((5, 0), (4, 0), (3, 0), (0, 24), (0, 28))  # balances and steps while the radius moves
 ROUNDS, STEPS, RATE = 12, 30, 0.06  # balances and steps at a radius that is given
 AGAIN_STEPS, AGAIN_RATE = 4, 0.02  # steps at another radius
+MORE, FAR = 3, 0.25  # times that the last of them is done again while the logarithm of the used share is so large
 NEAR = 0.15  # of the logarithm of a radius: so near no further step is worth its time
 SHRINK = 0.3  # of the radius where a bound overflows
+LONGEST = 1.6  # factor by which a radius grows at once
 GROWTH = 1.4  # exponent of a bound in the radius where nothing is known yet
-EXPONENTS = (1.0, 3.0)
-PREDICTIONS = 3  # evaluations at most that predict the radius
+EXPONENTS = (1.2, 6.0)
+PREDICTIONS = 6  # evaluations at most that predict the radius
 CLOSE = 3e-3  # distance of a used share from 1 that ends them
 FOLLOWED = 3  # last maximisers that span where the next one is looked for
 EXPANSIONS, LAST_EXPANSIONS = 4, 16  # of that span in a solve, in one that predicts
@@ -116,13 +118,16 @@ class DropSearch:
             A guess of the certified radius.
         """
         seen: list[tuple[float, float]] = []
-        for stage, (rounds, steps) in enumerate(TUNING):
+        for stage, (rounds, steps) in enumerate(TUNING + MORE * TUNING[-1:]):
+            if stage >= len(TUNING) and seen and abs(math.log(seen[-1][1])) < FAR:
+                break
             const = curve(radius) if stage < len(TUNING) - 1 else curve.known(radius)
             if const is None:
                 radius *= SHRINK
                 continue
             self._tune(const, rounds=rounds, steps=steps, rate=RATE)
             radius = self._next_radius(seen, radius, self._value(const) / (aim * budget))
+        seen = seen[-1:]  # values with the same parameters
         for _ in range(PREDICTIONS):
             const = curve(radius)
             used = math.inf if const is None else self._value(const) / (aim * budget)
@@ -182,7 +187,7 @@ class DropSearch:
             power = math.log(usage / seen[-1][1]) / math.log(radius / seen[-1][0])
             self.growth = min(max(power, EXPONENTS[0]), EXPONENTS[1])
         seen.append((radius, usage))
-        return float(radius * usage ** (-1.0 / self.growth))
+        return radius * min(usage ** (-1.0 / self.growth), LONGEST)
 
     def _balance(self, stage: _Stage, *, rounds: int) -> bool:
         """Alternate between maximisers and balanced parameters; False where a number left its range."""
@@ -211,19 +216,20 @@ class DropSearch:
             evaluated = self._evaluate(stage, found, detached(par), scale.detach())
             if evaluated is None:
                 return False
-            at = moments(self.rows, evaluated.moves)
             with torch.enable_grad():
-                value = value_at(self.rows, found, at).mean()
-                search.step(value + self._spent(stage.const, scale, evaluated))
+                search.step(self._saddle(stage, found, scale, evaluated))
         return True
 
-    def _spent(self, const: Constants, scale: Tensor, found: _Found) -> Tensor | float:
-        """The dual function's other part: it has the slope of the bound in the scale."""
+    def _saddle(self, stage: _Stage, found: Coefficients, scale: Tensor, at: _Found) -> Tensor:
+        """The dual function at fixed maximisers: it has the slope of the bound in the parameters and the scale."""
+        with torch.no_grad():
+            images = moments(self.rows, at.moves)
+        value = value_at(self.rows, found, images).mean()
         if not isinstance(self.threat, PerTokenBall):
-            return 0.0
+            return value
         square = scale.square()
-        spent = (square * found.moves[:, self.index].square()).sum((-2, -1)).mean()
-        return 0.5 * found.solution.multiplier * (const.budget.epsilon**2 * square.sum() - spent)
+        spent = (square * at.moves[:, self.index].square()).sum((-2, -1)).mean()
+        return value + 0.5 * at.solution.multiplier * (stage.const.budget.epsilon**2 * square.sum() - spent)
 
     def _coefficients(self, stage: _Stage, par: Parameters) -> Coefficients:
         return coefficients(self.rows, stage.const, stage.piece, par, spread=stage.spread)
