@@ -14,6 +14,7 @@ from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.numerics.eigenvalues import spread_vector
 
 POWER_STEPS = 4  # of an eigenvalue; each reads a Gram tensor
+KEPT = 3  # radii whose constants are kept
 NEAR = 0.08  # of log r: so far constants are extrapolated from two others
 SMALLEST = 1e-30  # of a constant whose logarithm is interpolated
 CAST = ("points", "movable")
@@ -21,7 +22,7 @@ CACHED = ("log_weight", "weight", "queries", "keys", "projection", "key_gram")
 
 
 def lowered(functional: FunctionalRows) -> FunctionalRows:
-    """The functional in float32; unchanged with rotary positions, whose angles are float64, and for rows on their own."""
+    """The functional in float32; unchanged for rows on their own and with rotary positions (angles are float64)."""
     if functional.rows.layer.rotary is not None or functional.rows.at is not None:
         return functional
     rows = replace(functional.rows, **{name: getattr(functional.rows, name).float() for name in CAST})
@@ -91,8 +92,7 @@ class ConstantsCurve:
         """Exact ones of this very radius."""
         if self.last is None or self.last[0] != radius:
             self.last = (radius, self.exact(radius))
-            if self.last[1] is not None:
-                self.nodes[radius] = self.last[1]
+            self._keep(radius, self.last[1])
         return self.last[1]
 
     def __call__(self, radius: float) -> Constants | None:
@@ -100,14 +100,20 @@ class ConstantsCurve:
         near = sorted(self.nodes, key=lambda node: abs(math.log(node / radius)))[:2]
         if len(near) < 2 or not _covers(near, radius):
             found = self.nodes.get(radius) or self.rough(radius)
-            if found is not None:
-                self.nodes[radius] = found
+            self._keep(radius, found)
             return found
         first, second = (self.nodes[node] for node in near)
         share = math.log(radius / near[0]) / math.log(near[1] / near[0])
         names = [f.name for f in fields(first) if isinstance(getattr(first, f.name), Tensor)]
         values = {name: _between(getattr(first, name), getattr(second, name), share) for name in names}
         return replace(first, budget=first.budget.scaled(radius / near[0]), **values)
+
+    def _keep(self, radius: float, found: Constants | None) -> None:
+        """Each costs some (h, q, n) numbers: only the nearest stay."""
+        if found is not None:
+            self.nodes[radius] = found
+            near = sorted(self.nodes, key=lambda node: abs(math.log(node / radius)))
+            self.nodes = {node: self.nodes[node] for node in near[:KEPT]}
 
 
 def _covers(nodes: list[float], radius: float) -> bool:

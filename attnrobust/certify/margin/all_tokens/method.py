@@ -31,6 +31,7 @@ EVENTS_OF_A_CLASS = 12  # random starts that a class is likely to need
 EVENTS = (32, 80)  # least and most starts that share equally: shares far below 1e-11 cost the bound its accuracy
 TOLERANCE = 6e-3  # of the radius search
 AIM = 1.0 - 0.5 * TOLERANCE  # share of the budget that a first proof should use: one is then enough
+ASIDE = 0.9  # share of its budget below which a class does not decide the radius
 START = 0.6  # of the radius that the first order alone would give
 EXPONENT_CAP = 650.0  # logit changes beyond say nothing useful and would overflow
 
@@ -70,6 +71,7 @@ class MarginBound(PreparedBound):
         self.budgets = goal.budgets.tolist()
         weights = goal.weights[self.rows.asked].clone()  # made in inference mode, they could not enter a slope
         events = min(max(EVENTS[0], EVENTS_OF_A_CLASS * goal.functionals.shape[0]), EVENTS[1])
+        self.growth_of_worst = 1.0
         self.chance = Chance(seed, "margin", MAIN_FAILURE, events)
         self.curve = ConstantsCurve(self.constants_at, partial(self.constants_at, largest=rough_quadratic))
         self.functionals = [
@@ -85,17 +87,23 @@ class MarginBound(PreparedBound):
     @torch.inference_mode(mode=False)  # the descent in the parameters differentiates, whatever mode the caller is in
     @torch.no_grad()
     def first_guess(self) -> float | None:
-        guesses = []
-        for budget, functional in zip(self.budgets, self.functionals, strict=True):
-            slope = float(self.problem.moves.dual_norm(functional.rows.gradient))
-            if slope > 0.0:
-                start = START * budget / slope
-                guesses.append(functional.choose_parameters(self.curve, budget, start, aim=AIM))
-        return min(guesses, default=None)
+        """Classes whose first order spends their budget soonest come first, others are looked at near their radius."""
+        slopes = [float(self.problem.moves.dual_norm(functional.rows.gradient)) for functional in self.functionals]
+        firsts = [b / s if s > 0.0 else torch.inf for b, s in zip(self.budgets, slopes, strict=True)]
+        guess = torch.inf
+        for k in sorted(range(len(firsts)), key=firsts.__getitem__):
+            budget, functional = self.budgets[k], self.functionals[k]
+            if firsts[k] == torch.inf or functional.search.is_below(self.curve, ASIDE * budget, guess):
+                continue
+            start = min(START * firsts[k], guess)
+            found = functional.choose_parameters(self.curve, budget, start, aim=AIM)
+            if found < guess:
+                guess, self.growth_of_worst = found, functional.search.growth
+        return guess if guess < torch.inf else None
 
     @property
     def growth(self) -> float:
-        return min(functional.search.growth for functional in self.functionals)
+        return self.growth_of_worst
 
     def constants_at(self, radius: float, *, largest: Largest = largest_quadratic) -> Constants | None:
         """Constants of the threat's set of this radius; None where they overflow."""

@@ -37,7 +37,7 @@ from attnrobust.numerics.chance import stream
 from attnrobust.numerics.rounding import SMALLEST_UNIT
 from attnrobust.threats.moves import MoveThreat, PerTokenBall
 
-TUNING = ((5, 0), (4, 0), (3, 0), (0, 24), (0, 28))  # balances and steps while the radius moves
+TUNING = ((5, 0), (4, 0), (3, 0), (0, 24), (0, 36))  # balances and steps while the radius moves
 ROUNDS, STEPS, RATE = 12, 30, 0.06  # balances and steps at a radius that is given
 AGAIN_STEPS, AGAIN_RATE = 4, 0.02  # steps at another radius
 MORE, FAR = 3, 0.25  # times that the last of them is done again while the logarithm of the used share is so large
@@ -51,7 +51,7 @@ CLOSE = 3e-3  # distance of a used share from 1 that ends them
 FOLLOWED = 3  # last maximisers that span where the next one is looked for
 EXPANSIONS, LAST_EXPANSIONS = 4, 16  # of that span in a solve, in one that predicts
 EXCESS = 6e-3  # of a proof's bound of the largest eigenvalue over what a search finds
-SETTLED, SHARP = 5e-4, 5e-5  # growth of a value by one expansion that ends a solve, one that predicts
+SETTLED, SHARP = 1e-3, 5e-5  # growth of a value by one expansion that ends a solve, one that predicts
 FIRST_PRODUCTS = 8  # of the first solve
 DENSE_LIMIT = 64  # size up to which an eigenvalue decomposition is also the fastest approximation
 STEP, LARGEST_STEP, SMALLEST_STEP = 0.5, 0.8, 0.05  # from the best parameters so far towards the balance
@@ -137,6 +137,14 @@ class DropSearch:
             if abs(math.log(used)) < CLOSE:
                 break
         return radius
+
+    def is_below(self, curve: ConstantsCurve, budget: float, radius: float) -> bool:
+        """Whether a few balances make the bound at a radius smaller than this; False at infinity."""
+        const = curve(radius) if radius < math.inf else None
+        if const is None:
+            return False
+        self._tune(const, rounds=TUNING[0][0], steps=0, rate=RATE)
+        return self._value(const) < budget
 
     def at(self, const: Constants) -> Choice:
         """Parameters for a set: those at hand where they were chosen nearby."""
