@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,8 +38,9 @@ def cast(const: Constants, dtype: torch.dtype) -> Constants:
     """Constants in another precision."""
     if const.limit.dtype == dtype:
         return const
-    tensors = {f.name: getattr(const, f.name) for f in fields(const)}
-    return replace(const, **{name: value.to(dtype) for name, value in tensors.items() if isinstance(value, Tensor)})
+    given = {f.name: getattr(const, f.name) for f in fields(const)}
+    changed: dict[str, Any] = {name: value.to(dtype) for name, value in given.items() if isinstance(value, Tensor)}
+    return replace(const, **changed)
 
 
 @dataclass(eq=False)

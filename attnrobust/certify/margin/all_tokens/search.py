@@ -190,7 +190,7 @@ class DropSearch:
             power = math.log(usage / seen[-1][1]) / math.log(radius / seen[-1][0])
             self.growth = min(max(power, EXPONENTS[0]), EXPONENTS[1])
         seen.append((radius, usage))
-        return radius * min(usage ** (-1.0 / self.growth), LONGEST)
+        return radius * min(math.pow(usage, -1.0 / self.growth), LONGEST)
 
     def _balance(self, stage: _Stage, *, rounds: int) -> bool:
         """Alternate between maximisers and balanced parameters; False where a number left its range."""
@@ -259,7 +259,7 @@ class DropSearch:
             return None
         try:
             solution = self._approximate(quadratic, region, expansions)
-        except torch.linalg.LinAlgError:  # a decomposition of what is not finite
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined,unused-ignore]  # what is decomposed is not finite
             return None
         return solution if math.isfinite(solution.value) and solution.value > 0.0 else None
 
