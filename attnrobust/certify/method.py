@@ -65,6 +65,11 @@ class PreparedBound(ABC):
         """A radius near which the search starts, if one is known."""
         return None
 
+    @property
+    def growth(self) -> float:
+        """Roughly the exponent of the used share in the radius near the first guess; 1 where nothing is known."""
+        return 1.0
+
 
 class CertificateMethod(ABC):
     """A certificate: a bound with its reference, region and kind, and what it speaks about.
@@ -134,6 +139,7 @@ class CertificateMethod(ABC):
         radius, evaluations = largest_radius(
             lambda r: bound.usage(r).value * outward,
             first_guess=bound.first_guess,
+            growth=bound.growth,
             relative_tolerance=self.relative_tolerance,
             ceiling=ceiling,
         )

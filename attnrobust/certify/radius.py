@@ -9,8 +9,8 @@ from attnrobust.errors import InputError
 SMALLEST, LARGEST = 1e-12, 1e12  # radii outside are reported as 0 / LARGEST; token norms are far inside
 MAX_EVALUATIONS = 200
 GROWTH_RANGE = (0.5, 30.0)  # exponents p of a local fit usage ~ r^p that a step may trust
-EXACT = 1.01  # a radius within this factor of one that is known to be out of reach is not worth a finer search
 NARROW = 0.05  # logarithm of a used share that misses 1 by so little that the next radius is aimed at, not cut
+EXACT = 1.01  # a radius within this factor of one that is known to be out of reach is not worth a finer search
 BELOW = 0.9  # of that radius: where a first guess beyond it is put
 
 
@@ -19,6 +19,7 @@ def largest_radius(
     *,
     first_guess: float | None = None,
     relative_tolerance: float = 1e-3,
+    growth: float = 1.0,
     ceiling: float = math.inf,
 ) -> tuple[float, int]:
     """Search the largest r with ``usage(r) <= 1``; the returned r was itself evaluated and passed.
@@ -36,6 +37,7 @@ def largest_radius(
         usage: Upper bound of the used budget share on the set of radius r; infinity allowed, NaN is an error.
         first_guess: Where to start; default 1.
         relative_tolerance: How much of the radius may be given away.
+        growth: Exponent p of ``usage ~ r^p`` that is assumed from a single evaluation.
         ceiling: A radius that no right bound certifies, as that of a verified attack; within 1 % of it the search ends.
 
     Returns:
@@ -48,7 +50,7 @@ def largest_radius(
         raise InputError(f"relative_tolerance must be in (0, 1); got {relative_tolerance}")
     if not ceiling >= 0.0:
         raise InputError(f"the ceiling must be >= 0; got {ceiling}")
-    search = _Search(relative_tolerance, ceiling)
+    search = _Search(relative_tolerance, ceiling=ceiling, growth=growth)
     radius = first_guess if first_guess is not None and SMALLEST < first_guess < LARGEST else 1.0
     radius = max(min(radius, BELOW * ceiling), SMALLEST)
     for evaluations in range(1, MAX_EVALUATIONS + 1):
@@ -68,6 +70,7 @@ class _Search:
 
     tolerance: float
     ceiling: float = math.inf
+    growth: float = 1.0
     passed: float = 0.0
     failed: float = math.inf
     passed_usage: float = 0.0
@@ -135,7 +138,7 @@ class _Search:
         newest_first = self.points[::-1]
         nearest = sorted(newest_first, key=lambda point: abs(point[1]))[:2]  # stable: the newest among equals
         log_r, log_u = nearest[0]
-        power = 1.0
+        power = self.growth
         if len(nearest) == 2 and nearest[1][0] != log_r:
             power = (nearest[1][1] - log_u) / (nearest[1][0] - log_r)
         power = min(max(power, GROWTH_RANGE[0]), GROWTH_RANGE[1])

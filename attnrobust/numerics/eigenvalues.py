@@ -69,20 +69,33 @@ def spread_slope(
     movable: Float[Tensor, "*#b n"],
     value: Float[Tensor, "*b"],
 ) -> Float[Tensor, "*b n"]:
-    """Approximate derivative of ``spread_eigenvalue`` in a: ``((e_j - w)_T.y)^2`` of its eigenvector y (no bound).
+    """Approximate derivative of ``spread_eigenvalue`` in a: ``((e_j - w).(B y))^2`` of its eigenvector y (no bound)."""
+    y = spread_vector(coefficient, weight, movable, value) * movable
+    slope: Tensor = (y - (weight * y).sum(-1, keepdim=True)).square()
+    return slope
+
+
+def spread_vector(
+    coefficient: Float[Tensor, "*b n"],
+    weight: Float[Tensor, "*b n"],
+    movable: Float[Tensor, "*#b n"],
+    value: Float[Tensor, "*b"] | None = None,
+) -> Float[Tensor, "*b n"]:
+    """Approximate eigenvector y of the matrix of ``spread_eigenvalue``, of length 1 (no bound).
 
     With x the eigenvalue, y_j ~ ``(w_j (1 + sum w a / (x - a)) / (sum w^2 / (x - a)) - a_j) / (x - a_j)``; with lengths
-    B the sums and the differences have a B^2 and w^2 B^2, y_j one more B_j, and the slope has y B in place of y.
+    B the sums and the differences have a B^2 and w^2 B^2, and y_j one more B_j.
     """
+    if value is None:
+        value = spread_eigenvalue(coefficient, weight, movable)
     square = movable.square()
     a, w = coefficient * (movable > 0.0), weight * (movable > 0.0)
     inverse = 1.0 / (value[..., None] - a * square)
     cross = (w * a * square * inverse).sum(-1, keepdim=True)
     second = (w * w * square * inverse).sum(-1, keepdim=True)
     y = (w * (1.0 + cross) / second - a) * inverse * movable
-    y = (y / torch.linalg.vector_norm(y, dim=-1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0) * movable
-    slope: Tensor = (y - (w * y).sum(-1, keepdim=True)).square()
-    return slope
+    vector: Tensor = (y / torch.linalg.vector_norm(y, dim=-1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)
+    return vector
 
 
 def _definite(x: Tensor, *, a: Tensor, w: Tensor, square: Tensor, fixed: Tensor, missing: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from attnrobust.certify import certify
 from attnrobust.certify.displacement import bound as displacement
 from attnrobust.certify.margin import trust_region
-from attnrobust.certify.margin.all_tokens import functional
+from attnrobust.certify.margin.all_tokens import proof
 from attnrobust.certify.shared import first_order
 from attnrobust.errors import InputError
 from attnrobust.goals import Displacement, Goal, Margin
@@ -82,8 +82,8 @@ def test_a_row_fails_with_at_most_its_share_and_uses_no_start_twice(
     monkeypatch.setattr(lanczos, "_uniform_direction", counted)
     monkeypatch.setattr(displacement, "DENSE_LIMIT", 0)
     monkeypatch.setattr(first_order, "DENSE_LIMIT", 0)
-    monkeypatch.setattr(functional, "DECOMPOSE_LIMIT", 0)
-    monkeypatch.setattr(functional, "CHOLESKY_LIMIT", 0)
+    monkeypatch.setattr(proof, "DECOMPOSE_LIMIT", 0)
+    monkeypatch.setattr(proof, "CHOLESKY_LIMIT", 0)
     monkeypatch.setattr(trust_region, "largest_eigenvalue_upper", partial(largest_eigenvalue_upper, dense_limit=0))
     case = case_named("plain-h1-n2-d2" if isinstance(goal, Margin) else "plain-h2-n3-d4")
     report = certify(Problem(case.attention, case.tokens, threat, goal))

@@ -126,7 +126,7 @@ def linear_images(functional: FunctionalRows, delta: Float[Tensor, "*b n d"]) ->
     """Evaluate the linear pieces; delta must vanish on tokens that may not move."""
     rows = functional.rows
     query, key, t = _projected(functional, delta)
-    raw = _with_keys(rows, rows.queries, key) + query @ rows.keys.mT
+    raw = with_keys(rows, rows.queries, key) + query @ rows.keys.mT
     x = raw - (rows.weight * raw).sum(-1, keepdim=True)
     d = (functional.weighted_advantage * x).sum(-1) - (rows.weight @ t[..., None])[..., 0]
     return LinearImages(x=x, t=t, d=d, query=query, key=key)
@@ -159,7 +159,7 @@ def _unprojected(
     return rows.placed(back, own)
 
 
-def _with_keys(rows: MarginRows, left: Float[Tensor, "*a h q k"], key: Float[Tensor, "*b g n k"]) -> Tensor:
+def with_keys(rows: MarginRows, left: Float[Tensor, "*a h q k"], key: Float[Tensor, "*b g n k"]) -> Tensor:
     """Products of vectors of the rows with the keys of their heads, (*b, h, q, n)."""
     if rows.sharing == 1:
         return left @ key.mT
@@ -168,7 +168,7 @@ def _with_keys(rows: MarginRows, left: Float[Tensor, "*a h q k"], key: Float[Ten
     return products
 
 
-def _of_keys(rows: MarginRows, weight: Float[Tensor, "*a h q n"], key: Float[Tensor, "*b g n k"]) -> Tensor:
+def of_keys(rows: MarginRows, weight: Float[Tensor, "*a h q n"], key: Float[Tensor, "*b g n k"]) -> Tensor:
     """Sums of the keys of their heads with weights of the rows, (*b, h, q, k)."""
     if rows.sharing == 1:
         return weight @ key
@@ -271,10 +271,10 @@ class QuadraticMajorant:
         mean_t = self.centre * (rows.weight @ piece.t[..., None])[..., 0] + first
         t = self.value * piece.t - (self.mixed * piece.x).sum(-2) - (rows.weight.mT @ mean_t[..., None])[..., 0]
         pooled = factor * functional.pooling[:, None] * functional.weighted_advantage
-        query = _of_keys(rows, pooled, piece.key) + self.bilinear[..., None] * query_form(rows, piece.query)
+        query = of_keys(rows, pooled, piece.key) + self.bilinear[..., None] * query_form(rows, piece.query)
         key, more = [(pooled, piece.query)], None
         if isinstance(self.keys, Across):
-            key.append((self.keys.left, _of_keys(rows, self.keys.right, piece.key) / rows.gauge[:, None]))
+            key.append((self.keys.left, of_keys(rows, self.keys.right, piece.key) / rows.gauge[:, None]))
         elif self.keys is not None:
             more = self.keys @ (piece.key / rows.gauge[:, None])
         form = self.tokens

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -15,9 +15,11 @@ from attnrobust.numerics.sides import Upper
 DECOMPOSE_LIMIT = 320  # an eigenvalue decomposition takes milliseconds up to here
 CHOLESKY_LIMIT = 2000
 BLOCK_STEPS = 16
+RESIDUAL = 1e-6  # of the gradient: smaller ones change no search
 START = 1e-9  # of Newton's method above the largest eigenvalue, as a share of the largest number in the problem
 NEWTON_STEPS = 40  # of the multiplier; quadratic convergence needs about 6
 MAX_RAISES = 80  # of the multiplier by 1 % each until the factorisation succeeds
+APART = 0.985  # share of the multiplier that an eigenvalue bound need not get below
 SHIFT = 1e-11  # share of a norm that covers the backward error of a factorisation or decomposition
 
 Product = Callable[[Tensor], Tensor]
@@ -46,11 +48,13 @@ class Maximiser:
         points: Near-maximisers (b, N) of norm at most the radius (two in the hard case).
         multiplier: Approximate optimal multiplier.
         value: Approximate optimal value.
+        top: Largest eigenvalue of the form on the space that was searched.
     """
 
     points: Float[Tensor, "b N"]
     multiplier: float
     value: float
+    top: float
 
 
 def approximate(
@@ -81,21 +85,54 @@ def approximate(
         fresh = space.add(torch.linalg.qr(fresh.T).Q.T.contiguous())
         if space.value <= (1.0 + settled) * last:
             break
-    return _small_solution(space.values, space.basis.T @ space.vectors, problem, radius)
+    return space.solution()
+
+
+def followed(
+    problem: Quadratic, radius: float, starts: Float[Tensor, "b N"], *, expansions: int, settled: float = 0.0
+) -> Maximiser:
+    """Solve the trust region in the span of G, start vectors and the residuals of the solutions found there.
+
+    For problems that differ little from the last ones: one product with the block, then one with a single vector for
+    each expansion, where a block Krylov space pays for the whole block at each.
+
+    Args:
+        problem: The quadratic.
+        radius: Of the ball.
+        starts: Maximisers of similar problems.
+        expansions: By a residual, at most.
+        settled: Relative growth of the value by one expansion that ends the search.
+    """
+    size = problem.gradient.numel()
+    first = torch.linalg.qr(torch.cat([problem.gradient[None], starts]).T[:, :size]).Q.T.contiguous()
+    rounds = min(expansions, size - first.shape[0])
+    space = _Space(problem, radius, capacity=first.shape[0] + rounds, images=True)
+    space.add(first)
+    for _ in range(rounds):
+        fresh = space.residual()
+        if fresh is None:
+            break
+        last = space.value
+        space.add(fresh[None])
+        if space.value <= (1.0 + settled) * last:
+            break
+    return space.solution()
 
 
 class _Space:
-    """The form in a growing subspace: images are not kept, and each new vector is met once by all others.
+    """The form in a growing subspace: each new vector is met once by all others, and images are kept only if asked.
 
     Args:
         problem: The quadratic.
         radius: Of the ball.
         capacity: Most vectors.
+        images: Whether to keep them, for residuals.
     """
 
-    def __init__(self, problem: Quadratic, radius: float, *, capacity: int) -> None:
+    def __init__(self, problem: Quadratic, radius: float, *, capacity: int, images: bool = False) -> None:
         self.problem, self.radius, self.count = problem, radius, 0
         self._rows = problem.gradient.new_empty(capacity, problem.gradient.numel())
+        self._images = torch.empty_like(self._rows) if images else None
         self._small = problem.gradient.new_zeros(capacity, capacity)
         self._gradient = problem.gradient.new_zeros(capacity)
         self.values = self.vectors = self._gradient
@@ -112,6 +149,8 @@ class _Space:
         self.count = new
         self._rows[old:new] = fresh
         images = self.problem.product(fresh)
+        if self._images is not None:
+            self._images[old:new] = images
         block = self.basis @ images.T
         self._small[:new, old:new], self._small[old:new, :old] = block, block[:old].T
         self._gradient[old:new] = fresh @ self.problem.gradient
@@ -127,6 +166,28 @@ class _Space:
         shares = g / (multiplier - self.values).clamp_min(SMALLEST)
         self.value = 0.5 * float(g @ shares) + 0.5 * multiplier * self.radius**2
 
+    def _inside(self) -> Maximiser:
+        """The solution in coordinates of the subspace."""
+        inside = Quadratic(self.problem.product, self._gradient[: self.count], self.problem.constant)
+        return _small_solution(self.values, self.vectors, inside, self.radius)
+
+    def solution(self) -> Maximiser:
+        """The solution in the subspace."""
+        inside = self._inside()
+        return replace(inside, points=inside.points @ self.basis)
+
+    def residual(self) -> Tensor | None:
+        """Direction of ``G - (l - M) x`` across the subspace, x the solution there; None where it holds all of it."""
+        assert self._images is not None  # noqa: S101 - who asks for residuals has the images kept
+        inside = self._inside()
+        x, gradient = inside.points[0], self.problem.gradient
+        residual = gradient - inside.multiplier * (x @ self.basis) + x @ self._images[: self.count]
+        for _ in range(2):
+            residual = residual - (self.basis @ residual) @ self.basis
+        size = float(torch.linalg.vector_norm(residual))
+        scale = float(torch.linalg.vector_norm(gradient)) + SMALLEST
+        return residual / size if size > RESIDUAL * scale else None
+
 
 def _small_solution(values: Tensor, vectors: Tensor, problem: Quadratic, radius: float) -> Maximiser:
     g = vectors.T @ problem.gradient
@@ -140,7 +201,7 @@ def _small_solution(values: Tensor, vectors: Tensor, problem: Quadratic, radius:
         fill[-1] = missing
         points = [x + fill, x - fill]
     value = 0.5 * float(g @ x) + 0.5 * multiplier * radius**2 + problem.constant
-    return Maximiser(torch.stack(points) @ vectors.T, multiplier, value)
+    return Maximiser(torch.stack(points) @ vectors.T, multiplier, value, float(values[-1]))
 
 
 def _multiplier(values: Tensor, g: Tensor, radius: float) -> float:
@@ -152,7 +213,8 @@ def _multiplier(values: Tensor, g: Tensor, radius: float) -> float:
     unit = max(float(values.abs().amax()), linear)
     if unit <= SMALLEST:
         return SMALLEST
-    eigenvalues, terms = (values / unit).cpu().numpy(), (g / (unit * radius)).square().cpu().numpy()
+    eigenvalues = (values / unit).double().cpu().numpy()  # START is below float32
+    terms = (g / (unit * radius)).square().double().cpu().numpy()
     low = max(float(eigenvalues[-1]), 0.0) + START
     high = low + linear / unit
     for _ in range(NEWTON_STEPS):
@@ -220,26 +282,33 @@ def iterated_bound(
     """
     bounds = largest_eigenvalue_upper(
         problem.product, problem.gradient.numel(), failure_probability=failure_probability, seed=seed, tol=3e-3,
-        max_steps=80, device=problem.gradient.device,
+        max_steps=80, enough=APART * guess.multiplier, device=problem.gradient.device,
     )  # fmt: skip
     top = max(bounds.upper.value, 0.0)
-    best = _dual_value(problem, radius, max(guess.multiplier, top * (1.0 + 2e-3) + SMALLEST), top)
+    multiplier = max(guess.multiplier, top * (1.0 + 2e-3) + SMALLEST)
+    best = _dual_value(problem, radius, multiplier, top, start=guess.points.mean(0))
     return Upper(outward(max(best, 0.0), PROOF), bounds.upper.failure_probability)
 
 
-def _dual_value(problem: Quadratic, radius: float, multiplier: float, top: float) -> float:
-    x, residual = _solve(problem, multiplier)
+def _dual_value(
+    problem: Quadratic, radius: float, multiplier: float, top: float, *, start: Float[Tensor, "N"]
+) -> float:
+    x, residual = _solve(problem, multiplier, start)
     inner = float(problem.gradient @ x) + float(residual @ x)  # 2 G.x - x (l - M) x = G.x + res.x
     slack = float(residual @ residual) / max(multiplier - top, SMALLEST)
     return 0.5 * (inner + slack + multiplier * radius**2) + problem.constant
 
 
-def _solve(problem: Quadratic, multiplier: float, *, steps: int = 30) -> tuple[Tensor, Tensor]:
-    """Conjugate gradients on ``(l - M) x = G``; the returned residual is recomputed."""
+def _solve(
+    problem: Quadratic, multiplier: float, start: Float[Tensor, "N"], *, steps: int = 30
+) -> tuple[Tensor, Tensor]:
+    """Conjugate gradients on ``(l - M) x = G`` from a guess; the returned residual is recomputed."""
     target = float(torch.linalg.vector_norm(problem.gradient)) * 1e-3
-    x = torch.zeros_like(problem.gradient)
-    residual = problem.gradient.clone()
+    x = start
+    residual = problem.gradient - (multiplier * x - problem.product(x))
     direction, energy = residual, float(residual @ residual)
+    if energy <= target**2:
+        return x, residual
     for _ in range(steps):
         image = multiplier * direction - problem.product(direction)
         curvature = float(direction @ image)

@@ -1,15 +1,24 @@
 """The margin certificate with the derivative of the norm inside: one trust region over the moves of hidden states."""
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.certify.margin.all_tokens.constants import Constants, constants, row_geometry
-from attnrobust.certify.margin.all_tokens.functional import Ellipsoid, FunctionalBound
+from attnrobust.certify.margin.all_tokens.constants import (
+    Constants,
+    Largest,
+    constants,
+    largest_quadratic,
+    row_geometry,
+)
+from attnrobust.certify.margin.all_tokens.estimates import ConstantsCurve, rough_quadratic
+from attnrobust.certify.margin.all_tokens.functional import FunctionalBound, chosen_radius
 from attnrobust.certify.margin.all_tokens.method import EVENTS, EVENTS_OF_A_CLASS, EXPONENT_CAP, START
+from attnrobust.certify.margin.all_tokens.region import Coordinates, Ellipsoid
 from attnrobust.certify.margin.quadratic_form import FunctionalRows, QuadraticMajorant, functional_rows
 from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.certify.margin.trust_region import Quadratic
@@ -25,6 +34,8 @@ from attnrobust.numerics.rounding import used_share
 from attnrobust.numerics.sides import Upper
 from attnrobust.problem import Problem
 from attnrobust.threats.moves import FrobeniusBall
+
+HALVINGS = 40  # of a bracket of a radius
 
 
 class PreNormMargin(CertificateMethod):
@@ -71,11 +82,11 @@ class PreNormMarginBound(PreparedBound):
             (functional_rows(self.rows, weights[self.rows.asked], f), OwnMoves.of(self.front, weights, f))
             for f in goal.functionals
         ]
-        self.guess = min(
-            (_linear_radius(rows, own, b) for (rows, own), b in zip(found, self.budgets, strict=True)), default=math.inf
-        )
-        self.ellipsoids = Ellipsoids.near(self.front, self.guess)
+        self.firsts = [_linear_radius(rows, own, b) for (rows, own), b in zip(found, self.budgets, strict=True)]
+        self.ellipsoids = Ellipsoids.near(self.front, min(self.firsts, default=math.inf))
         self.functionals = [FrontFunctional(rows, self.ellipsoids, own, chance=self.chance) for rows, own in found]
+        self.curve = ConstantsCurve(self.constants_at, partial(self.constants_at, largest=rough_quadratic))
+        self.growth_of_worst = 1.0
 
     @property
     def failure_probability(self) -> float:
@@ -85,26 +96,41 @@ class PreNormMarginBound(PreparedBound):
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def first_guess(self) -> float | None:
-        if not self.guess < math.inf:
-            return None
         shortest = float(self.front.lengths[self.front.movable].min())
-        size = self.ellipsoids.reach(START * min(self.guess, shortest))
-        guesses = [
-            functional.choose_parameters(self.constants_at, budget, size) / self.front.steepest
-            for budget, functional in zip(self.budgets, self.functionals, strict=True)
+        starts = [START * min(first, shortest) if first < math.inf else first for first in self.firsts]
+        left = [
+            max(budget - functional.own.error(start), 0.5 * budget) if start < math.inf else budget
+            for budget, functional, start in zip(self.budgets, self.functionals, starts, strict=True)
         ]
-        return min(guesses, default=None)
+        sizes = [self.ellipsoids.reach(start) for start in starts]
+        aim = 1.0 - 0.5 * PreNormMargin.relative_tolerance
+        guess, self.growth_of_worst = chosen_radius(self.functionals, left, sizes, self.curve, aim=aim)
+        return self._radius_of(guess) if guess < math.inf else None
 
-    def constants_at(self, size: float) -> Constants | None:
+    @property
+    def growth(self) -> float:
+        return self.growth_of_worst
+
+    def _radius_of(self, size: float) -> float:
+        """About the radius at which d' may be as long as this: ``reach`` grows at least like ``steepest r``."""
+        low, high = 0.0, size / self.front.steepest
+        for _ in range(HALVINGS):
+            middle = 0.5 * (low + high)
+            within = self.ellipsoids.reach(middle, free=self.front.layer.residual) <= size
+            low, high = (middle, high) if within else (low, middle)
+        return 0.5 * (low + high)
+
+    def constants_at(self, size: float, *, largest: Largest = largest_quadratic) -> Constants | None:
         """Constants of the Frobenius ball of this size around the normalised tokens; None where they overflow."""
-        const = constants(self.rows, self.geometry, MoveBudget(frobenius=size, token=size, epsilon=size))
+        budget = MoveBudget(frobenius=size, token=size, epsilon=size)
+        const = constants(self.rows, self.geometry, budget, largest=largest)
         return const if bool((const.limit < EXPONENT_CAP).all()) else None
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def usage(self, radius: float) -> Upper:
         size = self.ellipsoids.reach(radius, free=self.front.layer.residual)
-        const = None if size == math.inf else self.constants_at(size)
+        const = None if size == math.inf else self.curve.known(size)
         if const is None:
             return Upper(math.inf)
         worst = 0.0
@@ -134,25 +160,42 @@ class FrontFunctional(FunctionalBound):
     """
 
     def __init__(self, rows: FunctionalRows, ellipsoids: Ellipsoids, own: OwnMoves, *, chance: Chance) -> None:
-        super().__init__(rows, FrobeniusBall(), chance=chance)
+        super().__init__(rows, FrobeniusBall(), chance=chance, coordinates=FrontCoordinates(rows.rows, ellipsoids, own))
+        self.own = own
+
+
+class FrontCoordinates(Coordinates):
+    """d' of the movable tokens, and where the tokens are added to the output one number for the unseen moves.
+
+    Args:
+        rows: The rows at the normalised tokens.
+        ellipsoids: The maps from d' to moves of the normalised tokens.
+        own: What the tokens' own moves take away.
+    """
+
+    def __init__(self, rows: MarginRows, ellipsoids: Ellipsoids, own: OwnMoves) -> None:
+        super().__init__(rows)
         self.ellipsoids, self.own = ellipsoids, own
+        self.size = int(self.index.sum()) * self.shape[1]
 
-    def _quadratic(self, form: QuadraticMajorant, region: Ellipsoid) -> Quadratic:
-        index, shape = self.index, self.rows.rows.points.shape
-        size = int(index.sum()) * shape[1]
-
+    def quadratic(self, form: QuadraticMajorant, region: Ellipsoid) -> Quadratic:
         def product(flat: Tensor) -> Tensor:
-            full = flat.new_zeros(*flat.shape[:-1], *shape)
-            full[..., index, :] = flat[..., :size].reshape(*flat.shape[:-1], -1, shape[1])
-            image = self.ellipsoids.apply(form.apply(self.ellipsoids.apply(full)))
-            return torch.cat([image[..., index, :].flatten(-2), torch.zeros_like(flat[..., size:])], dim=-1)
+            image = self.taken(self.ellipsoids.apply(form.apply(self.moves(flat, region)))).flatten(-2)
+            return torch.cat([image, torch.zeros_like(flat[..., self.size :])], dim=-1)
 
-        gradient = self.ellipsoids.apply(form.gradient) + self.own.tangential / self.own.front.steepest
-        parts = [gradient[index].flatten()]
+        steepest = self.own.front.steepest
+        gradient = self.ellipsoids.apply(form.gradient) + self.own.tangential.to(form.gradient) / steepest
+        parts = [self.taken(gradient).flatten()]
         if self.own.front.layer.residual:
-            parts.append(gradient.new_tensor([self.own.unseen / self.own.front.steepest]))
+            parts.append(gradient.new_tensor([self.own.unseen / steepest]))
         return Quadratic(product, torch.cat(parts), float(form.constant))
 
-    def _moves(self, points: Tensor, region: Ellipsoid) -> Float[Tensor, "b n d"]:
-        size = int(self.index.sum()) * self.rows.rows.points.shape[1]
-        return self.ellipsoids.apply(super()._moves(points[:, :size], region))
+    def moves(self, flat: Float[Tensor, "*b N"], region: Ellipsoid) -> Float[Tensor, "*b m p"]:
+        part = flat[..., : self.size].unflatten(-1, (-1, self.shape[1]))
+        return self.ellipsoids.apply(self.placed(part))
+
+    def kept(self, flat: Float[Tensor, "*b N"], region: Ellipsoid) -> Tensor:
+        return flat
+
+    def again(self, kept: Tensor, region: Ellipsoid) -> Float[Tensor, "b N"]:
+        return kept

@@ -62,6 +62,10 @@ class ScalesBound(PreparedBound):
         guess = self.inner.first_guess
         return None if guess is None else 1.0 / (self.front.steepest / guess + self.own)
 
+    @property
+    def growth(self) -> float:
+        return self.inner.growth
+
     def usage(self, radius: float) -> Upper:
         size = self.front.steepness(radius) * radius
         if size == math.inf:

@@ -107,9 +107,9 @@ class Ellipsoids:
 
     def apply(self, moves: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
         """``T d'``; T is symmetric."""
-        front = self.front
-        along = (moves * front.direction).sum(-1, keepdim=True) * (1.0 - self.shrink)[:, None]
-        return (front.layer.centred(moves) - along * front.direction) * front.relative[:, None]
+        direction, relative = self.front.direction.to(moves), self.front.relative.to(moves)
+        along = (moves * direction).sum(-1, keepdim=True) * (1.0 - self.shrink).to(moves)[:, None]
+        return (self.front.layer.centred(moves) - along * direction) * relative[:, None]
 
     def reach(self, radius: float, *, free: bool = False) -> float:
         """How long d' may be, all tokens together, where the tokens move by at most the radius together.

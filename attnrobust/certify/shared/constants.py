@@ -33,6 +33,10 @@ class MoveBudget:
     token: float
     epsilon: float
 
+    def scaled(self, factor: float) -> "MoveBudget":
+        """The set of another radius; up to rounding, for searches."""
+        return MoveBudget(factor * self.frobenius, factor * self.token, factor * self.epsilon)
+
 
 @dataclass(frozen=True, eq=False)
 class LogitNorms:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnrobust.certify.margin.all_tokens.balance import moments, value_at
 from attnrobust.certify.margin.all_tokens.constants import constants, row_geometry
-from attnrobust.certify.margin.all_tokens.majorant import initial_parameters, majorant, pieces
+from attnrobust.certify.margin.all_tokens.majorant import coefficients, initial_parameters, majorant, pieces
 from attnrobust.certify.margin.quadratic_form import functional_rows
 from attnrobust.certify.margin.reduced_rows import ReducedRows, reduced
 from attnrobust.certify.margin.rows import MarginRows
@@ -54,6 +55,8 @@ def test_the_form_is_that_of_all_moves(at: list[int]) -> None:
     assert_close(small.gradient.norm(), whole.gradient.norm(), rtol=1e-10, what="nothing of the gradient is lost")
     back = lifted(few.rows, small.apply(moves))
     assert_close(back, whole.apply(lifted(few.rows, moves)), rtol=1e-9, what="nothing of the products is lost")
+    searched = coefficients(few, const, pieces(few, const, few.first_norm), par)
+    assert_close(value_at(few, searched, moments(few, moves)), small.at(moves), rtol=1e-10, what="without products")
 
 
 def padded(rows: ReducedRows, below: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from attnrobust.certify.margin.trust_region import (
     approximate,
     decomposed_bound,
     factorised_bound,
+    followed,
     iterated_bound,
 )
 from tests.margin_problems import random_quadratic
@@ -27,3 +28,14 @@ def test_trust_region_bounds_are_upper_and_agree(seed: int) -> None:
         iterated_bound(quadratic, radius, guess, failure_probability=1e-9, seed=seed),
     ):
         assert best * (1.0 - 1e-12) <= found.value <= exact.value * 1.02
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_spans_of_gradient_starts_and_residuals_hold_the_solution(seed: int) -> None:
+    _, quadratic = random_quadratic(seed, 70)
+    radius = (0.01, 0.3, 3.0)[seed % 3]
+    exact = decomposed_bound(quadratic, radius)[1]
+    near = exact.points[:1] + 0.03 * radius * torch.cos(torch.arange(70, dtype=torch.float64))
+    few, many = (followed(quadratic, radius, near, expansions=count).value for count in (0, 25))
+    assert few <= many * (1.0 + 1e-12)
+    assert exact.value * (1.0 - 1e-3) <= many <= exact.value * (1.0 + 1e-9)

@@ -1,5 +1,6 @@
 """Constants of the margin certificate on one perturbation set: lemmas 2 to 6 for all rows and all movable tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -150,14 +151,26 @@ def _second_moment(c: Tensor, keys: Tensor) -> Tensor:
     return (c @ products).reshape(h, n, k, k)
 
 
-def constants(rows: MarginRows, geo: RowGeometry, budget: MoveBudget) -> Constants:
-    """All radius-dependent constants; see the attributes of ``Constants`` and lemmas 2 to 6 of the documentation."""
+Largest = Callable[[MarginRows, RowGeometry, Tensor], Float[Tensor, "h q"]]
+
+
+def constants(
+    rows: MarginRows, geo: RowGeometry, budget: MoveBudget, *, largest: Largest = largest_quadratic
+) -> Constants:
+    """All radius-dependent constants; see the attributes of ``Constants`` and lemmas 2 to 6 of the documentation.
+
+    Args:
+        rows: Clean quantities.
+        geo: Norms of the directions l_j.
+        budget: The set.
+        largest: Upper bound of ``lambda_max(sum_j c_j l_j l_j^T)``; a search may estimate it, a proof not.
+    """
     r, rho, norm = budget.frobenius, budget.token, rows.norm[:, None] * rows.own_reach
     limit = logit_range(geo.norms, budget).masked_fill(torch.isneginf(rows.log_weight), 0.0)
     saturating = saturating_weight(rows.log_weight, limit)
 
     def quadratic(coefficient: Tensor) -> Tensor:
-        linear = largest_quadratic(rows, geo, coefficient)
+        linear = largest(rows, geo, coefficient)
         spread = spread_eigenvalue(coefficient, rows.weight, rows.reach)
         spread = torch.where(rows.own_movable > 0, spread, 0.0)
         return 0.5 * r * r * (linear.sqrt() + rho * norm * spread.sqrt()) ** 2

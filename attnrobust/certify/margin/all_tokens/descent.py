@@ -7,9 +7,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from attnrobust.certify.margin.all_tokens.majorant import LIMITS, Parameters
+from attnrobust.certify.margin.all_tokens.majorant import LIMITS, SIGNED, Parameters
 
-SIGNED = ("reference", "value")  # parameters of either sign; the others move in their logarithm
 NARROW = {"split": (0.01, 4.0), "bilinear": (0.01, 4.0)}
 BETAS = (0.8, 0.99)  # of Adam: short memories, a search has some tens of steps
 LAST_RATE = 0.02  # share of the first rate that the last step keeps

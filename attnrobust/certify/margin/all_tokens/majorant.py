@@ -1,28 +1,20 @@
 """Coefficients of the quadratic majorant: every free parameter is sound, a balance at moves makes them sharp."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from attnrobust.certify.margin.all_tokens.constants import Constants
-from attnrobust.certify.margin.quadratic_form import (
-    FunctionalRows,
-    LinearImages,
-    QuadraticMajorant,
-    across,
-    linear_images,
-    query_form,
-    spread_back,
-)
+from attnrobust.certify.margin.quadratic_form import FunctionalRows, QuadraticMajorant, across, spread_back
 from attnrobust.certify.margin.rows import MarginRows
 from attnrobust.certify.shared.constants import shifted_slopes
 from attnrobust.numerics.eigenvalues import spread_eigenvalue, spread_slope
 from attnrobust.numerics.rounding import SMALLEST_UNIT
 
-LARGEST_MASS = 0.5  # of a row's remainder at the reference moves, as a share of its bound
-ROUGH = 3  # bisections of an eigenvalue that only chooses a parameter
+SIGNED = ("reference", "value")  # parameters of either sign; the others are positive
 LIMITS = (1e-3, 1e3)  # parameters are kept in this range around their unit
 
 
@@ -76,68 +68,152 @@ def pieces(functional: FunctionalRows, const: Constants, first_norm: Float[Tenso
     return Pieces(shift=shift, slope=slope, unit=unit)
 
 
-def _value_reference(functional: FunctionalRows, const: Constants, par: Parameters) -> Float[Tensor, "h n"]:
+def value_reference(functional: FunctionalRows, const: Constants, par: Parameters) -> Float[Tensor, "h n"]:
     """theta_j."""
     return par.value * functional.value_norm * const.budget.frobenius
 
 
-def _mass_curve(functional: FunctionalRows, const: Constants, par: Parameters, unit: Tensor) -> tuple[Tensor, Tensor]:
+def mass_curve(functional: FunctionalRows, const: Constants, par: Parameters, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficient of u_j^2 / 2 that bounds ``p_j (v_j - theta_j + tau - e)``, and its slope in tau."""
     cut = (par.split - par.reference) * unit
-    shifted = functional.advantage - _value_reference(functional, const, par)[:, None] + cut[..., None]
+    shifted = functional.advantage - value_reference(functional, const, par)[:, None] + cut[..., None]
     effect = torch.where(shifted > 0, const.saturating, const.curvature)
     return shifted * effect, effect
 
 
-def _spread(coefficient: Tensor, weight: Tensor, movable: Tensor) -> Tensor:
+def exact_spread(rows: MarginRows, coefficient: Float[Tensor, "h q n"]) -> Float[Tensor, "h q"]:
     """``spread_eigenvalue`` with its derivative."""
-    value = spread_eigenvalue(coefficient.detach(), weight, movable)
+    value = spread_eigenvalue(coefficient.detach(), rows.weight, rows.reach)
     if not coefficient.requires_grad:
         return value
-    slope = spread_slope(coefficient.detach(), weight, movable, value)
+    slope = spread_slope(coefficient.detach(), rows.weight, rows.reach, value)
     return value + (slope * (coefficient - coefficient.detach())).sum(-1)
 
 
-def majorant(functional: FunctionalRows, const: Constants, piece: Pieces, par: Parameters) -> QuadraticMajorant:
-    """The quadratic majorant of Theorem 1 of docs/margin-certificate.md, differentiable in the parameters."""
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """The majorant's coefficients row by row, before they are put together to products with moves.
+
+    Args:
+        moved: The functional with its advantage measured from the references theta.
+        square: As in ``QuadraticMajorant``.
+        mixed: Likewise.
+        value: Likewise.
+        centre: Likewise.
+        first: Likewise.
+        bilinear: Likewise.
+        outer: ``pi pbar / s2 w v``: half of the form ``sum_jl outer_j (w v)_l delta_j.delta_l`` of p E[qv].
+        steady: Rotary positions: coefficient of ``|delta_i|^2``, of the rows of a move; else None.
+        offset: e.
+        mean: ``E theta``.
+        theta: theta_j.
+        shifted: ``pi shift theta``, linear in x.
+        linear: Linear in t.
+    """
+
+    moved: FunctionalRows
+    square: Float[Tensor, "h q n"]
+    mixed: Float[Tensor, "h q n"]
+    value: Float[Tensor, "h n"]
+    centre: Float[Tensor, "h q"]
+    first: Float[Tensor, "h q"]
+    bilinear: Float[Tensor, "h q"]
+    outer: Float[Tensor, "h q n"]
+    steady: Float[Tensor, "m"] | None
+    offset: Float[Tensor, "h q"]
+    mean: Float[Tensor, "h q"]
+    theta: Float[Tensor, "h n"]
+    shifted: Float[Tensor, "h q n"]
+    linear: Float[Tensor, "h n"]
+
+    @property
+    def constant(self) -> Float[Tensor, ""]:
+        """What the references cost."""
+        squares = (self.first * self.offset**2).sum() + (self.value * self.theta**2).sum()
+        return 0.5 * (squares - (self.centre * self.mean**2).sum())
+
+
+Spread = Callable[[MarginRows, Float[Tensor, "h q n"]], Float[Tensor, "h q"]]
+
+
+def coefficients(
+    functional: FunctionalRows, const: Constants, piece: Pieces, par: Parameters, *, spread: Spread = exact_spread
+) -> Coefficients:
+    """Coefficients of Theorem 1 of docs/margin-certificate.md, differentiable in the parameters.
+
+    Args:
+        functional: The functional's rows.
+        const: Constants of the set.
+        piece: Parameter-free coefficients.
+        par: Free parameters.
+        spread: Upper bound of ``lambda_max(sum_j a_j (e_j - w) (e_j - w)^T)``; a search may estimate it, a proof not.
+    """
     rows, pi = functional.rows, functional.pooling
     weight = rows.weight
     tau = par.split * piece.unit
     pair = par.pair * functional.value_norm[..., None]
-    curve = _mass_curve(functional, const, par, piece.unit)[0] + pair * piece.slope
+    curve = mass_curve(functional, const, par, piece.unit)[0] + pair * piece.slope
     positive = curve > 0
     eps = torch.where(positive, par.bilinear, par.bilinear.clamp_max(1.0))
     square = torch.where(positive, curve * (1.0 + eps), curve * (1.0 - eps))
     rest = torch.where(positive, curve * (1.0 + 1.0 / eps), -curve * (1.0 / eps - 1.0))
-    energy = const.budget.frobenius**2 * _spread(rest, weight, rows.reach)
+    energy = const.budget.frobenius**2 * spread(rows, rest)
     kept = weight - piece.shift
     s1 = par.query_value * functional.value_norm
     value = piece.slope / pair + (const.spread / s1)[..., None] * kept
     whole = (piece.shift == 0).all(-1)
-    theta = _value_reference(functional, const, par)
+    theta = value_reference(functional, const, par)
     moved = functional.revalued(theta)
-    advantage = pi[:, None] * moved.weighted_advantage
-    outer = (const.share / par.query_mean)[..., None] * advantage
     first = pi * const.share / (2.0 * tau)
-    value = torch.einsum("i,hij->hj", pi, value)
+    value = (pi[:, None] * value).sum(-2)
     centre = torch.where(whole, pi * const.spread / s1, 0.0)
-    offset, mean = par.reference * piece.unit, (weight @ theta[..., None])[..., 0]
-    shifted = pi[:, None] * piece.shift * theta[:, None]
-    linear = value * theta - (weight.mT @ (centre * mean)[..., None])[..., 0]
+    mean = (weight @ theta[..., None])[..., 0]
     query = _query_coefficients(rows, pi, energy + const.spread * s1, const.share * par.query_mean, par)
-    return QuadraticMajorant(
-        functional=moved,
+    return Coefficients(
+        moved=moved,
         square=pi[:, None] * square,
         mixed=pi[:, None] * kept,
         value=value,
         centre=centre,
         first=first,
-        gradient=functional.gradient - moved.combined(first * offset) - spread_back(functional, shifted, linear),
-        constant=0.5 * ((first * offset**2).sum() + (value * theta**2).sum() - (centre * mean**2).sum()),
         bilinear=query[0],
-        tokens=across(rows, outer, moved.weighted_advantage) if query[1] is None else query[1],
-        keys=None if query[1] is None else across(rows, outer, moved.weighted_advantage),
+        outer=(pi * const.share / par.query_mean)[..., None] * moved.weighted_advantage,
+        steady=query[1],
+        offset=par.reference * piece.unit,
+        mean=mean,
+        theta=theta,
+        shifted=pi[:, None] * piece.shift * theta[:, None],
+        linear=value * theta - (weight.mT @ (centre * mean)[..., None])[..., 0],
     )
+
+
+def assembled(functional: FunctionalRows, found: Coefficients) -> QuadraticMajorant:
+    """The majorant as a linear part and an operator on moves."""
+    moved = found.moved
+    joint = across(functional.rows, found.outer, moved.weighted_advantage)
+    return QuadraticMajorant(
+        functional=moved,
+        square=found.square,
+        mixed=found.mixed,
+        value=found.value,
+        centre=found.centre,
+        first=found.first,
+        gradient=functional.gradient
+        - spread_back(
+            moved,
+            found.shifted + (found.first * found.offset)[..., None] * moved.weighted_advantage,
+            found.linear - (moved.rows.weight.mT @ (found.first * found.offset)[..., None])[..., 0],
+        ),
+        constant=found.constant,
+        bilinear=found.bilinear,
+        tokens=joint if found.steady is None else found.steady,
+        keys=None if found.steady is None else joint,
+    )
+
+
+def majorant(functional: FunctionalRows, const: Constants, piece: Pieces, par: Parameters) -> QuadraticMajorant:
+    """The quadratic majorant of Theorem 1 of docs/margin-certificate.md, differentiable in the parameters."""
+    return assembled(functional, coefficients(functional, const, piece, par))
 
 
 def _query_coefficients(
@@ -152,119 +228,3 @@ def _query_coefficients(
     share = par.gauge / (1.0 + par.gauge)
     steady = (pi * spread * (1.0 - share) * rows.form_norm[:, None].square()).sum(0) * rows.own_movable
     return pi * (share * spread + mean) * rows.own_movable, rows.on_asked(steady)
-
-
-@dataclass(frozen=True, eq=False)
-class References:
-    """What the balance needs of reference moves; no parameter and no radius changes it.
-
-    Args:
-        x: ``l_j.Delta``.
-        t: ``gamma.delta_j``.
-        query: ``|A^T delta_i|^2``, or N(delta_i).
-        gram: ``delta_i.delta_j``, or of rows on their own the moves themselves (b, n, d).
-    """
-
-    x: Float[Tensor, "b h q n"]
-    t: Float[Tensor, "b h n"]
-    query: Float[Tensor, "b h q"]
-    gram: Float[Tensor, "b n _"]
-    alone: bool = False
-
-    def scaled(self, size: float) -> "References":
-        """Those of ``size * Delta``."""
-        gram = (size if self.alone else size**2) * self.gram
-        return References(size * self.x, size * self.t, size**2 * self.query, gram, self.alone)
-
-    def mixed(self, weighted: Float[Tensor, "h q n"]) -> Float[Tensor, "b h q"]:
-        """``|sum_j weighted_j delta_j|^2``."""
-        sums = weighted @ self.gram[:, None]
-        squares = sums.square() if self.alone else sums * weighted
-        return squares.sum(-1).clamp_min(0.0)
-
-    def own(self, at: Int[Tensor, "q"]) -> Float[Tensor, "b q"]:
-        """``|delta_i|^2`` of the tokens of the rows."""
-        return self.gram[:, at].square().sum(-1) if self.alone else self.gram.diagonal(dim1=1, dim2=2)[:, at]
-
-    def followed_by(self, other: "References", *, keep: int) -> "References":
-        """The last ``keep`` moves of both."""
-        pairs = ((self.x, other.x), (self.t, other.t), (self.query, other.query), (self.gram, other.gram))
-        x, t, query, gram = (torch.cat([old, new])[-keep:] for old, new in pairs)
-        return References(x, t, query, gram, self.alone)
-
-
-def references(functional: FunctionalRows, points: Float[Tensor, "b n d"]) -> References:
-    """Evaluate reference moves."""
-    found: LinearImages = linear_images(functional, points)
-    query = (query_form(functional.rows, found.query) * found.query).sum(-1)
-    points = functional.rows.tokens_of(points)
-    alone = functional.rows.at is not None
-    return References(found.x, found.t, query, points if alone else points @ points.mT, alone)
-
-
-def balanced(
-    functional: FunctionalRows,
-    const: Constants,
-    piece: Pieces,
-    par: Parameters,
-    found: References,
-    *,
-    smooth: float = 0.1,
-    step: float = 0.5,
-) -> Parameters:
-    """Parameters that make each inequality nearly tight on average over reference moves (any choice is sound).
-
-    Args:
-        functional: The functional's rows.
-        const: Constants of the set.
-        piece: Parameter-free coefficients.
-        par: Parameters so far.
-        found: Reference moves, typically the maximisers of the last bounds.
-        smooth: Share of each form's mean that is added, so that no parameter collapses.
-        step: How far to go from the parameters so far (0) to the balance (1); logarithms move for positive ones.
-    """
-    rows = functional.rows
-    weighted = functional.revalued(_value_reference(functional, const, par)).weighted_advantage
-
-    def mean(value: Tensor, dims: tuple[int, ...]) -> Tensor:
-        average = value.mean(0)
-        return average + smooth * average.mean(dims, keepdim=True) + SMALLEST_UNIT
-
-    x2, t = mean(found.x.square(), (1, 2)), found.t.mean(0)
-    t2 = (found.t - t).square().mean(0) + smooth * found.t.square().mean((0, 2))[:, None] + SMALLEST_UNIT
-    first = (weighted * found.x).sum(-1) - (rows.weight @ found.t[..., None])[..., 0]
-    average = first.mean(0)
-    variance = (first - average).square().mean(0) + smooth * first.square().mean((0, 2))[:, None] + SMALLEST_UNIT
-    query = mean(found.query, (1,))
-    gauge = par.gauge
-    if rows.layer.rotary is not None:
-        steady = mean(rows.form_norm[:, None].square() * found.own(rows.asked)[:, None], (1,))
-        gauge, query = (steady / query).square(), torch.minimum(query, steady)
-    mixed = mean(found.mixed(weighted), (1,))
-    pair = (t2[:, None, :] / x2).sqrt() / functional.value_norm[..., None]
-    e = par.pair * functional.value_norm[..., None]
-    curve, effect = _mass_curve(functional, const, par, piece.unit)
-    mass = (effect * x2).sum(-1).clamp_min(SMALLEST_UNIT)
-    # Stationary point of ``(tau - e) m / 2 + pbar mean (d - e)^2 / (4 tau)`` in tau and e, m the mass.
-    ratio = (0.5 * mass / const.share.clamp_min(SMALLEST_UNIT)).clamp_max(LARGEST_MASS)
-    split = (0.5 * const.share * variance / (mass * (1.0 - ratio))).sqrt() / piece.unit
-    reference = average / piece.unit + 2.0 * split * ratio
-    curve = (curve + e * piece.slope).abs()
-    energy = const.budget.frobenius**2 * spread_eigenvalue(curve, rows.weight, rows.reach, bisections=ROUGH)
-    eps = (energy * query / (curve * x2).sum(-1).clamp_min(SMALLEST_UNIT)).sqrt()[..., None].expand_as(x2)
-    s1 = ((rows.weight * t2[:, None, :]).sum(-1) / query).sqrt() / functional.value_norm
-    s2 = (mixed / query).sqrt()
-
-    def join(old: Tensor, new: Tensor) -> Tensor:
-        return old.log().lerp(new.clamp(*LIMITS).log(), step).exp().clamp(*LIMITS)
-
-    return Parameters(
-        split=join(par.split, split).clamp(0.02, 2.0),
-        reference=(1.0 - step) * par.reference + step * reference,
-        value=(1.0 - step) * par.value + step * t / (functional.value_norm * const.budget.frobenius),
-        pair=join(par.pair, pair),
-        bilinear=join(par.bilinear, eps).clamp(0.02, 2.0),
-        query_value=join(par.query_value, s1),
-        query_mean=join(par.query_mean, s2),
-        gauge=join(par.gauge, gauge),
-    )

@@ -1,12 +1,21 @@
 """The margin certificate: exact first order, a proved quadratic majorant of the rest, one joint trust region."""
 
+import math
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from attnrobust.certify.margin.all_tokens.constants import Constants, constants, row_geometry
-from attnrobust.certify.margin.all_tokens.functional import FunctionalBound
+from attnrobust.certify.margin.all_tokens.constants import (
+    Constants,
+    Largest,
+    constants,
+    largest_quadratic,
+    row_geometry,
+)
+from attnrobust.certify.margin.all_tokens.estimates import ConstantsCurve, rough_quadratic
+from attnrobust.certify.margin.all_tokens.functional import FunctionalBound, chosen_radius
 from attnrobust.certify.margin.quadratic_form import functional_rows
 from attnrobust.certify.margin.reduced_rows import reduced
 from attnrobust.certify.margin.rows import margin_rows
@@ -23,6 +32,8 @@ from attnrobust.threats.moves import FrobeniusBall, PerTokenBall
 
 EVENTS_OF_A_CLASS = 12  # random starts that a class is likely to need
 EVENTS = (32, 80)  # least and most starts that share equally: shares far below 1e-11 cost the bound its accuracy
+TOLERANCE = 6e-3  # of the radius search
+AIM = 1.0 - 0.5 * TOLERANCE  # share of the budget that a first proof should use: one is then enough
 START = 0.6  # of the radius that the first order alone would give
 EXPONENT_CAP = 650.0  # logit changes beyond say nothing useful and would overflow
 
@@ -38,7 +49,7 @@ class MarginCertificate(CertificateMethod):
     reference: ClassVar[str] = "derived; docs/margin-certificate.md, Theorem 1"
     region: ClassVar[str] = "every perturbation with threat distance at most the radius"
     kind: ClassVar[Kind] = Kind.FLOAT64
-    relative_tolerance: ClassVar[float] = 3e-3
+    relative_tolerance: ClassVar[float] = TOLERANCE
     layers = (Attention,)
     features = MODERN_FEATURES
     threats = (FrobeniusBall, PerTokenBall)
@@ -62,7 +73,9 @@ class MarginBound(PreparedBound):
         self.budgets = goal.budgets.tolist()
         weights = goal.weights[self.rows.asked].clone()  # made in inference mode, they could not enter a slope
         events = min(max(EVENTS[0], EVENTS_OF_A_CLASS * goal.functionals.shape[0]), EVENTS[1])
+        self.growth_of_worst = 1.0
         self.chance = Chance(seed, "margin", MAIN_FAILURE, events)
+        self.curve = ConstantsCurve(self.constants_at, partial(self.constants_at, largest=rough_quadratic))
         found = [functional_rows(self.rows, weights, f) for f in goal.functionals]
         if isinstance(problem.threat, FrobeniusBall):
             found = reduced(found)
@@ -76,31 +89,33 @@ class MarginBound(PreparedBound):
     @torch.inference_mode(mode=False)  # the descent in the parameters differentiates, whatever mode the caller is in
     @torch.no_grad()
     def first_guess(self) -> float | None:
-        guesses = []
-        for budget, functional in zip(self.budgets, self.functionals, strict=True):
-            slope = float(self._slope(functional.rows.gradient))
-            if slope > 0.0:
-                guesses.append(functional.choose_parameters(self.constants_at, budget, START * budget / slope))
-        return min(guesses, default=None)
+        slopes = [float(self._slope(functional.rows.gradient)) for functional in self.functionals]
+        firsts = [START * b / s if s > 0.0 else math.inf for b, s in zip(self.budgets, slopes, strict=True)]
+        guess, self.growth_of_worst = chosen_radius(self.functionals, self.budgets, firsts, self.curve, aim=AIM)
+        return guess if guess < math.inf else None
 
     def _slope(self, gradient: Tensor) -> Tensor:
         """Largest linear change per unit of the threat; the length where moves are in a basis of their own."""
         reduced_moves = gradient.shape != self.rows.points.shape
         return torch.linalg.vector_norm(gradient) if reduced_moves else self.problem.moves.dual_norm(gradient)
 
-    def constants_at(self, radius: float) -> Constants | None:
+    @property
+    def growth(self) -> float:
+        return self.growth_of_worst
+
+    def constants_at(self, radius: float, *, largest: Largest = largest_quadratic) -> Constants | None:
         """Constants of the threat's set of this radius; None where they overflow."""
         threat, (n, d) = self.problem.moves, self.rows.points.shape
         budget = MoveBudget(
             frobenius=radius * threat.frobenius_factor(n, d), token=radius * threat.token_factor(n, d), epsilon=radius
         )
-        const = constants(self.rows, self.geometry, budget)
+        const = constants(self.rows, self.geometry, budget, largest=largest)
         return const if bool((const.limit < EXPONENT_CAP).all()) else None
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def usage(self, radius: float) -> Upper:
-        const = self.constants_at(radius)
+        const = self.curve.known(radius)
         if const is None:
             return Upper(torch.inf)
         worst = 0.0

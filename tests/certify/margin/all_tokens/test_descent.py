@@ -10,7 +10,10 @@ from torch import Tensor
 from attnrobust.certify.margin.all_tokens import majorant
 from attnrobust.certify.margin.all_tokens.constants import Constants
 from attnrobust.certify.margin.all_tokens.descent import Descent, detached
+from attnrobust.certify.margin.all_tokens.estimates import ConstantsCurve
+from attnrobust.certify.margin.all_tokens.majorant import Coefficients
 from attnrobust.certify.margin.all_tokens.method import MarginBound, MarginCertificate
+from attnrobust.certify.margin.all_tokens.search import _Found
 from attnrobust.layers.attention import Attention
 from attnrobust.numerics.eigenvalues import spread_eigenvalue, spread_slope
 from attnrobust.problem import Problem
@@ -41,6 +44,7 @@ def test_slope_of_the_spread_eigenvalue(seed: int) -> None:
     w = torch.softmax(2.0 * draw.normal(3, 6), dim=-1)
     movable = torch.ones(6, dtype=torch.float64)
     movable[seed % 3] = 0.0 if seed % 2 else 1.0
+    movable *= 0.3 + draw.normal(6).abs() if seed > 1 else 1.0  # lengths
     a = draw.normal(3, 6).abs().requires_grad_(True)
     (expected,) = torch.autograd.grad(dense_eigenvalue(a, w, movable).sum(), a)
     value = spread_eigenvalue(a.detach(), w, movable, bisections=60)
@@ -54,12 +58,20 @@ def test_slope_of_the_bound_agrees_with_differences(seed: int, linf: bool, monke
     monkeypatch.setattr(majorant, "spread_eigenvalue", partial(spread_eigenvalue, bisections=60))
     problem = small_problem(seed, linf=linf)
     bound = MarginBound(problem, seed=0)
-    holder = bound.functionals[0]
-    state = holder._state(constants_of(bound, 0.1 * float(problem.clean.points.norm())))
+    holder = bound.functionals[0].search
+    holder._raise_precision()
+    stage = holder._stage(constants_of(bound, 0.1 * float(problem.clean.points.norm())))
+    stage = replace(stage, spread=majorant.exact_spread)
     search = Descent(holder.parameters, holder.scale, steps=1, rate=0.1)
-    solution, _ = holder._evaluate(state, detached(search.parameters()), search.scale().detach())
-    assert solution is not None
-    holder._saddle(state, search.parameters(), search.scale(), solution).backward()
+
+    def evaluated() -> tuple[Coefficients, _Found]:
+        found = holder._coefficients(stage, search.parameters())
+        at = holder._evaluate(stage, found, detached(search.parameters()), search.scale().detach())
+        assert at is not None
+        return found, at
+
+    found, at = evaluated()
+    holder._saddle(stage, found, search.scale(), at).backward()  # type: ignore[no-untyped-call,unused-ignore]
     step = 3e-2
     for name, raw in (*search.raw.items(), ("scale", search.log_scale)):
         if name == "scale" and not linf:
@@ -72,9 +84,7 @@ def test_slope_of_the_bound_agrees_with_differences(seed: int, linf: bool, monke
         kept, ends = raw.data.clone(), []
         for sign in (1.0, -1.0):
             raw.data = kept + sign * step * slope.sign()
-            found, _ = holder._evaluate(state, detached(search.parameters()), search.scale().detach())
-            assert found is not None
-            ends.append(found.value)
+            ends.append(evaluated()[1].solution.value)
         raw.data = kept
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(slope.abs().sum()), rel=0.1, abs=1e-9), name
 
@@ -84,13 +94,13 @@ def test_slope_of_the_bound_agrees_with_differences(seed: int, linf: bool, monke
 def test_descent_lowers_the_bound(seed: int, linf: bool) -> None:
     problem = small_problem(seed, linf=linf)
     bound = MarginBound(problem, seed=0)
-    holder = bound.functionals[0]
-    const = constants_of(bound, 0.3 * float(problem.clean.points.norm()))
-    state = holder._state(const)
-    holder._balance(state, rounds=5, patience=5)
-    before = state.value
-    holder._descend(state, steps=30, rate=0.06)
-    assert state.value < before * (1.0 - 1e-3)
+    holder = bound.functionals[0].search
+    holder._raise_precision()  # what the search itself does where float32 overflows, as here
+    stage = holder._stage(constants_of(bound, 0.3 * float(problem.clean.points.norm())))
+    assert holder._balance(stage, rounds=5)
+    before = stage.value
+    assert holder._descend(stage, steps=30, rate=0.06)
+    assert stage.value < before * (1.0 - 1e-3)
 
 
 def test_first_guess_is_near_the_certified_radius() -> None:
@@ -105,9 +115,13 @@ def test_a_start_where_constants_overflow_still_finds_a_radius() -> None:
     problem = small_problem(1)
     bound = MarginBound(problem, seed=0)
     holder = bound.functionals[0]
-    radius = holder.choose_parameters(lambda r: bound.constants_at(r) if r < 0.2 else None, bound.budgets[0], 5.0)
+
+    def below(radius: float) -> Constants | None:
+        return bound.constants_at(radius) if radius < 0.2 else None
+
+    radius = holder.choose_parameters(ConstantsCurve(below, below), bound.budgets[0], 5.0, aim=1.0)
     assert 0.0 < radius < 5.0
-    assert holder.tuned
+    assert holder.search.radius is not None
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -12,15 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnrobust.certify.margin.all_tokens.balance import balanced, references
 from attnrobust.certify.margin.all_tokens.constants import Constants, constants
-from attnrobust.certify.margin.all_tokens.majorant import (
-    Parameters,
-    balanced,
-    initial_parameters,
-    majorant,
-    pieces,
-    references,
-)
+from attnrobust.certify.margin.all_tokens.majorant import Parameters, initial_parameters, majorant, pieces
 from attnrobust.certify.margin.all_tokens.method import MarginBound, MarginCertificate
 from attnrobust.certify.margin.one_token.method import MarginTokenCertificate
 from attnrobust.certify.margin.quadratic_form import FunctionalRows, QuadraticMajorant
