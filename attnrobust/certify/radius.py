@@ -26,8 +26,8 @@ def largest_radius(
 
     Bounds grow like a power of r between first and higher order, so each step fits ``usage ~ r^p`` to the two points
     nearest to 1 and aims just below 1; every third step inside a bracket bisects it in log r. The search ends when the
-    bracket is narrow, or when the passed point already uses all but the tolerance of the budget (then a bound that
-    grows at least in proportion to r leaves no more than the tolerance). No monotonicity is assumed for soundness.
+    bracket is narrow, or when the passed point uses so much of the budget that a bound which grows at least like
+    ``r^growth`` leaves no more than the tolerance. No monotonicity is assumed for soundness.
 
     A ceiling saves evaluations that a right bound must fail. Right above it one radius is still tried before the search
     ends near it; where that passes, the bound contradicts what set the ceiling, and the search goes on without it, so
@@ -37,7 +37,7 @@ def largest_radius(
         usage: Upper bound of the used budget share on the set of radius r; infinity allowed, NaN is an error.
         first_guess: Where to start; default 1.
         relative_tolerance: How much of the radius may be given away.
-        growth: Exponent p of ``usage ~ r^p`` that is assumed from a single evaluation.
+        growth: Exponent p of ``usage ~ r^p`` that is assumed where a single evaluation has to do.
         ceiling: A radius that no right bound certifies, as that of a verified attack; within 1 % of it the search ends.
 
     Returns:
@@ -96,7 +96,8 @@ class _Search:
         if self.near_ceiling and self.failed <= self.above_ceiling:
             return True
         return self.passed > 0 and (
-            self.failed <= self.passed * (1 + self.tolerance) or self.passed_usage >= 1.0 / (1 + self.tolerance)
+            self.failed <= self.passed * (1 + self.tolerance)
+            or self.passed_usage >= (1 + self.tolerance) ** -self.growth
         )
 
     @property

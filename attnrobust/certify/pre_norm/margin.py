@@ -17,7 +17,7 @@ from attnrobust.certify.margin.all_tokens.constants import (
 )
 from attnrobust.certify.margin.all_tokens.estimates import ConstantsCurve, rough_quadratic
 from attnrobust.certify.margin.all_tokens.functional import FunctionalBound, chosen_radius
-from attnrobust.certify.margin.all_tokens.method import EVENTS, EVENTS_OF_A_CLASS, EXPONENT_CAP, START
+from attnrobust.certify.margin.all_tokens.method import EVENTS, EVENTS_OF_A_CLASS, EXPONENT_CAP, MOST_GROWTH, START
 from attnrobust.certify.margin.all_tokens.region import Coordinates, Ellipsoid
 from attnrobust.certify.margin.quadratic_form import FunctionalRows, QuadraticMajorant, functional_rows
 from attnrobust.certify.margin.rows import MarginRows
@@ -109,7 +109,7 @@ class PreNormMarginBound(PreparedBound):
 
     @property
     def growth(self) -> float:
-        return self.growth_of_worst
+        return min(self.growth_of_worst, MOST_GROWTH)
 
     def _radius_of(self, size: float) -> float:
         """About the radius at which d' may be as long as this: ``reach`` grows at least like ``steepest r``."""

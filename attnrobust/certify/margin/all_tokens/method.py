@@ -34,6 +34,7 @@ EVENTS_OF_A_CLASS = 12  # random starts that a class is likely to need
 EVENTS = (32, 80)  # least and most starts that share equally: shares far below 1e-11 cost the bound its accuracy
 TOLERANCE = 6e-3  # of the radius search
 AIM = 1.0 - 0.5 * TOLERANCE  # share of the budget that a first proof should use: one is then enough
+MOST_GROWTH = 2.0  # that the end of a radius search trusts
 START = 0.6  # of the radius that the first order alone would give
 EXPONENT_CAP = 650.0  # logit changes beyond say nothing useful and would overflow
 
@@ -101,7 +102,7 @@ class MarginBound(PreparedBound):
 
     @property
     def growth(self) -> float:
-        return self.growth_of_worst
+        return min(self.growth_of_worst, MOST_GROWTH)
 
     def constants_at(self, radius: float, *, largest: Largest = largest_quadratic) -> Constants | None:
         """Constants of the threat's set of this radius; None where they overflow."""
