@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnrobust.certify.network.composite.method import NetworkComposite
-from attnrobust.certify.network.composite.nodes.base import Ball
+from attnrobust.certify.network.composite.nodes.base import Ball, Channel
 from attnrobust.certify.network.composite.nodes.normalise import NormaliseRemainder
 from attnrobust.certify.network.composite.recursion import Recursion, TargetNorms
 from attnrobust.certify.network.composite.targets import Port
@@ -166,7 +166,10 @@ def test_a_remainder_that_overflows_is_not_nothing() -> None:
         assert found(problem, radius) <= bound.usage(radius).value
     norms = TargetNorms(curvature=0.0, third=0.0, cross=0.0, sources=(), tails={("node", "own"): 1.0}, quadratics={})
     recursion = Recursion({}, {}, 1.0, {})
-    recursion._channels, recursion.balls = {"node": ("own",)}, {"node": Ball(1.0, 0.0, 0.0)}
+    recursion._channels, recursion.balls = (
+        {"node": {"own": Channel(torch.clone, torch.clone, (1,))}},
+        {"node": Ball(1.0, 0.0, 0.0)},
+    )
     whole, levels = recursion.whole, (recursion.beyond, recursion.further, recursion.lifted)
     for sizes in (whole, *levels, recursion.quadratic, recursion.cubic, recursion.quartic):
         sizes[("node", "own")] = math.nan
