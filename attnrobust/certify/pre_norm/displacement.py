@@ -1,5 +1,6 @@
 """The displacement certificate in the coordinates of the ellipsoids, with the tokens' own moves in its first order."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +106,7 @@ class PreNormDisplacementBound(PreparedBound):
         inner = self.inner.usage(size)
         beside = self.own * size / self.front.steepest / self.budget
         error = self.own * radius * float(self.front.shares(radius).max()) / self.budget
-        value = (inner.value**2 + beside**2) ** 0.5 + error
+        value = math.hypot(inner.value, beside) + error
         return Upper(outward(value, ENTRY), inner.failure_probability)
 
 

@@ -52,8 +52,8 @@ class NormFront:
 
     @cached_property
     def direction(self) -> Float[Tensor, "n d"]:
-        """``z / |z|``; 0 where z is 0."""
-        centred = self.layer.centred(self.points)
+        """``z / |z|``; 0 where z is 0. Centred twice: of a z that is all rounding the first mean leaves a part."""
+        centred = self.layer.centred(self.layer.centred(self.points))
         unit: Tensor = centred / torch.linalg.vector_norm(centred, dim=-1, keepdim=True).clamp_min(SMALLEST)
         return unit
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnrobust.certify.pre_norm.own_moves import OwnMoves
 from attnrobust.certify.pre_norm.sphere import Ellipsoids, NormFront
+from attnrobust.layers.normalisation import LayerNorm
 from attnrobust.layers.pre_norm import PreNormAttention
 from tests.pre_norm_layers import pre_norm_layer
 from tests.stress import Draw
@@ -88,3 +89,14 @@ def test_moves_as_long_as_a_token_are_not_covered() -> None:
     radius = float(found.lengths.min()) * 1.01
     assert not found.covers(radius)
     assert found.steepness(radius) == Ellipsoids.near(found, 1.0).reach(radius) == torch.inf
+
+
+def test_the_direction_of_a_token_that_is_constant_up_to_rounding_is_centred() -> None:
+    """Else the map to the parts across it is not symmetric, as the eigenvalue bounds take it to be."""
+    found, _ = front(0)
+    value = torch.linspace(0.1, 9.0, 200, dtype=torch.float64)[:, None]
+    above = torch.nextafter(value, 2.0 * value)
+    points = torch.cat([above, above, above, value, value], dim=1)
+    layer = replace(found.layer, norm=LayerNorm(weight=found.layer.norm.weight))
+    direction = NormFront(layer, points, torch.ones(200, dtype=torch.bool)).direction
+    assert float((layer.centred(direction) - direction).abs().max()) <= 1e-12
