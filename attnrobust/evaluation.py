@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from attnrobust.errors import InputError, one_line
+from attnrobust.figure import png
 from attnrobust.notebook import Picture, Shown, html_table
 from attnrobust.reports.data import read_report_data
-from attnrobust.reports.plots import curve_plot, gap_plot, png
+from attnrobust.reports.plots import curve_plot, gap_plot
 from attnrobust.reports.units import run_verdicts
 from attnrobust.runs.given import Asked, given_bench
 from attnrobust.runs.reading import DEFAULT_ATTACK, DEFAULT_TOLERANCE

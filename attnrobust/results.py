@@ -7,9 +7,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from attnrobust.notebook import Shown, number
+from attnrobust.figure import sides_plot
+from attnrobust.notebook import Picture, Shown, number
 from attnrobust.numerics.chance import union_bound
 from attnrobust.status import Kind, Status
+from attnrobust.text import shown_bound
 from attnrobust.tokens import PerturbedTokens
 
 __all__ = ["AttackResult", "Certificate", "CertificationReport", "Comparison", "Kind", "NotApplicable", "Status"]
@@ -208,6 +210,13 @@ class Comparison(Shown):
             "gap": number(self.gap), "problem": self.problem,
             "certificates": self.certification.to_dict()["certificates"],
         }  # fmt: skip
+
+    def plot(self) -> Picture:
+        """Draw every certified radius and the attack's; the true robust radius lies between the two colours."""
+        certified = {one.method: one.radius for one in self.certification.certificates}
+        found = self.attack.radius if self.attack.status is Status.FOUND else math.inf
+        title = f"{self.status}, gap {shown_bound(self.gap, up=True)}, problem {self.problem[:12]}"
+        return Picture(sides_plot(certified, {self.attack.attack: found}, title=title), title)
 
     def __repr__(self) -> str:
         """One line with both radii and the gap."""

@@ -38,7 +38,8 @@ def curve(
         else:
             console().print(curve_table(one, scope=scope_of(data.rows, one)))
     if out is not None:
-        from attnrobust.reports.plots import curve_plot, png
+        from attnrobust.figure import png
+        from attnrobust.reports.plots import curve_plot
         from attnrobust.runs.storage.atomic import require_writable_file, write_atomically
 
         require_writable_file(out, option="--out")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
-from attnrobust.reports.plots import BLUE, GREY, ORANGE, RED, plain_ticks, rendered
+from attnrobust.figure import BLUE, GREY, ORANGE, RED, plain_ticks, rendered
 
 COLOURS = (BLUE, ORANGE, "#009E73", RED, "#CC79A7", "#56B4E9", "#000000", GREY)
 """Okabe and Ito."""

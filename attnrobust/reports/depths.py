@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
+from attnrobust.figure import BLUE, GREY, ORANGE, drawable, plain_ticks, png
 from attnrobust.reports.layout import Column, lay_out
-from attnrobust.reports.plots import BLUE, GREY, ORANGE, drawable, nothing, plain_ticks, png
+from attnrobust.reports.plots import nothing
 from attnrobust.reports.tables import percent
 from attnrobust.runs.depths import DepthRadii, depth_profile
 from attnrobust.runs.rows import MOVE_AT, Row, depth_place, scopes

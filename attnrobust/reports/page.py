@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attnrobust.errors import InputError
+from attnrobust.figure import png
 from attnrobust.reports.data import ReportData, read_report_data
 from attnrobust.reports.depths import PROFILE_NAME, depth_plot
 from attnrobust.reports.explained import explained, why_not
@@ -20,7 +21,6 @@ from attnrobust.reports.plots import (
     curve_plot,
     gap_boxes,
     gaps_by_method,
-    png,
     radii_by_layer,
     scatter_plot,
     svg,

@@ -1,4 +1,4 @@
-"""Plots of rows, each as the bytes of a PNG; the only file that imports matplotlib."""
+"""Plots of rows, each as the bytes of a PNG; with ``attnrobust.figure`` the only file that imports matplotlib."""
 
 import io
 import math
@@ -8,16 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Literal
 
+from attnrobust.figure import BLUE, GREY, ORANGE, RED, drawable, plain_ticks, png
 from attnrobust.runs.rows import Row, scopes
 from attnrobust.status import Status
 from attnrobust.text import shortened, shown
 
 if TYPE_CHECKING:
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
-BLUE, ORANGE, GREY, RED = "#0072B2", "#E69F00", "#8C8C8C", "#D55E00"  # Okabe and Ito: told apart by every common eye
 FEW = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9")
 """Of so many layers each has a colour of its own; red is for what is unsound."""
 MOST_NAMED = 24
@@ -26,37 +25,8 @@ WIDEST_LINE = 105
 """Characters of a line above a plot."""
 MANY_INPUTS = 40
 """More inputs than this are drawn as a scatter plot instead of one line each."""
-DPI = 144
-
-
 Drawing = tuple[float, float, Callable[["Figure"], None]]
 """Width and height in inches, and what draws."""
-
-
-def png(width: float, height: float, draw: Callable[["Figure"], None], *, dpi: int = DPI) -> bytes:
-    """The bytes of a figure of this size in inches."""
-    return rendered(width, height, draw, formats=("png",), dpi=dpi)["png"]
-
-
-def rendered(
-    width: float, height: float, draw: Callable[["Figure"], None], *, formats: Sequence[str], dpi: int = DPI
-) -> dict[str, bytes]:
-    """One figure of this size in inches in several formats, "png" or "svg"; the same figure gives the same bytes."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    nameless: dict[str, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    found = {}
-    for kind in formats:
-        buffer = io.BytesIO()
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "attnrobust"}):
-            figure.savefig(buffer, format=kind, dpi=dpi, metadata=nameless[kind])
-        found[kind] = buffer.getvalue()
-    return found
 
 
 def svg(width: float, height: float, draw: Callable[["Figure"], None], *, name: str) -> str:
@@ -217,26 +187,6 @@ def _row_label(row: Row) -> str:
     """The row's text, or its identifier where the plot's font lacks a character of it."""
     text = shortened(row.text or row.input_id, 34)
     return text if drawable(text) == text else drawable(row.input_id)
-
-
-def drawable(text: str) -> str:
-    """The text with a question mark for every character that the plot's font lacks."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    font = get_font(findfont(FontProperties()))
-    return "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "?" for c in text)
-
-
-def plain_ticks(axis: "Axis") -> None:
-    """Ticks of a logarithmic axis as 0.02 instead of 2 x 10^-2."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    subs = (1.0,) if decades > 2.0 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(map(float, range(1, 10)))
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _radius_label(rows: Sequence[Row]) -> str:

@@ -1,14 +1,18 @@
 """``bench --protocol`` as it is typed, with a small protocol in place of the standard one."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from attnrobust.cli import ExitCode
-from attnrobust.runs import protocol
+from attnrobust.runs import protocol, work
+from attnrobust.runs.config import RunConfig
+from attnrobust.runs.evaluate import RowTask
 from attnrobust.runs.protocol_result import read_document
+from attnrobust.runs.rows import Row
 from tests.cli.test_compare import Run, Said, said_by
 from tests.layer_files import write_layer
 from tests.protocol_cases import SMALL
@@ -42,6 +46,31 @@ def test_two_runs_have_the_same_results(cli: Run, tmp_path: Path) -> None:
     row = first["rows"][0]
     assert set(row["certificates"]) == {"castin2024-derived"}  # the other is of another kind of layer
     assert 0 < row["certified_radius"] <= row["attack_radius"]
+
+
+def test_an_interrupted_measurement_goes_on(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate, computed = work.evaluate_row, list[RowTask]()
+
+    def interrupted(task: RowTask, config: RunConfig) -> Row:
+        row = evaluate(task, config)
+        computed.append(task)
+        if len(computed) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return row
+
+    monkeypatch.setattr(work, "evaluate_row", interrupted)
+    asked = ("--out", tmp_path / "a.json", "--workers", 0)
+    said = cli(*asked)
+    assert said.code == ExitCode.INTERRUPTED
+    assert "1 rows are left and no result is written" in said.err
+    assert not (tmp_path / "a.json").exists()
+    assert cli(*asked).code == ExitCode.OK
+    assert len(computed) == 2  # the first row was kept
+    assert cli("--out", tmp_path / "b.json", "--workers", 0).code == ExitCode.OK
+    assert len(computed) == 4
+    resumed, whole = (read_document(tmp_path / name) for name in ("a.json", "b.json"))
+    assert resumed["results"] == whole["results"]
+    assert resumed["digest"] == whole["digest"]
 
 
 @pytest.mark.parametrize("option", [

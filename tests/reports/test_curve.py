@@ -8,8 +8,9 @@ import pytest
 
 from attnrobust.cli import ExitCode, run
 from attnrobust.errors import InputError
+from attnrobust.figure import png
 from attnrobust.reports.curve import curves
-from attnrobust.reports.plots import curve_plot, png
+from attnrobust.reports.plots import curve_plot
 from attnrobust.runs.storage.files import write_results
 from tests.runs.storage.test_files import EMPTY, FULL
 

@@ -14,9 +14,10 @@ import pytest
 
 from attnrobust.cli import ExitCode, run
 from attnrobust.errors import InputError
+from attnrobust.figure import png
 from attnrobust.reports.data import ReportData
 from attnrobust.reports.page import _colours, _luminance, _plots, render, write_report
-from attnrobust.reports.plots import gap_boxes, gaps_by_method, png, radii_by_layer, scatter_plot
+from attnrobust.reports.plots import gap_boxes, gaps_by_method, radii_by_layer, scatter_plot
 from attnrobust.runs.heat import heat_line, heat_map, token_shares
 from attnrobust.runs.rows import Row
 from attnrobust.runs.run import run as run_all
