@@ -88,7 +88,7 @@ def test_names_of_inputs_and_paths_are_shown_as_they_are(cli: Run, files: Path) 
     shown = cli("bounds", odd / "layer.npz", "--tokens", files / "markup.npz", "--search", 0)
     assert shown.code == ExitCode.OK
     # a long path of temporary files wraps
-    assert f"{odd / 'layer.npz'}, attention, [/INST]:" in shown.out.replace("\n", "")
+    assert f"{odd / 'layer.npz'}, attention, [/INST]" in shown.out.replace("\n", "")
 
 
 def test_tokens_and_layers_of_a_scan_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from attnrobust.cli import ExitCode
 from attnrobust.runs import protocol, work
 from attnrobust.runs.config import RunConfig
-from attnrobust.runs.evaluate import RowTask
+from attnrobust.runs.evaluate import RowTask, evaluate_row
 from attnrobust.runs.protocol_result import read_document
 from attnrobust.runs.rows import Row
 from tests.cli.test_compare import Run, Said, said_by
@@ -49,10 +49,10 @@ def test_two_runs_have_the_same_results(cli: Run, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_measurement_goes_on(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate, computed = work.evaluate_row, list[RowTask]()
+    computed: list[RowTask] = []
 
     def interrupted(task: RowTask, config: RunConfig) -> Row:
-        row = evaluate(task, config)
+        row = evaluate_row(task, config)
         computed.append(task)
         if len(computed) == 1:
             signal.raise_signal(signal.SIGINT)

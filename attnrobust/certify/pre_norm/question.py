@@ -14,7 +14,7 @@ from attnrobust.tokens import TokenMeasure
 
 
 @dataclass(frozen=True)
-class GivenGoal(Goal):
+class _GivenGoal(Goal):
     """A goal whose budgets were resolved at another output, of which this one is a part.
 
     Args:
@@ -53,7 +53,7 @@ def normalised(problem: Problem) -> Problem:
     """The same goal and threat for the attention alone, at the normalised tokens, with the same budgets."""
     layer = layer_of(problem)
     tokens = TokenMeasure(layer.unit(problem.clean.points), problem.clean.mass)
-    return Problem(layer.folded, tokens, problem.threat, GivenGoal(problem.resolved, problem.digest))
+    return Problem(layer.folded, tokens, problem.threat, _GivenGoal(problem.resolved, problem.digest))
 
 
 def own_slopes(problem: Problem) -> Float[Tensor, "c"]:
